@@ -1,0 +1,143 @@
+"""The prepared dataset on disk: `dataset.json`, the tokenizer's file, and shards of token ids.
+
+    dataset.json                   written last: without it the folder is unfinished
+    tokenizer.model                the tokenizer's own file
+    SPLIT-00000.tokens             little-endian ids, uint16 or uint32, document after document,
+                                   each ended by the end-of-text id
+    SPLIT-00000.documents          uint64: where in the shard each document starts
+
+A split is the concatenation of its shards. With context length L, sequence i is tokens
+[i*L, i*L + L], so that every token but the split's first is a target exactly once; the last
+sequence may be shorter.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trainit.data import tokenizers
+
+FORMAT = 1
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used. The message is one line and says what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tokens of one split. Cheap to pickle: files are mapped on first use, in each process."""
+
+    name: str
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]  # tokens of each shard
+    dtype: str
+    bytes: int  # UTF-8 bytes of its text
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.sizes)
+
+    def sequences(self, length: int) -> int:
+        """How many sequences of `length` targets cover the split."""
+        return -(-(self.tokens - 1) // length)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("_shards", "_starts")}
+
+    @functools.cached_property
+    def _shards(self) -> list[np.ndarray]:
+        return [np.memmap(path, self.dtype, "r").view(np.ndarray) for path in self.paths]
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum((0, *self.sizes))
+
+    def read(self, sequences: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Copies sequences out of the mapped files.
+
+        Args:
+            sequences: (n,) numbers of sequences; a negative one reads as no tokens.
+            length: targets of a sequence.
+
+        Returns:
+            ids (n, length + 1) in the dataset's own narrow type, zero behind the end, and
+            int32 (n,): how many targets each row has, at most `length`.
+        """
+        ids = np.zeros((len(sequences), length + 1), self.dtype)
+        first = np.asarray(sequences, np.int64) * length
+        last = np.where(first < 0, first, np.minimum(first + length + 1, self.tokens))
+        shards = np.searchsorted(self._starts, first, side="right") - 1
+        for row, begin, end, in_shard in zip(
+            ids, first.tolist(), last.tolist(), shards.tolist(), strict=True
+        ):
+            filled, shard = 0, in_shard
+            while begin + filled < end:  # a sequence may cross into the next shard
+                at = begin + filled - int(self._starts[shard])
+                piece = self._shards[shard][at : at + end - begin - filled]
+                row[filled : filled + len(piece)] = piece
+                filled, shard = filled + len(piece), shard + 1
+        return ids, np.maximum(last - first - 1, 0).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset: its description, its splits and its tokenizer."""
+
+    folder: Path
+    info: dict  # dataset.json
+    splits: dict[str, Split]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.info["vocab_size"]
+
+    @functools.cached_property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        about = self.info["tokenizer"]
+        return tokenizers.load(about["name"], self.folder / about["file"], about["sha256"])
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same tokens in the same order, wherever the folder lies."""
+        return hashlib.sha256(json.dumps(self.info, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Reads `dataset.json` and checks that every shard is there in full.
+
+    Raises:
+        DatasetError: missing, unfinished, of an unknown format, or damaged.
+    """
+    if not folder.is_dir():
+        raise DatasetError(
+            f"dataset.path={str(folder)!r} does not exist; prepare it, or try the demo text with "
+            f"--config.dataset.path=demo"
+        )
+    try:
+        info = json.loads((folder / "dataset.json").read_bytes())
+    except FileNotFoundError:
+        raise DatasetError(
+            f"dataset.path={str(folder)!r} has no dataset.json: it is unfinished; prepare it again"
+        ) from None
+    if info.get("format") != FORMAT:
+        raise DatasetError(
+            f"dataset.path={str(folder)!r} has format {info.get('format')}, this Trainit reads {FORMAT}"
+        )
+    splits = {}
+    for name, split in info["splits"].items():
+        paths = [folder / shard["file"] for shard in split["shards"]]
+        sizes = [shard["tokens"] for shard in split["shards"]]
+        for path, size in zip(paths, sizes, strict=True):
+            expected = size * np.dtype(info["dtype"]).itemsize
+            actual = path.stat().st_size if path.exists() else "no"
+            if actual != expected:
+                raise DatasetError(
+                    f"{path} has {actual} bytes instead of {expected}; copy or prepare the dataset again"
+                )
+        splits[name] = Split(name, tuple(map(str, paths)), tuple(sizes), info["dtype"], split["bytes"])
+    return Dataset(folder, info, splits)

@@ -1,0 +1,99 @@
+"""What a run says of itself: norms, FLOPs, MFU, throughput, memory."""
+
+import resource
+import time
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+# Dense bfloat16 (V100, T4: float16) TFLOP/s of one device without sparsity, from the vendors' data
+# sheets; the first text that the device's kind contains counts.
+PEAK_TFLOPS = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("H200", 989.4),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.4),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 149.7),
+    ("L40S", 362.0),
+    ("L4", 121.0),
+    ("A10", 125.0),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+    ("V100", 125.0),
+    ("T4", 65.0),
+    ("TPU v6", 918.0),
+    ("TPU v5p", 459.0),
+    ("TPU v5", 197.0),
+    ("TPU v4", 275.0),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Floating-point operations per second of one device at best; None where it is not known."""
+    return next((1e12 * tera for name, tera in PEAK_TFLOPS if name in device_kind), None)
+
+
+def parameter_count(parameters: dict) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parameters))
+
+
+def flops_per_token(model: FrozenConfigDict) -> float:
+    """Model FLOPs of forward and backward pass per token: 6 * weights in matrix products + attention.
+
+    Attention is 12 * N * L * D, not halved for causality (Chowdhery et al. 2022, arXiv 2204.02311,
+    appendix B). Embedding look-ups, norms, recomputation and the optimizer do not count.
+    """
+    head_size = model.dim // model.num_heads
+    attention = 2 * model.dim * head_size * (model.num_heads + model.num_kv_heads)
+    mlp = (3 if model.activation == "swiglu" else 2) * model.dim * model.mlp_dim
+    weights = model.num_blocks * (attention + mlp) + model.dim * model.vocab_size
+    return 6.0 * weights + 12.0 * model.num_blocks * model.context_length * model.dim
+
+
+class Meter:
+    """Turns the times of finished steps into time/, throughput/ and memory/ metrics.
+
+    The first step, which compiles, counts for nothing, nor does time given to `pause`.
+    """
+
+    def __init__(self, tokens_per_step: int, model: FrozenConfigDict):
+        self._tokens = tokens_per_step
+        self._flops = flops_per_token(model) * tokens_per_step
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak and peak * jax.device_count()
+        self._last: float | None = None
+        self._data = 0.0
+
+    def waited_for_data(self, seconds: float):
+        self._data += seconds
+
+    def pause(self):
+        """Something other than a step has taken time: the next step's time is not measured."""
+        self._last = None
+
+    def step(self) -> dict[str, float]:
+        """To be called when a step has finished; its metrics since the step before."""
+        now, last, data = time.perf_counter(), self._last, self._data
+        self._last, self._data = now, 0.0
+        metrics = {"memory/peak_gib": peak_memory() / 2**30}
+        if last is None:
+            return metrics
+        seconds = now - last
+        metrics["time/step_seconds"] = seconds
+        metrics["time/data_fraction"] = min(data / seconds, 1.0)
+        metrics["throughput/tokens_per_second"] = self._tokens / seconds
+        if self._peak:
+            metrics["throughput/mfu"] = self._flops / seconds / self._peak
+        return metrics
+
+
+def peak_memory() -> int:
+    """Most bytes in use so far on this process's fullest device, or in the process where none says."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

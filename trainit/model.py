@@ -1,0 +1,274 @@
+"""The GPT: GPT-2 exactly (Radford et al. 2019), and by config field its modern parts.
+
+Arrays carry their dimensions after an underscore:
+
+    B batch    L length    D model    H query heads    J key and value heads    K head size
+    F MLP      V vocabulary    N layers    G micro-steps    S keys' length (= L)
+
+Parameters are float32, stacked over the layers. They are cast to the compute type where they are
+used, so that gradients come back in float32; softmax, norms and logits are float32.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+Constrain = Callable[..., jax.Array]
+NORM_EPSILON = 1e-5
+STANDARD_DEVIATION = 0.02  # of GPT-2's weights; of those that write to the residual, over sqrt(2 N)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: int) -> jax.Array:
+    """Zeroes entries with probability `rate` and scales up the rest; without a key, nothing.
+
+    A key serves several dropout sites, told apart by their numbers.
+    """
+    if not rate or key is None:
+        return x
+    keep = jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias over several input and output axes at once."""
+
+    def __init__(self, inputs: tuple, outputs: tuple, bias: bool, std: float, rngs: nnx.Rngs):
+        self.inputs, self.outputs = len(inputs), len(outputs)
+        self.kernel = nnx.Param(jax.nn.initializers.normal(std)(rngs.params(), (*inputs, *outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.inputs)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """LayerNorm (Ba et al. 2016, arXiv 1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, center: bool, bias: bool):
+        self.center = center
+        self.scale = nnx.Param(jnp.ones(size))
+        self.bias = nnx.Param(jnp.zeros(size)) if center and bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.center:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + NORM_EPSILON) * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+def rope(x_BLHK: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): turns (x[i], x[i + K/2]) by l * theta^(-2i/K)."""
+    _, L, _, K = x_BLHK.shape
+    frequency = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+    angle_LK = jnp.arange(L, dtype=jnp.float32)[:, None] * frequency
+    cos, sin = jnp.cos(angle_LK)[:, None], jnp.sin(angle_LK)[:, None]
+    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    return turned.astype(x_BLHK.dtype)
+
+
+def plain_attention(q_BLHK, k_BSJK, v_BSJK, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+    """Causal softmax attention with scale 1/sqrt(K), all scores in memory; query heads share J key heads.
+
+    Args:
+        q_BLHK: queries; H is a multiple of J.
+        k_BSJK: keys.
+        v_BSJK: values.
+        rate: dropout on the attention weights.
+        key: of the dropout; None: no dropout.
+
+    Returns:
+        (B, L, H, K) in the queries' type.
+    """
+    B, L, H, K = q_BLHK.shape
+    S, J = k_BSJK.shape[1:3]
+    q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
+    scores = jnp.einsum("bljrk,bsjk->bjrls", q_BLJRK, k_BSJK, preferred_element_type=jnp.float32)
+    causal_LS = jnp.arange(L)[:, None] >= jnp.arange(S)
+    scores = jnp.where(causal_LS, scores / math.sqrt(K), -jnp.inf)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key, 0).astype(v_BSJK.dtype)
+    return jnp.einsum("bjrls,bsjk->bljrk", weights, v_BSJK).reshape(B, L, H, K)
+
+
+def choose_attention(config: FrozenConfigDict, platform: str, precision: str) -> str:
+    """The kernel that `model.attention` stands for on this platform.
+
+    Args:
+        config: the sub-config `model`.
+        platform: "cpu", "cuda" or another of JAX's.
+        precision: of the activations.
+
+    Raises:
+        ValueError: cudnn was asked for where it cannot run.
+    """
+    possible = platform in ("cuda", "gpu") and precision == "bfloat16" and not config.attn_dropout
+    if config.attention == "cudnn" and not possible:
+        raise ValueError(
+            f"model.attention=cudnn needs an NVIDIA GPU and precision=bfloat16, here are platform={platform} "
+            f"and precision={precision}; take model.attention=auto"
+        )
+    return "cudnn" if possible and config.attention != "plain" else "plain"
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: FrozenConfigDict, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
+        size, residual_std = c.dim // c.num_heads, STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
+        self.c, self.kernel, self.constrain = c, kernel, constrain
+        self.query = Linear((c.dim,), (c.num_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
+        self.key = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
+        self.value = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
+        self.out = Linear((c.num_heads, size), (c.dim,), c.use_bias, residual_std, rngs)
+        self.query_norm = Norm(size, center=False, bias=False) if c.qk_norm else None
+        self.key_norm = Norm(size, center=False, bias=False) if c.qk_norm else None
+
+    def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
+        c = self.c
+        q_BLHK = self.constrain(self.query(x_BLD), "batch", "length", "heads", None)
+        k_BLJK = self.constrain(self.key(x_BLD), "batch", "length", "kv_heads", None)
+        v_BLJK = self.constrain(self.value(x_BLD), "batch", "length", "kv_heads", None)
+        if c.qk_norm:
+            q_BLHK, k_BLJK = self.query_norm(q_BLHK), self.key_norm(k_BLJK)
+        if c.positions == "rope":
+            q_BLHK, k_BLJK = rope(q_BLHK, c.rope_theta), rope(k_BLJK, c.rope_theta)
+        if self.kernel == "cudnn":
+            y_BLHK = jax.nn.dot_product_attention(
+                q_BLHK, k_BLJK, v_BLJK, is_causal=True, implementation="cudnn"
+            )
+        else:
+            y_BLHK = plain_attention(q_BLHK, k_BLJK, v_BLJK, c.attn_dropout, key)
+        y_BLD = self.out(self.constrain(y_BLHK, "batch", "length", "heads", None))
+        return dropout(y_BLD, c.attn_linear_dropout, key, 1)
+
+
+class MLP(nnx.Module):
+    """GELU (tanh form), squared ReLU (So et al., arXiv 2109.08668) or SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, c: FrozenConfigDict, constrain: Constrain, rngs: nnx.Rngs):
+        residual_std = STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
+        self.c, self.constrain = c, constrain
+        self.up = Linear((c.dim,), (c.mlp_dim,), c.use_bias, STANDARD_DEVIATION, rngs)
+        gated = c.activation == "swiglu"
+        self.gate = Linear((c.dim,), (c.mlp_dim,), c.use_bias, STANDARD_DEVIATION, rngs) if gated else None
+        self.down = Linear((c.mlp_dim,), (c.dim,), c.use_bias, residual_std, rngs)
+
+    def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
+        h_BLF = self.constrain(self.up(x_BLD), "batch", "length", "mlp")
+        match self.c.activation:
+            case "gelu":
+                h_BLF = jax.nn.gelu(h_BLF, approximate=True)
+            case "relu2":
+                h_BLF = jnp.square(jax.nn.relu(h_BLF))
+            case "swiglu":
+                h_BLF = h_BLF * jax.nn.silu(self.constrain(self.gate(x_BLD), "batch", "length", "mlp"))
+        return dropout(self.down(h_BLF), self.c.transformer_dropout, key, 2)
+
+
+class Block(nnx.Module):
+    def __init__(self, c: FrozenConfigDict, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
+        self.constrain = constrain
+        self.attention_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
+        self.attention = Attention(c, kernel, constrain, rngs)
+        self.mlp_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
+        self.mlp = MLP(c, constrain, rngs)
+
+    def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), key)
+        x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD), key)
+        return self.constrain(x_BLD, "batch", "length", None)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, rows: int, dim: int, rngs: nnx.Rngs):
+        std = jax.nn.initializers.normal(STANDARD_DEVIATION)
+        self.embedding = nnx.Param(std(rngs.params(), (rows, dim)))
+
+
+class Network(nnx.Module):
+    """The modules, each parameter declared where it is used; `GPT` is the way in."""
+
+    def __init__(self, c: FrozenConfigDict, dtype, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
+        self.c, self.dtype, self.constrain = c, dtype, constrain
+        self.token_embedding = Embedding(c.vocab_size, c.dim, rngs)
+        learned = c.positions == "learned"
+        self.position_embedding = Embedding(c.context_length, c.dim, rngs) if learned else None
+        self.blocks = nnx.vmap(lambda key: Block(c, kernel, constrain, nnx.Rngs(params=key)))(
+            jax.random.split(rngs.params(), c.num_blocks)
+        )
+        self.final_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
+        own_head = not c.tied_embeddings
+        self.head = (
+            Linear((c.dim,), (c.vocab_size,), c.head_bias, STANDARD_DEVIATION, rngs) if own_head else None
+        )
+
+    def __call__(self, tokens_BL: jax.Array, key: jax.Array | None) -> jax.Array:
+        c = self.c
+        # Gathered over fsdp before the lookup, which XLA would else do on a fully replicated copy; in
+        # float32, because the lookup's gradient sums over all positions of a frequent token.
+        embedding_VD = self.constrain(self.token_embedding.embedding[...], "vocab", None)
+        x_BLD = self.constrain(embedding_VD[tokens_BL], "batch", "length", None)
+        if self.position_embedding is not None:
+            x_BLD = x_BLD + self.position_embedding.embedding[: tokens_BL.shape[1]]
+        x_BLD = dropout(x_BLD.astype(self.dtype), c.gpt_dropout, key, 0)
+        graph, layers = nnx.split(self.blocks)
+
+        def block(x_BLD, layer):
+            number, parameters = layer
+            layer_key = None if key is None else jax.random.fold_in(key, number + 1)
+            return nnx.merge(graph, parameters)(x_BLD, layer_key), None
+
+        if c.remat == "block":
+            block = jax.checkpoint(block, prevent_cse=not c.scan_layers)
+        unroll = 1 if c.scan_layers else c.num_blocks
+        x_BLD, _ = jax.lax.scan(block, x_BLD, (jnp.arange(c.num_blocks), layers), unroll=unroll)
+        x_BLD = self.final_norm(x_BLD)
+        logits_BLV = self._head(x_BLD, embedding_VD)
+        if c.logit_softcap:
+            logits_BLV = c.logit_softcap * jnp.tanh(logits_BLV / c.logit_softcap)
+        return self.constrain(logits_BLV, "batch", "length", "vocab")
+
+    def _head(self, x_BLD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
+        kernel_DV = embedding_VD.T if self.head is None else self.head.kernel[...]
+        logits_BLV = jnp.matmul(x_BLD, kernel_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+        return logits_BLV if self.head is None or self.head.bias is None else logits_BLV + self.head.bias[...]
+
+
+class GPT:
+    """Pure functions over a nested dict of parameters, with paths such as blocks/mlp/up/kernel."""
+
+    def __init__(
+        self,
+        config: FrozenConfigDict,
+        precision: str = "float32",
+        attention: str = "plain",
+        constrain: Constrain = lambda array, *axes: array,
+    ):
+        """
+        Args:
+            config: the resolved sub-config `model`.
+            precision: of matrix products and activations: "float32" or "bfloat16".
+            attention: "plain" or "cudnn", from `choose_attention`.
+            constrain: lays out intermediate arrays, from `sharding.constrainer`.
+        """
+        dtype = jnp.dtype(precision)
+        self._build = lambda key: Network(config, dtype, attention, constrain, nnx.Rngs(params=key))
+        self._graph, _ = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
+
+    def init(self, key: jax.Array) -> dict:
+        """Float32 parameters: N(0, 0.02), residual outputs N(0, 0.02 / sqrt(2 N)), biases 0, scales 1."""
+        return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
+
+    def __call__(self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Float32 logits (B, L, V) of the next token.
+
+        Args:
+            parameters: from `init`.
+            tokens_BL: integer ids.
+            key: of the dropout; None: no dropout.
+        """
+        return nnx.merge(self._graph, parameters)(tokens_BL.astype(jnp.int32), key)

@@ -1,0 +1,20 @@
+"""SGD with heavy-ball momentum (Polyak 1964), or in Nesterov's form (Sutskever et al. 2013)."""
+
+import optax
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "sgdm"
+    config.learning_rate = 0.1  # peak of the schedule; >= 0
+    config.weight_decay = 0.0  # decoupled, times the learning rate; >= 0
+    config.momentum = 0.9  # m <- momentum * m + g; in [0, 1), 0: plain gradient descent
+    config.nesterov = False  # direction momentum * m + g instead of m
+    return config
+
+
+def make(config, context) -> optax.GradientTransformation:
+    if not config.momentum:
+        return context.descend(optax.identity())
+    return context.descend(optax.trace(config.momentum, config.nesterov))

@@ -1,0 +1,127 @@
+"""The mesh, and the one table that says how every parameter is laid out on it.
+
+Mesh axes: `data` replicates; `fsdp` splits parameters and optimizer state; `tensor` splits heads,
+MLP width and vocabulary; `context` splits the sequence. The batch is split over data and fsdp.
+The table also names each parameter's kind, by which decay masks, Muon and per-kind logs choose.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")  # the last ones vary fastest: they stay inside a node
+
+# Logical axis -> mesh axes. An axis that is not named here is not split.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+# (path, logical axes, kind); the first match counts, and every parameter has one.
+# Vectors are small: they are replicated but where they follow a split activation.
+PARAMETERS = (
+    ("token_embedding/embedding", ("vocab", "embed"), "embedding"),
+    ("position_embedding/embedding", ("position", "embed"), "embedding"),
+    ("head/kernel", ("embed", "vocab"), "head"),
+    ("head/bias", ("vocab",), "vector"),
+    ("final_norm/(scale|bias)", ("norm",), "vector"),
+    ("blocks/(attention|mlp)_norm/(scale|bias)", ("layers", "norm"), "vector"),
+    ("blocks/attention/query/kernel", ("layers", "embed", "heads", "head_size"), "matrix"),
+    ("blocks/attention/(key|value)/kernel", ("layers", "embed", "kv_heads", "head_size"), "matrix"),
+    ("blocks/attention/query/bias", ("layers", "heads", "head_size"), "vector"),
+    ("blocks/attention/(key|value)/bias", ("layers", "kv_heads", "head_size"), "vector"),
+    ("blocks/attention/(query|key)_norm/scale", ("layers", "head_size"), "vector"),
+    ("blocks/attention/out/kernel", ("layers", "heads", "head_size", "embed"), "matrix"),
+    ("blocks/mlp/(up|gate)/kernel", ("layers", "embed", "mlp"), "matrix"),
+    ("blocks/mlp/(up|gate)/bias", ("layers", "mlp"), "vector"),
+    ("blocks/mlp/down/kernel", ("layers", "mlp", "embed"), "matrix"),
+    ("blocks/(attention/out|mlp/down)/bias", ("layers", "norm"), "vector"),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """The devices in their own order, process after process, as a mesh with axes `MESH_AXES`.
+
+    Args:
+        sizes: devices along each axis; their product is the number of devices.
+        devices: default: all of the job's.
+    """
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.array(devices).reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
+
+
+def path_name(path) -> str:
+    """A key path of `jax.tree_util` as text: blocks/attention/query/kernel."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _row(path: str) -> tuple[tuple[str, ...], str]:
+    for pattern, axes, kind in PARAMETERS:
+        if re.fullmatch(pattern, path):
+            return axes, kind
+    raise KeyError(f"parameter {path!r} is missing in the table trainit.sharding.PARAMETERS")
+
+
+def logical_axes(path: str) -> tuple[str, ...]:
+    """The logical axes of the parameter with this path. Raises KeyError if the table lacks it."""
+    return _row(path)[0]
+
+
+def kind(path: str) -> str:
+    """What the parameter with this path is: embedding, head, matrix or vector."""
+    return _row(path)[1]
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Logical axes of an array -> the mesh axes over which each of its dimensions is split."""
+    return PartitionSpec(*(RULES.get(axis) for axis in axes))
+
+
+def state_shardings(state, parameters: Mapping, mesh: Mesh):
+    """A sharding for every leaf of a train state.
+
+    A leaf is split as the parameter whose path is the leaf's suffix and whose shape is its own:
+    the parameter itself, its moments, its gradient's sum. Any other leaf is replicated.
+
+    Args:
+        state: a tree of arrays or of their shapes.
+        parameters: the tree of parameters, or of their shapes.
+        mesh: with axes `MESH_AXES`.
+    """
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(parameters)}
+
+    def sharding(path, leaf) -> NamedSharding:
+        keys = path_name(path).split("/")
+        for start in range(len(keys)):
+            suffix = "/".join(keys[start:])
+            if shapes.get(suffix) == leaf.shape:
+                return NamedSharding(mesh, spec(logical_axes(suffix)))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map_with_path(sharding, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays (micro-steps, rows, ...): rows are split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrainer(mesh: Mesh) -> Callable[..., jax.Array]:
+    """`constrain(array, "batch", "length", None)` fixes the layout of an intermediate array."""
+
+    def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(axes)))
+
+    return constrain

@@ -1,0 +1,181 @@
+"""TrainState, its sharded birth, the train step and the eval step."""
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from trainit import config as config_lib
+from trainit import losses, optimizers, schedules, sharding
+from trainit.model import GPT, choose_attention
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "opt_state", "skipped", "skipped_in_a_row"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. `step` counts steps done, skipped updates included."""
+
+    step: jax.Array  # int32
+    params: dict
+    opt_state: optax.OptState
+    skipped: jax.Array  # int32: updates left out because something was not finite
+    skipped_in_a_row: jax.Array  # int32: of them, those since the last good one
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The compiled functions of a run on its mesh."""
+
+    abstract_state: TrainState  # shapes, types and shardings
+    init: Callable[[], TrainState]  # born sharded
+    train: Callable[[TrainState, dict], tuple[TrainState, dict]]  # gives its state's memory away
+    evaluate: Callable[[dict, dict, jax.Array], dict]  # (params, batch, token_bytes) -> sums
+    attention: str  # the kernel that was chosen
+
+
+def named_key(seed: int, name: str) -> jax.Array:
+    """The run's key for one purpose; purposes do not disturb each other."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def build(config: FrozenConfigDict, mesh: Mesh) -> Steps:
+    """The functions of a run.
+
+    Args:
+        config: resolved.
+        mesh: with axes `sharding.MESH_AXES`.
+
+    Raises:
+        ConfigError: something was asked for that this platform cannot do.
+    """
+    try:
+        attention = choose_attention(config.model, mesh.devices.flat[0].platform, config.precision)
+    except ValueError as error:
+        raise config_lib.ConfigError(str(error)) from None
+    model = GPT(config.model, config.precision, attention, sharding.constrainer(mesh))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    schedule = schedules.build(
+        config.schedule,
+        config.optimizer.learning_rate,
+        config.steps,
+        config.batch_size * config.model.context_length,
+    )
+    optimizer = optimizers.build(
+        config.optimizer,
+        optimizers.Context(
+            schedule=schedule,
+            steps=config.steps,
+            parameters=shapes,
+            weight_decay=config.optimizer.weight_decay,
+            clip_norm=config.clip_norm,
+            key=named_key(config.seed, "optimizer"),
+        ),
+    )
+
+    def init() -> TrainState:
+        params = model.init(named_key(config.seed, "parameters"))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+    abstract = jax.eval_shape(init)
+    layout = sharding.state_shardings(abstract, shapes, mesh)
+    replicated = sharding.replicated(mesh)
+    return Steps(
+        abstract_state=jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout
+        ),
+        init=jax.jit(init, out_shardings=layout),
+        train=jax.jit(
+            _train_step(config, model, optimizer, schedule, layout.params),
+            donate_argnums=0,
+            out_shardings=(layout, replicated),
+        ),
+        evaluate=jax.jit(functools.partial(_eval_step, model), out_shardings=replicated),
+        attention=attention,
+    )
+
+
+def _loss(model: GPT, params: dict, micro_batch: dict, key: jax.Array | None) -> tuple[jax.Array, dict]:
+    tokens = micro_batch["tokens"].astype(jnp.int32)  # (b, L + 1): narrow until here
+    inputs_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
+    mask_BL = jnp.arange(inputs_BL.shape[1]) < micro_batch["lengths"][:, None]
+    sums = losses.cross_entropy(model(params, inputs_BL, key), targets_BL, mask_BL)
+    return sums["loss"], sums
+
+
+def _train_step(config, model, optimizer, schedule, layout) -> Callable:
+    """The train step: one optimizer update from G accumulated micro-steps."""
+    uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
+
+    def gradients(params: dict, batch: dict, step: jax.Array) -> tuple[dict, dict]:
+        """Sums over all micro-steps of the loss's gradient (float32, laid out as params) and of its parts."""
+        key = jax.random.fold_in(named_key(config.seed, "dropout"), step) if uses_dropout else None
+        micro_steps = batch["lengths"].shape[0]
+
+        def micro(number, micro_batch):
+            micro_key = None if key is None else jax.random.fold_in(key, number)
+            grads, sums = jax.grad(lambda p: _loss(model, p, micro_batch, micro_key), has_aux=True)(params)
+            return jax.lax.with_sharding_constraint(grads, layout), sums
+
+        if micro_steps == 1:
+            return micro(0, jax.tree.map(lambda x: x[0], batch))
+
+        def add(total, numbered):
+            return jax.tree.map(jnp.add, total, micro(*numbered)), None
+
+        zeros = jax.tree.map(
+            jnp.zeros_like, (params, dict.fromkeys(("loss", "correct", "count"), jnp.float32(0)))
+        )
+        zeros = (jax.lax.with_sharding_constraint(zeros[0], layout), zeros[1])
+        return jax.lax.scan(add, zeros, (jnp.arange(micro_steps), batch))[0]
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        grads, sums = gradients(state.params, batch, state.step)
+        grads = jax.tree.map(lambda g: g / sums["count"], grads)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        update_norm = optax.global_norm(updates)
+        good = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+
+        def if_good(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+        bad = (~good).astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=if_good(optax.apply_updates(state.params, updates), state.params),
+            opt_state=if_good(opt_state, state.opt_state),
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+        )
+        metrics = {
+            "train/loss": sums["loss"] / sums["count"],
+            "train/accuracy": sums["correct"] / sums["count"],
+            "train/grad_norm": grad_norm,
+            "train/update_norm": update_norm,
+            "train/learning_rate": schedule(state.step),
+            "train/skipped": new_state.skipped,
+            "skipped_in_a_row": new_state.skipped_in_a_row,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def _eval_step(model: GPT, params: dict, batch: dict, token_bytes_V: jax.Array) -> dict:
+    """Sums over one batch of a single micro-step: "loss", "correct", "count" and "bytes" of the targets."""
+    micro_batch = jax.tree.map(lambda x: x[0], batch)
+    _, sums = _loss(model, params, micro_batch, None)
+    targets_BL = micro_batch["tokens"][:, 1:].astype(jnp.int32)
+    counts = jnp.arange(targets_BL.shape[1]) < micro_batch["lengths"][:, None]
+    return sums | {"bytes": jnp.sum(jnp.where(counts, token_bytes_V[targets_BL], 0))}

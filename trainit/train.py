@@ -1,0 +1,260 @@
+"""The loop: the order of events, and nothing else."""
+
+import json
+import secrets
+import time
+from pathlib import Path
+
+import jax
+from absl import logging
+from ml_collections import FrozenConfigDict
+
+from trainit import __version__, distributed, metrics, sharding, step
+from trainit import config as config_lib
+from trainit.checkpoint import Checkpoints, check_same_run, due
+from trainit.config import ConfigError
+from trainit.data import loader
+from trainit.data.tokens import Dataset
+from trainit.evaluate import evaluate
+from trainit.trackers import Trackers, quantity
+
+DONE, STOPPED = 0, 75  # exit codes
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row in which the loss, the gradient or the update was not finite."""
+
+
+class Run:
+    """One process's part of a training run."""
+
+    def __init__(self, config: FrozenConfigDict, dataset: Dataset, workdir: Path, debug: bool = False):
+        """
+        Args:
+            config: resolved.
+            dataset: prepared, with splits "train" and "validation".
+            workdir: the run's folder; what it holds is resumed.
+            debug: let the mesh shrink to the devices that there are.
+
+        Raises:
+            ConfigError: the config does not fit the devices, the run folder or the checkpoint.
+        """
+        self.config, self.dataset, self.workdir = config, dataset, workdir
+        sizes = config_lib.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
+        micro_steps = config_lib.micro_steps(config, sizes)
+        self.batch_shape = (micro_steps, config.batch_size // micro_steps, config.model.context_length)
+        self.mesh = sharding.make_mesh(sizes)
+        self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        self.steps = step.build(config, self.mesh)
+        self._describe(sizes)
+        self.rows, self.wandb_id = 0, secrets.token_hex(4)  # rows of the training data consumed
+        self.resumed = self.checkpoints.latest() is not None
+        self.state = self._resume() if self.resumed else self._begin()
+        self.step = int(self.state.step)
+        self.saved = self.step if self.resumed else None  # step of the newest checkpoint
+        self.pending: tuple[int, dict] | None = None  # the newest step's metrics, still on the device
+
+    def _describe(self, sizes: dict[str, int]):
+        c, devices = self.config, jax.devices()
+        micro_steps, rows, length = self.batch_shape
+        parameters = metrics.parameter_count(self.steps.abstract_state.params)
+        train, validation = (self.dataset.splits[name] for name in ("train", "validation"))
+        for topic, text in {
+            "run": self.workdir,
+            "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
+            f"Trainit {__version__}, JAX {jax.__version__}",
+            "mesh": " × ".join(f"{axis} {sizes[axis]}" for axis in sharding.MESH_AXES),
+            "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
+            f"{c.model.dim}, attention {self.steps.attention}, precision {c.precision}",
+            "dataset": f"{self.dataset.folder}: {quantity(train.tokens)} tokens to train, "
+            f"{quantity(validation.tokens)} to validate, vocabulary {self.dataset.vocab_size}",
+            "batch": f"{c.batch_size} sequences of {length} tokens; {micro_steps} × "
+            f"{rows // (sizes['data'] * sizes['fsdp'])} on each device",
+            "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
+            f"schedule {c.schedule.name}",
+        }.items():
+            logging.info("%-10s %s", topic, text)
+
+    def _begin(self) -> step.TrainState:
+        """The state at the start: new, or from another run's checkpoint."""
+        c = self.config.checkpoint
+        if not c.load_path:
+            return self.steps.init()
+        source = Checkpoints(Path(c.load_path), read_only=True)
+        steps = source.steps()
+        number = max(steps, default=None) if c.load_step < 0 else c.load_step
+        if number not in steps:
+            raise ConfigError(
+                f"checkpoint.load_path={c.load_path!r} has no checkpoint of "
+                f"load_step={c.load_step}; there are {steps or 'none'}"
+            )
+        meta = self._accept(source, number)
+        if meta["dataset"] == self.dataset.fingerprint:
+            self.rows = meta["rows"]
+        if c.overwrite_optimizer:
+            logging.info("start      parameters of %s step %d, new optimizer", c.load_path, number)
+            fresh = self.steps.init()
+            layout = self.steps.abstract_state.params
+            return step.TrainState(**vars(fresh) | {"params": source.restore_params(number, layout)})
+        logging.info("start      %s step %d", c.load_path, number)
+        return source.restore(number, self.steps.abstract_state)
+
+    def _resume(self) -> step.TrainState:
+        """The state of this run's newest checkpoint."""
+        number = self.checkpoints.latest()
+        meta = self._accept(self.checkpoints, number)
+        self.rows, self.wandb_id = meta["rows"], meta["wandb_id"]
+        logging.info("resume     at step %d of %d", number, self.config.steps)
+        return self.checkpoints.restore(number, self.steps.abstract_state)
+
+    def _accept(self, source: Checkpoints, number: int) -> dict:
+        """The meta data of a checkpoint, which must be of this config and dataset."""
+        meta, c = source.meta(number), self.config
+        origin = f"checkpoint {source.folder / str(number)}"
+        overwrite = c.checkpoint.overwrite_config
+        for line in check_same_run(meta["config"], c.to_dict(), overwrite, origin):
+            logging.info("changed    %s", line)
+        if meta["dataset"] != self.dataset.fingerprint and not overwrite:
+            raise ConfigError(
+                f"{origin} was trained on dataset {meta['dataset']}, but dataset.path={c.dataset.path!r} is "
+                f"{self.dataset.fingerprint}; set --config.checkpoint.overwrite_config=True to go on with it"
+            )
+        return meta
+
+    def loop(self) -> int:
+        """Trains until all steps are done or the run is asked to stop; returns the exit code."""
+        c = self.config
+        if self.step >= c.steps:
+            logging.info("complete   all %d steps are done; nothing to do", c.steps)
+            return DONE
+        stop = distributed.StopRequest(c.max_minutes)
+        self._write_config()
+        keep = self.step if self.resumed else -1
+        lead = distributed.is_lead()
+        self.tracker = Trackers(lead, self.workdir, c.to_dict(), self.step, keep, self.wandb_id)
+        self.meter = metrics.Meter(c.batch_size * c.model.context_length, c.model)
+        code = 1
+        try:
+            code = self._loop(stop)
+            self.checkpoints.wait()
+        finally:
+            self.tracker.close(code)
+            self.checkpoints.close()
+        if code == DONE:
+            logging.info("done       all %d steps; metrics in %s", c.steps, self.workdir / "metrics.jsonl")
+            logging.info("           checkpoint in %s", self.checkpoints.folder / str(self.step))
+            logging.info("           train on: --config.steps=N --config.checkpoint.overwrite_config=True")
+        return code
+
+    def _loop(self, stop: distributed.StopRequest) -> int:
+        c = self.config
+        train = self.dataset.splits["train"]
+        batches = loader.batches(
+            train,
+            loader.Shuffled(train.sequences(c.model.context_length), c.seed),
+            self.batch_shape,
+            sharding.batch_sharding(self.mesh),
+            first_row=self.rows,
+            count=c.steps - self.step,
+            workers=c.dataset.workers,
+            prefetch=c.dataset.prefetch,
+        )
+        while True:
+            reason, last = stop(self.step), self.step == c.steps
+            self._milestone(last, bool(reason))
+            if reason and not last:
+                logging.info("stopped    on %s at step %d; run the same command to go on", reason, self.step)
+                return STOPPED
+            if last:
+                return DONE
+            waiting = time.perf_counter()
+            batch = next(batches)
+            self.meter.waited_for_data(time.perf_counter() - waiting)
+            self.state, on_device = self.steps.train(self.state, batch)
+            self.step, self.rows = self.step + 1, self.rows + c.batch_size
+            self._log(self._read())  # of the step before, while this one runs
+            self.pending = (self.step, on_device)
+
+    def _milestone(self, last: bool, stopping: bool):
+        """Validates and saves where this step asks for it."""
+        c, is_new = self.config, self.step != self.saved
+        every = c.eval.every_steps
+        validate = is_new and (last or (not stopping and every > 0 and self.step % every == 0))
+        save = is_new and (last or stopping or (self.step > 0 and due(c.checkpoint.save_steps, self.step)))
+        if not (validate or save):
+            return
+        record = self._read()
+        if validate:
+            record |= {"step": self.step, "tokens": self._tokens(self.step)} | self._evaluate()
+        self._log(record)
+        if save:
+            self._save()
+        self.meter.pause()
+
+    def _tokens(self, number: int) -> int:
+        """Targets trained on by the end of step `number`, counted from the rows consumed."""
+        rows = self.rows - (self.step - number) * self.config.batch_size
+        return rows * self.config.model.context_length
+
+    def _read(self) -> dict:
+        """The pending step's metrics as numbers; waits for that step alone."""
+        if self.pending is None:
+            return {}
+        (number, on_device), self.pending = self.pending, None
+        values = {name: value.item() for name, value in jax.device_get(on_device).items()}
+        in_a_row = values.pop("skipped_in_a_row")
+        record = {"step": number, "tokens": self._tokens(number)} | values | self.meter.step()
+        if in_a_row >= self.config.max_skipped:
+            self._log(record)
+            self._save()
+            self.checkpoints.wait()
+            raise NonFiniteError(
+                f"loss, gradient or update were not finite in {in_a_row} steps in a row (max_skipped), up to "
+                f"step {number}; the parameters from before them are saved in checkpoint {self.step}"
+            )
+        return record
+
+    def _log(self, record: dict):
+        if record:
+            number = record["step"]
+            write = number % self.config.log.every_steps == 0 or "valid/loss" in record
+            self.tracker.log(number, record, write)
+
+    def _evaluate(self) -> dict:
+        _, rows, length = self.batch_shape
+        result = evaluate(
+            self.steps,
+            self.state.params,
+            self.dataset.splits["validation"],
+            self.dataset.tokenizer.token_bytes(),
+            self.config.eval.sequences,
+            (1, rows, length),
+            sharding.batch_sharding(self.mesh),
+        )
+        logging.info(
+            "step %d: validation loss %.4f, %.4f bits per byte",
+            self.step,
+            result["valid/loss"],
+            result["valid/bits_per_byte"],
+        )
+        return result
+
+    def _save(self):
+        if self.step == self.saved:
+            return
+        self.tracker.sync()  # what a resume will not do again must be on disk before the checkpoint is
+        meta = {
+            "config": self.config.to_dict(),
+            "rows": self.rows,
+            "dataset": self.dataset.fingerprint,
+            "wandb_id": self.wandb_id,
+            "version": __version__,
+        }
+        self.checkpoints.save(self.step, self.state, meta)
+        self.saved = self.step
+
+    def _write_config(self):
+        if distributed.is_lead():
+            unfinished = self.workdir / "config.json.tmp"
+            unfinished.write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+            unfinished.rename(self.workdir / "config.json")

@@ -42,10 +42,12 @@ class Checkpoints:
             max_to_keep=self._keep or None,
             create=not self._read_only,
             read_only=self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
             cleanup_tmp_directories=not self._read_only,
             async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT_SECONDS),
         )
-        return ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
@@ -105,9 +107,15 @@ class Checkpoints:
             saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}
         for path in sorted(wanted.keys() | saved.keys()):
             if wanted.get(path) != saved.get(path):
+                remedy = (
+                    "take its parameters alone into a new --workdir with --config.checkpoint.load_path= and "
+                    "--config.checkpoint.overwrite_optimizer=True"
+                    if path.startswith("opt_state/")
+                    else "set the model fields that it was made with"
+                )
                 raise ConfigError(
                     f"checkpoint {self.folder / str(step)} is of another model or optimizer: {path} is "
-                    f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here"
+                    f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"
                 )
 
     def wait(self):

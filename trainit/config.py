@@ -14,6 +14,7 @@ from itertools import pairwise
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import FieldReference
 
+MESH_AXES = ("data", "fsdp", "tensor", "context")  # the last ones vary fastest: they stay inside a node
 VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to it: matrix units like it, and so do tensor shards
 
 
@@ -354,11 +355,11 @@ def mesh_sizes(config: FrozenConfigDict, devices: int, shrink_to_fit: bool = Fal
     Raises:
         ConfigError: the axes do not cover the devices, or a size does not divide what it splits.
     """
-    sizes = dict(config.mesh)
+    sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
     free = next((axis for axis, size in sizes.items() if size == -1), "data" if shrink_to_fit else None)
     if free:
         left = devices
-        for axis in sizes.keys() - {free}:
+        for axis in [axis for axis in reversed(MESH_AXES) if axis != free]:
             if shrink_to_fit and left % sizes[axis]:
                 sizes[axis] = 1
             left //= sizes[axis]
@@ -366,7 +367,7 @@ def mesh_sizes(config: FrozenConfigDict, devices: int, shrink_to_fit: bool = Fal
     needed = math.prod(sizes.values())
     _require(
         needed == devices,
-        "mesh=(" + ", ".join(f"{axis} {size}" for axis, size in config.mesh.items()) + f") covers {needed} "
+        "mesh=(" + ", ".join(f"{axis} {config.mesh[axis]}" for axis in MESH_AXES) + f") covers {needed} "
         f"devices, but there are {devices}; let the sizes multiply to that, or set one to -1",
     )
     _check_mesh(sizes, config)

@@ -1,9 +1,12 @@
 """Who am I among the processes, who leads, and has somebody asked the run to stop?"""
 
 import os
+import platform as host
 import signal
 import sys
 import time
+import zlib
+from pathlib import Path
 
 import jax
 from absl import logging
@@ -13,13 +16,20 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def initialize(
-    platform: str, cpu_devices: int, coordinator: str = "", num_processes: int = 1, process_id: int = 0
+    platform: str,
+    cpu_devices: int,
+    cache: Path,
+    coordinator: str = "",
+    num_processes: int = 1,
+    process_id: int = 0,
 ):
     """Makes this process one of the job's. To be called before any other use of JAX.
 
     Args:
         platform: "cpu", "cuda", ...; empty: the best there is.
         cpu_devices: virtual devices of this process where it runs on the CPU.
+        cache: folder for compiled programs, which later starts read back; JAX_COMPILATION_CACHE_DIR
+            overrides it.
         coordinator: "host:port" of process 0; every process needs it where there are several.
         num_processes: of the job.
         process_id: this process's number, from 0.
@@ -27,6 +37,9 @@ def initialize(
     if platform:
         jax.config.update("jax_platforms", platform)
     jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache / f"compiled-{_processor()}"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if num_processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
@@ -38,6 +51,12 @@ def initialize(
             heartbeat_timeout_seconds=20,
             shutdown_timeout_seconds=20,
         )
+
+
+def _processor() -> str:
+    """A short name for this host's kind of CPU: programs compiled for another one must not run here."""
+    flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")]
+    return f"{host.machine()}-{zlib.crc32(''.join(flags[:1]).encode()):08x}"
 
 
 def is_lead() -> bool:

@@ -8,11 +8,12 @@ usage, 1 anything else.
 
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from trainit import config as config_lib
 from trainit import distributed, trackers, train
@@ -37,25 +38,39 @@ def _parse(argv: list[str]) -> list[str]:
             raise ConfigError(f"{rest[1]!r} is no flag: options start with --")
         if not flags.FLAGS["config"].present:
             raise ConfigError("--config=FILE is missing, for example --config=configs/debug.py")
+        if not _config_file()[0].is_file():
+            raise ConfigError(f"--config={_config_file()[0]}: there is no such file")
         _ = _CONFIG.value.steps  # the file is read now; that is where its errors come up
         return rest
-    except AttributeError:
-        _say(_unknown_field(argv))
+    except (AttributeError, KeyError):
+        _say(_unknown_field())
     except Exception as error:  # whatever a config file raises is a usage error
-        _say(error)
+        # Of a traceback that came as text, the last line says what was wrong.
+        _say(str(error).strip().splitlines()[-1].removeprefix("trainit.config.ConfigError: "))
     sys.exit(USAGE_ERROR)
 
 
-def _unknown_field(argv: list[str]) -> str:
+def _config_file() -> tuple[Path, str]:
+    """The config file and what stands behind its colon, as --config gives them."""
+    flag = re.compile(r"--?config(=.*)?")
+    at = next(i for i, argument in enumerate(sys.argv) if flag.fullmatch(argument))
+    given = sys.argv[at].partition("=")[2] or sys.argv[at + 1]
+    file, _, arg = given.partition(":")
+    return Path(file), arg
+
+
+def _unknown_field() -> str:
     """The first --config.a.b that the config lacks, with what there is in its place."""
-    for argument in argv:
+    file, arg = _config_file()
+    for argument in sys.argv:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
-        group, name = _CONFIG.value if "config" in flags.FLAGS else {}, "config"
+        group, name = runpy.run_path(str(file))["get_config"](arg), "config"
         for part in match[1].split(".") if match else ():
-            if part not in group:
-                return f"unknown field {name}.{part}; {name} has {', '.join(sorted(group))}"
+            if not isinstance(group, ConfigDict) or part not in group:
+                there = ", ".join(sorted(group)) if isinstance(group, ConfigDict) else "no fields"
+                return f"unknown field {name}.{part}; {name} has {there}"
             group, name = group[part], f"{name}.{part}"
-    return "a config field is unknown"
+    return "a field of the config is unknown"
 
 
 def _say(error):
@@ -87,8 +102,8 @@ def _read_config():
 
 def _make_workdir() -> Path:
     """The run's folder, created and writable."""
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = Path(_WORKDIR.value or Path("runs") / (name + "-debug" * _DEBUG.value))
+    name = _config_file()[0].stem + "-debug" * _DEBUG.value
+    workdir = Path(_WORKDIR.value or Path("runs") / name)
     try:
         (workdir / "logs").mkdir(parents=True, exist_ok=True)
         probe = workdir / "logs" / f".probe_{_PROCESS_ID.value}"
@@ -102,12 +117,17 @@ def _make_workdir() -> Path:
 def _main(argv: list[str]):
     del argv
     try:
+        trackers.log_to_terminal(lead=_PROCESS_ID.value == 0)
         config, dataset = _read_config()
         workdir = _make_workdir()
-        lead = _PROCESS_ID.value == 0
-        trackers.log_to(workdir / "logs" / f"process_{_PROCESS_ID.value}.log", lead)
+        trackers.log_to_file(workdir / "logs" / f"process_{_PROCESS_ID.value}.log")
         distributed.initialize(
-            config.platform, config.cpu_devices, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+            config.platform,
+            config.cpu_devices,
+            _cache(),
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
         )
         code = train.Run(config, dataset, workdir, _DEBUG.value).loop()
     except (ConfigError, tokens.DatasetError) as error:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")  # the last ones vary fastest: they stay inside a node
+from trainit.config import MESH_AXES
 
 # Logical axis -> mesh axes. An axis that is not named here is not split.
 RULES = {

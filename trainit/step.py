@@ -53,7 +53,7 @@ def build(config: FrozenConfigDict, mesh: Mesh) -> Steps:
 
     Args:
         config: resolved.
-        mesh: with axes `sharding.MESH_AXES`.
+        mesh: with axes `config.MESH_AXES`.
 
     Raises:
         ConfigError: something was asked for that this platform cannot do.
@@ -142,9 +142,9 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         grads, sums = gradients(state.params, batch, state.step)
         grads = jax.tree.map(lambda g: g / sums["count"], grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-        update_norm = optax.global_norm(updates)
+        update_norm = optax.tree.norm(updates)
         good = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
 
         def if_good(new, old):

@@ -17,28 +17,27 @@ LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
 class _Terminal(std_logging.Handler):
-    """Trainit's own messages as they are, and warnings of others, above the progress bar."""
+    """Trainit's own messages as they are, and errors of others, above the progress bar."""
 
     def emit(self, record):
-        if record.pathname.startswith(PACKAGE) or record.levelno >= std_logging.WARNING:
+        if record.pathname.startswith(PACKAGE) or record.levelno >= std_logging.ERROR:
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-def log_to(path: Path, lead: bool):
-    """Sends messages to the terminal (from the lead process; from others, warnings) and, timed, to a file.
-
-    Args:
-        path: of the file, which is appended to.
-        lead: whether this is the lead process.
-    """
+def log_to_terminal(lead: bool):
+    """Sends the lead process's messages to the terminal, and of other processes the warnings."""
     terminal = _Terminal()
     terminal.setFormatter(std_logging.Formatter("%(message)s"))
     terminal.setLevel(std_logging.INFO if lead else std_logging.WARNING)
+    std_logging.getLogger().handlers = [terminal]
+    logging.set_verbosity(logging.INFO)
+
+
+def log_to_file(path: Path):
+    """Sends messages of all kinds to this file too, each with its time; what it holds stays."""
     file = std_logging.FileHandler(path)
     file.setFormatter(std_logging.Formatter("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
-    root = std_logging.getLogger()
-    root.handlers = [terminal, file]
-    logging.set_verbosity(logging.INFO)
+    std_logging.getLogger().addHandler(file)
 
 
 class JsonLines:
@@ -108,6 +107,8 @@ class Progress:
             self._bar = tqdm(total=steps, initial=start, bar_format=layout, dynamic_ncols=True, smoothing=0.1)
 
     def show(self, step: int, metrics: Mapping):
+        if step == self._start:
+            return
         if "train/loss" in metrics:
             self._text = f"loss {metrics['train/loss']:.3f}"
         if "throughput/tokens_per_second" in metrics:

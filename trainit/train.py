@@ -63,7 +63,7 @@ class Run:
             "run": self.workdir,
             "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
             f"Trainit {__version__}, JAX {jax.__version__}",
-            "mesh": " × ".join(f"{axis} {sizes[axis]}" for axis in sharding.MESH_AXES),
+            "mesh": " × ".join(f"{axis} {sizes[axis]}" for axis in config_lib.MESH_AXES),
             "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
             f"{c.model.dim}, attention {self.steps.attention}, precision {c.precision}",
             "dataset": f"{self.dataset.folder}: {quantity(train.tokens)} tokens to train, "

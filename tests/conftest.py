@@ -1,0 +1,42 @@
+"""Eight virtual CPU devices, and small datasets, for every test."""
+
+import os
+import tempfile
+
+# Compiled programs and prepared data are kept for the whole session, also by the processes tests start.
+os.environ["TRAINIT_CACHE"] = tempfile.mkdtemp(prefix="trainit-tests-")
+
+# In this process programs run briefly: compile them fast. Processes that tests start compile as users' do.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+import atexit
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", os.environ["TRAINIT_CACHE"] + "/compiled")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+atexit.register(shutil.rmtree, os.environ["TRAINIT_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def random_dataset(tmp_path_factory) -> Path:
+    """A prepared dataset of bytes: words drawn from a seed, in four shards to train and one to validate."""
+    from trainit.data import prepare
+    from trainit.data.tokenizers import ByteTokenizer
+
+    draw = np.random.default_rng(0)
+    words = ["".join(chr(c) for c in draw.integers(97, 123, draw.integers(1, 8))) for _ in range(300)]
+
+    def documents(count: int) -> list[str]:
+        return [" ".join(draw.choice(words, draw.integers(20, 200))) for _ in range(count)]
+
+    folder = tmp_path_factory.mktemp("data") / "random"
+    splits = {"train": documents(150), "validation": documents(10)}
+    prepare.write_dataset(folder, ByteTokenizer(), splits, shard_tokens=20_000)
+    return folder

@@ -1,0 +1,127 @@
+"""Law 1: global batch t is a pure function of (dataset, seed, t), for whoever reads it."""
+
+import hashlib
+import json
+
+import grain
+import jax
+import numpy as np
+import pytest
+from processes import free_port, start
+from read_batches import BATCHES, FIRST_ROW, LENGTH, ROWS, SEED
+
+from trainit import sharding
+from trainit.data import loader
+from trainit.data.tokens import open_dataset
+
+
+def expected_batches(folder) -> list[np.ndarray]:
+    """The batches written out: Grain's public shuffle over all tokens read at once."""
+    info = json.loads((folder / "dataset.json").read_text())
+    shards = info["splits"]["train"]["shards"]
+    assert len(shards) > 2  # sequences cross from shard to shard
+    tokens = np.concatenate([np.fromfile(folder / shard["file"], info["dtype"]) for shard in shards])
+    count = -(-(len(tokens) - 1) // LENGTH)
+    order = grain.MapDataset.range(count).shuffle(SEED)
+    batches = []
+    for t in range(BATCHES):
+        batch = np.zeros((ROWS, LENGTH + 1), info["dtype"])
+        for r in range(ROWS):
+            position = FIRST_ROW + t * ROWS + r
+            sequence = order[position] % count
+            piece = tokens[sequence * LENGTH : sequence * LENGTH + LENGTH + 1]
+            batch[r, : len(piece)] = piece
+        batches.append(batch)
+    return batches
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_global_batches_do_not_depend_on_processes_or_workers(processes, random_dataset, tmp_path):
+    """Real processes, each with 0, 1 and 2 workers: the assembled batches' hashes."""
+    address = f"localhost:{free_port()}"
+    started = [
+        start(random_dataset, tmp_path, address, processes, i, module="tests.data.read_batches")
+        for i in range(processes)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(outputs)
+    hashes = [digest(batch) for batch in expected_batches(random_dataset)]
+    assert len(set(hashes)) == BATCHES
+    for workers in (0, 1, 2):
+        batches = np.zeros((BATCHES, ROWS, LENGTH + 1), np.uint16)
+        readers = np.zeros((BATCHES, ROWS), int)
+        for process in range(processes):
+            part = np.load(tmp_path / f"{workers}-{process}.npz")
+            for t in range(BATCHES):
+                batches[t, part["rows"]] = part["tokens"][t]
+                readers[t, part["rows"]] += 1
+        assert (readers == 1).all()  # each process read its own rows and no others
+        assert [digest(batch) for batch in batches] == hashes, f"{workers} workers"
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (3, 8), (6, 4)])
+def test_micro_steps_and_meshes_only_arrange_the_rows(shape, random_dataset):
+    split = open_dataset(random_dataset).splits["train"]
+    order = loader.Shuffled(split.sequences(LENGTH), SEED)
+    expected = expected_batches(random_dataset)
+    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 1}):
+        devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+        mesh = sharding.make_mesh(sizes | {"context": 1}, devices)
+        batches = loader.batches(
+            split, order, (*shape, LENGTH), sharding.batch_sharding(mesh), FIRST_ROW, BATCHES
+        )
+        for batch, wanted in zip(batches, expected, strict=True):
+            assert batch["tokens"].dtype == np.uint16
+            assert batch["tokens"].sharding.spec == sharding.batch_sharding(mesh).spec
+            np.testing.assert_array_equal(np.asarray(batch["tokens"]).reshape(ROWS, LENGTH + 1), wanted)
+
+
+def test_every_token_but_the_first_is_a_target_once_an_epoch(random_dataset):
+    """Over one epoch of batches of 7, and over the next, in another order."""
+    split = open_dataset(random_dataset).splits["train"]
+    count = split.sequences(LENGTH)
+    order = loader.Shuffled(count, SEED)
+    epochs = []
+    for epoch in range(2):
+        sequences = order(np.arange(epoch * count, (epoch + 1) * count))
+        epochs.append(sequences)
+        targets = np.zeros(split.tokens, int)
+        _, lengths = split.read(sequences, LENGTH)
+        for sequence, length in zip(sequences, lengths, strict=True):
+            targets[sequence * LENGTH + 1 : sequence * LENGTH + 1 + length] += 1
+        assert targets[0] == 0
+        assert (targets[1:] == 1).all()
+        # Shuffled: neighbours are hardly ever neighbours.
+        assert np.mean(np.diff(sequences) == 1) < 0.02
+    assert (epochs[0] != epochs[1]).mean() > 0.9
+
+
+def test_order_is_grains_public_shuffle():
+    """The private function that is called for speed is the one behind MapDataset.shuffle."""
+    for count in (1, 2, 37, 1000):
+        public = grain.MapDataset.range(count).shuffle(9)
+        positions = np.arange(3 * count)
+        assert loader.Shuffled(count, 9)(positions).tolist() == [public[int(p)] % count for p in positions]
+    assert loader.Shuffled(3_000_000_000, 2**32 - 1)(np.array([2_999_999_999, 3_000_000_000])).max() < 3e9
+
+
+def test_spaced_validation_covers_everything_once_or_evenly(random_dataset):
+    assert loader.Spaced(10, 10)(np.arange(12)).tolist() == [*range(10), -1, -1]
+    assert loader.Spaced(10, 4)(np.arange(5)).tolist() == [0, 2, 5, 7, -1]
+    split = open_dataset(random_dataset).splits["validation"]
+    ids, lengths = split.read(np.array([0, -1]), LENGTH)
+    assert lengths.tolist() == [LENGTH, 0]
+    assert not ids[1].any()
+
+
+def test_a_dead_worker_is_an_error(random_dataset, tmp_path):
+    """kill -9 of the reading process: the run ends with an error within seconds, not in a wait."""
+    args = random_dataset, tmp_path, f"localhost:{free_port()}", 1, 0, "kill"
+    process = start(*args, module="tests.data.read_batches")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "worker" in output.lower()

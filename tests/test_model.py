@@ -1,0 +1,557 @@
+"""The GPT against an independent forward pass in NumPy, and what must hold of any of its variants."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import trainit.config
+from trainit import optimizers, sharding
+from trainit.model import GPT, choose_attention, dropout, plain_attention
+
+MODERN = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "positions": "rope",
+    "use_bias": False,
+    "qk_norm": True,
+}
+VARIANTS = {
+    "gpt2": {},
+    "head_bias": {"head_bias": True},
+    "one_block": {"num_blocks": 1},
+    "narrow_mlp": {"mlp_dim": 24},
+    "rope": {"positions": "rope"},
+    "rope_theta": {"positions": "rope", "rope_theta": 50.0},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "swiglu": {"activation": "swiglu"},
+    "relu2": {"activation": "relu2"},
+    "qk_norm": {"qk_norm": True},
+    "two_kv_heads": {"num_kv_heads": 2},
+    "one_kv_head": {"num_kv_heads": 1},
+    "tied": {"tied_embeddings": True},
+    "softcap": {"logit_softcap": 3.0},
+    "no_bias": {"use_bias": False},
+    "no_bias_but_head": {"use_bias": False, "head_bias": True},
+    "modern": MODERN,
+    "qk_norm_rope": {"qk_norm": True, "positions": "rope", "num_kv_heads": 2},
+    "modern_biases": MODERN | {"use_bias": True, "num_kv_heads": 2, "head_bias": True},
+    "everything": MODERN | {"num_kv_heads": 2, "tied_embeddings": True, "logit_softcap": 5.0},
+    "everything_relu2": MODERN | {"num_kv_heads": 1, "activation": "relu2", "logit_softcap": 5.0},
+}
+SMALL = {"dim": 32, "num_heads": 4, "num_blocks": 2, "context_length": 16, "vocab_size": 128}
+DROPOUTS = ("gpt_dropout", "attn_dropout", "attn_linear_dropout", "transformer_dropout")
+
+
+def model_config(**changes):
+    config = trainit.config.defaults()
+    config.model = trainit.config.model(**(SMALL | changes))
+    config.optimizer = optimizers.choices()["adamw"]()
+    return trainit.config.resolve(config, 100).model
+
+
+def by_path(tree) -> dict:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def random_parameters(model: GPT, seed: int) -> dict:
+    """Every parameter random, so that no bias or scale hides behind a 0 or 1.
+
+    Embeddings, queries and keys are small enough for the epsilon of the norms behind them to show
+    where there is one.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    normalized = any("query_norm" in path for path in by_path(shapes))
+
+    def draw(path, leaf):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        values = rng.standard_normal(leaf.shape)
+        if path.endswith("scale"):
+            values = 1 + 0.3 * values
+        elif path.endswith("embedding"):
+            values *= 0.05
+        elif path.endswith("kernel"):
+            values *= 0.25
+        else:
+            values *= 0.5
+        if normalized and ("/query/" in path or "/key/" in path):
+            values *= 0.02
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def random_tokens(shape, seed: int, vocab_size: int = SMALL["vocab_size"]) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, vocab_size, shape), jnp.int32)
+
+
+def numpy_norm(x, p, kind):
+    """Over the last axis; p: {"scale": ..., "bias": ... or absent}."""
+    if kind == "layernorm":
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    else:
+        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    return y * p["scale"] + p.get("bias", 0.0)
+
+
+def numpy_rotate(x_LK, theta):
+    """RoPE as a complex rotation of the pairs (i, i + K/2)."""
+    L, K = x_LK.shape
+    turn = np.exp(1j * np.outer(np.arange(L), theta ** (-2 * np.arange(K // 2) / K)))
+    z = (x_LK[:, : K // 2] + 1j * x_LK[:, K // 2 :]) * turn
+    return np.concatenate([z.real, z.imag], axis=1)
+
+
+def numpy_attention(x_LD, p, c):
+    """One sequence through one layer's attention, head by head."""
+    L, out = len(x_LD), np.zeros_like(x_LD)
+    for head in range(c.num_heads):
+        kv_head = head // (c.num_heads // c.num_kv_heads)
+
+        def project(name, index):
+            bias = p[name]["bias"][index] if c.use_bias else 0.0
+            return x_LD @ p[name]["kernel"][:, index] + bias
+
+        q, k, v = project("query", head), project("key", kv_head), project("value", kv_head)
+        if c.qk_norm:
+            q, k = numpy_norm(q, p["query_norm"], "rmsnorm"), numpy_norm(k, p["key_norm"], "rmsnorm")
+        if c.positions == "rope":
+            q, k = numpy_rotate(q, c.rope_theta), numpy_rotate(k, c.rope_theta)
+        for i in range(L):
+            weights = np.exp(k[: i + 1] @ q[i] / np.sqrt(c.dim / c.num_heads))
+            out[i] += (weights / weights.sum()) @ v[: i + 1] @ p["out"]["kernel"][head]
+    return out + (p["out"]["bias"] if c.use_bias else 0.0)
+
+
+def numpy_mlp(x_LD, p, c):
+    def linear(x, name):
+        return x @ p[name]["kernel"] + (p[name]["bias"] if c.use_bias else 0.0)
+
+    h = linear(x_LD, "up")
+    if c.activation == "gelu":
+        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    elif c.activation == "relu2":
+        h = np.maximum(h, 0) ** 2
+    else:
+        gate = linear(x_LD, "gate")
+        h = gate / (1 + np.exp(-gate)) * h
+    return linear(h, "down")
+
+
+def numpy_logits(parameters, tokens_BL, c):
+    """GPT-2 and its modern parts, float64, one sequence at a time."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), parameters)
+    logits = []
+    for tokens_L in np.asarray(tokens_BL):
+        x = p["token_embedding"]["embedding"][tokens_L]
+        if c.positions == "learned":
+            x = x + p["position_embedding"]["embedding"][np.arange(len(tokens_L))]
+        for n in range(c.num_blocks):
+            layer = jax.tree.map(lambda leaf, n=n: leaf[n], p["blocks"])
+            x = x + numpy_attention(numpy_norm(x, layer["attention_norm"], c.norm), layer["attention"], c)
+            x = x + numpy_mlp(numpy_norm(x, layer["mlp_norm"], c.norm), layer["mlp"], c)
+        x = numpy_norm(x, p["final_norm"], c.norm)
+        if c.tied_embeddings:
+            y = x @ p["token_embedding"]["embedding"].T
+        else:
+            y = x @ p["head"]["kernel"] + (p["head"]["bias"] if c.head_bias else 0.0)
+        logits.append(c.logit_softcap * np.tanh(y / c.logit_softcap) if c.logit_softcap else y)
+    return np.stack(logits)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_equal_numpy(changes):
+    c = model_config(**changes)
+    model = GPT(c, "float32")
+    parameters = random_parameters(model, seed=1)
+    tokens_BL = random_tokens((2, 13), seed=2)  # shorter than the context
+    logits_BLV = jax.jit(model)(parameters, tokens_BL)
+    expected_BLV = numpy_logits(parameters, tokens_BL, c)
+    assert logits_BLV.dtype == jnp.float32
+    assert expected_BLV.std() > 0.2
+    # float32 rounds at 6e-8 of values which residual sums and squared activations bring to some tens.
+    np.testing.assert_allclose(logits_BLV, expected_BLV, rtol=0, atol=1e-5 * np.abs(expected_BLV).max())
+
+
+def test_logits_of_a_full_context_and_other_integer_types():
+    c = model_config()
+    model = GPT(c)
+    parameters = random_parameters(model, seed=3)
+    tokens_BL = random_tokens((1, c.context_length), seed=4)
+    expected_BLV = numpy_logits(parameters, tokens_BL, c)
+    for dtype in (jnp.int32, jnp.uint16):
+        logits_BLV = model(parameters, tokens_BL.astype(dtype))
+        np.testing.assert_allclose(logits_BLV, expected_BLV, rtol=0, atol=1e-5 * np.abs(expected_BLV).max())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, MODERN | {"num_kv_heads": 2}, {"logit_softcap": 3.0, **dict.fromkeys(DROPOUTS, 0.1)}],
+    ids=["gpt2", "modern", "dropout"],
+)
+def test_causality_by_gradients(changes):
+    """The logits at i depend on the inputs at j <= i, all of them, and on no other."""
+    c = model_config(**changes)
+    model = GPT(c)
+    parameters = random_parameters(model, seed=5)
+    L = 8
+    rng = np.random.default_rng(6)
+    tokens_L = jnp.asarray(rng.permutation(c.vocab_size)[:L], jnp.int32)  # each row used at one position
+    weights_V = jnp.asarray(rng.standard_normal(c.vocab_size), jnp.float32)
+
+    def projected(embedding_VD):
+        changed = parameters | {"token_embedding": {"embedding": embedding_VD}}
+        return model(changed, tokens_L[None], jax.random.key(7))[0] @ weights_V
+
+    jacobian_LVD = jax.jit(jax.jacrev(projected))(parameters["token_embedding"]["embedding"])
+    size_LL = np.abs(jacobian_LVD[:, tokens_L]).max(-1)
+    np.testing.assert_array_equal(size_LL > 0, np.tri(L, dtype=bool))
+    assert size_LL[np.tri(L, dtype=bool)].min() > 1e-6  # a dependence, not a rounding error
+
+
+def test_causality_with_tied_embeddings():
+    """There the head reaches every row, so tokens are changed instead."""
+    c = model_config(**VARIANTS["everything"])
+    model = jax.jit(GPT(c))
+    parameters = random_parameters(GPT(c), seed=5)
+    tokens_BL = random_tokens((1, 12), seed=6)
+    changed_BL = tokens_BL.at[0, 5].set((tokens_BL[0, 5] + 1) % c.vocab_size)
+    same_L = np.all(model(parameters, tokens_BL) == model(parameters, changed_BL), axis=-1)[0]
+    np.testing.assert_array_equal(same_L, np.arange(12) < 5)
+
+
+def logits_and_gradients(c, parameters, tokens_BL, key):
+    model = GPT(c)
+
+    @jax.jit
+    def run(parameters):
+        logits_BLV, pull = jax.vjp(lambda p: model(p, tokens_BL, key), parameters)
+        weights = np.random.default_rng(8).standard_normal(logits_BLV.shape)
+        return {"logits": logits_BLV, "gradient": pull(jnp.asarray(weights, jnp.float32))[0]}
+
+    return by_path(run(parameters))
+
+
+def is_without_gradient(c, path: str) -> bool:
+    """Softmax ignores what a bias of the keys adds, but behind a norm or a rotation; rounding remains."""
+    return path.endswith("attention/key/bias") and not c.qk_norm and c.positions != "rope"
+
+
+@pytest.mark.parametrize(
+    "changes, others",
+    [
+        ({}, [(False, "none"), (True, "block")]),
+        (MODERN | {"num_kv_heads": 2} | dict.fromkeys(DROPOUTS, 0.2), [(False, "block")]),
+    ],
+    ids=["gpt2", "modern_dropout"],
+)
+def test_scan_and_remat_change_nothing(changes, others):
+    """With dropout too: the masks of the backward pass are those of the forward pass."""
+    base = model_config(**changes)
+    parameters = random_parameters(GPT(base), seed=9)
+    tokens_BL = random_tokens((2, 8), seed=10)
+    expected = logits_and_gradients(base, parameters, tokens_BL, jax.random.key(11))
+    for scan_layers, remat in others:
+        c = model_config(**changes, scan_layers=scan_layers, remat=remat)
+        got = logits_and_gradients(c, parameters, tokens_BL, jax.random.key(11))
+        assert got.keys() == expected.keys()
+        for path, want in expected.items():
+            if path.endswith("attention/key/bias"):
+                # Softmax ignores what a bias adds to all scores of a query: rounding errors are left.
+                assert np.abs(got[path]).max() < 1e-4 < np.abs(got[path.replace("bias", "kernel")]).max()
+                continue
+            assert np.abs(want).max() > 0, path
+            np.testing.assert_allclose(got[path], want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=path)
+
+
+def test_remat_recomputes():
+    """The block's forward pass appears once more in the gradient's program."""
+    tokens_BL = random_tokens((1, 8), seed=10)
+
+    def activations(remat):
+        model = GPT(model_config(remat=remat))
+        gradient = jax.grad(lambda p: model(p, tokens_BL).sum())
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        return str(jax.make_jaxpr(gradient)(shapes)).count(" tanh ")
+
+    assert (activations("none"), activations("block")) == (1, 2)
+
+
+def expected_shapes(c) -> dict:
+    D, H, J, K = c.dim, c.num_heads, c.num_kv_heads, c.dim // c.num_heads
+    F, V, N = c.mlp_dim, c.vocab_size, c.num_blocks
+    linears = {
+        "blocks/attention/query": ((N, D, H, K), (N, H, K)),
+        "blocks/attention/key": ((N, D, J, K), (N, J, K)),
+        "blocks/attention/value": ((N, D, J, K), (N, J, K)),
+        "blocks/attention/out": ((N, H, K, D), (N, D)),
+        "blocks/mlp/up": ((N, D, F), (N, F)),
+        "blocks/mlp/down": ((N, F, D), (N, D)),
+    }
+    if c.activation == "swiglu":
+        linears["blocks/mlp/gate"] = ((N, D, F), (N, F))
+    shapes = {"token_embedding/embedding": (V, D)}
+    if c.positions == "learned":
+        shapes["position_embedding/embedding"] = (c.context_length, D)
+    if not c.tied_embeddings:
+        shapes["head/kernel"] = (D, V)
+    if c.head_bias:
+        shapes["head/bias"] = (V,)
+    for path, (kernel, bias) in linears.items():
+        shapes[f"{path}/kernel"] = kernel
+        if c.use_bias:
+            shapes[f"{path}/bias"] = bias
+    for path, leading in (("final_norm", ()), ("blocks/attention_norm", (N,)), ("blocks/mlp_norm", (N,))):
+        shapes[f"{path}/scale"] = (*leading, D)
+        if c.use_bias and c.norm == "layernorm":
+            shapes[f"{path}/bias"] = (*leading, D)
+    if c.qk_norm:
+        shapes["blocks/attention/query_norm/scale"] = (N, K)
+        shapes["blocks/attention/key_norm/scale"] = (N, K)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"head_bias": True}, MODERN | {"num_kv_heads": 4, "use_bias": True}],
+    ids=["gpt2", "modern_biases"],
+)
+def test_init(changes):
+    c = model_config(**{"dim": 64, "num_heads": 8, "num_blocks": 3, "vocab_size": 512} | changes)
+    model = GPT(c)
+    init = jax.jit(model.init)
+    parameters, again, other = (by_path(init(jax.random.key(seed))) for seed in (12, 12, 13))
+    assert {path: leaf.shape for path, leaf in parameters.items()} == expected_shapes(c)
+    assert {leaf.dtype for leaf in parameters.values()} == {jnp.dtype("float32")}
+    drawn = []
+    for path, leaf in parameters.items():
+        np.testing.assert_array_equal(leaf, again[path], err_msg=path)
+        if path.endswith("bias"):
+            np.testing.assert_array_equal(leaf, 0, err_msg=path)
+            continue
+        if path.endswith("scale"):
+            np.testing.assert_array_equal(leaf, 1, err_msg=path)
+            continue
+        assert not np.any(leaf == other[path]), path
+        residual = path in ("blocks/attention/out/kernel", "blocks/mlp/down/kernel")
+        std = 0.02 / np.sqrt(2 * c.num_blocks) if residual else 0.02
+        layers = np.asarray(leaf if path.startswith("blocks/") else leaf[None], np.float64)
+        for values in layers.reshape(len(layers), -1):  # five standard errors of mean and deviation
+            assert abs(values.mean()) < 5 * std / np.sqrt(values.size), path
+            assert abs(values.std() / std - 1) < 5 / np.sqrt(2 * values.size), path
+            drawn.append(values[:1000] / std)
+    # No two layers and no two parameters share their draws.
+    correlations = np.corrcoef(np.stack([values[: min(map(len, drawn))] for values in drawn]))
+    assert np.abs(correlations - np.eye(len(drawn))).max() < 0.25
+
+
+def test_dropout_without_rate_or_key_is_the_identity():
+    x = jnp.arange(12.0).reshape(3, 4)
+    np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0), 0), x)
+    np.testing.assert_array_equal(dropout(x, 0.5, None, 0), x)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_expectation(rate):
+    n = 40_000
+    x = jnp.asarray(np.random.default_rng(13).uniform(1, 2, n), jnp.float32)
+    y = np.asarray(dropout(x, rate, jax.random.key(14), 3))
+    kept = y != 0
+    np.testing.assert_allclose(y[kept], np.asarray(x)[kept] / (1 - rate), rtol=1e-6)
+    assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / n)
+    error = np.sqrt(rate / (1 - rate) * np.mean(np.square(x)) / n)
+    assert abs(y.mean() - np.mean(x)) < 5 * error
+
+
+def test_dropout_sites_and_keys_are_independent():
+    x = jnp.ones(10_000)
+    masks = [dropout(x, 0.5, jax.random.key(seed), site) / 2 for seed in (0, 1) for site in (0, 1, 2)]
+    correlations = np.corrcoef(np.stack(masks))
+    assert np.abs(correlations - np.eye(6)).max() < 0.05
+    half = dropout(x.astype(jnp.bfloat16), 0.5, jax.random.key(0), 0)
+    assert half.dtype == jnp.bfloat16
+
+
+def test_a_key_without_dropout_changes_nothing():
+    model = GPT(model_config())
+    parameters = random_parameters(model, seed=16)
+    tokens_BL = random_tokens((2, 8), seed=15)
+    run = jax.jit(model)
+    np.testing.assert_array_equal(run(parameters, tokens_BL, jax.random.key(1)), run(parameters, tokens_BL))
+
+
+@pytest.mark.parametrize("field", DROPOUTS)
+def test_each_dropout_follows_its_key(field):
+    c = model_config(**{field: 0.3})
+    model = GPT(c)
+    parameters = random_parameters(model, seed=16)
+    tokens_BL = random_tokens((2, 8), seed=15)
+    run = jax.jit(model)
+    whole = run(parameters, tokens_BL)
+    expected = numpy_logits(parameters, tokens_BL, c)
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    first, again, other = (run(parameters, tokens_BL, jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+    assert np.abs(first - whole).max() > 0.1
+
+
+def test_every_dropout_site_draws_its_own_mask():
+    """Five sites write ones to a residual stream of zeros: what arrives is binomial(5, 1/2)."""
+    c = model_config(
+        dim=128,
+        norm="rmsnorm",
+        positions="rope",
+        gpt_dropout=0.5,
+        attn_linear_dropout=0.5,
+        transformer_dropout=0.5,
+    )
+    model = GPT(c)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    parameters = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
+    parameters["token_embedding"]["embedding"] += 1
+    parameters["blocks"]["attention"]["out"]["bias"] += 1
+    parameters["blocks"]["mlp"]["down"]["bias"] += 1
+    parameters["final_norm"]["scale"] += 1
+    parameters["head"]["kernel"] = jnp.eye(c.dim)
+    tokens_BL = random_tokens((8, 16), seed=17)
+    logits_BLV = np.asarray(jax.jit(model)(parameters, tokens_BL, jax.random.key(18)))
+    # Each position is divided by its root mean square. Some channel is kept at one site only and some
+    # at all five (of 128 channels about four each), so the largest says what the unit is.
+    kept = 5 * logits_BLV / logits_BLV.max(-1, keepdims=True)
+    sound = np.isclose(kept, np.round(kept), atol=1e-3).all(-1)  # all but where no channel has all five
+    assert sound.mean() > 0.9
+    counts = np.bincount(np.round(kept[sound]).astype(int).ravel(), minlength=6)
+    expected = np.array([1, 5, 10, 10, 5, 1]) / 32
+    assert np.abs(counts / counts.sum() - expected).max() < 0.02
+
+
+def test_attention_dropout_acts_on_the_weights():
+    rng = np.random.default_rng(19)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 4, heads, 6)), jnp.float32) for heads in (4, 2, 2))
+    keys = jax.random.split(jax.random.key(20), 1000)
+    dropped = np.asarray(jax.jit(jax.vmap(lambda key: plain_attention(q, k, v, 0.4, key)))(keys))
+    whole = np.asarray(plain_attention(q, k, v))
+    # The first position attends to itself alone: its one weight is dropped or scaled up.
+    first = dropped[:, 0, 0]  # draws, heads, head size
+    value = np.repeat(np.asarray(v)[0, 0], 2, axis=0)
+    kept = np.abs(first).max(-1) > 0
+    np.testing.assert_allclose(first, kept[..., None] * value / 0.6, rtol=1e-5)
+    error = dropped.std(0) / np.sqrt(len(keys))
+    assert np.all(np.abs(dropped.mean(0) - whole) < 5 * error)
+
+
+DISTINCT = {  # no two axes of one parameter have the same size
+    "dim": 48,
+    "num_heads": 6,
+    "num_kv_heads": 3,
+    "num_blocks": 5,
+    "context_length": 16,
+    "mlp_dim": 80,
+    "vocab_size": 128,
+}
+
+
+@pytest.mark.parametrize("name", trainit.config.MODELS)
+def test_every_parameter_of_every_model_choice_has_its_row(name):
+    config = trainit.config.defaults()
+    config.model = trainit.config.MODELS[name]()
+    config.optimizer = optimizers.choices()["adamw"]()
+    c = trainit.config.resolve(config, 50257).model
+    parameters = by_path(jax.eval_shape(GPT(c).init, jax.random.key(0)))
+    assert {path: leaf.shape for path, leaf in parameters.items()} == expected_shapes(c)
+    for path, leaf in parameters.items():
+        assert len(sharding.logical_axes(path)) == leaf.ndim, path
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logical_axes_name_the_right_dimensions(changes):
+    c = model_config(**(DISTINCT | changes))
+    sizes = {
+        "vocab": c.vocab_size,
+        "embed": c.dim,
+        "norm": c.dim,
+        "position": c.context_length,
+        "layers": c.num_blocks,
+        "heads": c.num_heads,
+        "kv_heads": c.num_kv_heads,
+        "head_size": c.dim // c.num_heads,
+        "mlp": c.mlp_dim,
+    }
+    for path, leaf in by_path(jax.eval_shape(GPT(c).init, jax.random.key(0))).items():
+        assert tuple(sizes[axis] for axis in sharding.logical_axes(path)) == leaf.shape, path
+        if path.endswith(("bias", "scale")):
+            expected = "vector"
+        elif path.endswith("embedding"):
+            expected = "embedding"
+        else:
+            expected = "head" if path == "head/kernel" else "matrix"
+        assert sharding.kind(path) == expected, path
+
+
+def test_table_has_no_row_without_parameters_and_refuses_others():
+    paths = set()
+    for changes in VARIANTS.values():
+        paths |= by_path(jax.eval_shape(GPT(model_config(**changes)).init, jax.random.key(0))).keys()
+    used = {
+        next(row for row, (pattern, *_) in enumerate(sharding.PARAMETERS) if re.fullmatch(pattern, p))
+        for p in paths
+    }
+    assert used == set(range(len(sharding.PARAMETERS)))
+    for path in ("blocks/mlp/up", "blocks/mlp/up/kernel/more", "head/scale"):
+        with pytest.raises(KeyError, match=path):
+            sharding.kind(path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "tied", "everything"])
+def test_bfloat16_logits_are_near_float32_ones(name):
+    c = model_config(**VARIANTS[name])
+    parameters = random_parameters(GPT(c), seed=21)
+    tokens_BL = random_tokens((2, 16), seed=22)
+    expected_BLV = numpy_logits(parameters, tokens_BL, c)
+    logits_BLV = jax.jit(GPT(c, "bfloat16"))(parameters, tokens_BL)
+    assert logits_BLV.dtype == jnp.float32
+    error_BLV = np.abs(logits_BLV - expected_BLV)
+    assert error_BLV.max() > 1e-3 * expected_BLV.std()  # it did compute in bfloat16
+    assert error_BLV.max() < 0.1 * expected_BLV.std()
+    assert error_BLV.mean() < 0.02 * expected_BLV.std()
+
+
+def test_bfloat16_gradients_and_parameters_are_float32():
+    model = GPT(model_config(**VARIANTS["modern_biases"]), "bfloat16")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    tokens_BL = random_tokens((2, 16), seed=22)
+    gradient = jax.eval_shape(jax.grad(lambda p: model(p, tokens_BL).sum()), shapes)
+    assert {leaf.dtype for leaf in jax.tree.leaves((shapes, gradient))} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "asked, platform, precision, attn_dropout, expected",
+    [
+        ("auto", "cpu", "float32", 0.0, "plain"),
+        ("auto", "cpu", "bfloat16", 0.0, "plain"),
+        ("auto", "tpu", "bfloat16", 0.0, "plain"),
+        ("auto", "cuda", "bfloat16", 0.0, "cudnn"),
+        ("auto", "gpu", "bfloat16", 0.0, "cudnn"),
+        ("auto", "cuda", "float32", 0.0, "plain"),
+        ("auto", "cuda", "bfloat16", 0.1, "plain"),
+        ("plain", "cuda", "bfloat16", 0.0, "plain"),
+        ("cudnn", "cuda", "bfloat16", 0.0, "cudnn"),
+    ],
+)
+def test_choose_attention(asked, platform, precision, attn_dropout, expected):
+    c = model_config(dim=64, num_heads=1, attention=asked, attn_dropout=attn_dropout)
+    assert choose_attention(c, platform, precision) == expected
+
+
+@pytest.mark.parametrize("platform, precision", [("cpu", "bfloat16"), ("cuda", "float32")])
+def test_choose_attention_refuses_cudnn_where_it_cannot_run(platform, precision):
+    c = model_config(dim=64, num_heads=1, attention="cudnn")
+    with pytest.raises(ValueError, match=f"cudnn.*platform={platform}.*precision={precision}"):
+        choose_attention(c, platform, precision)

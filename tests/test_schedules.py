@@ -1,0 +1,221 @@
+"""Every schedule against its closed form at every step, and durations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import trainit.config
+from trainit import optimizers, schedules
+
+PEAK = 0.3
+BATCH_SIZE, CONTEXT_LENGTH = 4, 16  # 64 tokens per step
+
+
+def build(name: str, steps: int, **fields) -> schedules.Schedule:
+    """By the way of a run: the fields set in a choice of the group, checked and frozen."""
+    config = trainit.config.defaults()
+    config.steps = steps
+    config.batch_size = BATCH_SIZE
+    config.model = trainit.config.model(dim=32, num_heads=4, context_length=CONTEXT_LENGTH)
+    config.optimizer = optimizers.choices()["adamw"]()
+    config.schedule = trainit.config.SCHEDULES[name]()
+    config.schedule.update(fields)
+    resolved = trainit.config.resolve(config, 100)
+    return schedules.build(resolved.schedule, PEAK, steps, BATCH_SIZE * CONTEXT_LENGTH)
+
+
+def rates(schedule, steps: int) -> np.ndarray:
+    values = jax.jit(jax.vmap(schedule))(jnp.arange(steps + 6))
+    assert values.dtype == jnp.float32
+    return np.asarray(values)
+
+
+def warm_up(k, w):
+    return np.where(k < w, k / max(w, 1), 1.0)
+
+
+def constant(k, T, w):
+    return warm_up(k, w)
+
+
+def cosine(k, T, w, final=0.0):
+    half = 0.5 * (1 + np.cos(np.pi * np.clip(k - w, 0, T - w) / (T - w)))
+    return warm_up(k, w) * (final + (1 - final) * half)
+
+
+def linear(k, T, w, c, final=0.0):
+    down = final + (1 - final) * (T - k) / (T - w - c)
+    return np.select([k < w, k < w + c, k <= T], [k / max(w, 1), 1.0, down], final)
+
+
+def trapezoid(k, T, w, d, final=0.0):
+    down = final + (1 - final) * (T - k) / d
+    return np.select([k < w, k < T - d, k <= T], [k / max(w, 1), 1.0, down], final)
+
+
+def piecewise_linear(k, T, w, boundaries, values):
+    """A sum of ramps: each segment adds its rise while it lasts."""
+    rate = np.full(k.shape, float(values[0]))
+    for start, end, first, last in zip(boundaries, boundaries[1:], values, values[1:], strict=False):
+        rate += (last - first) * np.clip(k - start, 0, end - start) / (end - start)
+    return warm_up(k, w) * rate
+
+
+CASES = {
+    "constant": (constant, 50, {"warmup": 0}, {"w": 0}),
+    "constant_warm": (constant, 50, {"warmup": 7}, {"w": 7}),
+    "constant_default": (constant, 50, {}, {"w": 5}),
+    "constant_always_warming": (constant, 50, {"warmup": 50}, {"w": 50}),
+    "cosine": (cosine, 50, {"warmup": 0}, {"w": 0}),
+    "cosine_warm": (cosine, 50, {"warmup": 9}, {"w": 9}),
+    "cosine_one_step_of_warmup": (cosine, 50, {"warmup": 1}, {"w": 1}),
+    "cosine_final": (cosine, 50, {"warmup": "20%", "final": 0.1}, {"w": 10, "final": 0.1}),
+    "linear": (linear, 50, {"warmup": 0}, {"w": 0, "c": 0}),
+    "linear_default": (linear, 50, {}, {"w": 5, "c": 0}),
+    "linear_constant": (linear, 50, {"warmup": 0, "constant": 20}, {"w": 0, "c": 20}),
+    "linear_warm_constant": (linear, 50, {"warmup": 8, "constant": "30%"}, {"w": 8, "c": 15}),
+    "linear_final": (
+        linear,
+        50,
+        {"warmup": "640 tokens", "constant": "6.4e2 tokens", "final": 0.25},
+        {"w": 10, "c": 10, "final": 0.25},
+    ),
+    "linear_rounded": (linear, 37, {"warmup": "10%", "constant": "50%"}, {"w": 4, "c": 18}),  # 3.7, 18.5
+    "linear_upwards": (linear, 50, {"warmup": 5, "final": 2.0}, {"w": 5, "c": 0, "final": 2.0}),
+    "linear_one_step": (linear, 1, {"warmup": 0}, {"w": 0, "c": 0}),
+    "trapezoid": (trapezoid, 50, {"warmup": 0, "decay": 10}, {"w": 0, "d": 10}),
+    "trapezoid_default": (trapezoid, 50, {}, {"w": 5, "d": 10}),
+    "trapezoid_no_plateau": (trapezoid, 50, {"warmup": 20, "decay": 30}, {"w": 20, "d": 30}),
+    "trapezoid_final": (
+        trapezoid,
+        50,
+        {"warmup": 4, "decay": "768 tokens", "final": 0.5},
+        {"w": 4, "d": 12, "final": 0.5},
+    ),
+    "piecewise_default": (
+        piecewise_linear,
+        50,
+        {},
+        {"w": 0, "boundaries": (0, 25, 50), "values": (0, 1, 0)},
+    ),
+    # The original's: from lr1 to lr2 over a segment of T steps behind start_steps.
+    "piecewise_segment": (
+        piecewise_linear,
+        50,
+        {"boundaries": (10, 40), "values": (0.2, 0.8)},
+        {"w": 0, "boundaries": (10, 40), "values": (0.2, 0.8)},
+    ),
+    "piecewise_mixed": (
+        piecewise_linear,
+        50,
+        {"warmup": 3, "boundaries": (0, "20%", "1600 tokens", 45), "values": (0.5, 1.0, 0.1, 0.3)},
+        {"w": 3, "boundaries": (0, 10, 25, 45), "values": (0.5, 1.0, 0.1, 0.3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("form, steps, fields, lengths", CASES.values(), ids=CASES)
+def test_closed_form(form, steps, fields, lengths):
+    schedule = build(form.__name__, steps, **fields)
+    expected = PEAK * form(np.arange(steps + 6, dtype=np.float64), steps, **lengths)
+    np.testing.assert_allclose(rates(schedule, steps), expected, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "name, fields, warmup",
+    [
+        ("linear", {"warmup": 10, "constant": 40}, 10),
+        ("linear", {"warmup": 0, "constant": "100%"}, 0),
+        ("linear", {"warmup": 50}, 50),
+        ("cosine", {"warmup": 50}, 50),
+        ("trapezoid", {"warmup": 10, "decay": 0}, 10),
+        ("trapezoid", {"warmup": 50, "decay": 0}, 50),
+    ],
+)
+def test_nothing_left_to_decay(name, fields, warmup):
+    """The rate is as usual in all of the run's steps, and a number behind them."""
+    values = rates(build(name, 50, **fields), 50)
+    np.testing.assert_allclose(values[:50], PEAK * warm_up(np.arange(50), warmup), rtol=2e-6)
+    assert np.isfinite(values).all()
+
+
+def test_every_schedule_has_a_closed_form_here():
+    assert {form.__name__ for form, *_ in CASES.values()} == set(trainit.config.SCHEDULES)
+
+
+@pytest.mark.parametrize("name", trainit.config.SCHEDULES)
+def test_a_step_alone(name):
+    """A Python number, and an array without axes as a train state has it."""
+    schedule = build(name, 50, warmup=5)
+    values = rates(schedule, 50)
+    for step in (0, 3, 31):
+        for form in (step, jnp.int32(step)):
+            assert schedule(form).shape == ()
+            np.testing.assert_allclose(schedule(form), values[step], rtol=1e-6)
+
+
+def test_long_runs_keep_their_precision():
+    """float32 holds the step numbers: the last steps of a million are still told apart."""
+    schedule = build("linear", 1_000_000, warmup=0)
+    values = np.array([schedule(step) for step in (0, 1, 999_998, 999_999, 1_000_000)])
+    np.testing.assert_allclose(values[:2], [PEAK, PEAK * (1 - 1e-6)], rtol=1e-7)
+    np.testing.assert_allclose(values[2:], PEAK * np.array([2e-6, 1e-6, 0]), rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        (0, 0),
+        (500, 500),
+        (12.0, 12),
+        ("500", 500),
+        ("1e3", 1000),
+        ("10%", 200),
+        ("0.5%", 10),
+        (" 100 % ", 2000),
+        ("33.33%", 667),
+        ("0 tokens", 0),
+        ("6400 tokens", 100),
+        ("6.4e3 tokens", 100),
+        ("6400tokens", 100),
+        ("6440 tokens", 101),
+    ],
+)
+def test_duration(value, expected):
+    length = trainit.config.duration(value, steps=2000, tokens_per_step=64)
+    assert isinstance(length, int)
+    assert length == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "",
+        "ten",
+        -5,
+        "-5",
+        "-10%",
+        "10 steps",
+        "10%%",
+        "1..5%",
+        ".",
+        "%",
+        "tokens",
+        "1,000",
+        "nan",
+        "inf",
+    ],
+)
+def test_not_a_duration(value):
+    with pytest.raises(trainit.config.ConfigError, match="is not a duration") as error:
+        trainit.config.duration(value, steps=2000, tokens_per_step=64)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0.5, "1.5", 99.9])
+def test_a_part_of_a_step(value):
+    with pytest.raises(trainit.config.ConfigError, match="not a whole number of steps") as error:
+        trainit.config.duration(value, steps=2000, tokens_per_step=64)
+    assert repr(value) in str(error.value)

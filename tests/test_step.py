@@ -1,0 +1,223 @@
+"""The train step: the same on every mesh, under accumulation, with something not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+
+from trainit import config as config_lib
+from trainit import sharding, step
+from trainit.data import loader
+from trainit.data.tokens import open_dataset
+
+SPLITS = [
+    {"data": d, "fsdp": f, "tensor": t, "context": 1}
+    for n in (1, 2, 4, 8)
+    for d in (1, 2, 4, 8)
+    for f in (1, 2, 4, 8)
+    for t in (1, 2, 4, 8)
+    if d * f * t == n
+]
+
+
+def make_config(path, arg="", **changes):
+    config = tiny.get_config(arg)
+    config.dataset.path = str(path)
+    config.model.update(attn_dropout=0.0, num_heads=8)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config_lib.resolve(config, 257)
+
+
+def train(config, sizes, path, count):
+    """Runs `count` steps; their losses, gradient norms and the state behind them."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    mesh = sharding.make_mesh(sizes, devices)
+    steps = step.build(config, mesh)
+    micro_steps = config_lib.micro_steps(config, sizes)
+    split = open_dataset(path).splits["train"]
+    batches = loader.batches(
+        split,
+        loader.Shuffled(split.sequences(config.model.context_length), config.seed),
+        (micro_steps, config.batch_size // micro_steps, config.model.context_length),
+        sharding.batch_sharding(mesh),
+    )
+    state, curve = steps.init(), []
+    for _ in range(count):
+        state, metrics = steps.train(state, next(batches))
+        curve.append((metrics["train/loss"], metrics["train/grad_norm"], metrics["train/accuracy"]))
+    return np.array(jax.device_get(curve)), state
+
+
+@pytest.fixture(scope="module")
+def one_device(random_dataset):
+    return train(make_config(random_dataset), {}, random_dataset, 20)
+
+
+@pytest.mark.parametrize(
+    "sizes", SPLITS[1:], ids=lambda s: "data {data} fsdp {fsdp} tensor {tensor}".format(**s)
+)
+def test_every_split_of_the_mesh_gives_the_same_run(sizes, random_dataset, one_device):
+    """20 steps on 2, 4 and 8 devices against one device, in float32."""
+    curve, state = train(make_config(random_dataset), sizes, random_dataset, 20)
+    np.testing.assert_allclose(curve, one_device[0], rtol=5e-4)
+    assert (
+        one_device[0][-1, 0] < one_device[0][0, 0] - 1
+    )  # it has learnt: the comparison is of more than noise
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-3), state.params, one_device[1].params
+    )
+
+
+def test_accumulation_is_one_large_batch(random_dataset, one_device):
+    """One to sixteen micro-steps; the sums are the same."""
+    for bound, micro_steps in ((0, 1), (8, 2), (5, 4), (1, 16)):
+        config = make_config(random_dataset, device_batch_size=bound)
+        assert config_lib.micro_steps(config, {"data": 1, "fsdp": 1}) == micro_steps
+        curve, _ = train(config, {}, random_dataset, 5)
+        np.testing.assert_allclose(curve, one_device[0][:5], rtol=5e-5)
+
+
+def test_gradient_is_of_the_mean_over_tokens(random_dataset):
+    """The step against value_and_grad, clipping and AdamW of optax on the plain mean loss."""
+    config = make_config(random_dataset, clip_norm=0.5)
+    curve, state = train(config, {"data": 2, "fsdp": 2, "tensor": 2}, random_dataset, 3)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    steps = step.build(config, mesh)
+    model = step.GPT(config.model)
+    split = open_dataset(random_dataset).splits["train"]
+    order = loader.Shuffled(split.sequences(32), config.seed)
+    mask = jax.tree.map_with_path(
+        lambda path, _: sharding.path_name(path).endswith(("kernel", "embedding")),
+        steps.abstract_state.params,
+    )
+    # Cosine with 10 % of 40 steps of warm-up, written out.
+    rates = [0.01 * min(k / 4, 0.5 * (1 + np.cos(np.pi * max(k - 4, 0) / 36))) for k in range(3)]
+    params, moments = steps.init().params, None
+    for k in range(3):
+        ids, lengths = split.read(order(np.arange(16 * k, 16 * k + 16)), 32)
+        assert (lengths == 32).all()
+
+        def mean_loss(p, ids=ids):
+            ids = ids.astype(np.int32)
+            return optax.softmax_cross_entropy_with_integer_labels(model(p, ids[:, :-1]), ids[:, 1:]).mean()
+
+        loss, grads = jax.value_and_grad(mean_loss)(params)
+        np.testing.assert_allclose(curve[k, :2], [loss, optax.tree.norm(grads)], rtol=2e-4)
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(0.5), optax.adamw(rates[k], weight_decay=0.1, mask=mask)
+        )
+        updates, moments = optimizer.update(grads, moments or optimizer.init(params), params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, params)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgdm"])
+def test_everything_is_born_and_stays_sharded(optimizer, random_dataset):
+    """Every leaf of the state before and after a step: how much of it lies on each device."""
+    config = make_config(random_dataset, f"optimizer={optimizer}")
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    mesh = sharding.make_mesh(sizes)
+    steps = step.build(config, mesh)
+    _, after = train(config, sizes, random_dataset, 1)
+    for state in (steps.abstract_state, steps.init(), after):
+        for path, leaf in jax.tree.leaves_with_path(state):
+            name = sharding.path_name(path)
+            parts = leaf.size / np.prod(leaf.sharding.shard_shape(leaf.shape))
+            if name.endswith(("kernel", "token_embedding/embedding")):
+                assert parts == 4, name  # fsdp * tensor
+            elif name.endswith("position_embedding/embedding"):
+                assert parts == 2, name  # fsdp
+            elif name.endswith(("query/bias", "key/bias", "value/bias", "up/bias")):
+                assert parts == 2, name  # tensor
+            else:
+                assert parts == 1, name
+    moments = {"adamw": 2, "sgdm": 1}[optimizer]
+    names = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(after)]
+    assert sum(name.endswith("query/kernel") for name in names) == 1 + moments
+
+
+def test_no_whole_parameter_is_made_when_the_state_is_born(random_dataset):
+    """The compiled init holds shards alone: its largest buffer is smaller than the embedding."""
+    config = make_config(random_dataset, model__vocab_size=4096)
+    steps = step.build(config, sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1}))
+    memory = steps.init.lower().compile().memory_analysis()
+    embedding = 4 * 4096 * config.model.dim
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 3 * 2 * embedding / 4
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
+    config = make_config(random_dataset)
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    mesh = sharding.make_mesh(sizes)
+    steps = step.build(config, mesh)
+    _, state = train(config, sizes, random_dataset, 2)
+    before = jax.device_get(state)
+    good = state.params["final_norm"]["scale"]
+
+    def with_scale(state, scale):
+        params = state.params | {"final_norm": state.params["final_norm"] | {"scale": scale}}
+        return step.TrainState(**vars(state) | {"params": params})
+
+    tokens = np.zeros((2, 8, 33), np.uint16)
+    batch = jax.device_put(
+        {"tokens": tokens, "lengths": np.full((2, 8), 32, np.int32)}, sharding.batch_sharding(mesh)
+    )
+    for count in (1, 2):
+        state, metrics = steps.train(with_scale(state, good.at[3].set(jnp.nan)), batch)
+        assert not np.isfinite(metrics["train/loss"])
+        assert (int(state.skipped), int(state.skipped_in_a_row), int(state.step)) == (count, count, 2 + count)
+        good = jnp.array(before.params["final_norm"]["scale"])
+        state = with_scale(state, good)
+        jax.tree.map(
+            np.testing.assert_array_equal, (state.params, state.opt_state), (before.params, before.opt_state)
+        )
+    state, metrics = steps.train(state, batch)
+    assert np.isfinite(metrics["train/loss"])
+    assert (int(state.skipped), int(state.skipped_in_a_row), int(state.step)) == (2, 0, 5)
+
+
+def test_lengths_mask_the_loss(random_dataset):
+    """Rows without targets and tokens behind a row's length count for nothing."""
+    config = make_config(random_dataset)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    steps = step.build(config, mesh)
+    params, bytes_per_token = steps.init().params, np.arange(257, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 4, 33)).astype(np.uint16)
+    lengths = np.array([[32, 7, 0, 32]], np.int32)
+    whole = steps.evaluate(params, {"tokens": tokens, "lengths": lengths}, bytes_per_token)
+    tokens[0, 1, 8:], tokens[0, 2] = 0, 0
+    masked = steps.evaluate(params, {"tokens": tokens, "lengths": lengths}, bytes_per_token)
+    assert float(whole["count"]) == 71
+    assert int(whole["bytes"]) == tokens[0, 0, 1:].sum() + tokens[0, 1, 1:8].sum() + tokens[0, 3, 1:].sum()
+    for name in whole:
+        np.testing.assert_allclose(whole[name], masked[name], rtol=1e-6)
+
+
+def test_dropout_follows_seed_and_step(random_dataset):
+    """The same seed and step give the same masks; another step or seed gives others."""
+
+    def first_losses(seed):
+        config = make_config(random_dataset, model__gpt_dropout=0.5, optimizer__learning_rate=0.0, seed=seed)
+        mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
+        steps = step.build(config, mesh)
+        batch = {"tokens": np.ones((2, 8, 33), np.uint16), "lengths": np.full((2, 8), 32, np.int32)}
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        state, losses = steps.init(), []
+        for _ in range(2):
+            state, metrics = steps.train(state, batch)
+            losses.append(float(metrics["train/loss"]))
+        return losses
+
+    first, again, other = first_losses(1), first_losses(1), first_losses(2)
+    assert first == again
+    assert first[0] != first[1]
+    assert first[0] != other[0]
+
+
+def test_batch_sharding_splits_rows_alone():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    assert sharding.batch_sharding(mesh).spec == PartitionSpec(None, ("data", "fsdp"))

@@ -1,0 +1,214 @@
+"""Runs from start to end, killed, stopped, resumed, moved and broken: as processes."""
+
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from processes import ROOT, exact, metrics, run, run_many, start
+
+from trainit import config as config_lib
+from trainit import sharding, step
+from trainit.checkpoint import Checkpoints
+
+KILLS = 10
+
+
+@pytest.fixture(scope="session")
+def command(random_dataset):
+    return f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={random_dataset}"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(command, tmp_path_factory):
+    """The metrics of a run that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    run(*command, f"--workdir={workdir}")
+    return metrics(workdir)
+
+
+def test_undisturbed_run(undisturbed):
+    assert [record["step"] for record in undisturbed] == list(range(41))
+    assert [r["step"] for r in undisturbed if "valid/loss" in r] == [0, 10, 20, 30, 40]
+    assert undisturbed[40]["valid/loss"] < undisturbed[0]["valid/loss"] - 0.5
+    assert undisturbed[40]["tokens"] == 40 * 16 * 32
+    assert undisturbed[1]["train/learning_rate"] == 0
+    assert {
+        "throughput/tokens_per_second",
+        "time/step_seconds",
+        "time/data_fraction",
+        "memory/peak_gib",
+    } <= set(undisturbed[5])
+
+
+def test_ten_kills_change_nothing(command, undisturbed, tmp_path):
+    """kill -9 mid-step and mid-save; the joined metrics have each step once, bit-identical."""
+    seed = random.randrange(2**32)
+    print(f"seed of the moments: {seed}")
+    draw = random.Random(seed)
+    mid_save = 0
+    for kill in range(KILLS):
+        saved = Checkpoints(tmp_path, read_only=True).latest() or 0
+        before = _inode(tmp_path)
+        process = start(*command, f"--workdir={tmp_path}")
+        try:
+            assert _wait(process, lambda before=before: _inode(tmp_path) not in (before, None)), (
+                "did not start"
+            )
+            if kill % 2:
+                assert _wait(process, lambda: _saving(tmp_path)), "did not save"
+                time.sleep(draw.uniform(0, 0.02))
+                mid_save += _saving(tmp_path)
+            else:  # up to two steps past the last checkpoint, at any moment of a step
+                target = saved + draw.randrange(0, 3)
+                assert _wait(process, lambda target=target: _last_step(tmp_path) >= target), "did not step"
+                time.sleep(draw.uniform(0, 0.05))
+        finally:
+            process.kill()
+            output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output
+    assert mid_save >= 2, "too few of the kills hit a save"
+    run(*command, f"--workdir={tmp_path}")
+    assert exact(metrics(tmp_path)) == exact(undisturbed)
+
+
+def _inode(workdir) -> int | None:
+    """Of metrics.jsonl, which each start writes anew."""
+    path = workdir / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else None
+
+
+def _last_step(workdir) -> int:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else -1
+
+
+def _saving(workdir) -> bool:
+    """Whether a save is under way: until it is complete, Orbax gives its folder another name."""
+    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+def _wait(process, condition) -> bool:
+    """Waits for the condition while the process lives."""
+    while process.poll() is None:
+        if condition():
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def test_other_sizes_go_on_with_the_same_run(command, undisturbed, tmp_path):
+    """Stopped half-way on 8 devices, resumed on 4, then on 1: the same but for rounding."""
+    workdir = f"--workdir={tmp_path}"
+    no_dropout = "--config.model.attn_dropout=0.0"
+    straight = tmp_path / "straight"
+    run(*command, no_dropout, f"--workdir={straight}")
+    _run_until(20, tmp_path, *command, no_dropout, workdir)
+    mesh = [f"--config.mesh.{axis}=1" for axis in ("data", "tensor")]
+    _run_until(30, tmp_path, *command, no_dropout, workdir, "--config.cpu_devices=4", "--config.mesh.data=1")
+    run(*command, no_dropout, workdir, "--config.cpu_devices=1", *mesh, "--config.mesh.fsdp=1")
+    moved, expected = metrics(tmp_path), metrics(straight)
+    assert [r["step"] for r in moved] == [r["step"] for r in expected]
+    for a, b in zip(moved, expected, strict=True):
+        assert a["tokens"] == b["tokens"]
+        for name in ("train/loss", "valid/loss", "train/grad_norm"):
+            if name in b:
+                assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
+
+
+def _run_until(step, workdir, *args):
+    """Asks the run to stop when it has reached a step, and checks that it saved and left with 75."""
+    process = start(*args)
+    _wait(process, lambda: _last_step(workdir) >= step)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert Checkpoints(workdir, read_only=True).latest() >= step
+    assert "run the same command to go on" in output
+    return output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_stop_signals(number, command, tmp_path):
+    process = start(*command, f"--workdir={tmp_path}")
+    _wait(process, lambda: _last_step(tmp_path) >= 1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert f"stopped    on {number.name}" in output
+    assert Checkpoints(tmp_path, read_only=True).latest() == _last_step(tmp_path)
+
+
+def test_time_limit_resume_and_complete(command, undisturbed, tmp_path):
+    """Stopped by its time limit, gone on with to the end; once more says that nothing is to be done."""
+    output = run(*command, f"--workdir={tmp_path}", "--config.max_minutes=0.001", expect=75)
+    assert "stopped    on max_minutes" in output
+    run(*command, f"--workdir={tmp_path}")
+    assert exact(metrics(tmp_path)) == exact(undisturbed)
+    assert "all 40 steps are done; nothing to do" in run(*command, f"--workdir={tmp_path}")
+
+
+def test_two_processes_train_as_one(command, undisturbed, tmp_path):
+    """Two processes of four devices: the run of one process with eight, up to the order of sums."""
+    job = *command, f"--workdir={tmp_path}", "--config.cpu_devices=4"
+    run_many(2, *job)
+    records = metrics(tmp_path)
+    assert [r["step"] for r in records] == [r["step"] for r in undisturbed]
+    for a, b in zip(records, undisturbed, strict=True):
+        for name in ("train/loss", "valid/loss"):
+            if name in b:
+                assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
+    assert {p.name for p in (tmp_path / "logs").iterdir()} == {"process_0.log", "process_1.log"}
+
+
+def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, random_dataset, tmp_path):
+    """A learning rate beyond all bounds: the updates overflow, are skipped, and the run gives up."""
+    rate = "--config.optimizer.learning_rate=1e39"
+    output = run(*command, f"--workdir={tmp_path}", rate, "--config.max_skipped=4", expect=1)
+    assert "not finite in 4 steps in a row" in output
+    records = metrics(tmp_path)
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
+    assert [r["train/skipped"] for r in records[1:]] == [1, 2, 3, 4]
+
+    config = tiny.get_config()
+    config.dataset.path = str(random_dataset)
+    config = config_lib.resolve(config, 257)
+    steps = step.build(config, sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1}))
+    saved = Checkpoints(tmp_path, read_only=True)
+    assert saved.latest() == 5  # the step that was under way when the fourth was seen
+    state = saved.restore(5, steps.abstract_state)
+    assert int(state.skipped_in_a_row) == 5
+    born = steps.init()
+    jax.tree.map(
+        np.testing.assert_array_equal, (state.params, state.opt_state), (born.params, born.opt_state)
+    )
+
+
+def test_load_path(command, undisturbed, tmp_path):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    run(*command, f"--workdir={first}")
+    load = f"--config.checkpoint.load_path={first}"
+
+    # The whole state of another run's step, and the same steps from there.
+    run(*command, f"--workdir={second}", load, "--config.checkpoint.load_step=36")
+    assert exact(metrics(second)) == exact(undisturbed)[37:]
+
+    # A config that differs is refused, and taken if that is said.
+    rate = "--config.optimizer.learning_rate=0.02"
+    output = run(*command, f"--workdir={third}", load, rate, expect=2)
+    assert "optimizer.learning_rate: 0.01 -> 0.02" in output
+    output = run(*command, f"--workdir={third}", load, "--config.checkpoint.load_step=5", expect=2)
+    assert "load_step=5" in output
+
+    # The parameters with a new optimizer: steps and schedule begin, the data goes on where it was.
+    fresh = "--config.checkpoint.overwrite_config=True", "--config.checkpoint.overwrite_optimizer=True"
+    run(command[0] + ":optimizer=sgdm", command[1], f"--workdir={third}", load, *fresh, "--config.steps=20")
+    records = metrics(third)
+    assert [r["step"] for r in records] == list(range(21))
+    assert records[0]["valid/loss"] == pytest.approx(undisturbed[40]["valid/loss"], rel=1e-6)
+    assert records[1]["tokens"] == 41 * 16 * 32
+    assert records[1]["train/learning_rate"] == 0

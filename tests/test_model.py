@@ -531,6 +531,18 @@ def test_bfloat16_gradients_and_parameters_are_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves((shapes, gradient))} == {jnp.dtype("float32")}
 
 
+def test_bfloat16_keeps_norms_and_softmax_in_float32():
+    """rsqrt is only in norms, exp only in softmax."""
+    model = GPT(model_config(**VARIANTS["modern_biases"]), "bfloat16")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    program = str(jax.make_jaxpr(model)(shapes, random_tokens((2, 16), seed=22)))
+    types = {
+        operation: set(re.findall(rf":(\w+)\[[^\]]*\] = {operation}\b", program))
+        for operation in ("rsqrt", "exp", "logistic")
+    }
+    assert types == {"rsqrt": {"f32"}, "exp": {"f32"}, "logistic": {"bf16"}}
+
+
 @pytest.mark.parametrize(
     "asked, platform, precision, attn_dropout, expected",
     [
@@ -538,7 +550,7 @@ def test_bfloat16_gradients_and_parameters_are_float32():
         ("auto", "cpu", "bfloat16", 0.0, "plain"),
         ("auto", "tpu", "bfloat16", 0.0, "plain"),
         ("auto", "cuda", "bfloat16", 0.0, "cudnn"),
-        ("auto", "gpu", "bfloat16", 0.0, "cudnn"),
+        ("auto", "gpu", "bfloat16", 0.0, "plain"),  # not NVIDIA's
         ("auto", "cuda", "float32", 0.0, "plain"),
         ("auto", "cuda", "bfloat16", 0.1, "plain"),
         ("plain", "cuda", "bfloat16", 0.0, "plain"),
@@ -548,6 +560,11 @@ def test_bfloat16_gradients_and_parameters_are_float32():
 def test_choose_attention(asked, platform, precision, attn_dropout, expected):
     c = model_config(dim=64, num_heads=1, attention=asked, attn_dropout=attn_dropout)
     assert choose_attention(c, platform, precision) == expected
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(36, "plain"), (72, "cudnn"), (128, "cudnn"), (192, "plain")])
+def test_cudnn_needs_a_head_size_that_it_has(dim, expected):
+    assert choose_attention(model_config(dim=dim, num_heads=1), "cuda", "bfloat16") == expected
 
 
 @pytest.mark.parametrize("platform, precision", [("cpu", "bfloat16"), ("cuda", "float32")])

@@ -4,15 +4,21 @@ Checkpoints are Orbax's: each process writes its own shards in the background, a
 folder appears under its name only when it is complete.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
-from trainit import config as config_lib
-from trainit.config import ConfigError
+from trainit.config import ConfigError, flatten
 
+# A resume may change these without saying so: they are where and how a run runs, not what it computes.
+FREE = re.compile(
+    r"(max_minutes|max_skipped|device_batch_size|platform|cpu_devices|dataset\.path)$"
+    r"|model\.(attention|remat|scan_layers)$|dataset\.(workers|prefetch)$"
+    r"|(mesh|eval|log|checkpoint|wandb)\."
+)
 TIMEOUT_SECONDS = 600  # for the other processes to finish their parts of a save
 
 
@@ -38,6 +44,9 @@ class Checkpoints:
         self._manager = self._open() if self.folder.is_dir() else None
 
     def _open(self) -> ocp.CheckpointManager:
+        # Replicas would share the writing, but cutting their parts blocks the loop and takes device memory.
+        handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep or None,
             create=not self._read_only,
@@ -105,7 +114,7 @@ class Checkpoints:
         wanted = _shapes(expected)
         if set(expected) == {"params"}:
             saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}
-        for path in sorted(wanted.keys() | saved.keys()):
+        for path in sorted(wanted.keys() | saved.keys(), key=lambda p: (not p.startswith("params/"), p)):
             if wanted.get(path) != saved.get(path):
                 remedy = (
                     "take its parameters alone into a new --workdir with --config.checkpoint.load_path= and "
@@ -142,6 +151,19 @@ def _shapes(tree) -> dict[str, str]:
     }
 
 
+def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
+    """The fields in which two resolved configs differ: {"steps": (old value, new value)}.
+
+    A field that only one of them has stands against None.
+    """
+    old, new = flatten(old), flatten(new)
+    return {
+        field: (old.get(field), new.get(field))
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+    }
+
+
 def check_same_run(old: Mapping, new: Mapping, overwrite: bool, origin: str) -> list[str]:
     """Compares a checkpoint's config with the one it is to be continued with.
 
@@ -157,9 +179,9 @@ def check_same_run(old: Mapping, new: Mapping, overwrite: bool, origin: str) -> 
     Raises:
         ConfigError: a field differs that changes what the state means, and `overwrite` is off.
     """
-    changed = config_lib.differences(old, new)
+    changed = differences(old, new)
     lines = {field: f"{field}: {before!r} -> {after!r}" for field, (before, after) in changed.items()}
-    fatal = [line for field, line in lines.items() if not config_lib.FREE.match(field)]
+    fatal = [line for field, line in lines.items() if not FREE.match(field)]
     if fatal and not overwrite:
         raise ConfigError(
             f"{origin} was made with another config ({'; '.join(fatal)}); "

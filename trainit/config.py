@@ -18,6 +18,9 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")  # the last ones vary fastest:
 VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to it: matrix units like it, and so do tensor shards
 
 
+Config = FrozenConfigDict  # a resolved config, or a part of one
+
+
 class ConfigError(ValueError):
     """A config or a usage that cannot work. The message is one line: what, the values, what to do."""
 
@@ -54,9 +57,7 @@ def defaults() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every_steps = 1  # steps between lines of metrics.jsonl; > 0
     c.checkpoint = ConfigDict()
-    c.checkpoint.save_steps = _any(
-        1000
-    )  # N: every N steps; (N, M, ...): at these; the last always; 0: it alone
+    c.checkpoint.save_steps = _any(1000)  # N: every N steps; (N, M, ...): at these; 0: only the last
     c.checkpoint.keep = 3  # newest checkpoints that stay; 0: all
     c.checkpoint.load_path = ""  # another run's folder to start from, while this one has no checkpoint
     c.checkpoint.load_step = -1  # which of its checkpoints; -1: the newest
@@ -149,15 +150,8 @@ POSITIVE = """steps batch_size max_skipped cpu_devices model.dim model.num_heads
     model.context_length model.rope_theta log.every_steps dataset.prefetch""".split()
 NOT_NEGATIVE = """seed max_minutes device_batch_size clip_norm model.num_kv_heads model.mlp_dim
     model.vocab_size model.logit_softcap dataset.workers eval.every_steps eval.sequences
-    checkpoint.keep optimizer.learning_rate optimizer.weight_decay""".split()
+    checkpoint.keep schedule.final optimizer.learning_rate optimizer.weight_decay""".split()
 DROPOUTS = ("gpt_dropout", "attn_dropout", "attn_linear_dropout", "transformer_dropout")
-
-# A resume may change these without saying so: they are where and how a run runs, not what it computes.
-FREE = re.compile(
-    r"(max_minutes|max_skipped|device_batch_size|platform|cpu_devices|dataset\.path)$"
-    r"|model\.(attention|remat|scan_layers)$|dataset\.(workers|prefetch)$"
-    r"|(mesh|eval|log|checkpoint|wandb)\."
-)
 
 
 def choose(config: ConfigDict, arg: str, **groups: Mapping[str, Callable[[], ConfigDict]]) -> ConfigDict:
@@ -189,7 +183,7 @@ def _names(choices: Iterable[str]) -> str:
 
 def duration(value: int | str, steps: int, tokens_per_step: int) -> int:
     """A duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens"."""
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*(%|tokens)?\s*", str(value))
+    match = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(%|tokens)?\s*", str(value))
     try:
         number = float(match[1])
     except (TypeError, ValueError):
@@ -238,7 +232,7 @@ def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
     return config
 
 
-def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> FrozenConfigDict:
+def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> Config:
     """Fills what follows from other fields, checks everything that needs no device, and freezes.
 
     Raises:
@@ -254,6 +248,11 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> FrozenConfigDict:
         _require(values[field] > 0, f"{field}={values[field]} must be above 0")
     for field in NOT_NEGATIVE:
         _require(values.get(field, 0) >= 0, f"{field}={values.get(field)} must not be below 0")
+    for field, value in values.items():
+        if re.match(r"optimizer\.(beta|momentum)|model\..*dropout$", field):
+            _require(0 <= value < 1, f"{field}={value} must lie in [0, 1)")
+        if re.match(r"optimizer\.eps", field):
+            _require(value > 0, f"{field}={value} must be above 0")
     _resolve_model(config.model, tokenizer_vocab_size)
     _check_mesh(config.mesh, config)
     _check_schedule(config)
@@ -262,7 +261,7 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> FrozenConfigDict:
         all(isinstance(n, int) and n >= (0 if isinstance(saves, int) else 1) for n in _as_tuple(saves)),
         f"checkpoint.save_steps={saves!r} must be a number of steps, or several separated by commas",
     )
-    return FrozenConfigDict(config)
+    return Config(config)
 
 
 def _as_tuple(value) -> tuple:
@@ -283,8 +282,6 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int):
         f"model.positions=rope needs an even head size, not model.dim / model.num_heads = "
         f"{m.dim // m.num_heads}",
     )
-    for field in DROPOUTS:
-        _require(0 <= m[field] < 1, f"model.{field}={m[field]} must lie in [0, 1)")
     _require(
         m.attention != "cudnn" or not m.attn_dropout,
         f"model.attention=cudnn cannot do model.attn_dropout={m.attn_dropout}; take attention=plain",
@@ -323,7 +320,7 @@ def _check_schedule(config: ConfigDict):
         )
 
 
-def _check_mesh(sizes: Mapping[str, int], config: ConfigDict | FrozenConfigDict):
+def _check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
     """What each axis must divide; an axis of -1 divides everything."""
     m = config.model
     for axis, size in sizes.items():
@@ -344,7 +341,7 @@ def _check_mesh(sizes: Mapping[str, int], config: ConfigDict | FrozenConfigDict)
     )
 
 
-def mesh_sizes(config: FrozenConfigDict, devices: int, shrink_to_fit: bool = False) -> dict[str, int]:
+def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dict[str, int]:
     """The size of each mesh axis on so many devices, with -1 filled in.
 
     Args:
@@ -374,24 +371,11 @@ def mesh_sizes(config: FrozenConfigDict, devices: int, shrink_to_fit: bool = Fal
     return sizes
 
 
-def micro_steps(config: FrozenConfigDict, sizes: Mapping[str, int]) -> int:
+def micro_steps(config: Config, sizes: Mapping[str, int]) -> int:
     """Micro-steps that accumulate one gradient: the fewest that keep to `device_batch_size`."""
     share = config.batch_size // (sizes["data"] * sizes["fsdp"])
     bound = config.device_batch_size or share
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= bound)
-
-
-def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
-    """The fields in which two resolved configs differ: {"steps": (old value, new value)}.
-
-    A field that only one of them has stands against None.
-    """
-    old, new = flatten(old), flatten(new)
-    return {
-        field: (old.get(field), new.get(field))
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
-    }
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict:

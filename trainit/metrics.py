@@ -5,7 +5,8 @@ import time
 
 import jax
 import numpy as np
-from ml_collections import FrozenConfigDict
+
+from trainit.config import Config
 
 # Dense bfloat16 (V100, T4: float16) TFLOP/s of one device without sparsity, from the vendors' data
 # sheets; the first text that the device's kind contains counts.
@@ -43,7 +44,7 @@ def parameter_count(parameters: dict) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parameters))
 
 
-def flops_per_token(model: FrozenConfigDict) -> float:
+def flops_per_token(model: Config) -> float:
     """Model FLOPs of forward and backward pass per token: 6 * weights in matrix products + attention.
 
     Attention is 12 * N * L * D, not halved for causality (Chowdhery et al. 2022, arXiv 2204.02311,
@@ -62,7 +63,7 @@ class Meter:
     The first step, which compiles, counts for nothing, nor does time given to `pause`.
     """
 
-    def __init__(self, tokens_per_step: int, model: FrozenConfigDict):
+    def __init__(self, tokens_per_step: int, model: Config):
         self._tokens = tokens_per_step
         self._flops = flops_per_token(model) * tokens_per_step
         peak = peak_flops(jax.devices()[0].device_kind)

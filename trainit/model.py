@@ -15,7 +15,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import FrozenConfigDict
+
+from trainit.config import Config
 
 Constrain = Callable[..., jax.Array]
 NORM_EPSILON = 1e-5
@@ -96,28 +97,33 @@ def plain_attention(q_BLHK, k_BSJK, v_BSJK, rate: float = 0.0, key: jax.Array | 
     return jnp.einsum("bjrls,bsjk->bljrk", weights, v_BSJK).reshape(B, L, H, K)
 
 
-def choose_attention(config: FrozenConfigDict, platform: str, precision: str) -> str:
+def choose_attention(config: Config, platform: str, precision: str) -> str:
     """The kernel that `model.attention` stands for on this platform.
+
+    cuDNN's takes bfloat16, no dropout here, and head sizes that 8 divides, up to 128 on every card.
 
     Args:
         config: the sub-config `model`.
-        platform: "cpu", "cuda" or another of JAX's.
+        platform: "cuda" for NVIDIA's GPUs, else what JAX calls it.
         precision: of the activations.
 
     Raises:
         ValueError: cudnn was asked for where it cannot run.
     """
-    possible = platform in ("cuda", "gpu") and precision == "bfloat16" and not config.attn_dropout
+    size = config.dim // config.num_heads
+    fits = precision == "bfloat16" and not config.attn_dropout and size % 8 == 0 and size <= 128
+    possible = platform == "cuda" and fits
     if config.attention == "cudnn" and not possible:
         raise ValueError(
-            f"model.attention=cudnn needs an NVIDIA GPU and precision=bfloat16, here are platform={platform} "
-            f"and precision={precision}; take model.attention=auto"
+            f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16 and a head size that 8 divides "
+            f"up to 128; here are platform={platform}, precision={precision} and head size {size}; take "
+            f"model.attention=auto"
         )
     return "cudnn" if possible and config.attention != "plain" else "plain"
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: FrozenConfigDict, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, c: Config, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
         size, residual_std = c.dim // c.num_heads, STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
         self.c, self.kernel, self.constrain = c, kernel, constrain
         self.query = Linear((c.dim,), (c.num_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
@@ -149,7 +155,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """GELU (tanh form), squared ReLU (So et al., arXiv 2109.08668) or SwiGLU (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, c: FrozenConfigDict, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, c: Config, constrain: Constrain, rngs: nnx.Rngs):
         residual_std = STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
         self.c, self.constrain = c, constrain
         self.up = Linear((c.dim,), (c.mlp_dim,), c.use_bias, STANDARD_DEVIATION, rngs)
@@ -170,7 +176,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, c: FrozenConfigDict, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, c: Config, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
         self.constrain = constrain
         self.attention_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
         self.attention = Attention(c, kernel, constrain, rngs)
@@ -192,7 +198,7 @@ class Embedding(nnx.Module):
 class Network(nnx.Module):
     """The modules, each parameter declared where it is used; `GPT` is the way in."""
 
-    def __init__(self, c: FrozenConfigDict, dtype, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, c: Config, dtype, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
         self.c, self.dtype, self.constrain = c, dtype, constrain
         self.token_embedding = Embedding(c.vocab_size, c.dim, rngs)
         learned = c.positions == "learned"
@@ -243,7 +249,7 @@ class GPT:
 
     def __init__(
         self,
-        config: FrozenConfigDict,
+        config: Config,
         precision: str = "float32",
         attention: str = "plain",
         constrain: Constrain = lambda array, *axes: array,

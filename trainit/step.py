@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import FrozenConfigDict
 
 from trainit import config as config_lib
 from trainit import losses, optimizers, schedules, sharding
+from trainit.config import Config
 from trainit.model import GPT, choose_attention
 
 
@@ -48,7 +48,7 @@ def named_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def build(config: FrozenConfigDict, mesh: Mesh) -> Steps:
+def build(config: Config, mesh: Mesh) -> Steps:
     """The functions of a run.
 
     Args:
@@ -58,8 +58,10 @@ def build(config: FrozenConfigDict, mesh: Mesh) -> Steps:
     Raises:
         ConfigError: something was asked for that this platform cannot do.
     """
+    device = mesh.devices.flat[0]
+    platform = "cuda" if "NVIDIA" in device.device_kind else device.platform
     try:
-        attention = choose_attention(config.model, mesh.devices.flat[0].platform, config.precision)
+        attention = choose_attention(config.model, platform, config.precision)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
     model = GPT(config.model, config.precision, attention, sharding.constrainer(mesh))

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import jax
 from absl import logging
-from ml_collections import FrozenConfigDict
 
 from trainit import __version__, distributed, metrics, sharding, step
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints, check_same_run, due
-from trainit.config import ConfigError
+from trainit.config import Config, ConfigError
 from trainit.data import loader
 from trainit.data.tokens import Dataset
 from trainit.evaluate import evaluate
@@ -28,7 +27,7 @@ class NonFiniteError(RuntimeError):
 class Run:
     """One process's part of a training run."""
 
-    def __init__(self, config: FrozenConfigDict, dataset: Dataset, workdir: Path, debug: bool = False):
+    def __init__(self, config: Config, dataset: Dataset, workdir: Path, debug: bool = False):
         """
         Args:
             config: resolved.
@@ -48,6 +47,7 @@ class Run:
         self.steps = step.build(config, self.mesh)
         self._describe(sizes)
         self.rows, self.wandb_id = 0, secrets.token_hex(4)  # rows of the training data consumed
+        self.postponed: dict | None = None  # what was measured at a step whose validation is still to be done
         self.resumed = self.checkpoints.latest() is not None
         self.state = self._resume() if self.resumed else self._begin()
         self.step = int(self.state.step)
@@ -103,7 +103,7 @@ class Run:
         """The state of this run's newest checkpoint."""
         number = self.checkpoints.latest()
         meta = self._accept(self.checkpoints, number)
-        self.rows, self.wandb_id = meta["rows"], meta["wandb_id"]
+        self.rows, self.wandb_id, self.postponed = meta["rows"], meta["wandb_id"], meta["postponed"]
         logging.info("resume     at step %d of %d", number, self.config.steps)
         return self.checkpoints.restore(number, self.steps.abstract_state)
 
@@ -129,7 +129,7 @@ class Run:
             return DONE
         stop = distributed.StopRequest(c.max_minutes)
         self._write_config()
-        keep = self.step if self.resumed else -1
+        keep = self.step - (self.postponed is not None) if self.resumed else -1
         lead = distributed.is_lead()
         self.tracker = Trackers(lead, self.workdir, c.to_dict(), self.step, keep, self.wandb_id)
         self.meter = metrics.Meter(c.batch_size * c.model.context_length, c.model)
@@ -177,16 +177,23 @@ class Run:
 
     def _milestone(self, last: bool, stopping: bool):
         """Validates and saves where this step asks for it."""
-        c, is_new = self.config, self.step != self.saved
-        every = c.eval.every_steps
-        validate = is_new and (last or (not stopping and every > 0 and self.step % every == 0))
+        c = self.config
+        every, is_new = c.eval.every_steps, self.step != self.saved
+        validate = last or (every > 0 and self.step % every == 0)
+        validate = validate and (is_new or self.postponed is not None)
         save = is_new and (last or stopping or (self.step > 0 and due(c.checkpoint.save_steps, self.step)))
         if not (validate or save):
             return
         record = self._read()
-        if validate:
-            record |= {"step": self.step, "tokens": self._tokens(self.step)} | self._evaluate()
-        self._log(record)
+        if validate and stopping and not last:
+            self.postponed = (
+                self.postponed or {}
+            ) | record  # whoever resumes validates, and logs both as one
+        else:
+            if validate:
+                record |= {"step": self.step, "tokens": self._tokens(self.step)} | self._evaluate()
+            self._log((self.postponed or {}) | record)
+            self.postponed = None
         if save:
             self._save()
         self.meter.pause()
@@ -248,6 +255,7 @@ class Run:
             "rows": self.rows,
             "dataset": self.dataset.fingerprint,
             "wandb_id": self.wandb_id,
+            "postponed": self.postponed,
             "version": __version__,
         }
         self.checkpoints.save(self.step, self.state, meta)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from trainit import sharding
+from trainit.config import Config
 from trainit.schedules import Schedule
 
 
@@ -77,6 +78,6 @@ def scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def build(config: FrozenConfigDict, context: Context) -> optax.GradientTransformationExtraArgs:
+def build(config: Config, context: Context) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config.name` names. Its update takes `step`, the run's, beside the gradients."""
     return optax.with_extra_args_support(_load(config.name).make(config, context))

@@ -1,0 +1,224 @@
+"""Checkpoints: other meshes, other models, unfinished saves, full disks, what a resume may change."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from processes import ROOT, exact, metrics, run
+
+from trainit import optimizers, sharding, step
+from trainit.checkpoint import FREE, Checkpoints, differences, due
+from trainit.config import ConfigError, choose, defaults, resolve
+
+EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+
+
+def build(sizes=EIGHT, arg="", **changes):
+    config = tiny.get_config(arg)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    return step.build(resolve(config, 257), sharding.make_mesh(sizes, devices))
+
+
+def assert_equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run's folder with checkpoints 1, 2, 3 and the state behind them."""
+    folder = tmp_path_factory.mktemp("run")
+    state = build().init()
+    checkpoints = Checkpoints(folder)
+    for number in (1, 2, 3):
+        checkpoints.save(number, state, {"rows": 7 * number, "config": {"a": (1, 2)}})
+    checkpoints.wait()
+    checkpoints.close()
+    return folder, state
+
+
+def test_a_save_is_of_the_state_as_it_was_when_training_goes_on(tmp_path):
+    """Steps that take over the state's memory while it is being written do not reach the checkpoint."""
+    steps = build(
+        model__dim=256, model__vocab_size=16384, model__attn_dropout=0.0
+    )  # 100 MB: seconds to write
+    mesh = steps.abstract_state.step.sharding.mesh
+    batch = {"tokens": np.ones((2, 8, 33), np.uint16), "lengths": np.full((2, 8), 32, np.int32)}
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    state, _ = steps.train(steps.init(), batch)
+    state, _ = steps.train(state, batch)
+    before = jax.tree.map(np.array, state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, state, {})
+    for _ in range(5):
+        state, _ = steps.train(state, batch)
+    jax.block_until_ready(state)
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(2, steps.abstract_state), before)
+    assert int(state.step) == 7
+    assert not np.array_equal(state.params["head"]["kernel"], before.params["head"]["kernel"])
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("sizes", [EIGHT, {**EIGHT, "data": 1}, {**EIGHT, "data": 1, "fsdp": 8, "tensor": 1}])
+def test_restores_bit_exact_onto_any_mesh(saved, sizes):
+    folder, state = saved
+    steps = build(sizes)
+    checkpoints = Checkpoints(folder, read_only=True)
+    restored = checkpoints.restore(2, steps.abstract_state)
+    assert_equal(restored, state)
+    for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(steps.abstract_state), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    assert checkpoints.meta(2) == {"rows": 14, "config": {"a": [1, 2]}}
+    assert checkpoints.steps() == [1, 2, 3]
+
+
+def test_parameters_alone_whatever_the_optimizer(saved):
+    folder, state = saved
+    steps = build(arg="optimizer=sgdm")
+    params = Checkpoints(folder, read_only=True).restore_params(3, steps.abstract_state.params)
+    assert_equal(params, state.params)
+    leaf = params["head"]["kernel"]
+    assert leaf.sharding.is_equivalent_to(steps.abstract_state.params["head"]["kernel"].sharding, 2)
+
+
+@pytest.mark.parametrize(
+    ("arg", "changes", "message"),
+    [
+        ("", {"model__dim": 64}, r"key/bias is float32\[2,4,8\] there and float32\[2,4,16\] here"),
+        ("", {"model__tied_embeddings": True}, r"head/kernel is float32\[32,384\] there and missing here"),
+        ("", {"model__qk_norm": True}, r"key_norm/scale is missing there and float32\[2,8\] here"),
+        ("optimizer=sgdm", {}, "opt_state/.*overwrite_optimizer=True"),
+    ],
+)
+def test_another_model_is_refused_by_name_and_shapes(saved, arg, changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        Checkpoints(saved[0], read_only=True).restore(1, build(arg=arg, **changes).abstract_state)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unfinished_save_is_passed_over_and_can_be_done_again(saved, tmp_path):
+    folder = Path(shutil.copytree(saved[0], tmp_path / "run"))
+    complete = folder / "checkpoints" / "3"
+    complete.rename(folder / "checkpoints" / "3.orbax-checkpoint-tmp")  # as a kill leaves it
+    (folder / "checkpoints" / "3.orbax-checkpoint-tmp" / "commit_success.txt").unlink(missing_ok=True)
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.latest() == 2
+    assert_equal(checkpoints.restore(2, build().abstract_state), saved[1])
+    checkpoints.save(3, saved[1], {"rows": 1})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2, 3]
+    assert not list((folder / "checkpoints").glob("*tmp*"))
+    checkpoints.close()
+
+
+def test_keep_removes_the_oldest(saved, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for number in (1, 5, 9):
+        checkpoints.save(number, saved[1], {})
+    checkpoints.wait()
+    checkpoints.close()
+    assert Checkpoints(tmp_path, read_only=True).steps() == [5, 9]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB of its own; needs the right to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    yield folder
+    ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(folder), 2)
+
+
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, random_dataset):
+    """The disk fills up while the second checkpoint is written; the run goes on once there is room."""
+    command = [
+        f"--config={ROOT}/tests/tiny.py",
+        f"--config.dataset.path={random_dataset}",
+        f"--workdir={small_disk}/run",
+        "--config.model.dim=128",  # 0.7 M parameters: 8.5 MB a checkpoint
+        "--config.steps=12",
+        "--config.checkpoint.save_steps=6",
+    ]
+    run(*command, "--config.steps=6")
+    before = exact(metrics(small_disk / "run"))
+    free = os.statvfs(small_disk)
+    (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 3_000_000))
+    more = "--config.checkpoint.overwrite_config=True"
+    output = run(*command, more, expect=1)
+    assert "No space left on device" in output
+    assert "trainit: error:" in output
+    checkpoints = Checkpoints(small_disk / "run", read_only=True)
+    assert checkpoints.latest() == 6
+    steps = build(model__dim=128)
+    assert int(checkpoints.restore(6, steps.abstract_state).step) == 6
+    (small_disk / "ballast").unlink()
+    run(*command, more)
+    assert exact(metrics(small_disk / "run"))[: len(before)] == before
+    assert [r["step"] for r in metrics(small_disk / "run")] == list(range(13))
+
+
+def test_due():
+    assert [n for n in range(1, 10) if due(3, n)] == [3, 6, 9]
+    assert [n for n in range(1, 10) if due((2, 7), n)] == [2, 7]
+    assert not any(due(0, n) for n in range(10))
+
+
+def test_importing_the_checkpoints_of_nowhere():
+    assert Checkpoints(Path("/nowhere"), read_only=True).latest() is None
+
+
+def make(arg="", **changes):
+    config = defaults()
+    config.optimizer = optimizers.choices()["adamw"]()
+    choose(config, arg, optimizer=optimizers.choices())
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def test_differences_survive_json():
+
+    config = resolve(make(checkpoint__save_steps=(3, 5)), 50257)
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert differences(saved, config.to_dict()) == {}
+    changed = resolve(make("optimizer=sgdm", steps=7, schedule__warmup=1), 50257)
+    found = differences(saved, changed.to_dict())
+    assert found["steps"] == (50_000, 7)
+    assert found["optimizer.beta1"] == (0.9, None)
+    assert found["optimizer.momentum"] == (None, 0.9)
+    assert "model.dim" not in found
+
+
+@pytest.mark.parametrize(
+    ("field", "free"),
+    [
+        ("mesh.data", True),
+        ("device_batch_size", True),
+        ("dataset.path", True),  # the dataset's fingerprint decides
+        ("dataset.workers", True),
+        ("model.remat", True),
+        ("checkpoint.keep", True),
+        ("eval.every_steps", True),
+        ("model.dim", False),
+        ("steps", False),
+        ("batch_size", False),
+        ("seed", False),
+        ("optimizer.learning_rate", False),
+        ("schedule.warmup", False),
+        ("precision", False),
+    ],
+)
+def test_what_a_resume_may_change(field, free):
+    assert bool(FREE.match(field)) == free

@@ -1,0 +1,178 @@
+"""Configs: groups, filling, checks that name fields and values, meshes, durations."""
+
+import pytest
+
+from trainit import config as config_lib
+from trainit import optimizers
+from trainit.config import ConfigError, choose, defaults, mesh_sizes, micro_steps, resolve
+
+
+def make(arg="", **changes):
+    config = defaults()
+    config.optimizer = optimizers.choices()["adamw"]()
+    choose(config, arg, optimizer=optimizers.choices())
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def test_groups_replace_whole_parts():
+    config = make("model=gpt2_medium,optimizer=sgdm,schedule=cosine,dataset=demo")
+    assert (config.model.dim, config.model.num_heads, config.model.num_blocks) == (1024, 16, 24)
+    assert config.optimizer.name == "sgdm"
+    assert "beta1" not in config.optimizer
+    assert config.schedule.name == "cosine"
+    assert config.dataset.path == "demo"
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("modle=gpt2", "unknown group 'modle=gpt2'.*dataset, model, optimizer, schedule"),
+        ("model", "unknown group 'model': write GROUP=CHOICE"),
+        ("model=gpt9", "unknown model 'gpt9': there are gpt2, gpt2_large, gpt2_medium, gpt2_xl, modern"),
+        ("optimizer=adamv", "unknown optimizer 'adamv': there are adamw, sgdm"),
+    ],
+)
+def test_unknown_groups_and_choices_list_what_there_is(arg, message):
+    with pytest.raises(ConfigError, match=message):
+        make(arg)
+
+
+def test_resolve_fills_what_follows():
+    config = resolve(make(), 50257)
+    assert config.model.vocab_size == 50304
+    assert config.model.mlp_dim == 3072
+    assert config.model.num_kv_heads == 12
+    swiglu = resolve(make(model__activation="swiglu"), 50257)
+    assert swiglu.model.mlp_dim == 2048  # 8/3 * 768, a multiple of 64
+    assert resolve(make(model__vocab_size=60000), 50257).model.vocab_size == 60000
+    with pytest.raises(AttributeError):
+        config.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be above 0"),
+        ({"seed": -1}, "seed=-1 must not be below 0"),
+        ({"precision": "float8"}, "precision='float8' is none of 'bfloat16', 'float32'"),
+        ({"batch_size": 12, "mesh.fsdp": 8}, r"batch_size=12 is not a multiple of mesh.data\*mesh.fsdp=8"),
+        ({"mesh.data": -1}, "mesh.data and mesh.fsdp are -1"),
+        ({"mesh.tensor": 0}, "mesh.tensor=0 must be above 0"),
+        ({"mesh.tensor": 5}, "model.num_heads=12 is not a multiple of mesh.tensor=5"),
+        (
+            {"mesh.tensor": 2, "model.num_kv_heads": 1},
+            "model.num_kv_heads=1 is not a multiple of mesh.tensor=2",
+        ),
+        ({"mesh.fsdp": 5, "batch_size": 5}, "model.dim=768 is not a multiple of mesh.fsdp=5"),
+        ({"mesh.context": 2}, "mesh.context=2 does not work yet"),
+        ({"model.num_heads": 7}, "model.dim=768 is not a multiple of model.num_heads=7"),
+        ({"model.num_kv_heads": 5}, "model.num_heads=12 is not a multiple of model.num_kv_heads=5"),
+        ({"model.vocab_size": 100}, "model.vocab_size=100 is smaller than the tokenizer's 50257"),
+        ({"model.attn_dropout": 1.0}, r"model.attn_dropout=1.0 must lie in \[0, 1\)"),
+        ({"model.dim": 36, "model.positions": "rope"}, "even head size.*= 3"),
+        ({"model.attention": "cudnn", "model.attn_dropout": 0.1}, "cudnn cannot do model.attn_dropout=0.1"),
+        ({"model.tied_embeddings": True, "model.head_bias": True}, "exclude each other"),
+        ({"schedule.warmup": 60_000}, "last 60000 steps, more than steps=50000"),
+        ({"schedule.warmup": "ten"}, "'ten' is not a duration"),
+        ({"schedule.warmup": "1.5"}, "'1.5' is not a whole number"),
+        ({"checkpoint.save_steps": (10, -1)}, r"save_steps=\(10, -1\)"),
+        ({"checkpoint.save_steps": "often"}, "save_steps='often'"),
+    ],
+)
+def test_errors_name_fields_and_values(changes, message):
+    config = make()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message) as error:
+        resolve(config, 50257)
+    assert "\n" not in str(error.value)
+
+
+def test_boundaries_must_rise():
+    config = make("schedule=piecewise_linear")
+    config.schedule.boundaries = (0, 10, 10)
+    with pytest.raises(ConfigError, match="must rise"):
+        resolve(config, 50257)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "expected"),
+    [
+        ({}, 8, (1, 8, 1, 1)),
+        ({"data": 2}, 8, (2, 4, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, 8, (2, 2, 2, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (2, 2, 2, 1)),
+        ({"fsdp": 1}, 1, (1, 1, 1, 1)),
+    ],
+)
+def test_mesh_covers_the_devices(mesh, devices, expected):
+    config = resolve(make(**{f"mesh__{axis}": size for axis, size in mesh.items()}), 50257)
+    assert tuple(mesh_sizes(config, devices).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "message"),
+    [
+        ({"data": 3, "batch_size": 12}, 8, "data 3, fsdp -1.*covers 6 devices, but there are 8"),
+        ({"data": 2, "fsdp": 2}, 8, "covers 4 devices, but there are 8"),
+        ({"data": 16}, 8, "covers 16 devices, but there are 8"),
+        ({"batch_size": 12}, 8, r"batch_size=12 is not a multiple of mesh.data\*mesh.fsdp=8"),
+        ({"fsdp": 1, "tensor": -1}, 8, "model.num_heads=12 is not a multiple of mesh.tensor=8"),
+    ],
+)
+def test_mesh_errors(mesh, devices, message):
+    changes = {name if name == "batch_size" else f"mesh__{name}": size for name, size in mesh.items()}
+    with pytest.raises(ConfigError, match=message):
+        mesh_sizes(resolve(make(**changes), 50257), devices)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8, 16])
+def test_debug_shrinks_any_config_to_the_devices(devices):
+    """A cluster's mesh on whatever there is: the axes that fit stay."""
+    config = make(
+        "model=gpt2_xl,schedule=piecewise_linear",
+        mesh__data=4,
+        mesh__fsdp=16,
+        mesh__tensor=8,
+        batch_size=512,
+        wandb__project="big",
+    )
+    config.schedule.boundaries = (0, 2000, 50_000)
+    small = config_lib.shrink(config, {"steps"})
+    small.steps = 20
+    small.batch_size = 48
+    frozen = resolve(small, 8192)
+    sizes = mesh_sizes(frozen, devices, shrink_to_fit=True)
+    assert sizes["tensor"] == (2 if devices % 2 == 0 else 1)
+    assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == devices
+    assert frozen.model.dim == 64
+    assert frozen.wandb.project == ""
+    assert frozen.steps == 20
+
+
+def test_micro_steps_are_the_fewest_that_fit():
+    config = resolve(make(batch_size=96, device_batch_size=5), 50257)
+    assert micro_steps(config, {"data": 2, "fsdp": 4}) == 3  # 12 a device: 3 times 4
+    assert micro_steps(config, {"data": 1, "fsdp": 96}) == 1
+    unbound = resolve(make(batch_size=96, device_batch_size=0), 50257)
+    assert micro_steps(unbound, {"data": 1, "fsdp": 1}) == 1
+
+
+def test_pile_gpt_is_the_benchmark():
+    """Its figures, as ORIGINAL.md gives them."""
+    import runpy
+
+    from processes import ROOT
+
+    config = resolve(runpy.run_path(str(ROOT / "configs/pile_gpt.py"))["get_config"](), 50257)
+    m = config.model
+    assert (m.dim, m.num_heads, m.num_blocks, m.context_length) == (768, 12, 12, 1024)
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-3)
+    assert (config.optimizer.weight_decay, config.clip_norm) == (0.1, 10.0)
+    assert config.schedule.name == "linear"
+    assert config.steps == 50_000
+    assert config_lib.duration(config.schedule.warmup, config.steps, 1) == 5_000
+    assert [m[field] for field in config_lib.DROPOUTS] == [0, 0, 0, 0]
+    assert not m.tied_embeddings
+    assert not m.head_bias
+    assert m.vocab_size == 50304

@@ -1,0 +1,102 @@
+"""The command as users type it: what goes wrong is one line and exit code 2; --debug shrinks anything."""
+
+import json
+
+import pytest
+from processes import ROOT, metrics, run
+
+DEBUG = "--config=configs/debug.py"
+TINY = f"--config={ROOT}/tests/tiny.py"
+
+
+def error_of(*args) -> str:
+    """The one line that a wrong command ends with."""
+    output = run(*args, expect=2)
+    lines = [line for line in output.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1, output
+    assert output.splitlines()[-1] == lines[0]
+    assert lines[0].startswith("trainit: error: ")
+    assert "Traceback" not in output
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ((), ("--config=FILE is missing",)),
+        (("--config=configs/none.py",), ("configs/none.py: there is no such file",)),
+        ((DEBUG, "train"), ("'train' is no flag",)),
+        ((DEBUG, "--confg.steps=3"), ("confg.steps",)),
+        ((f"{DEBUG}:modle=gpt2",), ("unknown group 'modle=gpt2'", "dataset, model, optimizer, schedule")),
+        ((f"{DEBUG}:model=gpt7",), ("unknown model 'gpt7'", "gpt2_medium")),
+        ((DEBUG, "--config.step=3"), ("unknown field config.step;", "steps", "batch_size")),
+        ((DEBUG, "--config.model.width=3"), ("unknown field config.model.width;", "dim", "num_heads")),
+        ((DEBUG, "--config.steps.x=3"), ("unknown field config.steps.x",)),
+        ((DEBUG, "--config.steps=many"), ("config.steps", "many")),
+        ((DEBUG, "--config.model.dim=1.5"), ("config.model.dim", "1.5")),
+        ((DEBUG, "--config.batch_size=6"), ("batch_size=6", "mesh.data*mesh.fsdp=4")),
+        ((DEBUG, "--config.mesh.data=4"), ("data 4, fsdp 2, tensor 2", "16 devices", "there are 8")),
+        ((DEBUG, "--config.cpu_devices=4"), ("8 devices", "there are 4")),
+        ((DEBUG, "--config.model.vocab_size=8000"), ("model.vocab_size=8000", "tokenizer's 8192")),
+        ((DEBUG, "--config.dataset.path=data/none"), ("data/none", "does not exist")),
+        ((DEBUG, "--config.model.attention=cudnn"), ("model.attention=cudnn", "platform=cpu")),
+        ((DEBUG, "--config.checkpoint.load_path=runs/none"), ("load_path='runs/none'", "there are none")),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, tuple) else None,
+)
+def test_wrong_commands(args, parts, tmp_path):
+    workdir = () if any(a.startswith("--workdir") for a in args) else (f"--workdir={tmp_path}",)
+    line = error_of(*args, *workdir)
+    for part in parts:
+        assert part in line
+
+
+def test_wrong_folders(random_dataset, tmp_path):
+    (tmp_path / "file").touch()
+    line = error_of(TINY, f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}/file/run")
+    assert "file/run cannot be written: Not a directory" in line
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    assert "unfinished" in error_of(TINY, f"--config.dataset.path={unfinished}", f"--workdir={tmp_path}/run")
+
+
+def test_a_config_file_that_raises(tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config(arg=''):\n    return undefined_name\n")
+    line = error_of(f"--config={tmp_path}/broken.py", f"--workdir={tmp_path}")
+    assert "undefined_name" in line
+
+
+def test_debug_runs_the_cluster_config_here_and_refuses_another_model(tmp_path):
+    """The benchmark shrunk: the demo text in place of the missing Pile, eight devices, ten steps."""
+    command = "--config=configs/pile_gpt.py", "--debug", f"--workdir={tmp_path}", "--config.mesh.tensor=4"
+    output = run(*command)
+    assert "data 1 × fsdp 2 × tensor 4" in output
+    assert "done       all 10 steps" in output
+    assert [r["step"] for r in metrics(tmp_path)] == list(range(11))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model"]["dim"] == 64
+    assert config["precision"] == "bfloat16"
+
+    line = error_of(*command, "--config.model.dim=128", "--config.model.num_blocks=3")
+    assert "model.dim: 64 -> 128; model.mlp_dim: 256 -> 512; model.num_blocks: 2 -> 3" in line
+    assert "overwrite_config=True" in line
+    line = error_of(*command, "--config.model.dim=128", "--config.checkpoint.overwrite_config=True")
+    assert "params/blocks/attention/key/bias is float32[2,4,16] there and float32[2,4,32] here" in line
+
+
+def test_groups_and_overrides_reach_the_run(random_dataset, tmp_path):
+    run(
+        f"{TINY}:optimizer=sgdm,schedule=trapezoid",
+        f"--config.dataset.path={random_dataset}",
+        f"--workdir={tmp_path}",
+        "--config.steps=10",
+        "--config.schedule.warmup=2",
+        "--config.optimizer.learning_rate=0.5",
+        "--config.checkpoint.save_steps=4,6",
+        "--config.log.every_steps=2",
+        "--config.dataset.workers=1",
+    )
+    rates = {r["step"]: r["train/learning_rate"] for r in metrics(tmp_path) if r["step"]}
+    # Two steps up, then 0.5; over the last 20 % down: steps 8 and 9 of 0-based 10.
+    assert rates == pytest.approx({2: 0.25, 4: 0.5, 6: 0.5, 8: 0.5, 10: 0.25})
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 10]

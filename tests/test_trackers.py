@@ -1,0 +1,141 @@
+"""metrics.jsonl, W&B, the progress display."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from processes import ROOT, metrics, run
+
+from trainit import trackers
+from trainit.config import resolve
+from trainit.trackers import JsonLines, Progress, Trackers, quantity
+
+
+def test_jsonl_drops_what_a_resume_does_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, keep_through=-1)
+    for step in range(1, 6):
+        first.log({"step": step, "train/loss": step / 3})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 6, "train/lo')  # a crash in the middle of a line
+    lines = path.read_text().splitlines()
+    second = JsonLines(path, keep_through=3)
+    second.log({"step": 4, "train/loss": float("nan")})
+    second.sync()
+    assert path.read_text().splitlines() == [*lines[:3], '{"step": 4, "train/loss": null}']
+    assert JsonLines(path, keep_through=-1) and path.read_text() == ""
+
+
+def test_only_the_lead_process_writes(tmp_path):
+    config = tiny.get_config()
+    config.optimizer.weight_decay = 0.0
+    config = resolve(config, 257).to_dict()
+    other = Trackers(False, tmp_path, config, 0, -1, "abc")
+    other.log(1, {"train/loss": 1.0})
+    other.sync()
+    other.close(0)
+    assert not list(tmp_path.iterdir())
+    lead = Trackers(True, tmp_path, config, 0, -1, "abc")
+    lead.log(1, {"train/loss": 1.0}, write=False)
+    lead.log(2, {"train/loss": 2.0})
+    lead.close(0)
+    assert metrics(tmp_path) == [{"step": 2, "train/loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.5, "0.5"), (999, "999"), (1234, "1.23 k"), (124e6, "124 M"), (3e11, "300 B")]
+)
+def test_quantity(number, text):
+    assert quantity(number) == text
+
+
+def test_lines_where_there_is_no_terminal(monkeypatch):
+    said = []
+    monkeypatch.setattr(trackers.logging, "info", lambda text, *args: said.append(text % args))
+    progress = Progress(start=0, steps=100)
+    later = time.monotonic() + 100
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    progress.show(50, {"train/loss": 3.21, "throughput/tokens_per_second": 45_600.0, "throughput/mfu": 0.413})
+    progress.show(51, {"train/loss": 3.0})  # too soon after the line before
+    progress.show(100, {"train/loss": 2.0})
+    assert said[0].startswith("step 50/100  loss 3.210  45.6 k tokens/s  MFU 41.3%  01:4")
+    assert said[1].startswith("step 100/100  loss 2.000")
+    assert len(said) == 2
+
+
+def test_bar_on_a_terminal():
+    """On a real terminal (a pty): one bar that is rewritten, messages above it."""
+    code = """
+import time
+from trainit import trackers
+
+trackers.log_to_terminal(True)
+progress = trackers.Progress(0, 4)
+for n in range(1, 5):
+    time.sleep(0.15)
+    progress.show(n, {"train/loss": 4.0 / n, "throughput/tokens_per_second": 1000.0 * n})
+progress.close()
+"""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=slave, env=environment)
+    os.close(slave)
+    screen = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        screen += part
+    assert process.wait() == 0
+    text = screen.decode()
+    assert "100%" in text
+    assert "step 4/4" in text
+    assert "loss 1.000" in text
+    assert "4 k tokens/s" in text
+    assert text.count("\r") > 3
+
+
+def test_wandb_offline_and_resumed(random_dataset, tmp_path):
+    """The same W&B run goes on after a stop, and no key is written anywhere."""
+    key = "0123456789abcdef0123456789abcdef01234567"
+    args = [
+        f"--config={ROOT}/tests/tiny.py",
+        f"--config.dataset.path={random_dataset}",
+        f"--workdir={tmp_path}",
+        "--config.steps=6",
+        "--config.wandb.project=tests",
+        "--config.wandb.name=offline",
+    ]
+    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": key}
+    output = run(*args, "--config.max_minutes=0.0001", expect=75, **environment)
+    output += run(*args, **environment)
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert len({path.name.split("-")[-1] for path in runs}) == 1  # the run id
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        assert key.encode() not in path.read_bytes(), path
+    assert key not in output
+    logged = b"".join(path.read_bytes() for path in files if path.suffix == ".wandb")
+    assert b"train/loss" in logged
+    assert [r["step"] for r in metrics(tmp_path)] == list(range(7))
+    assert json.loads((tmp_path / "config.json").read_text())["wandb"] == {
+        "name": "offline",
+        "project": "tests",
+    }
+    assert Path(tmp_path / "checkpoints" / "6").is_dir()

@@ -1,0 +1,160 @@
+"""Measures: the data loader, the train step, and how long a checkpoint save blocks the loop.
+
+    python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save]
+
+Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from trainit import command_line, distributed, metrics, sharding, step, trackers
+from trainit import config as config_lib
+from trainit.checkpoint import Checkpoints
+from trainit.config import Config, ConfigError
+from trainit.data import loader
+from trainit.data.tokens import DatasetError, Split
+
+PARTS = ("loader", "step", "save")
+_ONLY = flags.DEFINE_list("only", list(PARTS), f"which of {', '.join(PARTS)} to measure")
+_TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
+_STEPS = flags.DEFINE_integer("steps", 20, "train steps that are timed", lower_bound=3)
+
+LOADER_BATCH, LOADER_LENGTH, LOADER_SECONDS = 32, 1024, 3.0
+
+
+def _rate(batches: Iterator, tokens: int) -> float:
+    """Tokens per second of an iterator over batches, after its first ones."""
+    for _ in range(10):
+        next(batches)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < LOADER_SECONDS:
+        next(batches)
+        count += 1
+    return count * tokens / (time.perf_counter() - start)
+
+
+def measure_loader():
+    """Tokens per second of one process on one core, shuffled, from the page cache."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    tokens = LOADER_BATCH * LOADER_LENGTH
+    mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
+    with tempfile.NamedTemporaryFile(suffix=".tokens") as file:
+        np.random.default_rng(0).integers(0, 50257, _TOKENS.value, np.uint16).tofile(file.name)
+        split = Split("train", (file.name,), (_TOKENS.value,), "<u2", 4 * _TOKENS.value)
+        order = loader.Shuffled(split.sequences(LOADER_LENGTH), 0)
+        shape = (1, LOADER_BATCH, LOADER_LENGTH)
+        source = loader.BatchSource(split, order, 0, shape, slice(0, LOADER_BATCH), 1 << 40)
+        Path(file.name).read_bytes()  # into the page cache
+        results = {
+            "read in the calling thread": _rate((source[j] for j in range(1 << 40)), tokens),
+            "through Grain, one thread ahead, on the device": _rate(
+                loader.batches(split, order, shape, sharding.batch_sharding(mesh)), tokens
+            ),
+        }
+    os.sched_setaffinity(0, cores)
+    for what, rate in results.items():
+        print(f"loader  {rate / 1e6:7.1f} M tokens/s  {what}; context {LOADER_LENGTH}, one core")
+
+
+def _build(config: Config) -> tuple[step.Steps, tuple[int, int, int], jax.sharding.Mesh]:
+    sizes = config_lib.mesh_sizes(config, jax.device_count(), shrink_to_fit=command_line.is_debug())
+    mesh = sharding.make_mesh(sizes)
+    micro_steps = config_lib.micro_steps(config, sizes)
+    shape = (micro_steps, config.batch_size // micro_steps, config.model.context_length)
+    return step.build(config, mesh), shape, mesh
+
+
+def measure_step(config: Config, split: Split):
+    """The real train step on the real loader: compile time, step time, tokens/s, MFU, memory."""
+    steps, shape, mesh = _build(config)
+    order = loader.Shuffled(split.sequences(shape[2]), config.seed)
+    batches = loader.batches(split, order, shape, sharding.batch_sharding(mesh))
+    state = jax.block_until_ready(steps.init())
+    start = time.perf_counter()
+    compiled = steps.train.lower(state, next(batches)).compile()
+    print(
+        f"step    {time.perf_counter() - start:7.1f} s  to compile (or to read back what was compiled before)"
+    )
+    times, waits = [], []
+    for _ in range(_STEPS.value + 2):
+        start = time.perf_counter()
+        batch = next(batches)
+        waits.append(time.perf_counter() - start)
+        state, result = compiled(state, batch)
+        jax.block_until_ready(result)
+        times.append(time.perf_counter() - start)
+    times, waits = sorted(times[2:]), waits[2:]
+    median = statistics.median(times)
+    tokens = config.batch_size * config.model.context_length
+    flops = metrics.flops_per_token(config.model) * tokens / median
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    fastest, slowest = 1e3 * times[0], 1e3 * times[-1]
+    print(f"step    {1e3 * median:7.1f} ms  median of {len(times)}; {fastest:.1f} to {slowest:.1f}")
+    print(f"step    {tokens / median:7.0f} tokens/s  {flops / 1e12:.3f} TFLOP/s by formula")
+    if peak:
+        print(f"step    {flops / peak / jax.device_count():7.1%} MFU  of {peak / 1e12:.0f} TFLOP/s a device")
+    print(f"step    {sum(waits) / sum(times):7.2%} of the time spent waiting for data")
+    memory = compiled.memory_analysis()
+    print(
+        f"step    {memory.argument_size_in_bytes / 2**30:7.3f} GiB  a device for state and batch, "
+        f"{memory.temp_size_in_bytes / 2**30:.3f} for temporaries"
+    )
+
+
+def measure_save(config: Config):
+    """How long a save blocks the loop, and how long it takes to be durable; the first apart."""
+    steps, _, _ = _build(config)
+    state = jax.block_until_ready(steps.init())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), keep=1)
+        blocks, totals = [], []
+        for number in range(6):
+            start = time.perf_counter()
+            checkpoints.save(number, state, {})
+            blocks.append(time.perf_counter() - start)
+            checkpoints.wait()
+            totals.append(time.perf_counter() - start)
+        checkpoints.close()
+    print(f"save    {size / 2**30:7.3f} GiB; the first blocks {blocks[0]:.3f} s of {totals[0]:.3f} s")
+    ratios = sorted(block / total for block, total in zip(blocks[1:], totals[1:], strict=True))
+    print(
+        f"save    {statistics.median(ratios):7.1%} of the time that a later one takes is blocked: "
+        f"{statistics.median(blocks[1:]):.3f} s of {statistics.median(totals[1:]):.3f} s (medians of 5)"
+    )
+
+
+def main() -> int:
+    try:
+        unknown = set(_ONLY.value) - set(PARTS)
+        if unknown:
+            raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+        trackers.log_to_terminal(lead=True)
+        config, dataset = command_line.read()
+        distributed.initialize(config.platform, config.cpu_devices, command_line.cache())
+        device = jax.devices()[0]
+        print(f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}")
+        if "loader" in _ONLY.value:
+            measure_loader()
+        if "step" in _ONLY.value:
+            measure_step(config, dataset.splits["train"])
+        if "save" in _ONLY.value:
+            measure_save(config)
+    except (ConfigError, DatasetError) as error:
+        command_line.say(error)
+        return command_line.USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

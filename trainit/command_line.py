@@ -1,0 +1,110 @@
+"""What commands share: --config with its overrides, --debug, and errors that are one line.
+
+--config=FILE:group=choice,... --config.field=value ... [--debug]
+"""
+
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from trainit import config as config_lib
+from trainit.config import Config, ConfigError
+from trainit.data import prepare, tokens
+
+USAGE_ERROR = 2  # exit code of a bad config or usage
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="config file, FILE:group=choice,...")
+_DEBUG = flags.DEFINE_bool("debug", False, "the same run, shrunk to this machine")
+
+
+def run(main: Callable[[], int | None]):
+    """Parses the flags, calls `main` and exits with what it returns; wrong flags exit with 2."""
+    app.run(lambda argv: main(), flags_parser=_parse)
+
+
+def say(error: Exception | str):
+    """Prints an error as one line."""
+    print(f"trainit: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def is_debug() -> bool:
+    return _DEBUG.value
+
+
+def name() -> str:
+    """What to call a run of this command: the config file's name, marked if it is shrunk."""
+    return _file()[0].stem + "-debug" * _DEBUG.value
+
+
+def cache() -> Path:
+    """Where prepared demo data and compiled programs are kept between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TRAINIT_CACHE") or Path(home) / "trainit")
+
+
+def read() -> tuple[Config, tokens.Dataset]:
+    """The resolved config that the flags describe, and the dataset that it names.
+
+    Raises:
+        ConfigError, DatasetError: one of them cannot work; no device has been touched.
+    """
+    config = _CONFIG.value
+    if _DEBUG.value:
+        config = config_lib.shrink(config, config_flags.get_override_values(flags.FLAGS["config"]))
+        if not Path(config.dataset.path).is_dir():
+            config.dataset.path = "demo"
+    path = config.dataset.path
+    dataset = tokens.open_dataset(prepare.demo(cache()) if path == "demo" else Path(path))
+    for split in ("train", "validation"):
+        size = dataset.splits[split].tokens if split in dataset.splits else 0
+        if size < 2:
+            raise ConfigError(f"dataset.path={path!r}: split {split} has {size} tokens; 2 are needed")
+    return config_lib.resolve(config, dataset.vocab_size), dataset
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise ConfigError(f"{rest[1]!r} is no flag: options start with --")
+        if not flags.FLAGS["config"].present:
+            raise ConfigError("--config=FILE is missing, for example --config=configs/debug.py")
+        if not _file()[0].is_file():
+            raise ConfigError(f"--config={_file()[0]}: there is no such file")
+        _ = _CONFIG.value.steps  # the file is read now; that is where its errors come up
+        return rest
+    except (AttributeError, KeyError):
+        say(_unknown_field())
+    except Exception as error:  # whatever a config file raises is a usage error
+        # Of a traceback that came as text, the last line says what was wrong.
+        say(str(error).strip().splitlines()[-1].removeprefix("trainit.config.ConfigError: "))
+    sys.exit(USAGE_ERROR)
+
+
+def _file() -> tuple[Path, str]:
+    """The config file and what stands behind its colon, as --config gives them."""
+    flag = re.compile(r"--?config(=.*)?")
+    at = next(i for i, argument in enumerate(sys.argv) if flag.fullmatch(argument))
+    given = sys.argv[at].partition("=")[2] or sys.argv[at + 1]
+    file, _, arg = given.partition(":")
+    return Path(file), arg
+
+
+def _unknown_field() -> str:
+    """The first --config.a.b that the config lacks, with what there is in its place."""
+    file, arg = _file()
+    for argument in sys.argv:
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        group, path = runpy.run_path(str(file))["get_config"](arg), "config"
+        for part in match[1].split(".") if match else ():
+            if not isinstance(group, ConfigDict) or part not in group:
+                there = ", ".join(sorted(group)) if isinstance(group, ConfigDict) else "no fields"
+                return f"unknown field {path}.{part}; {path} has {there}"
+            group, path = group[part], f"{path}.{part}"
+    return "a field of the config is unknown"

@@ -3,8 +3,9 @@
 import os
 import tempfile
 
-# Compiled programs and prepared data are kept for the whole session, also by the processes tests start.
-os.environ["TRAINIT_CACHE"] = tempfile.mkdtemp(prefix="trainit-tests-")
+# Compiled programs and prepared data are kept for the whole session, by all that take part in it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TRAINIT_CACHE"] = tempfile.mkdtemp(prefix="trainit-tests-")
 
 # In this process programs run briefly: compile them fast. Processes that tests start compile as users' do.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
@@ -21,7 +22,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.environ["TRAINIT_CACHE"] + "/compiled")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-atexit.register(shutil.rmtree, os.environ["TRAINIT_CACHE"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    atexit.register(shutil.rmtree, os.environ["TRAINIT_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

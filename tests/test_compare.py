@@ -1,5 +1,6 @@
 """Reading run folders and drawing their curves."""
 
+import json
 import subprocess
 import sys
 
@@ -13,10 +14,9 @@ from trainit import compare
 @pytest.fixture
 def run_folder(tmp_path):
     lines = ['{"step": 0, "tokens": 0, "valid/loss": 5.0, "valid/bits_per_byte": 2.0}']
-    lines += [
-        f'{{"step": {n}, "tokens": {8 * n}, "train/loss": {5 / n}, "throughput/tokens_per_second": {100 + n}}}'
-        for n in range(1, 10)
-    ]
+    for n in range(1, 10):
+        rate = {"throughput/tokens_per_second": 100 + n}
+        lines.append(json.dumps({"step": n, "tokens": 8 * n, "train/loss": 5 / n} | rate))
     lines += ['{"step": 10, "tokens": 80, "train/loss": null, "valid/loss": 4.0, "valid/bits_per_byte": 1.5}']
     lines += ['{"step": 11, "tok']  # a crash in the middle of a line
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from trainit import metrics, optimizers
 from trainit import config as config_lib
+from trainit import metrics, optimizers
 
 
 def resolved(**changes):
@@ -16,7 +16,7 @@ def resolved(**changes):
 
 
 def test_flops_of_gpt2_by_hand():
-    """6 FLOPs a weight of 12 layers' four D*D and two D*4D products and the head, and the scores' 12 N L D."""
+    """6 FLOPs a weight of the layers and of the head, and 12 N L D for the scores."""
     weights = 12 * (4 * 768**2 + 8 * 768**2) + 768 * 50304
     assert metrics.flops_per_token(resolved()) == 6 * weights + 12 * 12 * 1024 * 768
 

@@ -46,7 +46,7 @@ def draw(runs: dict[str, list[dict]], output: Path):
         runs: records of each run by its name.
         output: the PNG's path.
     """
-    from matplotlib.figure import Figure  # an extra: pip install 'trainit[plot]'
+    from matplotlib.figure import Figure  # an extra: pip install 'trainit[demo]'
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -54,7 +54,13 @@ def draw(runs: dict[str, list[dict]], output: Path):
         color = f"C{number}"
         steps, losses = series(records, "step", "train/loss")
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth(losses, 10), color=color, linewidth=1.6, label=f"{name}: training, smoothed")
+        axes.plot(
+            steps,
+            smooth(losses, max(1, len(losses) // 50)),
+            color=color,
+            linewidth=1.6,
+            label=f"{name}: training, smoothed",
+        )
         axes.plot(
             *series(records, "step", "valid/loss"),
             color=color,

@@ -101,9 +101,7 @@ class Progress:
         self._steps, self._bar, self._text = steps, None, ""
         self._line_at, self._began, self._start = 0.0, time.monotonic(), start
         if sys.stderr.isatty():
-            layout = (
-                "{percentage:3.0f}% {bar:24} step {n_fmt}/{total_fmt} {postfix} [{elapsed} < {remaining}]"
-            )
+            layout = "{percentage:3.0f}% {bar:24} step {n_fmt}/{total_fmt}{postfix} [{elapsed} < {remaining}]"
             self._bar = tqdm(total=steps, initial=start, bar_format=layout, dynamic_ncols=True, smoothing=0.1)
 
     def show(self, step: int, metrics: Mapping):

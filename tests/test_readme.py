@@ -1,0 +1,102 @@
+"""Every command and every piece of code in the README runs as it stands there."""
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT, metrics
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+CODE = re.findall(r"```python\n(.*?)```", README, re.S)
+IN_CI = [line for line in COMMANDS if line.startswith("pip ")]  # take minutes; .ci/run runs them
+SHORT = {  # added so that a command that trains for minutes takes seconds; nothing else changes
+    "trainit.main": [
+        "--config.steps=20",
+        "--config.eval.every_steps=10",
+        "--config.checkpoint.save_steps=10",
+    ],
+    "trainit.benchmark": ["--tokens=2000000", "--steps=3"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A place that looks like a clone, with a short run in runs/debug."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "trainit"):
+        (folder / name).symlink_to(ROOT / name)
+    execute(folder, "python -m trainit.main --config=configs/debug.py")
+    return folder
+
+
+def execute(folder, command: str, short: bool = True) -> str:
+    python, dash, module, *arguments = shlex.split(command)
+    assert (python, dash) == ("python", "-m")
+    given = {argument.split("=")[0] for argument in arguments}
+    extra = [a for a in SHORT.get(module, []) if a.split("=")[0] not in given] if short else []
+    result = subprocess.run(
+        [sys.executable, "-m", module, *arguments, *extra],
+        cwd=folder,
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def test_ci_runs_the_commands_that_install():
+    script = (ROOT / ".ci/run").read_text().replace(" --quiet", "")
+    assert len(IN_CI) == 2
+    for command in IN_CI:
+        assert f"\n{command}\n" in script
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in IN_CI], ids=lambda c: c[10:70])
+def test_commands(command, folder):
+    """In the order in which they stand there; the run that is trained on ends sooner than in the README."""
+    execute(folder, command.replace("--config.steps=260", "--config.steps=25"))
+
+
+def test_own_data_and_own_config(folder, monkeypatch):
+    """The README's config file, trained on the data that the README's other piece of code prepares."""
+    config, data = CODE
+    monkeypatch.chdir(folder)
+    exec(compile(data, "README.md", "exec"), {})
+    (folder / "own.py").write_text(config)
+    execute(folder, "python -m trainit.main --config=own.py --config.cpu_devices=2", short=False)
+    records = metrics(folder / "runs" / "own")
+    assert records[-1]["step"] == 40
+    assert records[-1]["valid/loss"] < records[-1]["train/loss"] + 2
+
+
+def test_tables_name_what_there_is():
+    """The groups' choices and the metrics' names in the README are those of the code."""
+    from trainit import config, optimizers
+
+    for group, choices in {**config.GROUPS, "optimizer": optimizers.choices()}.items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{group}` |"))
+        for choice in choices:
+            assert f"`{choice}`" in row
+
+
+def test_metric_names(folder):
+    seen = {name for record in metrics(folder / "runs" / "debug") for name in record} - {"step"}
+    assert seen <= set(re.findall(r"`([\w/]+)`", README))
+
+
+def test_picture_is_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).stat().st_size > 10_000
+
+
+def test_configs_are_found_from_a_clone():
+    for name in ("pile_gpt", "debug"):
+        assert runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]().steps > 0

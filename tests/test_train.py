@@ -150,7 +150,7 @@ def test_stopped_where_validation_is_due(command, undisturbed, tmp_path):
         "from trainit import distributed\n"
         "distributed.StopRequest.__call__ = lambda self, step: 'TEST' if step == 10 else ''\n"
     )
-    run(*command, f"--workdir={tmp_path}/run", expect=75, PYTHONPATH=str(tmp_path))
+    run(*command, f"--workdir={tmp_path}/run", expect=75, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert metrics(tmp_path / "run")[-1]["step"] == 9  # step 10 waits for its validation
     process = start(*command, f"--workdir={tmp_path}/run")
     assert _wait(process, lambda: _last_step(tmp_path / "run") >= 10)

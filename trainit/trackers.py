@@ -98,7 +98,7 @@ class Progress:
     """A bar on a terminal; elsewhere a line now and then."""
 
     def __init__(self, start: int, steps: int):
-        self._steps, self._bar, self._text = steps, None, ""
+        self._steps, self._bar, self._newest = steps, None, {}
         self._line_at, self._began, self._start = 0.0, time.monotonic(), start
         if sys.stderr.isatty():
             layout = "{percentage:3.0f}% {bar:24} step {n_fmt}/{total_fmt}{postfix} [{elapsed} < {remaining}]"
@@ -107,19 +107,21 @@ class Progress:
     def show(self, step: int, metrics: Mapping):
         if step == self._start:
             return
-        if "train/loss" in metrics:
-            self._text = f"loss {metrics['train/loss']:.3f}"
-        if "throughput/tokens_per_second" in metrics:
-            self._text += f"  {quantity(metrics['throughput/tokens_per_second'])} tokens/s"
-        if "throughput/mfu" in metrics:
-            self._text += f"  MFU {metrics['throughput/mfu']:.1%}"
+        self._newest |= metrics
+        text = ""
+        if "train/loss" in self._newest:
+            text = f"loss {self._newest['train/loss']:.3f}"
+        if "throughput/tokens_per_second" in self._newest:
+            text += f"  {quantity(self._newest['throughput/tokens_per_second'])} tokens/s"
+        if "throughput/mfu" in self._newest:
+            text += f"  MFU {self._newest['throughput/mfu']:.1%}"
         if self._bar is not None:
-            self._bar.set_postfix_str(self._text, refresh=False)
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._line_at > LINE_SECONDS or step == self._steps:
             self._line_at = time.monotonic()
             left = (self._line_at - self._began) / max(step - self._start, 1) * (self._steps - step)
-            logging.info("step %d/%d  %s  %s left", step, self._steps, self._text, tqdm.format_interval(left))
+            logging.info("step %d/%d  %s  %s left", step, self._steps, text, tqdm.format_interval(left))
 
     def close(self):
         if self._bar is not None:

@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from processes import ROOT, metrics
@@ -28,21 +29,26 @@ SHORT = {  # added so that a command that trains for minutes takes seconds; noth
 def folder(tmp_path_factory):
     """A place that looks like a clone, with a short run in runs/debug."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("configs", "trainit"):
+    for name in ("configs", "trainit", "launch"):
         (folder / name).symlink_to(ROOT / name)
     execute(folder, "python -m trainit.main --config=configs/debug.py")
     return folder
 
 
 def execute(folder, command: str, short: bool = True) -> str:
-    python, dash, module, *arguments = shlex.split(command)
-    assert (python, dash) == ("python", "-m")
+    words = shlex.split(command)
+    if words[0] == "launch/local.sh":
+        start, module, arguments = words[:1], "trainit.main", words[1:]
+    else:
+        assert words[:2] == ["python", "-m"]
+        start, module, arguments = [sys.executable, *words[1:3]], words[2], words[3:]
     given = {argument.split("=")[0] for argument in arguments}
     extra = [a for a in SHORT.get(module, []) if a.split("=")[0] not in given] if short else []
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     result = subprocess.run(
-        [sys.executable, "-m", module, *arguments, *extra],
+        [*start, *arguments, *extra],
         cwd=folder,
-        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PATH": path},
         capture_output=True,
         text=True,
         timeout=240,

@@ -141,7 +141,8 @@ def main() -> int:
             raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
         trackers.log_to_terminal(lead=True)
         config, dataset = command_line.read()
-        distributed.initialize(config.platform, config.cpu_devices, command_line.cache())
+        alone = distributed.Place("alone")
+        distributed.initialize(config.platform, config.cpu_devices, command_line.cache(), alone)
         device = jax.devices()[0]
         print(f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}")
         if "loader" in _ONLY.value:

@@ -1,28 +1,116 @@
 """Who am I among the processes, who leads, and has somebody asked the run to stop?"""
 
+import multiprocessing
 import os
-import platform as host
+import platform as host_platform
+import re
 import signal
+import socket
 import sys
 import time
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def initialize(
-    platform: str,
-    cpu_devices: int,
-    cache: Path,
-    coordinator: str = "",
-    num_processes: int = 1,
-    process_id: int = 0,
-):
+class PlaceError(ValueError):
+    """This process has no right place among others. The message is one line and says what to do."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in its job."""
+
+    source: str  # what said so
+    coordinator: str = ""  # host:port of process 0
+    num_processes: int = 1
+    process_id: int = 0
+    local_device_ids: tuple[int, ...] | None = None  # of the visible GPUs, those of this process; None: all
+    hosts: int = 1  # that the job's processes run on
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """Finds this process's place: from a launch script, Slurm's srun, Open MPI, or alone.
+
+    Raises:
+        PlaceError: the allocation promises other processes, but this one was started without them.
+    """
+    e = environment
+    if "TRAINIT_NUM_PROCESSES" in e:  # launch/local.sh and launch/sge.sh
+        count, here = int(e["TRAINIT_NUM_PROCESSES"]), int(e["TRAINIT_LOCAL_PROCESSES"])
+        return Place(
+            "launch script",
+            e["TRAINIT_COORDINATOR"],
+            count,
+            int(e["TRAINIT_PROCESS_ID"]),
+            _local_devices(e, here, int(e["TRAINIT_LOCAL_ID"])),
+            -(-count // here),
+        )
+    if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:  # inside srun
+        job = f"Slurm job {e['SLURM_JOB_ID']}"
+        count = int(e["SLURM_STEP_NUM_TASKS"])
+        if count == 1:
+            return Place(job)
+        here = _tasks_per_node(e["SLURM_STEP_TASKS_PER_NODE"])[int(e["SLURM_NODEID"])]
+        address = f"{_first_host(e['SLURM_STEP_NODELIST'])}:{_port(e['SLURM_JOB_ID'])}"
+        devices = _local_devices(e, here, int(e["SLURM_LOCALID"]))
+        hosts = int(e["SLURM_STEP_NUM_NODES"])
+        return Place(job, address, count, int(e["SLURM_PROCID"]), devices, hosts)
+    if "SLURM_PROCID" in e and int(e.get("SLURM_NTASKS", 1)) > 1:
+        raise PlaceError(
+            f"Slurm job {e['SLURM_JOB_ID']} has SLURM_NTASKS={e['SLURM_NTASKS']}, but this process was "
+            f"started without srun and would train alone; use launch/slurm.sh, or put srun in front"
+        )
+    if "OMPI_COMM_WORLD_SIZE" in e and int(e["OMPI_COMM_WORLD_SIZE"]) > 1:
+        count, here = int(e["OMPI_COMM_WORLD_SIZE"]), int(e["OMPI_COMM_WORLD_LOCAL_SIZE"])
+        head = re.search(r"tcp://([^,:;]+)", e.get("OMPI_MCA_orte_hnp_uri", ""))
+        address = f"{head[1]}:{_port(e['OMPI_MCA_orte_hnp_uri'])}" if head else ""
+        devices = _local_devices(e, here, int(e["OMPI_COMM_WORLD_LOCAL_RANK"]))
+        return Place("Open MPI", address, count, int(e["OMPI_COMM_WORLD_RANK"]), devices, -(-count // here))
+    return Place("alone, in a shell of a Slurm job" if "SLURM_JOB_ID" in e else "alone")
+
+
+def _port(job: str) -> int:
+    """A port in the upper, rarely used, end of the range: the same for all processes of a job."""
+    return 61440 + int((re.match(r"\d+", job) or ["0"])[0]) % 4096
+
+
+def _first_host(nodelist: str) -> str:
+    """'n[03-05,9],m1' -> 'n03'"""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
+    return match[1] + (match[2] or "")
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """'2(x3),1' -> [2, 2, 2, 1]"""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
+
+
+def _local_devices(environment: Mapping[str, str], processes: int, number: int) -> tuple[int, ...] | None:
+    """Which of the GPUs that CUDA_VISIBLE_DEVICES names are for the number-th of this host's processes."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    count = len(visible.split(",")) if visible else 0
+    if processes == 1 or count <= 1:  # one process on this host, or each was given a GPU of its own
+        return None
+    if count % processes:
+        raise PlaceError(
+            f"CUDA_VISIBLE_DEVICES={visible} cannot be shared evenly by {processes} processes on this host; "
+            f"ask for as many processes as GPUs, or for one"
+        )
+    each = count // processes
+    return tuple(range(number * each, (number + 1) * each))
+
+
+def initialize(platform: str, cpu_devices: int, cache: Path, place: Place):
     """Makes this process one of the job's. To be called before any other use of JAX.
 
     Args:
@@ -30,9 +118,10 @@ def initialize(
         cpu_devices: virtual devices of this process where it runs on the CPU.
         cache: folder for compiled programs, which later starts read back; JAX_COMPILATION_CACHE_DIR
             overrides it.
-        coordinator: "host:port" of process 0; every process needs it where there are several.
-        num_processes: of the job.
-        process_id: this process's number, from 0.
+        place: of this process.
+
+    Raises:
+        PlaceError: the other processes could not reach the coordinator's address.
     """
     if platform:
         jax.config.update("jax_platforms", platform)
@@ -40,23 +129,45 @@ def initialize(
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache / f"compiled-{_processor()}"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if num_processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            coordinator_address=coordinator,
-            num_processes=num_processes,
-            process_id=process_id,
-            # JAX's own detection would set local_device_ids under Slurm, whatever else is given.
-            cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=20,
-            shutdown_timeout_seconds=20,
+    if place.num_processes == 1:
+        return
+    host, _, _ = place.coordinator.rpartition(":")
+    if not host:
+        raise PlaceError(
+            f"{place.source}: there are {place.num_processes} processes; add --coordinator=HOST:PORT"
         )
+    if place.hosts > 1 and socket.gethostbyname(host).startswith("127."):
+        raise PlaceError(
+            f"the coordinator {place.coordinator} has the loopback address "
+            f"{socket.gethostbyname(host)}, which {place.hosts} hosts cannot share; give --coordinator= a "
+            f"name or address that all reach"
+        )
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator_address=place.coordinator,
+        num_processes=place.num_processes,
+        process_id=place.process_id,
+        local_device_ids=place.local_device_ids,
+        # JAX's own detection would set local_device_ids under Slurm, whatever else is given.
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=20,
+        shutdown_timeout_seconds=20,
+    )
+
+
+def gather_hosts() -> list[str]:
+    """The host name of every process, in order; a collective."""
+    name = np.zeros(64, np.uint8)
+    own = socket.gethostname().encode()[:64]
+    name[: len(own)] = np.frombuffer(own, np.uint8)
+    names = np.atleast_2d(multihost_utils.process_allgather(name))
+    return [bytes(row).rstrip(b"\0").decode() for row in names]
 
 
 def _processor() -> str:
     """A short name for this host's kind of CPU: programs compiled for another one must not run here."""
     flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")]
-    return f"{host.machine()}-{zlib.crc32(''.join(flags[:1]).encode()):08x}"
+    return f"{host_platform.machine()}-{zlib.crc32(''.join(flags[:1]).encode()):08x}"
 
 
 def is_lead() -> bool:
@@ -103,11 +214,12 @@ class StopRequest:
 
 
 def leave(code: int):
-    """Ends the process with this exit code; after a failure, without waiting minutes for lost peers."""
-    if code in (0, 75):
-        if jax.process_count() > 1:
-            jax.distributed.shutdown()
-        sys.exit(code)
+    """Ends the process with this exit code, without waiting minutes for peers that are lost."""
+    if code in (0, 75) and jax.process_count() > 1:
+        jax.distributed.shutdown()  # all have done their part: none is ended while another still saves
+    for worker in multiprocessing.active_children():
+        worker.kill()
     logging.flush()
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 
 from trainit import __version__, distributed, metrics, sharding, step
@@ -74,6 +75,18 @@ class Run:
             f"schedule {c.schedule.name}",
         }.items():
             logging.info("%-10s %s", topic, text)
+        if jax.process_count() > 1:
+            self._describe_processes()
+
+    def _describe_processes(self):
+        """One line a process: its host, its devices and where they are in the mesh."""
+        for process, host in enumerate(distributed.gather_hosts()):
+            mine = [at for at, device in np.ndenumerate(self.mesh.devices) if device.process_index == process]
+            ranges = (
+                f"{axis} {min(at)}" + f"-{max(at)}" * (min(at) < max(at))
+                for axis, at in zip(config_lib.MESH_AXES, zip(*mine, strict=True), strict=True)
+            )
+            logging.info("process %-3d%s: %d devices, %s", process, host, len(mine), ", ".join(ranges))
 
     def _begin(self) -> step.TrainState:
         """The state at the start: new, or from another run's checkpoint."""

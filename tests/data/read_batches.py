@@ -24,7 +24,8 @@ def main(argv):
     folder, output, coordinator, processes, process, *kill = argv[1:]
     processes = int(processes)
     cache = Path(os.environ["TRAINIT_CACHE"])
-    distributed.initialize("cpu", 12 // processes, cache, coordinator, processes, int(process))
+    place = distributed.Place("test", coordinator, processes, int(process))
+    distributed.initialize("cpu", 12 // processes, cache, place)
     mesh = sharding.make_mesh({"data": 3, "fsdp": 4, "tensor": 1, "context": 1})
     split = open_dataset(Path(folder)).splits["train"]
     order = loader.Shuffled(split.sequences(LENGTH), SEED)

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# launch/local.sh -n 4 --config=...   a job of 4 processes on this machine, as a cluster would start it.
+#
+# Everything but -n goes to trainit.main. The exit code is 0 when all processes end with 0, 75 when
+# all stopped on request, else that of the first process that failed; the others are then ended.
+set -uo pipefail
+[ "${1:-}" = -n ] && [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] ||
+  { echo "usage: $0 -n PROCESSES --config=FILE ..." >&2; exit 2; }
+count=$2
+shift 2
+# A free port, asked of the system; the child that needs it listens within seconds.
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
+export TRAINIT_NUM_PROCESSES=$count TRAINIT_LOCAL_PROCESSES=$count TRAINIT_COORDINATOR=localhost:$port
+pids=()
+for ((rank = 0; rank < count; rank++)); do
+  TRAINIT_PROCESS_ID=$rank TRAINIT_LOCAL_ID=$rank python3 -m trainit.main "$@" &
+  pids+=($!)
+done
+# What this script is told, it tells its processes; they agree on a step, save and leave.
+for name in TERM INT USR1 USR2; do
+  # shellcheck disable=SC2064
+  trap "kill -$name \${pids[*]} 2>/dev/null" "$name"
+done
+result=0
+while [ ${#pids[@]} -gt 0 ]; do
+  wait -n "${pids[@]}" 2>/dev/null
+  for i in "${!pids[@]}"; do
+    kill -0 "${pids[i]}" 2>/dev/null && continue
+    wait "${pids[i]}"
+    code=$?
+    unset "pids[i]"
+    if [ $code != 0 ] && [ $code != 75 ] && { [ $result = 0 ] || [ $result = 75 ]; }; then
+      result=$code
+      # The others notice a lost peer by themselves; this is for those that do not.
+      { sleep "${TRAINIT_GRACE:-60}" && kill -KILL "${pids[@]}"; } >/dev/null 2>&1 &
+      reaper=$!
+    elif [ $code = 75 ] && [ $result = 0 ]; then
+      result=75
+    fi
+  done
+done
+[ -z "${reaper:-}" ] || pkill -P "$reaper"
+exit $result

@@ -1,0 +1,149 @@
+"""launch/slurm.sh on a real Slurm: two nodes of two processes each, all on this machine.
+
+`slurm-up.sh` installs Slurm from Debian's packages and starts it in network namespaces of its own;
+that needs root, and without it these tests are skipped.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import ROOT, exact, metrics, run
+
+from trainit.checkpoint import Checkpoints
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Runs a command on the cluster's head node."""
+    folder = tmp_path_factory.mktemp("slurm")
+    up = subprocess.run([HERE / "slurm-up.sh", folder, "2"], capture_output=True, text=True, check=False)
+    if up.returncode:
+        pytest.skip(f"Slurm cannot be started here: {(up.stdout + up.stderr).strip()[-300:]}")
+
+    def on_head(*command) -> str:
+        return subprocess.check_output(
+            [folder / "on", "head", *map(str, command)], text=True, cwd=ROOT
+        ).strip()
+
+    yield on_head
+    subprocess.run([HERE / "slurm-down.sh", folder], check=True, capture_output=True)
+
+
+class Job:
+    """A job that trains the tests' tiny model on two nodes."""
+
+    def __init__(self, slurm, random_dataset, folder, *resources, steps=40):
+        self.slurm, self.output = slurm, folder / "out"
+        self.run = folder / "run"
+        os.environ["TRAINIT_ACTIVATE"] = f"export XLA_FLAGS= PATH={Path(sys.executable).parent}:$PATH"
+        submitted = slurm(
+            "sbatch",
+            *("--nodes=2", "--gpus-per-node=2", f"--output={self.output}", *resources),
+            "launch/slurm.sh",
+            f"--config={ROOT}/tests/tiny.py",
+            *(f"--config.dataset.path={random_dataset}", f"--workdir={self.run}", f"--config.steps={steps}"),
+            *("--config.cpu_devices=1", "--config.mesh.data=1"),
+        )
+        self.id = submitted.split()[-1]
+
+    def field(self, name) -> str:
+        about = dict(
+            part.split("=", 1)
+            for part in self.slurm("scontrol", "show", "job", self.id).split()
+            if "=" in part
+        )
+        return about[name]
+
+    def text(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def step(self) -> int:
+        records = metrics(self.run) if (self.run / "metrics.jsonl").exists() else []
+        return records[-1]["step"] if records else -1
+
+    def wait(self, condition, seconds=240):
+        """Waits for a condition; a job that was put back starts at once rather than in two minutes."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.text()
+            if self.field("JobState") == "PENDING":
+                self.slurm("scontrol", "update", f"jobid={self.id}", "StartTime=now")
+            time.sleep(0.5)
+
+    def ended(self) -> bool:
+        return self.field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@pytest.fixture
+def submit(slurm, random_dataset, tmp_path):
+    """Submits a job; whatever becomes of the test, none is left behind."""
+    yield lambda *args, **kwargs: Job(slurm, random_dataset, tmp_path, *args, **kwargs)
+    slurm("scancel", "--user=root")
+    while slurm("squeue", "--noheader"):
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def calm(random_dataset, tmp_path_factory):
+    """The same run in one process on this machine, to compare batches and losses with."""
+    workdir = tmp_path_factory.mktemp("calm")
+    data = f"--config.dataset.path={random_dataset}"
+    run(
+        f"--config={ROOT}/tests/tiny.py",
+        data,
+        f"--workdir={workdir}",
+        "--config.cpu_devices=4",
+        "--config.mesh.data=1",
+    )
+    return metrics(workdir)
+
+
+def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm):
+    """Stopped once by `scancel --signal`, then as often as its time limit asks; one metrics file."""
+    job = submit("--time=1", "--signal=USR1@20")
+    job.wait(lambda: job.step() >= 3)
+    slurm("scancel", "--signal=USR1", job.id)
+    job.wait(lambda: int(job.field("Restarts")) >= 1)
+    job.wait(job.ended, 600)
+    assert job.field("JobState") == "COMPLETED", job.text()
+    assert "processes: 4" in job.text()
+    assert "process 3  n2" in job.text()
+    assert job.text().count("stopped    on") == int(job.field("Restarts"))
+    records = metrics(job.run)
+    assert [r["step"] for r in records] == [r["step"] for r in calm]
+    for a, b in zip(exact(records), exact(calm), strict=True):
+        assert a["tokens"] == b["tokens"]
+        if "train/loss" in b:
+            assert a["train/loss"] == pytest.approx(b["train/loss"], rel=5e-4)
+    assert not list(ROOT.glob(".trainit-*"))
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
+    job = submit("--time=10", steps=100_000)
+    job.wait(lambda: job.step() >= 2)
+    slurm("scancel", job.id)
+    job.wait(job.ended)
+    time.sleep(5)  # a revived job would show now
+    assert job.field("JobState") == "CANCELLED"
+    assert job.field("Restarts") == "0"
+    assert Checkpoints(job.run, read_only=True).latest() == job.step()
+
+
+def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
+    job = submit("--time=10", steps=100_000)
+    job.wait(lambda: job.step() >= 2)
+    for pid in subprocess.check_output(["pgrep", "-f", f"trainit.main.*{job.run}"], text=True).split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if b"SLURM_PROCID=2" in environment:
+            os.kill(int(pid), 9)
+    killed = time.monotonic()
+    job.wait(job.ended)
+    assert time.monotonic() - killed < 60  # the issue's own bound
+    assert job.field("JobState") == "FAILED", job.text()
+    assert job.field("Restarts") == "0"

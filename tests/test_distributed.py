@@ -1,0 +1,211 @@
+"""Where a process stands: in each scheduler's environment, by flags, alone; jobs on this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import ROOT, exact, metrics, run, start
+
+from trainit.checkpoint import Checkpoints
+from trainit.distributed import Place, PlaceError, find_place, initialize
+
+# Read off tasks of a real job: `srun` of Slurm 22.05, 2 nodes, --ntasks-per-node=2, --gpus-per-node=2.
+SLURM = {
+    "SLURM_JOB_ID": "5003",
+    "SLURM_STEP_NODELIST": "gpu[08-09]",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "CUDA_VISIBLE_DEVICES": "0,1",
+}
+
+
+def test_slurm_one_process_a_gpu():
+    address = f"gpu08:{61440 + 5003 % 4096}"
+    assert find_place(SLURM) == Place("Slurm job 5003", address, 4, 3, (1,), 2)
+
+
+def test_slurm_one_process_a_node_has_all_its_gpus():
+    changes = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
+    place = find_place(SLURM | changes | {"SLURM_PROCID": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+    assert (place.num_processes, place.process_id, place.local_device_ids) == (2, 1, None)
+
+
+def test_slurm_uneven_nodes_and_single_gpus():
+    """3 tasks on one node and 1 on the other; each was given its own GPU by --gpus-per-task."""
+    environment = SLURM | {
+        "SLURM_STEP_TASKS_PER_NODE": "3,1",
+        "SLURM_LOCALID": "0",
+        "CUDA_VISIBLE_DEVICES": "0",
+    }
+    assert find_place(environment).local_device_ids is None
+    two_each = SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert find_place(two_each).local_device_ids == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n[1-4]", "n1"), ("gpu-a[003,007-9],b1", "gpu-a003"), ("x1,x2", "x1")],
+)
+def test_slurm_coordinator_is_the_first_host(nodes, host):
+    assert find_place(SLURM | {"SLURM_STEP_NODELIST": nodes}).coordinator.split(":")[0] == host
+
+
+def test_alone():
+    assert find_place({}) == Place("alone")
+    assert find_place({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}).num_processes == 1  # salloc's shell
+    assert find_place(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}).num_processes == 1  # srun --pty
+
+
+def test_a_batch_script_without_srun_is_refused():
+    with pytest.raises(PlaceError, match=r"job 9 has SLURM_NTASKS=4.*without srun.*train alone"):
+        find_place({"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+
+
+def test_gpus_that_cannot_be_shared_evenly():
+    with pytest.raises(PlaceError, match=r"CUDA_VISIBLE_DEVICES=0,1,2 cannot be shared evenly by 2"):
+        find_place(SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"})
+
+
+def test_open_mpi():
+    environment = {
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_RANK": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    }
+    place = find_place(environment)
+    assert (place.num_processes, place.process_id, place.hosts) == (4, 2, 2)
+    assert place.coordinator.startswith("10.96.0.1:")
+    del environment["OMPI_MCA_orte_hnp_uri"]
+    with pytest.raises(PlaceError, match=r"add --coordinator=HOST:PORT"):
+        initialize("cpu", 1, ROOT, find_place(environment))
+
+
+def test_a_loopback_coordinator_of_several_hosts():
+    with pytest.raises(PlaceError, match=r"localhost:1 has the loopback address 127.*2 hosts cannot share"):
+        initialize("cpu", 1, ROOT, Place("test", "localhost:1", 2, 0, hosts=2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_processes=2", "--process_id=2"], "--process_id=2 must be below --num_processes=2"),
+        (["--num_processes=2", "--process_id=1"], "add --coordinator=HOST:PORT"),
+    ],
+)
+def test_wrong_flags(flags, message, random_dataset, tmp_path):
+    data = f"--config.dataset.path={random_dataset}"
+    output = run(f"--config={ROOT}/tests/tiny.py", data, f"--workdir={tmp_path}", *flags, expect=2)
+    assert message in output.splitlines()[-1]
+
+
+def launch(count, random_dataset, workdir, *args) -> subprocess.Popen:
+    """launch/local.sh with `count` processes of one device each."""
+    command = [
+        ROOT / "launch/local.sh",
+        *("-n", str(count)),
+        f"--config={ROOT}/tests/tiny.py",
+        f"--config.dataset.path={random_dataset}",
+        f"--workdir={workdir}",
+        "--config.cpu_devices=1",
+        *("--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.mesh.tensor=1", "--config.steps=24"),
+        *args,
+    ]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "XLA_FLAGS": "", "PATH": path}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(process, workdir, step):
+    while process.poll() is None:
+        if (workdir / "metrics.jsonl").exists() and len(metrics_so_far(workdir)) > step:
+            return
+        time.sleep(0.05)
+
+
+def metrics_so_far(workdir):
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def pid_of(launcher, rank) -> int:
+    """The process with this number among the launcher's children."""
+    for child in subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"TRAINIT_PROCESS_ID={rank}".encode() in environment:
+            return int(child)
+    raise AssertionError(f"no process {rank}")
+
+
+def test_local_job_stops_resumes_and_survives_a_killed_process(random_dataset, tmp_path):
+    """Two processes: asked to stop, then one killed, then to the end; the run of nobody disturbed."""
+    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
+    process = launch(2, random_dataset, calm)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "process 1" in output
+    assert "done       all 24 steps" in output
+
+    process = launch(2, random_dataset, disturbed)
+    wait_for_step(process, disturbed, 5)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "stopped    on SIG" in output
+    assert Checkpoints(disturbed, read_only=True).latest() >= 5
+
+    for rank in (1, 0):
+        process = launch(2, random_dataset, disturbed)
+        before = len(metrics_so_far(disturbed))
+        wait_for_step(process, disturbed, before + 2)
+        os.kill(pid_of(process, rank), signal.SIGKILL)
+        killed = time.monotonic()
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode not in (0, 75), output
+        assert time.monotonic() - killed < 60  # nobody hangs: the issue's own bound
+
+    process = launch(2, random_dataset, disturbed)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert exact(metrics(disturbed)) == exact(metrics(calm))
+
+
+def test_local_job_with_a_wrong_config(random_dataset, tmp_path):
+    process = launch(2, random_dataset, tmp_path, "--config.batch_size=5")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "batch_size=5 is not a multiple" in output
+
+
+def test_local_usage():
+    result = subprocess.run([ROOT / "launch/local.sh", "4"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "usage:" in result.stderr
+
+
+def test_marker_for_launch_scripts(random_dataset, tmp_path):
+    """Left by the lead when stopped and saved; another when a process fails; none when all is done."""
+    args = f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={random_dataset}"
+    marker = tmp_path / "marker"
+    for extra, code, left in (
+        (["--config.max_minutes=0.0001"], 75, {"marker"}),
+        (["--config.batch_size=5"], 2, {"marker.failed"}),
+        (["--config.steps=2"], 0, set()),
+    ):
+        process = start(*args, *extra, f"--workdir={tmp_path}/run{code}", TRAINIT_MARKER=str(marker))
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == code, output
+        found = {path.name for path in tmp_path.glob("marker*")}
+        assert found == left
+        for path in tmp_path.glob("marker*"):
+            path.unlink()

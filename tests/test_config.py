@@ -4,7 +4,8 @@ import pytest
 
 from trainit import config as config_lib
 from trainit import optimizers
-from trainit.config import ConfigError, choose, defaults, mesh_sizes, micro_steps, resolve
+from trainit.config import ConfigError, choose, defaults, resolve
+from trainit.sharding import mesh_sizes, micro_steps
 
 
 def make(arg="", **changes):
@@ -74,8 +75,22 @@ def test_resolve_fills_what_follows():
         ({"model.attention": "cudnn", "model.attn_dropout": 0.1}, "cudnn cannot do model.attn_dropout=0.1"),
         ({"model.tied_embeddings": True, "model.head_bias": True}, "exclude each other"),
         ({"schedule.warmup": 60_000}, "last 60000 steps, more than steps=50000"),
-        ({"schedule.warmup": "ten"}, "'ten' is not a duration"),
-        ({"schedule.warmup": "1.5"}, "'1.5' is not a whole number"),
+        ({"schedule.warmup": "ten"}, "schedule.warmup='ten' is not a duration"),
+        ({"schedule.warmup": "1.5"}, "schedule.warmup='1.5' is not a whole number"),
+        ({"schedule.warmup": "1e999 tokens"}, "schedule.warmup='1e999 tokens' is too long"),
+        (
+            {"schedule.name": "trapezoid"},
+            "schedule.name=trapezoid has the fields decay.*FILE:schedule=trapezoid",
+        ),
+        ({"steps": 99999999999}, "steps=99999999999 must be below 2147483648"),
+        ({"seed": 2**32}, "seed=4294967296 must be below 4294967296"),
+        ({"optimizer.beta1": 1.0}, r"optimizer.beta1=1.0 must lie in \[0, 1\)"),
+        ({"optimizer.eps": 0.0}, "optimizer.eps=0.0 must be above 0"),
+        ({"schedule.final": -1.0}, "schedule.final=-1.0 must not be below 0"),
+        ({"checkpoint.save_steps": ()}, r"save_steps=\(\)"),
+        ({"checkpoint.save_steps": True}, "save_steps=True"),
+        ({"checkpoint.load_step": 7}, "checkpoint.load_step=7 needs checkpoint.load_path"),
+        ({"checkpoint.overwrite_optimizer": True}, "overwrite_optimizer=True needs checkpoint.load_path"),
         ({"checkpoint.save_steps": (10, -1)}, r"save_steps=\(10, -1\)"),
         ({"checkpoint.save_steps": "often"}, "save_steps='often'"),
     ],
@@ -93,6 +108,14 @@ def test_boundaries_must_rise():
     config.schedule.boundaries = (0, 10, 10)
     with pytest.raises(ConfigError, match="must rise"):
         resolve(config, 50257)
+    config.schedule.boundaries, config.schedule["values"] = 5, "abc"
+    with pytest.raises(ConfigError, match=r"schedule\.values='abc' must be numbers"):
+        resolve(config, 50257)
+
+
+def test_a_config_without_optimizer():
+    with pytest.raises(ConfigError, match="has no optimizer"):
+        resolve(defaults(), 50257)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +149,7 @@ def test_mesh_errors(mesh, devices, message):
         mesh_sizes(resolve(make(**changes), 50257), devices)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 6, 8, 12, 16])
 def test_debug_shrinks_any_config_to_the_devices(devices):
     """A cluster's mesh on whatever there is: the axes that fit stay."""
     config = make(
@@ -140,12 +163,11 @@ def test_debug_shrinks_any_config_to_the_devices(devices):
     config.schedule.boundaries = (0, 2000, 50_000)
     small = config_lib.shrink(config, {"steps"})
     small.steps = 20
-    small.batch_size = 48
     frozen = resolve(small, 8192)
     sizes = mesh_sizes(frozen, devices, shrink_to_fit=True)
     assert sizes["tensor"] == (2 if devices % 2 == 0 else 1)
     assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == devices
-    assert frozen.model.dim == 64
+    assert frozen.model.dim == 96
     assert frozen.wandb.project == ""
     assert frozen.steps == 20
 

@@ -1,6 +1,7 @@
 """The command as users type it: what goes wrong is one line and exit code 2; --debug shrinks anything."""
 
 import json
+import shutil
 
 import pytest
 from processes import ROOT, metrics, run
@@ -40,6 +41,9 @@ def error_of(*args) -> str:
         ((DEBUG, "--config.model.vocab_size=8000"), ("model.vocab_size=8000", "tokenizer's 8192")),
         ((DEBUG, "--config.dataset.path=data/none"), ("data/none", "does not exist")),
         ((DEBUG, "--config.model.attention=cudnn"), ("model.attention=cudnn", "platform=cpu")),
+        ((DEBUG, "--config.optimizer.name=sgdm"), ("optimizer.name=sgdm", "FILE:optimizer=sgdm")),
+        ((DEBUG, "--config.optimizer.name=nope"), ("optimizer.name='nope'", "adamw, sgdm")),
+        ((DEBUG, "--config.platform=cuda"), ("platform='cuda' cannot be used here",)),
         ((DEBUG, "--config.checkpoint.load_path=runs/none"), ("load_path='runs/none'", "there are none")),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, tuple) else None,
@@ -60,10 +64,40 @@ def test_wrong_folders(random_dataset, tmp_path):
     assert "unfinished" in error_of(TINY, f"--config.dataset.path={unfinished}", f"--workdir={tmp_path}/run")
 
 
-def test_a_config_file_that_raises(tmp_path):
-    (tmp_path / "broken.py").write_text("def get_config(arg=''):\n    return undefined_name\n")
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ("return undefined_name", "NameError: name 'undefined_name'"),
+        ("from trainit.config import defaults; c = defaults(); c.modle.dim = 3", "AttributeError: 'modle'"),
+        ("assert False", "AssertionError"),
+        ("return {}['a']", "KeyError: 'a'"),
+    ],
+)
+def test_a_config_file_that_raises(body, part, tmp_path):
+    (tmp_path / "broken.py").write_text(f"def get_config(arg=''):\n    {body}\n")
     line = error_of(f"--config={tmp_path}/broken.py", f"--workdir={tmp_path}")
-    assert "undefined_name" in line
+    assert f"broken.py raises {part}" in line
+
+
+def test_damaged_datasets(random_dataset, tmp_path):
+    """Whatever is wrong with the dataset or its tokenizer is known before training, not after."""
+    from trainit.data.prepare import write_dataset
+    from trainit.data.tokenizers import ByteTokenizer
+
+    for number, (file, content, part) in enumerate(
+        [
+            ("dataset.json", b"{", "dataset.json is damaged"),
+            ("dataset.json", b"[]", "dataset.json is damaged"),
+            ("dataset.json", b'{"format": 1}', "dataset.json is damaged ('splits')"),
+            ("tokenizer.model", b"another", "SHA-256"),
+        ]
+    ):
+        folder = shutil.copytree(random_dataset, tmp_path / str(number))
+        (folder / file).write_bytes(content)
+        assert part in error_of(TINY, f"--config.dataset.path={folder}", f"--workdir={tmp_path}/run")
+    write_dataset(tmp_path / "empty", ByteTokenizer(), {"train": ["abc"], "validation": ["", ""]})
+    line = error_of(TINY, f"--config.dataset.path={tmp_path}/empty", f"--workdir={tmp_path}/run")
+    assert "split validation has 2 tokens of 0 bytes" in line
 
 
 def test_debug_runs_the_cluster_config_here_and_refuses_another_model(tmp_path):
@@ -74,14 +108,14 @@ def test_debug_runs_the_cluster_config_here_and_refuses_another_model(tmp_path):
     assert "done       all 10 steps" in output
     assert [r["step"] for r in metrics(tmp_path)] == list(range(11))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model"]["dim"] == 64
+    assert config["model"]["dim"] == 96
     assert config["precision"] == "bfloat16"
 
     line = error_of(*command, "--config.model.dim=128", "--config.model.num_blocks=3")
-    assert "model.dim: 64 -> 128; model.mlp_dim: 256 -> 512; model.num_blocks: 2 -> 3" in line
+    assert "model.dim: 96 -> 128; model.mlp_dim: 384 -> 512; model.num_blocks: 2 -> 3" in line
     assert "overwrite_config=True" in line
     line = error_of(*command, "--config.model.dim=128", "--config.checkpoint.overwrite_config=True")
-    assert "params/blocks/attention/key/bias is float32[2,4,16] there and float32[2,4,32] here" in line
+    assert "params/blocks/attention/key/bias is float32[2,4,24] there and float32[2,4,32] here" in line
 
 
 def test_groups_and_overrides_reach_the_run(random_dataset, tmp_path):

@@ -67,9 +67,9 @@ def measure_loader():
 
 
 def _build(config: Config) -> tuple[step.Steps, tuple[int, int, int], jax.sharding.Mesh]:
-    sizes = config_lib.mesh_sizes(config, jax.device_count(), shrink_to_fit=command_line.is_debug())
+    sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=command_line.is_debug())
     mesh = sharding.make_mesh(sizes)
-    micro_steps = config_lib.micro_steps(config, sizes)
+    micro_steps = sharding.micro_steps(config, sizes)
     shape = (micro_steps, config.batch_size // micro_steps, config.model.context_length)
     return step.build(config, mesh), shape, mesh
 

@@ -84,7 +84,10 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """What was saved with the state of `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        except (KeyError, ValueError, OSError) as error:
+            raise ConfigError(f"{self.folder / str(step)} is no checkpoint of Trainit: {error}") from None
 
     def restore(self, step: int, abstract_state):
         """The state of `step`, laid out as `abstract_state`, on whatever mesh it was saved.
@@ -127,11 +130,16 @@ class Checkpoints:
                     f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"
                 )
 
+    def check(self):
+        """Raises what went wrong in a save, as soon as it is known; cheap."""
+        if self._manager:
+            self._manager.check_for_errors()
+
     def wait(self):
         """Waits until the newest save is durable. Raises what went wrong in it."""
         if self._manager:
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        self.check()
 
     def close(self):
         if self._manager:

@@ -60,48 +60,68 @@ def read() -> tuple[Config, tokens.Dataset]:
         if not Path(config.dataset.path).is_dir():
             config.dataset.path = "demo"
     path = config.dataset.path
-    dataset = tokens.open_dataset(prepare.demo(cache()) if path == "demo" else Path(path))
-    for split in ("train", "validation"):
-        size = dataset.splits[split].tokens if split in dataset.splits else 0
-        if size < 2:
-            raise ConfigError(f"dataset.path={path!r}: split {split} has {size} tokens; 2 are needed")
+    try:
+        dataset = tokens.open_dataset(prepare.demo(cache()) if path == "demo" else Path(path))
+    except OSError as error:
+        raise ConfigError(f"dataset.path={path!r} (cache {cache()}) cannot be used: {error}") from None
+    for name in ("train", "validation"):
+        split = dataset.splits.get(name)
+        if split is None or split.tokens < 2 or not split.bytes:
+            have = f"{split.tokens} tokens of {split.bytes} bytes" if split else "nothing"
+            raise ConfigError(
+                f"dataset.path={path!r}: split {name} has {have}; it needs 2 tokens of some text"
+            )
+    _ = dataset.tokenizer  # what is wrong with it is better known now
     return config_lib.resolve(config, dataset.vocab_size), dataset
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        file, arg = _file()
+        if not file.is_file():
+            raise ConfigError(f"--config={file}: there is no such file")
+        base = _run_config_file(file, arg)
+        try:
+            rest = flags.FLAGS(argv)
+        except (AttributeError, KeyError):
+            raise ConfigError(_unknown_field(base)) from None
         if len(rest) > 1:
             raise ConfigError(f"{rest[1]!r} is no flag: options start with --")
-        if not flags.FLAGS["config"].present:
-            raise ConfigError("--config=FILE is missing, for example --config=configs/debug.py")
-        if not _file()[0].is_file():
-            raise ConfigError(f"--config={_file()[0]}: there is no such file")
-        _ = _CONFIG.value.steps  # the file is read now; that is where its errors come up
+        _ = _CONFIG.value.steps
         return rest
-    except (AttributeError, KeyError):
-        say(_unknown_field())
-    except Exception as error:  # whatever a config file raises is a usage error
-        # Of a traceback that came as text, the last line says what was wrong.
-        say(str(error).strip().splitlines()[-1].removeprefix("trainit.config.ConfigError: "))
+    except (flags.Error, ConfigError) as error:
+        say(error)
     sys.exit(USAGE_ERROR)
+
+
+def _run_config_file(file: Path, arg: str) -> ConfigDict:
+    """What the file's get_config returns. Whatever goes wrong in it is told as the file's error."""
+    try:
+        return runpy.run_path(str(file))["get_config"](arg)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"--config={file} raises {type(error).__name__}: {error}") from None
 
 
 def _file() -> tuple[Path, str]:
     """The config file and what stands behind its colon, as --config gives them."""
     flag = re.compile(r"--?config(=.*)?")
-    at = next(i for i, argument in enumerate(sys.argv) if flag.fullmatch(argument))
-    given = sys.argv[at].partition("=")[2] or sys.argv[at + 1]
+    at = [i for i, argument in enumerate(sys.argv) if flag.fullmatch(argument)]
+    given = (sys.argv[at[-1]].partition("=")[2] or "".join(sys.argv[at[-1] + 1 : at[-1] + 2])) if at else ""
+    if not given:
+        if {"--help", "--helpfull", "--helpshort"} & set(sys.argv):
+            flags.FLAGS(sys.argv)  # prints the flags and exits
+        raise ConfigError("--config=FILE is missing, for example --config=configs/debug.py")
     file, _, arg = given.partition(":")
     return Path(file), arg
 
 
-def _unknown_field() -> str:
+def _unknown_field(base: ConfigDict) -> str:
     """The first --config.a.b that the config lacks, with what there is in its place."""
-    file, arg = _file()
     for argument in sys.argv:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
-        group, path = runpy.run_path(str(file))["get_config"](arg), "config"
+        group, path = base, "config"
         for part in match[1].split(".") if match else ():
             if not isinstance(group, ConfigDict) or part not in group:
                 there = ", ".join(sorted(group)) if isinstance(group, ConfigDict) else "no fields"

@@ -6,7 +6,6 @@ experiment is about, and ends with `choose(config, arg, ...)`, which picks whole
 everything across fields and freezes the result. All of it happens before a device is touched.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
@@ -35,7 +34,7 @@ def defaults() -> ConfigDict:
     c = ConfigDict()
     c.seed = 42  # of parameters, dropout and data order; >= 0
     c.steps = 50_000  # optimizer steps of the whole run; > 0
-    c.max_minutes = 0.0  # save and exit 75 after so many minutes of this process; 0: no limit
+    c.max_minutes = 0.0  # save and exit 75 so many minutes after the process began; 0: no limit
     c.batch_size = 128  # sequences per optimizer step over the whole job; multiple of data * fsdp
     c.device_batch_size = 16  # sequences per device in a micro-step at most; 0: no bound
     c.clip_norm = 10.0  # global l2 norm of the gradient at most; 0: no clipping
@@ -181,15 +180,16 @@ def _names(choices: Iterable[str]) -> str:
     return ", ".join(sorted(choices))
 
 
-def duration(value: int | str, steps: int, tokens_per_step: int) -> int:
-    """A duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens"."""
+def duration(value: int | str, steps: int, tokens_per_step: int, field: str = "duration") -> int:
+    """A duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens". Errors name `field`."""
     match = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(%|tokens)?\s*", str(value))
     try:
         number = float(match[1])
     except (TypeError, ValueError):
-        raise ConfigError(f"{value!r} is not a duration: write 500, '10%' or '2e9 tokens'") from None
-    if match[2] is None and number != int(number):
-        raise ConfigError(f"duration {value!r} is not a whole number of steps")
+        raise ConfigError(f"{field}={value!r} is not a duration: write 500, '10%' or '2e9 tokens'") from None
+    require(number < 1e18, f"{field}={value!r} is too long")
+    whole = match[2] is not None or number == int(number)
+    require(whole, f"{field}={value!r} is not a whole number of steps")
     return round(number * {None: 1, "%": steps / 100, "tokens": 1 / tokens_per_step}[match[2]])
 
 
@@ -202,10 +202,10 @@ def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
     """
     small = {
         "steps": 10,
-        "batch_size": 16,
-        "device_batch_size": 1,  # two micro-steps on eight devices
+        "batch_size": 48,  # like dim, what 1, 2, 3, 4, 6, 8, 12, 16 and 24 devices can share
+        "device_batch_size": 3,  # two micro-steps on eight devices
         "cpu_devices": 8,
-        "model.dim": 64,
+        "model.dim": 96,
         "model.num_heads": 4,
         "model.num_kv_heads": 2 if config.model.num_kv_heads else 0,
         "model.num_blocks": 2,
@@ -226,8 +226,8 @@ def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
         if name in config.schedule and "%" not in str(config.schedule[name])
     }
     if "boundaries" in config.schedule:
-        last = len(config.schedule.boundaries) - 1
-        small["schedule.boundaries"] = tuple(f"{100 * i / last}%" for i in range(last + 1))
+        parts = len(_as_tuple(config.schedule.boundaries))
+        small["schedule.boundaries"] = tuple(f"{100 * i // parts}%" for i in range(1, parts + 1))
     config.update_from_flattened_dict({k: v for k, v in small.items() if k not in set(keep)})
     return config
 
@@ -239,28 +239,41 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> Config:
         ConfigError: names the fields and the numbers on both sides.
     """
     config = config.copy_and_resolve_references()
+    require(
+        "optimizer" in config,
+        "the config has no optimizer: config.optimizer = optimizers.choices()['adamw']()",
+    )
     values = flatten(config)
     for field, choices in ONE_OF.items():
-        _require(
+        require(
             values[field] in choices, f"{field}={values[field]!r} is none of {_names(map(repr, choices))}"
         )
     for field in POSITIVE:
-        _require(values[field] > 0, f"{field}={values[field]} must be above 0")
+        require(values[field] > 0, f"{field}={values[field]} must be above 0")
+    for field, bound in (("steps", 2**31), ("seed", 2**32)):
+        require(values[field] < bound, f"{field}={values[field]} must be below {bound}")
     for field in NOT_NEGATIVE:
-        _require(values.get(field, 0) >= 0, f"{field}={values.get(field)} must not be below 0")
+        require(values.get(field, 0) >= 0, f"{field}={values.get(field)} must not be below 0")
     for field, value in values.items():
         if re.match(r"optimizer\.(beta|momentum)|model\..*dropout$", field):
-            _require(0 <= value < 1, f"{field}={value} must lie in [0, 1)")
+            require(0 <= value < 1, f"{field}={value} must lie in [0, 1)")
         if re.match(r"optimizer\.eps", field):
-            _require(value > 0, f"{field}={value} must be above 0")
+            require(value > 0, f"{field}={value} must be above 0")
     _resolve_model(config.model, tokenizer_vocab_size)
-    _check_mesh(config.mesh, config)
+    check_mesh(config.mesh, config)
     _check_schedule(config)
     saves = config.checkpoint.save_steps
-    _require(
-        all(isinstance(n, int) and n >= (0 if isinstance(saves, int) else 1) for n in _as_tuple(saves)),
+    least = 0 if isinstance(saves, int) else 1
+    require(
+        _as_tuple(saves) and all(type(n) is int and n >= least for n in _as_tuple(saves)),
         f"checkpoint.save_steps={saves!r} must be a number of steps, or several separated by commas",
     )
+    c = config.checkpoint
+    for field, unset in (("load_step", -1), ("overwrite_optimizer", False)):
+        require(
+            c.load_path or c[field] == unset,
+            f"checkpoint.{field}={c[field]} needs checkpoint.load_path, which is empty",
+        )
     return Config(config)
 
 
@@ -270,23 +283,21 @@ def _as_tuple(value) -> tuple:
 
 def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int):
     m.num_kv_heads = m.num_kv_heads or m.num_heads
-    _require(
-        m.dim % m.num_heads == 0, f"model.dim={m.dim} is not a multiple of model.num_heads={m.num_heads}"
-    )
-    _require(
+    require(m.dim % m.num_heads == 0, f"model.dim={m.dim} is not a multiple of model.num_heads={m.num_heads}")
+    require(
         m.num_heads % m.num_kv_heads == 0,
         f"model.num_heads={m.num_heads} is not a multiple of model.num_kv_heads={m.num_kv_heads}",
     )
-    _require(
+    require(
         m.positions != "rope" or (m.dim // m.num_heads) % 2 == 0,
         f"model.positions=rope needs an even head size, not model.dim / model.num_heads = "
         f"{m.dim // m.num_heads}",
     )
-    _require(
+    require(
         m.attention != "cudnn" or not m.attn_dropout,
         f"model.attention=cudnn cannot do model.attn_dropout={m.attn_dropout}; take attention=plain",
     )
-    _require(
+    require(
         not (m.tied_embeddings and m.head_bias),
         "model.head_bias=True and model.tied_embeddings=True exclude each other",
     )
@@ -294,7 +305,7 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int):
         m.mlp_dim = 64 * -(-8 * m.dim // (3 * 64)) if m.activation == "swiglu" else 4 * m.dim
     if not m.vocab_size:
         m.vocab_size = -(-tokenizer_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    _require(
+    require(
         m.vocab_size >= tokenizer_vocab_size,
         f"model.vocab_size={m.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}; 0 fits it",
     )
@@ -302,80 +313,55 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int):
 
 def _check_schedule(config: ConfigDict):
     schedule, steps = config.schedule, config.steps
+    expected = SCHEDULES[schedule.name]()
+    require(
+        set(schedule) == set(expected),
+        f"schedule.name={schedule.name} has the fields {_names(expected)}, not {_names(schedule)}; choose it "
+        f"as a group: --config=FILE:schedule={schedule.name}",
+    )
 
-    def length(value):
-        return duration(value, steps, config.batch_size * config.model.context_length)
+    def length(name, value) -> int:
+        tokens_per_step = config.batch_size * config.model.context_length
+        return duration(value, steps, tokens_per_step, f"schedule.{name}")
 
-    total = sum(length(schedule[name]) for name in ("warmup", "constant", "decay") if name in schedule)
-    _require(
+    total = sum(length(name, schedule[name]) for name in ("warmup", "constant", "decay") if name in schedule)
+    require(
         total <= steps,
         f"schedule={schedule.name}: warm-up and what follows last {total} steps, more than steps={steps}; "
         f"give them in percent or raise steps",
     )
     if "boundaries" in schedule:
-        at, values = [length(b) for b in schedule.boundaries], schedule["values"]
-        _require(
+        at = [length("boundaries", b) for b in _as_tuple(schedule.boundaries)]
+        values = _as_tuple(schedule["values"])
+        require(
+            all(type(v) in (int, float) for v in values),
+            f"schedule.values={schedule['values']!r} must be numbers",
+        )
+        require(
             len(at) == len(values) and len(at) >= 2 and all(a < b for a, b in pairwise(at)),
             f"schedule.boundaries={schedule.boundaries} must rise and be as many as schedule.values={values}",
         )
 
 
-def _check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
-    """What each axis must divide; an axis of -1 divides everything."""
+def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
+    """Raises ConfigError unless each axis of the mesh divides what it splits; -1 divides everything."""
     m = config.model
     for axis, size in sizes.items():
-        _require(size > 0 or size == -1, f"mesh.{axis}={size} must be above 0, or -1 for what is left")
+        require(size > 0 or size == -1, f"mesh.{axis}={size} must be above 0, or -1 for what is left")
     free = [axis for axis, size in sizes.items() if size == -1]
-    _require(len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are -1; only one axis can be what is left")
-    _require(sizes["context"] == 1, f"mesh.context={sizes['context']} does not work yet; set it to 1")
+    require(len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are -1; only one axis can be what is left")
+    require(sizes["context"] == 1, f"mesh.context={sizes['context']} does not work yet; set it to 1")
     split = [("fsdp", "model.dim", m.dim)] + [
         ("tensor", f"model.{field}", m[field])
         for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
     ]
     for axis, field, value in split:
-        _require(value % sizes[axis] == 0, f"{field}={value} is not a multiple of mesh.{axis}={sizes[axis]}")
+        require(value % sizes[axis] == 0, f"{field}={value} is not a multiple of mesh.{axis}={sizes[axis]}")
     shares = abs(sizes["data"] * sizes["fsdp"])
-    _require(
+    require(
         config.batch_size % shares == 0,
         f"batch_size={config.batch_size} is not a multiple of mesh.data*mesh.fsdp={shares}",
     )
-
-
-def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dict[str, int]:
-    """The size of each mesh axis on so many devices, with -1 filled in.
-
-    Args:
-        config: a resolved config.
-        devices: of the whole job.
-        shrink_to_fit: set axes that do not fit to 1 (`--debug`) rather than refuse.
-
-    Raises:
-        ConfigError: the axes do not cover the devices, or a size does not divide what it splits.
-    """
-    sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
-    free = next((axis for axis, size in sizes.items() if size == -1), "data" if shrink_to_fit else None)
-    if free:
-        left = devices
-        for axis in [axis for axis in reversed(MESH_AXES) if axis != free]:
-            if shrink_to_fit and left % sizes[axis]:
-                sizes[axis] = 1
-            left //= sizes[axis]
-        sizes[free] = max(left, 1)
-    needed = math.prod(sizes.values())
-    _require(
-        needed == devices,
-        "mesh=(" + ", ".join(f"{axis} {config.mesh[axis]}" for axis in MESH_AXES) + f") covers {needed} "
-        f"devices, but there are {devices}; let the sizes multiply to that, or set one to -1",
-    )
-    _check_mesh(sizes, config)
-    return sizes
-
-
-def micro_steps(config: Config, sizes: Mapping[str, int]) -> int:
-    """Micro-steps that accumulate one gradient: the fewest that keep to `device_batch_size`."""
-    share = config.batch_size // (sizes["data"] * sizes["fsdp"])
-    bound = config.device_batch_size or share
-    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= bound)
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict:
@@ -389,6 +375,6 @@ def flatten(config: Mapping, prefix: str = "") -> dict:
     return flat
 
 
-def _require(condition: bool, message: str):
+def require(condition: bool, message: str):
     if not condition:
         raise ConfigError(message)

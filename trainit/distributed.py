@@ -130,6 +130,12 @@ def initialize(platform: str, cpu_devices: int, cache: Path, place: Place):
         jax.config.update("jax_compilation_cache_dir", str(cache / f"compiled-{_processor()}"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if place.num_processes == 1:
+        try:
+            jax.devices()
+        except (RuntimeError, AssertionError) as error:
+            raise PlaceError(
+                f"platform={platform!r} cannot be used here: {error or 'JAX has no such backend'}"
+            ) from None
         return
     host, _, _ = place.coordinator.rpartition(":")
     if not host:
@@ -155,6 +161,13 @@ def initialize(platform: str, cpu_devices: int, cache: Path, place: Place):
     )
 
 
+def agree(number: int) -> int:
+    """The lead process's number, on every process; a collective where there are several."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def gather_hosts() -> list[str]:
     """The host name of every process, in order; a collective."""
     name = np.zeros(64, np.uint8)
@@ -166,8 +179,10 @@ def gather_hosts() -> list[str]:
 
 def _processor() -> str:
     """A short name for this host's kind of CPU: programs compiled for another one must not run here."""
-    flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")]
-    return f"{host_platform.machine()}-{zlib.crc32(''.join(flags[:1]).encode()):08x}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [host_platform.processor()]
+    features = [line for line in lines if line.startswith(("flags", "Features"))] or lines
+    return f"{host_platform.machine()}-{zlib.crc32(features[0].encode()):08x}"
 
 
 def is_lead() -> bool:
@@ -182,12 +197,13 @@ class StopRequest:
     are turned into it. A second SIGINT ends the process at once.
     """
 
-    def __init__(self, max_minutes: float):
+    def __init__(self, max_minutes: float, started: float):
         """
         Args:
-            max_minutes: from now until the run should stop by itself; 0: never.
+            max_minutes: after which the run should stop by itself; 0: never.
+            started: `time.monotonic()` when the process began.
         """
-        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        self._deadline = started + 60 * max_minutes if max_minutes else float("inf")
         self._reason = ""
         self._several = jax.process_count() > 1
         for number in STOP_SIGNALS:
@@ -196,7 +212,7 @@ class StopRequest:
 
     def _on_signal(self, number, frame):
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         self._ask(signal.Signals(number).name)
 
     def _ask(self, reason: str):

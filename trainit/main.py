@@ -8,6 +8,7 @@ usage, 1 anything else.
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 from absl import flags, logging
@@ -59,7 +60,7 @@ def _mark(marker: str, code: int):
 
 
 def _main():
-    marker = os.environ.get("TRAINIT_MARKER", "")
+    started, marker = time.monotonic(), os.environ.get("TRAINIT_MARKER", "")
     try:
         trackers.log_to_terminal(lead=True)
         place = _find_place()
@@ -73,8 +74,8 @@ def _main():
                 *("place", place.source, place.process_id, place.num_processes, place.coordinator),
             )
         distributed.initialize(config.platform, config.cpu_devices, command_line.cache(), place)
-        run = train.Run(config, dataset, workdir, command_line.is_debug())
-        code = run.loop()
+        stop = distributed.StopRequest(config.max_minutes, started)
+        code = train.Run(config, dataset, workdir, command_line.is_debug()).loop(stop)
     except (ConfigError, DatasetError, distributed.PlaceError) as error:
         command_line.say(error)
         code = command_line.USAGE_ERROR

@@ -1,6 +1,8 @@
 """What a run says of itself: norms, FLOPs, MFU, throughput, memory."""
 
+import re
 import resource
+import sys
 import time
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 from trainit.config import Config
 
 # Dense bfloat16 (V100, T4: float16) TFLOP/s of one device without sparsity, from the vendors' data
-# sheets; the first text that the device's kind contains counts.
+# sheets; the first name that the device's kind contains as whole words counts.
 PEAK_TFLOPS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
@@ -36,7 +38,7 @@ PEAK_TFLOPS = (
 
 def peak_flops(device_kind: str) -> float | None:
     """Floating-point operations per second of one device at best; None where it is not known."""
-    return next((1e12 * tera for name, tera in PEAK_TFLOPS if name in device_kind), None)
+    return next((1e12 * t for name, t in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 def parameter_count(parameters: dict) -> int:
@@ -97,4 +99,6 @@ class Meter:
 def peak_memory() -> int:
     """Most bytes in use so far on this process's fullest device, or in the process where none says."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -26,10 +26,13 @@ STANDARD_DEVIATION = 0.02  # of GPT-2's weights; of those that write to the resi
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: int) -> jax.Array:
     """Zeroes entries with probability `rate` and scales up the rest; without a key, nothing.
 
-    A key serves several dropout sites, told apart by their numbers.
+    A key serves several dropout sites, told apart by their numbers. It is one key, or one for each of
+    x's rows: what a row loses then does not depend on the rows that it is computed with.
     """
     if not rate or key is None:
         return x
+    if key.ndim:
+        return jax.vmap(lambda row, row_key: dropout(row, rate, row_key, site))(x, key)
     keep = jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
@@ -212,8 +215,10 @@ class Network(nnx.Module):
             Linear((c.dim,), (c.vocab_size,), c.head_bias, STANDARD_DEVIATION, rngs) if own_head else None
         )
 
-    def __call__(self, tokens_BL: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, tokens_BL: jax.Array, key: jax.Array | None, first_row: int) -> jax.Array:
         c = self.c
+        if key is not None:  # one a row
+            key = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(tokens_BL)))
         # Gathered over fsdp before the lookup, which XLA would else do on a fully replicated copy; in
         # float32, because the lookup's gradient sums over all positions of a frequent token.
         embedding_VD = self.constrain(self.token_embedding.embedding[...], "vocab", None)
@@ -225,7 +230,7 @@ class Network(nnx.Module):
 
         def block(x_BLD, layer):
             number, parameters = layer
-            layer_key = None if key is None else jax.random.fold_in(key, number + 1)
+            layer_key = None if key is None else jax.vmap(jax.random.fold_in, (0, None))(key, number + 1)
             return nnx.merge(graph, parameters)(x_BLD, layer_key), None
 
         if c.remat == "block":
@@ -269,12 +274,15 @@ class GPT:
         """Float32 parameters: N(0, 0.02), residual outputs N(0, 0.02 / sqrt(2 N)), biases 0, scales 1."""
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
-    def __call__(self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row: int = 0
+    ) -> jax.Array:
         """Float32 logits (B, L, V) of the next token.
 
         Args:
             parameters: from `init`.
             tokens_BL: integer ids.
-            key: of the dropout; None: no dropout.
+            key: of the step's dropout; None: no dropout.
+            first_row: where these rows stand in the global batch: dropout follows the row.
         """
-        return nnx.merge(self._graph, parameters)(tokens_BL.astype(jnp.int32), key)
+        return nnx.merge(self._graph, parameters)(tokens_BL.astype(jnp.int32), key, first_row)

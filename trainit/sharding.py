@@ -5,6 +5,7 @@ MLP width and vocabulary; `context` splits the sequence. The batch is split over
 The table also names each parameter's kind, by which decay masks, Muon and per-kind logs choose.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainit.config import MESH_AXES
+from trainit.config import MESH_AXES, Config, check_mesh, require
 
 # Logical axis -> mesh axes. An axis that is not named here is not split.
 RULES = {
@@ -45,6 +46,43 @@ PARAMETERS = (
     ("blocks/mlp/down/kernel", ("layers", "mlp", "embed"), "matrix"),
     ("blocks/(attention/out|mlp/down)/bias", ("layers", "norm"), "vector"),
 )
+
+
+def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dict[str, int]:
+    """The size of each mesh axis on so many devices, with -1 filled in.
+
+    Args:
+        config: a resolved config.
+        devices: of the whole job.
+        shrink_to_fit: set axes that do not fit to 1 (`--debug`) rather than refuse.
+
+    Raises:
+        ConfigError: the axes do not cover the devices, or a size does not divide what it splits.
+    """
+    sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
+    free = next((axis for axis, size in sizes.items() if size == -1), "data" if shrink_to_fit else None)
+    if free:
+        left = devices
+        for axis in [axis for axis in reversed(MESH_AXES) if axis != free]:
+            if shrink_to_fit and left % sizes[axis]:
+                sizes[axis] = 1
+            left //= sizes[axis]
+        sizes[free] = max(left, 1)
+    needed = math.prod(sizes.values())
+    require(
+        needed == devices,
+        "mesh=(" + ", ".join(f"{axis} {config.mesh[axis]}" for axis in MESH_AXES) + f") covers {needed} "
+        f"devices, but there are {devices}; let the sizes multiply to that, or set one to -1",
+    )
+    check_mesh(sizes, config)
+    return sizes
+
+
+def micro_steps(config: Config, sizes: Mapping[str, int]) -> int:
+    """Micro-steps that accumulate one gradient: the fewest that keep to `device_batch_size`."""
+    share = config.batch_size // (sizes["data"] * sizes["fsdp"])
+    bound = config.device_batch_size or share
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= bound)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:

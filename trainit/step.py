@@ -59,7 +59,9 @@ def build(config: Config, mesh: Mesh) -> Steps:
         ConfigError: something was asked for that this platform cannot do.
     """
     device = mesh.devices.flat[0]
-    platform = "cuda" if "NVIDIA" in device.device_kind else device.platform
+    # Its attention kernel wants bfloat16 units, which came with compute capability 8 (Ampere).
+    ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
+    platform = "cuda" if ampere else device.platform
     try:
         attention = choose_attention(config.model, platform, config.precision)
     except ValueError as error:
@@ -107,11 +109,11 @@ def build(config: Config, mesh: Mesh) -> Steps:
     )
 
 
-def _loss(model: GPT, params: dict, micro_batch: dict, key: jax.Array | None) -> tuple[jax.Array, dict]:
+def _loss(model: GPT, params: dict, micro_batch: dict, key: jax.Array | None, first_row: jax.Array | int):
     tokens = micro_batch["tokens"].astype(jnp.int32)  # (b, L + 1): narrow until here
     inputs_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
     mask_BL = jnp.arange(inputs_BL.shape[1]) < micro_batch["lengths"][:, None]
-    sums = losses.cross_entropy(model(params, inputs_BL, key), targets_BL, mask_BL)
+    sums = losses.cross_entropy(model(params, inputs_BL, key, first_row), targets_BL, mask_BL)
     return sums["loss"], sums
 
 
@@ -125,8 +127,10 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
         micro_steps = batch["lengths"].shape[0]
 
         def micro(number, micro_batch):
-            micro_key = None if key is None else jax.random.fold_in(key, number)
-            grads, sums = jax.grad(lambda p: _loss(model, p, micro_batch, micro_key), has_aux=True)(params)
+            first_row = number * micro_batch["lengths"].shape[0]
+            grads, sums = jax.grad(lambda p: _loss(model, p, micro_batch, key, first_row), has_aux=True)(
+                params
+            )
             return jax.lax.with_sharding_constraint(grads, layout), sums
 
         if micro_steps == 1:
@@ -177,7 +181,7 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
 def _eval_step(model: GPT, params: dict, batch: dict, token_bytes_V: jax.Array) -> dict:
     """Sums over one batch of a single micro-step: "loss", "correct", "count" and "bytes" of the targets."""
     micro_batch = jax.tree.map(lambda x: x[0], batch)
-    _, sums = _loss(model, params, micro_batch, None)
+    _, sums = _loss(model, params, micro_batch, None, 0)
     targets_BL = micro_batch["tokens"][:, 1:].astype(jnp.int32)
     counts = jnp.arange(targets_BL.shape[1]) < micro_batch["lengths"][:, None]
     return sums | {"bytes": jnp.sum(jnp.where(counts, token_bytes_V[targets_BL], 0))}

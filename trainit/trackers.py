@@ -99,7 +99,7 @@ class Progress:
 
     def __init__(self, start: int, steps: int):
         self._steps, self._bar, self._newest = steps, None, {}
-        self._line_at, self._began, self._start = 0.0, time.monotonic(), start
+        self._line_at, self._start = 0.0, start
         if sys.stderr.isatty():
             layout = "{percentage:3.0f}% {bar:24} step {n_fmt}/{total_fmt}{postfix} [{elapsed} < {remaining}]"
             self._bar = tqdm(total=steps, initial=start, bar_format=layout, dynamic_ncols=True, smoothing=0.1)
@@ -120,8 +120,9 @@ class Progress:
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._line_at > LINE_SECONDS or step == self._steps:
             self._line_at = time.monotonic()
-            left = (self._line_at - self._began) / max(step - self._start, 1) * (self._steps - step)
-            logging.info("step %d/%d  %s  %s left", step, self._steps, text, tqdm.format_interval(left))
+            seconds = self._newest.get("time/step_seconds", 0) * (self._steps - step)
+            left = f"  {tqdm.format_interval(seconds)} left" if seconds else ""
+            logging.info("step %d/%d  %s%s", step, self._steps, text, left)
 
     def close(self):
         if self._bar is not None:

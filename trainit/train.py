@@ -40,8 +40,9 @@ class Run:
             ConfigError: the config does not fit the devices, the run folder or the checkpoint.
         """
         self.config, self.dataset, self.workdir = config, dataset, workdir
-        sizes = config_lib.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
-        micro_steps = config_lib.micro_steps(config, sizes)
+        self.token_bytes = dataset.tokenizer.token_bytes()
+        sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
+        micro_steps = sharding.micro_steps(config, sizes)
         self.batch_shape = (micro_steps, config.batch_size // micro_steps, config.model.context_length)
         self.mesh = sharding.make_mesh(sizes)
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -49,8 +50,9 @@ class Run:
         self._describe(sizes)
         self.rows, self.wandb_id = 0, secrets.token_hex(4)  # rows of the training data consumed
         self.postponed: dict | None = None  # what was measured at a step whose validation is still to be done
-        self.resumed = self.checkpoints.latest() is not None
-        self.state = self._resume() if self.resumed else self._begin()
+        newest = distributed.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
+        self.resumed = newest >= 0
+        self.state = self._resume(newest) if self.resumed else self._begin()
         self.step = int(self.state.step)
         self.saved = self.step if self.resumed else None  # step of the newest checkpoint
         self.pending: tuple[int, dict] | None = None  # the newest step's metrics, still on the device
@@ -68,7 +70,8 @@ class Run:
             "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
             f"{c.model.dim}, attention {self.steps.attention}, precision {c.precision}",
             "dataset": f"{self.dataset.folder}: {quantity(train.tokens)} tokens to train, "
-            f"{quantity(validation.tokens)} to validate, vocabulary {self.dataset.vocab_size}",
+            f"{quantity(validation.tokens)} to validate",
+            "tokenizer": f"{self.dataset.tokenizer.name}, vocabulary {self.dataset.vocab_size}",
             "batch": f"{c.batch_size} sequences of {length} tokens; {micro_steps} × "
             f"{rows // (sizes['data'] * sizes['fsdp'])} on each device",
             "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
@@ -101,27 +104,30 @@ class Run:
                 f"checkpoint.load_path={c.load_path!r} has no checkpoint of "
                 f"load_step={c.load_step}; there are {steps or 'none'}"
             )
-        meta = self._accept(source, number)
-        if meta["dataset"] == self.dataset.fingerprint:
-            self.rows = meta["rows"]
+        self._accept(source, number)
         if c.overwrite_optimizer:
             logging.info("start      parameters of %s step %d, new optimizer", c.load_path, number)
             fresh = self.steps.init()
             layout = self.steps.abstract_state.params
             return step.TrainState(**vars(fresh) | {"params": source.restore_params(number, layout)})
+        if number >= self.config.steps:
+            raise ConfigError(
+                f"checkpoint.load_path={c.load_path!r} is at step {number}, steps={self.config.steps}: "
+                f"nothing is left to do; raise steps, or take its parameters alone with "
+                f"checkpoint.overwrite_optimizer=True"
+            )
         logging.info("start      %s step %d", c.load_path, number)
         return source.restore(number, self.steps.abstract_state)
 
-    def _resume(self) -> step.TrainState:
-        """The state of this run's newest checkpoint."""
-        number = self.checkpoints.latest()
+    def _resume(self, number: int) -> step.TrainState:
+        """The state of this run's checkpoint."""
         meta = self._accept(self.checkpoints, number)
-        self.rows, self.wandb_id, self.postponed = meta["rows"], meta["wandb_id"], meta["postponed"]
+        self.wandb_id, self.postponed = meta["wandb_id"], meta["postponed"]
         logging.info("resume     at step %d of %d", number, self.config.steps)
         return self.checkpoints.restore(number, self.steps.abstract_state)
 
     def _accept(self, source: Checkpoints, number: int) -> dict:
-        """The meta data of a checkpoint, which must be of this config and dataset."""
+        """The meta data of a checkpoint of this config and dataset; sets the position in the data."""
         meta, c = source.meta(number), self.config
         origin = f"checkpoint {source.folder / str(number)}"
         overwrite = c.checkpoint.overwrite_config
@@ -132,15 +138,26 @@ class Run:
                 f"{origin} was trained on dataset {meta['dataset']}, but dataset.path={c.dataset.path!r} is "
                 f"{self.dataset.fingerprint}; set --config.checkpoint.overwrite_config=True to go on with it"
             )
+        if meta["dataset"] == self.dataset.fingerprint:  # else from the start of the new one
+            self.rows = meta["rows"] * meta["config"]["model"]["context_length"] // c.model.context_length
         return meta
 
-    def loop(self) -> int:
-        """Trains until all steps are done or the run is asked to stop; returns the exit code."""
+    def loop(self, stop: distributed.StopRequest) -> int:
+        """Trains until all steps are done or `stop` asks to; returns the exit code.
+
+        Raises:
+            NonFiniteError: `max_skipped` steps in a row were not finite, now or before a resume.
+            Exception: a save failed, a data worker died, another process is lost.
+        """
         c = self.config
         if self.step >= c.steps:
             logging.info("complete   all %d steps are done; nothing to do", c.steps)
             return DONE
-        stop = distributed.StopRequest(c.max_minutes)
+        if int(self.state.skipped_in_a_row) >= c.max_skipped:
+            raise NonFiniteError(
+                f"the run ended at step {self.step} after {int(self.state.skipped_in_a_row)} steps in a row "
+                f"that were not finite; raise max_skipped={c.max_skipped}, or load_path an earlier checkpoint"
+            )
         self._write_config()
         keep = self.step - (self.postponed is not None) if self.resumed else -1
         lead = distributed.is_lead()
@@ -148,18 +165,22 @@ class Run:
         self.meter = metrics.Meter(c.batch_size * c.model.context_length, c.model)
         code = 1
         try:
-            code = self._loop(stop)
+            reason = self._loop(stop)
             self.checkpoints.wait()
+            code = STOPPED if reason else DONE
         finally:
             self.tracker.close(code)
             self.checkpoints.close()
-        if code == DONE:
+        if reason:
+            logging.info("stopped    on %s at step %d; run the same command to go on", reason, self.step)
+        else:
             logging.info("done       all %d steps; metrics in %s", c.steps, self.workdir / "metrics.jsonl")
             logging.info("           checkpoint in %s", self.checkpoints.folder / str(self.step))
             logging.info("           train on: --config.steps=N --config.checkpoint.overwrite_config=True")
         return code
 
-    def _loop(self, stop: distributed.StopRequest) -> int:
+    def _loop(self, stop: distributed.StopRequest) -> str:
+        """The steps; returns why they were stopped, or "" when all are done."""
         c = self.config
         train = self.dataset.splits["train"]
         batches = loader.batches(
@@ -175,18 +196,16 @@ class Run:
         while True:
             reason, last = stop(self.step), self.step == c.steps
             self._milestone(last, bool(reason))
-            if reason and not last:
-                logging.info("stopped    on %s at step %d; run the same command to go on", reason, self.step)
-                return STOPPED
-            if last:
-                return DONE
+            if reason or last:
+                return "" if last else reason
             waiting = time.perf_counter()
             batch = next(batches)
             self.meter.waited_for_data(time.perf_counter() - waiting)
             self.state, on_device = self.steps.train(self.state, batch)
             self.step, self.rows = self.step + 1, self.rows + c.batch_size
-            self._log(self._read())  # of the step before, while this one runs
-            self.pending = (self.step, on_device)
+            before, self.pending = self.pending, (self.step, on_device)
+            self._log(self._read(before))  # while this step runs
+            self.checkpoints.check()
 
     def _milestone(self, last: bool, stopping: bool):
         """Validates and saves where this step asks for it."""
@@ -197,7 +216,10 @@ class Run:
         save = is_new and (last or stopping or (self.step > 0 and due(c.checkpoint.save_steps, self.step)))
         if not (validate or save):
             return
-        record = self._read()
+        record, self.pending = self._read(self.pending), None
+        if self.postponed and not validate:
+            self._log(self.postponed)
+            self.postponed = None
         if validate and stopping and not last:
             self.postponed = (
                 self.postponed or {}
@@ -212,27 +234,34 @@ class Run:
         self.meter.pause()
 
     def _tokens(self, number: int) -> int:
-        """Targets trained on by the end of step `number`, counted from the rows consumed."""
+        """Tokens trained on by the end of step `number`: rows consumed times the context length."""
         rows = self.rows - (self.step - number) * self.config.batch_size
         return rows * self.config.model.context_length
 
-    def _read(self) -> dict:
-        """The pending step's metrics as numbers; waits for that step alone."""
-        if self.pending is None:
+    def _read(self, pending: tuple[int, dict] | None) -> dict:
+        """A step's metrics as numbers; waits for that step alone."""
+        if pending is None:
             return {}
-        (number, on_device), self.pending = self.pending, None
+        number, on_device = pending
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
         in_a_row = values.pop("skipped_in_a_row")
         record = {"step": number, "tokens": self._tokens(number)} | values | self.meter.step()
-        if in_a_row >= self.config.max_skipped:
-            self._log(record)
-            self._save()
-            self.checkpoints.wait()
-            raise NonFiniteError(
-                f"loss, gradient or update were not finite in {in_a_row} steps in a row (max_skipped), up to "
-                f"step {number}; the parameters from before them are saved in checkpoint {self.step}"
-            )
+        if in_a_row == self.config.max_skipped:
+            self._give_up(record)
         return record
+
+    def _give_up(self, record: dict):
+        """Saves the state and ends the run: too many steps in a row were not finite."""
+        self._log(record)
+        if self.step > record["step"]:  # the step that is under way belongs to the checkpoint
+            self._log(self._read(self.pending))
+        self._save()
+        self.checkpoints.wait()
+        raise NonFiniteError(
+            f"loss, gradient or update were not finite in {self.config.max_skipped} steps in a row "
+            f"(max_skipped), up to step {record['step']}; none of these updates was applied; the state is in "
+            f"checkpoint {self.step}"
+        )
 
     def _log(self, record: dict):
         if record:
@@ -246,7 +275,7 @@ class Run:
             self.steps,
             self.state.params,
             self.dataset.splits["validation"],
-            self.dataset.tokenizer.token_bytes(),
+            self.token_bytes,
             self.config.eval.sequences,
             (1, rows, length),
             sharding.batch_sharding(self.mesh),

@@ -34,6 +34,7 @@ def write_dataset(
         shard_tokens: a shard is closed at the first document end past so many tokens.
     """
     output.mkdir(parents=True, exist_ok=True)
+    (output / "dataset.json").unlink(missing_ok=True)  # unfinished from here on
     content = tokenizer.serialize()
     (output / "tokenizer.model").write_bytes(content)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"

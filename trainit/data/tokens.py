@@ -98,8 +98,12 @@ class Dataset:
 
     @functools.cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
+        """Raises DatasetError where its file is missing or another than the dataset was made with."""
         about = self.info["tokenizer"]
-        return tokenizers.load(about["name"], self.folder / about["file"], about["sha256"])
+        try:
+            return tokenizers.load(about["name"], self.folder / about["file"], about["sha256"])
+        except (OSError, ValueError, KeyError) as error:
+            raise DatasetError(f"the tokenizer of dataset.path={str(self.folder)!r}: {error}") from None
 
     @property
     def fingerprint(self) -> str:
@@ -120,24 +124,31 @@ def open_dataset(folder: Path) -> Dataset:
         )
     try:
         info = json.loads((folder / "dataset.json").read_bytes())
+        if info["format"] != FORMAT:
+            raise DatasetError(
+                f"dataset.path={str(folder)!r} has format {info['format']}, this Trainit reads {FORMAT}"
+            )
+        splits = {name: _open_split(folder, name, info) for name in info["splits"]}
     except FileNotFoundError:
         raise DatasetError(
             f"dataset.path={str(folder)!r} has no dataset.json: it is unfinished; prepare it again"
         ) from None
-    if info.get("format") != FORMAT:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
-            f"dataset.path={str(folder)!r} has format {info.get('format')}, this Trainit reads {FORMAT}"
-        )
-    splits = {}
-    for name, split in info["splits"].items():
-        paths = [folder / shard["file"] for shard in split["shards"]]
-        sizes = [shard["tokens"] for shard in split["shards"]]
-        for path, size in zip(paths, sizes, strict=True):
-            expected = size * np.dtype(info["dtype"]).itemsize
-            actual = path.stat().st_size if path.exists() else "no"
-            if actual != expected:
-                raise DatasetError(
-                    f"{path} has {actual} bytes instead of {expected}; copy or prepare the dataset again"
-                )
-        splits[name] = Split(name, tuple(map(str, paths)), tuple(sizes), info["dtype"], split["bytes"])
+            f"{folder / 'dataset.json'} is damaged ({error}); prepare the dataset again"
+        ) from None
     return Dataset(folder, info, splits)
+
+
+def _open_split(folder: Path, name: str, info: dict) -> Split:
+    split = info["splits"][name]
+    paths = [folder / shard["file"] for shard in split["shards"]]
+    sizes = [shard["tokens"] for shard in split["shards"]]
+    for path, size in zip(paths, sizes, strict=True):
+        expected = size * np.dtype(info["dtype"]).itemsize
+        actual = path.stat().st_size if path.exists() else "no"
+        if actual != expected:
+            raise DatasetError(
+                f"{path} has {actual} bytes instead of {expected}; copy or prepare the dataset again"
+            )
+    return Split(name, tuple(map(str, paths)), tuple(sizes), info["dtype"], split["bytes"])

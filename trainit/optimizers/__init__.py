@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit import sharding
-from trainit.config import Config
+from trainit.config import Config, ConfigError
 from trainit.schedules import Schedule
 
 
@@ -79,5 +79,18 @@ def scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
 
 
 def build(config: Config, context: Context) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that `config.name` names. Its update takes `step`, the run's, beside the gradients."""
+    """The optimizer that `config.name` names. Its update takes `step`, the run's, beside the gradients.
+
+    Raises:
+        ConfigError: there is none of this name, or it has other fields.
+    """
+    there = choices()
+    if config.name not in there:
+        raise ConfigError(f"optimizer.name={config.name!r}: there are {', '.join(sorted(there))}")
+    fields = sorted(there[config.name]())
+    if fields != sorted(config):
+        raise ConfigError(
+            f"optimizer.name={config.name} has the fields {', '.join(fields)}, not "
+            f"{', '.join(sorted(config))}; choose it as a group: --config=FILE:optimizer={config.name}"
+        )
     return optax.with_extra_args_support(_load(config.name).make(config, context))

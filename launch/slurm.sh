@@ -31,10 +31,11 @@ echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $S
 [ "$processes" -le "${SLURM_CPUS_ON_NODE:-$processes}" ] ||
   echo "note: $SLURM_CPUS_ON_NODE CPUs for $processes processes on a node; ask for more with --cpus-per-gpu="
 cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} # srun does not inherit it
+# USR1 is ignored until Trainit listens to it: by default it would end a process that is still starting.
 # In the background, since bash sits on a trap while it waits for a child in the foreground.
 # shellcheck disable=SC2016,SC2086
 srun --kill-on-bad-exit=1 --overcommit --ntasks-per-node="$processes" $cpus \
-  bash -c 'eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m trainit.main "$@"' trainit "$@" &
+  bash -c 'trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m trainit.main "$@"' trainit "$@" &
 pid=$!
 while :; do
   wait $pid

@@ -123,6 +123,8 @@ def initialize(platform: str, cpu_devices: int, cache: Path, place: Place):
     Raises:
         PlaceError: the other processes could not reach the coordinator's address.
     """
+    if place.num_processes > 1:
+        _check_coordinator(place)
     if platform:
         jax.config.update("jax_platforms", platform)
     jax.config.update("jax_num_cpu_devices", cpu_devices)
@@ -137,17 +139,6 @@ def initialize(platform: str, cpu_devices: int, cache: Path, place: Place):
                 f"platform={platform!r} cannot be used here: {error or 'JAX has no such backend'}"
             ) from None
         return
-    host, _, _ = place.coordinator.rpartition(":")
-    if not host:
-        raise PlaceError(
-            f"{place.source}: there are {place.num_processes} processes; add --coordinator=HOST:PORT"
-        )
-    if place.hosts > 1 and socket.gethostbyname(host).startswith("127."):
-        raise PlaceError(
-            f"the coordinator {place.coordinator} has the loopback address "
-            f"{socket.gethostbyname(host)}, which {place.hosts} hosts cannot share; give --coordinator= a "
-            f"name or address that all reach"
-        )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator_address=place.coordinator,
@@ -159,6 +150,20 @@ def initialize(platform: str, cpu_devices: int, cache: Path, place: Place):
         heartbeat_timeout_seconds=20,
         shutdown_timeout_seconds=20,
     )
+
+
+def _check_coordinator(place: Place):
+    host, _, _ = place.coordinator.rpartition(":")
+    if not host:
+        raise PlaceError(
+            f"{place.source}: there are {place.num_processes} processes; add --coordinator=HOST:PORT"
+        )
+    if place.hosts > 1 and socket.gethostbyname(host).startswith("127."):
+        raise PlaceError(
+            f"the coordinator {place.coordinator} has the loopback address "
+            f"{socket.gethostbyname(host)}, which {place.hosts} hosts cannot share; give --coordinator= a "
+            f"name or address that all reach"
+        )
 
 
 def agree(number: int) -> int:
@@ -193,39 +198,34 @@ def is_lead() -> bool:
 class StopRequest:
     """Notices that the run should stop: a signal, or its time is over. All processes agree on the step.
 
-    Several processes agree through JAX's preemption service, which listens to SIGTERM: other signals
-    are turned into it. A second SIGINT ends the process at once.
+    To be made before `initialize`, so that no signal ends a process that is still starting. Several
+    processes agree through JAX's preemption service, which listens to SIGTERM: other signals are turned
+    into it. A second SIGINT ends the process at once.
     """
 
-    def __init__(self, max_minutes: float, started: float):
-        """
-        Args:
-            max_minutes: after which the run should stop by itself; 0: never.
-            started: `time.monotonic()` when the process began.
-        """
+    def __init__(self):
+        self._deadline, self._reason, self._told = float("inf"), "", False
+        for number in STOP_SIGNALS:  # JAX takes SIGTERM over where there are several processes
+            signal.signal(number, self._on_signal)
+
+    def after(self, max_minutes: float, started: float):
+        """Asks to stop so many minutes after `started` (`time.monotonic()`); 0: never."""
         self._deadline = started + 60 * max_minutes if max_minutes else float("inf")
-        self._reason = ""
-        self._several = jax.process_count() > 1
-        for number in STOP_SIGNALS:
-            if not (self._several and number == signal.SIGTERM):
-                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, frame):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-        self._ask(signal.Signals(number).name)
-
-    def _ask(self, reason: str):
-        self._reason = self._reason or reason
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
+        self._reason = self._reason or signal.Signals(number).name
 
     def __call__(self, step: int) -> str:
         """Why the run should stop before `step`, or "". The same on every process; call it every step."""
-        if time.monotonic() > self._deadline and is_lead() and not self._reason:
-            self._ask("max_minutes")
-        if not self._several:
+        if time.monotonic() > self._deadline and is_lead():
+            self._reason = self._reason or "max_minutes"
+        if jax.process_count() == 1:
             return self._reason
+        if self._reason and not self._told:
+            self._told = True
+            os.kill(os.getpid(), signal.SIGTERM)
         return (self._reason or "SIGTERM") if multihost_utils.reached_preemption_sync_point(step) else ""
 
 

@@ -63,6 +63,7 @@ def _main():
     started, marker = time.monotonic(), os.environ.get("TRAINIT_MARKER", "")
     try:
         trackers.log_to_terminal(lead=True)
+        stop = distributed.StopRequest()
         place = _find_place()
         trackers.log_to_terminal(lead=place.process_id == 0)
         config, dataset = command_line.read()
@@ -74,7 +75,7 @@ def _main():
                 *("place", place.source, place.process_id, place.num_processes, place.coordinator),
             )
         distributed.initialize(config.platform, config.cpu_devices, command_line.cache(), place)
-        stop = distributed.StopRequest(config.max_minutes, started)
+        stop.after(config.max_minutes, started)
         code = train.Run(config, dataset, workdir, command_line.is_debug()).loop(stop)
     except (ConfigError, DatasetError, distributed.PlaceError) as error:
         command_line.say(error)

@@ -106,7 +106,7 @@ def calm(random_dataset, tmp_path_factory):
 
 def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm):
     """Stopped once by `scancel --signal`, then as often as its time limit asks; one metrics file."""
-    job = submit("--time=1", "--signal=USR1@20")
+    job = submit("--time=2", "--signal=USR1@30")
     job.wait(lambda: job.step() >= 3)
     slurm("scancel", "--signal=USR1", job.id)
     job.wait(lambda: int(job.field("Restarts")) >= 1)

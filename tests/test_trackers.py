@@ -65,10 +65,18 @@ def test_lines_where_there_is_no_terminal(monkeypatch):
     progress = Progress(start=0, steps=100)
     later = time.monotonic() + 100
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    progress.show(50, {"train/loss": 3.21, "throughput/tokens_per_second": 45_600.0, "throughput/mfu": 0.413})
+    progress.show(
+        50,
+        {
+            "train/loss": 3.21,
+            "time/step_seconds": 2.0,
+            "throughput/tokens_per_second": 45_600.0,
+            "throughput/mfu": 0.413,
+        },
+    )
     progress.show(51, {"train/loss": 3.0})  # too soon after the line before
     progress.show(100, {"train/loss": 2.0})
-    assert said[0].startswith("step 50/100  loss 3.210  45.6 k tokens/s  MFU 41.3%  01:4")
+    assert said[0].startswith("step 50/100  loss 3.210  45.6 k tokens/s  MFU 41.3%  01:40 left")
     assert said[1].startswith("step 100/100  loss 2.000")
     assert len(said) == 2
 

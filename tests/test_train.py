@@ -141,14 +141,18 @@ def test_stop_signals(number, command, tmp_path):
     assert Checkpoints(tmp_path, read_only=True).latest() == _last_step(tmp_path)
 
 
-def test_stopped_where_validation_is_due(command, undisturbed, tmp_path):
-    """Asked to stop at step 10, killed after resuming there: step 10 stands there once, and whole."""
-    stop_at_ten = tmp_path / "sitecustomize.py"
-    stop_at_ten.write_text(
+def _run_until_ten(folder, *args):
+    """Runs, and is asked to stop at step 10 exactly."""
+    (folder / "sitecustomize.py").write_text(
         "from trainit import distributed\n"
         "distributed.StopRequest.__call__ = lambda self, step: 'TEST' if step == 10 else ''\n"
     )
-    run(*command, f"--workdir={tmp_path}/run", expect=75, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    run(*args, expect=75, PYTHONPATH=f"{folder}:{ROOT}")
+
+
+def test_stopped_where_validation_is_due(command, undisturbed, tmp_path):
+    """Asked to stop at step 10, killed after resuming there: step 10 stands there once, and whole."""
+    _run_until_ten(tmp_path, *command, f"--workdir={tmp_path}/run")
     assert metrics(tmp_path / "run")[-1]["step"] == 9  # step 10 waits for its validation
     process = start(*command, f"--workdir={tmp_path}/run")
     assert _wait(process, lambda: _last_step(tmp_path / "run") >= 10)
@@ -206,18 +210,14 @@ def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, rando
 
 def test_a_postponed_validation_that_is_no_longer_asked_for(command, tmp_path):
     """Stopped where validation is due, resumed with validation off: the step's own metrics are kept."""
-    args = *command, f"--workdir={tmp_path}", "--config.max_minutes=0.001", "--config.eval.every_steps=1"
-    run(*args, expect=75)
-    stopped = Checkpoints(tmp_path, read_only=True).latest()
-    run(
-        *command,
-        f"--workdir={tmp_path}",
-        "--config.eval.every_steps=0",
-        f"--config.steps={stopped + 3}",
-        "--config.checkpoint.overwrite_config=True",
-    )
-    steps = [r["step"] for r in metrics(tmp_path)]
-    assert steps == list(range(min(1, stopped), stopped + 4))
+    workdir = tmp_path / "run"
+    _run_until_ten(tmp_path, *command, f"--workdir={workdir}")
+    more = "--config.eval.every_steps=0", "--config.steps=12", "--config.checkpoint.overwrite_config=True"
+    run(*command, f"--workdir={workdir}", *more)
+    records = metrics(workdir)
+    assert [r["step"] for r in records] == list(range(13))
+    assert "train/loss" in records[10]
+    assert "valid/loss" not in records[10]
 
 
 def test_load_path(command, undisturbed, tmp_path):

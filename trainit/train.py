@@ -214,12 +214,12 @@ class Run:
         validate = last or (every > 0 and self.step % every == 0)
         validate = validate and (is_new or self.postponed is not None)
         save = is_new and (last or stopping or (self.step > 0 and due(c.checkpoint.save_steps, self.step)))
+        if self.postponed is not None and not validate:  # it is no longer asked for
+            self._log(self.postponed)
+            self.postponed = None
         if not (validate or save):
             return
         record, self.pending = self._read(self.pending), None
-        if self.postponed and not validate:
-            self._log(self.postponed)
-            self.postponed = None
         if validate and stopping and not last:
             self.postponed = (
                 self.postponed or {}

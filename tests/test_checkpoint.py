@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tiny
 from processes import ROOT, exact, metrics, run
+from test_config import make
 
-from trainit import optimizers, sharding, step
+from trainit import sharding, step
 from trainit.checkpoint import FREE, Checkpoints, differences, due
-from trainit.config import ConfigError, choose, defaults, resolve
+from trainit.config import ConfigError, resolve
 
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
@@ -178,14 +179,6 @@ def test_due():
 
 def test_importing_the_checkpoints_of_nowhere():
     assert Checkpoints(Path("/nowhere"), read_only=True).latest() is None
-
-
-def make(arg="", **changes):
-    config = defaults()
-    config.optimizer = optimizers.choices()["adamw"]()
-    choose(config, arg, optimizer=optimizers.choices())
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-    return config
 
 
 def test_differences_survive_json():

@@ -181,7 +181,7 @@ def test_micro_steps_are_the_fewest_that_fit():
 
 
 def test_pile_gpt_is_the_benchmark():
-    """Its figures, as ORIGINAL.md gives them."""
+    """Its figures."""
     import runpy
 
     from processes import ROOT

@@ -13,7 +13,7 @@ from processes import ROOT, exact, metrics, run, start
 from trainit.checkpoint import Checkpoints
 from trainit.distributed import Place, PlaceError, find_place, initialize
 
-# Read off tasks of a real job: `srun` of Slurm 22.05, 2 nodes, --ntasks-per-node=2, --gpus-per-node=2.
+# What srun sets for the last task of two nodes with two tasks and two GPUs each; the values are made up.
 SLURM = {
     "SLURM_JOB_ID": "5003",
     "SLURM_STEP_NODELIST": "gpu[08-09]",
@@ -172,7 +172,7 @@ def test_local_job_stops_resumes_and_survives_a_killed_process(random_dataset, t
         killed = time.monotonic()
         output, _ = process.communicate(timeout=120)
         assert process.returncode not in (0, 75), output
-        assert time.monotonic() - killed < 60  # nobody hangs: the issue's own bound
+        assert time.monotonic() - killed < 60  # nobody hangs
 
     process = launch(2, random_dataset, disturbed)
     output, _ = process.communicate(timeout=240)

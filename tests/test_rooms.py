@@ -11,7 +11,7 @@ from trainit import config as config_lib
 from trainit import optimizers
 
 PACKAGE = Path(config_lib.__file__).parent
-# Floors of ../DESIGN: a module imports only from floors below its own, or from its own package.
+# A module imports only from floors below its own, or from its own package.
 FLOORS = {
     "config": 0,
     "distributed": 0,

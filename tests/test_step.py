@@ -37,12 +37,11 @@ def train(config, sizes, path, count):
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     mesh = sharding.make_mesh(sizes, devices)
     steps = step.build(config, mesh)
-    micro_steps = sharding.micro_steps(config, sizes)
     split = open_dataset(path).splits["train"]
     batches = loader.batches(
         split,
         loader.Shuffled(split.sequences(config.model.context_length), config.seed),
-        (micro_steps, config.batch_size // micro_steps, config.model.context_length),
+        sharding.batch_shape(config, sizes),
         sharding.batch_sharding(mesh),
     )
     state, curve = steps.init(), []

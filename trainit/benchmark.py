@@ -69,9 +69,7 @@ def measure_loader():
 def _build(config: Config) -> tuple[step.Steps, tuple[int, int, int], jax.sharding.Mesh]:
     sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=command_line.is_debug())
     mesh = sharding.make_mesh(sizes)
-    micro_steps = sharding.micro_steps(config, sizes)
-    shape = (micro_steps, config.batch_size // micro_steps, config.model.context_length)
-    return step.build(config, mesh), shape, mesh
+    return step.build(config, mesh), sharding.batch_shape(config, sizes), mesh
 
 
 def measure_step(config: Config, split: Split):

@@ -44,7 +44,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
         PlaceError: the allocation promises other processes, but this one was started without them.
     """
     e = environment
-    if "TRAINIT_NUM_PROCESSES" in e:  # launch/local.sh and launch/sge.sh
+    if "TRAINIT_NUM_PROCESSES" in e:  # launch/local.sh
         count, here = int(e["TRAINIT_NUM_PROCESSES"]), int(e["TRAINIT_LOCAL_PROCESSES"])
         return Place(
             "launch script",

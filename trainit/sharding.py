@@ -85,6 +85,12 @@ def micro_steps(config: Config, sizes: Mapping[str, int]) -> int:
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= bound)
 
 
+def batch_shape(config: Config, sizes: Mapping[str, int]) -> tuple[int, int, int]:
+    """Of a global batch: micro-steps G, rows of one, length L."""
+    count = micro_steps(config, sizes)
+    return count, config.batch_size // count, config.model.context_length
+
+
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
     """The devices in their own order, process after process, as a mesh with axes `MESH_AXES`.
 

@@ -109,10 +109,15 @@ def build(config: Config, mesh: Mesh) -> Steps:
     )
 
 
-def _loss(model: GPT, params: dict, micro_batch: dict, key: jax.Array | None, first_row: jax.Array | int):
+def _inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Inputs and targets (b, L) int32, and which targets count."""
     tokens = micro_batch["tokens"].astype(jnp.int32)  # (b, L + 1): narrow until here
-    inputs_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
-    mask_BL = jnp.arange(inputs_BL.shape[1]) < micro_batch["lengths"][:, None]
+    mask_BL = jnp.arange(tokens.shape[1] - 1) < micro_batch["lengths"][:, None]
+    return tokens[:, :-1], tokens[:, 1:], mask_BL
+
+
+def _loss(model: GPT, params: dict, micro_batch: dict, key: jax.Array | None, first_row: jax.Array | int):
+    inputs_BL, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
     sums = losses.cross_entropy(model(params, inputs_BL, key, first_row), targets_BL, mask_BL)
     return sums["loss"], sums
 
@@ -182,6 +187,5 @@ def _eval_step(model: GPT, params: dict, batch: dict, token_bytes_V: jax.Array) 
     """Sums over one batch of a single micro-step: "loss", "correct", "count" and "bytes" of the targets."""
     micro_batch = jax.tree.map(lambda x: x[0], batch)
     _, sums = _loss(model, params, micro_batch, None, 0)
-    targets_BL = micro_batch["tokens"][:, 1:].astype(jnp.int32)
-    counts = jnp.arange(targets_BL.shape[1]) < micro_batch["lengths"][:, None]
-    return sums | {"bytes": jnp.sum(jnp.where(counts, token_bytes_V[targets_BL], 0))}
+    _, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
+    return sums | {"bytes": jnp.sum(jnp.where(mask_BL, token_bytes_V[targets_BL], 0))}

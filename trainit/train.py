@@ -42,8 +42,7 @@ class Run:
         self.config, self.dataset, self.workdir = config, dataset, workdir
         self.token_bytes = dataset.tokenizer.token_bytes()
         sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
-        micro_steps = sharding.micro_steps(config, sizes)
-        self.batch_shape = (micro_steps, config.batch_size // micro_steps, config.model.context_length)
+        self.batch_shape = sharding.batch_shape(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         self.steps = step.build(config, self.mesh)
@@ -221,9 +220,8 @@ class Run:
             return
         record, self.pending = self._read(self.pending), None
         if validate and stopping and not last:
-            self.postponed = (
-                self.postponed or {}
-            ) | record  # whoever resumes validates, and logs both as one
+            # Whoever resumes validates, and logs both as one.
+            self.postponed = (self.postponed or {}) | record
         else:
             if validate:
                 record |= {"step": self.step, "tokens": self._tokens(self.step)} | self._evaluate()

@@ -144,6 +144,6 @@ def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
             os.kill(int(pid), 9)
     killed = time.monotonic()
     job.wait(job.ended)
-    assert time.monotonic() - killed < 60  # the issue's own bound
+    assert time.monotonic() - killed < 60
     assert job.field("JobState") == "FAILED", job.text()
     assert job.field("Restarts") == "0"

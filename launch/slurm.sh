@@ -18,6 +18,7 @@
 #
 #   TRAINIT_ACTIVATE             what to run first on each node, as in "source ~/venv/bin/activate"
 #   TRAINIT_PROCESSES_PER_NODE   processes of a node, as in 1: one for all its GPUs
+#   TRAINIT_MODULE               what to run instead of trainit.main, as in trainit.doctor
 set -uo pipefail
 processes=${TRAINIT_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 # Schedulers merge exit codes; what counts is what the processes leave here: see trainit/main.py.
@@ -35,7 +36,7 @@ cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} # srun does no
 # In the background, since bash sits on a trap while it waits for a child in the foreground.
 # shellcheck disable=SC2016,SC2086
 srun --kill-on-bad-exit=1 --overcommit --ntasks-per-node="$processes" $cpus \
-  bash -c 'trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m trainit.main "$@"' trainit "$@" &
+  bash -c 'trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m "${TRAINIT_MODULE:-trainit.main}" "$@"' trainit "$@" &
 pid=$!
 while :; do
   wait $pid

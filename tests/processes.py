@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +50,69 @@ def run_many(count: int, *args: str, expect: int = 0, timeout: float = 180) -> l
     return outputs
 
 
+def launch(count: int, *args: str, **environment: str) -> subprocess.Popen:
+    """launch/local.sh with `count` processes; its output is text, all streams of all processes in one.
+
+    Programs are compiled fast, not to be fast: on the CPU only process 0 keeps what it has compiled.
+    """
+    return subprocess.Popen(
+        [ROOT / "launch/local.sh", "-n", str(count), *map(str, args)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen, expect: int | None, timeout: float = 180) -> str:
+    """Waits for the end of a process, checks its exit code (None: a failure), and returns its output."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        (os.killpg if os.getpgid(process.pid) == process.pid else os.kill)(process.pid, signal.SIGKILL)
+        raise AssertionError(f"it did not end in {timeout} s:\n{(error.output or b'').decode()}") from None
+    right = process.returncode not in (0, 75) if expect is None else process.returncode == expect
+    assert right, f"exit code {process.returncode}:\n{output}"
+    return output
+
+
+def pid_of(launcher: subprocess.Popen, rank: int) -> int:
+    """The process with this number among the children of launch/local.sh."""
+    for child in subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"TRAINIT_PROCESS_ID={rank}".encode() in environment:
+            return int(child)
+    raise AssertionError(f"no process {rank}")
+
+
+def last_step(workdir: Path) -> int:
+    """The step of the last line of metrics.jsonl; -1 if there is none."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else -1
+
+
+def saving(workdir: Path) -> bool:
+    """Whether a save is under way: until it is complete, Orbax gives its folder another name."""
+    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
+    """Waits for the condition while the process lives; whether it came true."""
+    while process.poll() is None:
+        if condition():
+            return True
+        time.sleep(0.001)
+    return False
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -62,3 +128,13 @@ def exact(records: list[dict]) -> list[dict]:
     """What must be the same, bit for bit, on the same devices: everything but times and memory."""
     changing = ("time/", "throughput/", "memory/")
     return [{k: v for k, v in record.items() if not k.startswith(changing)} for record in records]
+
+
+def assert_same_but_for_rounding(records: list[dict], expected: list[dict], rel: float = 2e-4):
+    """The same steps and tokens, and losses and gradients that differ by the order of sums alone."""
+    assert [r["step"] for r in records] == [r["step"] for r in expected]
+    for a, b in zip(records, expected, strict=True):
+        assert a["tokens"] == b["tokens"]
+        for name in ("train/loss", "valid/loss", "train/grad_norm"):
+            if name in b:
+                assert abs(a[name] / b[name] - 1) < rel, (a["step"], name, a[name], b[name])

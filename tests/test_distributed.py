@@ -1,17 +1,9 @@
-"""Where a process stands: in each scheduler's environment, by flags, alone; jobs on this machine."""
-
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""Where a process stands: in each scheduler's environment, by flags, alone; what it leaves behind."""
 
 import pytest
-from processes import ROOT, exact, metrics, run, start
+from processes import ROOT, run, start
 
-from trainit.checkpoint import Checkpoints
-from trainit.distributed import Place, PlaceError, find_place, initialize
+from trainit.distributed import Place, PlaceError, check_coordinator, find_place
 
 # What srun sets for the last task of two nodes with two tasks and two GPUs each; the values are made up.
 SLURM = {
@@ -69,6 +61,26 @@ def test_a_batch_script_without_srun_is_refused():
         find_place({"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
 
 
+def test_grid_engine():
+    """With and without the launch script; a batch job of several hosts must not train alone on the first."""
+    sge = {"JOB_ID": "12", "SGE_TASK_ID": "undefined", "NHOSTS": "2", "NSLOTS": "4", "ENVIRONMENT": "BATCH"}
+    script = {
+        "TRAINIT_JOB": "Grid Engine job 12",
+        "TRAINIT_NUM_PROCESSES": "4",
+        "TRAINIT_LOCAL_PROCESSES": "2",
+        "TRAINIT_PROCESS_ID": "3",
+        "TRAINIT_LOCAL_ID": "1",
+        "TRAINIT_COORDINATOR": "n1:61452",
+        "CUDA_VISIBLE_DEVICES": "2,3",
+    }
+    assert find_place(sge | script) == Place("Grid Engine job 12", "n1:61452", 4, 3, (1,), 2)
+    with pytest.raises(PlaceError, match=r"job 12 has NHOSTS=2.*without launch/sge.sh.*train alone"):
+        find_place(sge)
+    assert find_place(sge | {"NHOSTS": "1"}) == Place("Grid Engine job 12")
+    shell = sge | {"ENVIRONMENT": "INTERACTIVE"}
+    assert find_place(shell) == Place("alone, in a shell of Grid Engine job 12")
+
+
 def test_gpus_that_cannot_be_shared_evenly():
     with pytest.raises(PlaceError, match=r"CUDA_VISIBLE_DEVICES=0,1,2 cannot be shared evenly by 2"):
         find_place(SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"})
@@ -87,12 +99,12 @@ def test_open_mpi():
     assert place.coordinator.startswith("10.96.0.1:")
     del environment["OMPI_MCA_orte_hnp_uri"]
     with pytest.raises(PlaceError, match=r"add --coordinator=HOST:PORT"):
-        initialize("cpu", 1, ROOT, find_place(environment))
+        check_coordinator(find_place(environment))
 
 
 def test_a_loopback_coordinator_of_several_hosts():
     with pytest.raises(PlaceError, match=r"localhost:1 has the loopback address 127.*2 hosts cannot share"):
-        initialize("cpu", 1, ROOT, Place("test", "localhost:1", 2, 0, hosts=2))
+        check_coordinator(Place("test", "localhost:1", 2, 0, hosts=2))
 
 
 @pytest.mark.parametrize(
@@ -106,91 +118,6 @@ def test_wrong_flags(flags, message, random_dataset, tmp_path):
     data = f"--config.dataset.path={random_dataset}"
     output = run(f"--config={ROOT}/tests/tiny.py", data, f"--workdir={tmp_path}", *flags, expect=2)
     assert message in output.splitlines()[-1]
-
-
-def launch(count, random_dataset, workdir, *args) -> subprocess.Popen:
-    """launch/local.sh with `count` processes of one device each."""
-    command = [
-        ROOT / "launch/local.sh",
-        *("-n", str(count)),
-        f"--config={ROOT}/tests/tiny.py",
-        f"--config.dataset.path={random_dataset}",
-        f"--workdir={workdir}",
-        "--config.cpu_devices=1",
-        *("--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.mesh.tensor=1", "--config.steps=24"),
-        *args,
-    ]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "XLA_FLAGS": "", "PATH": path}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for_step(process, workdir, step):
-    while process.poll() is None:
-        if (workdir / "metrics.jsonl").exists() and len(metrics_so_far(workdir)) > step:
-            return
-        time.sleep(0.05)
-
-
-def metrics_so_far(workdir):
-    return (workdir / "metrics.jsonl").read_text().splitlines()
-
-
-def pid_of(launcher, rank) -> int:
-    """The process with this number among the launcher's children."""
-    for child in subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split():
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if f"TRAINIT_PROCESS_ID={rank}".encode() in environment:
-            return int(child)
-    raise AssertionError(f"no process {rank}")
-
-
-def test_local_job_stops_resumes_and_survives_a_killed_process(random_dataset, tmp_path):
-    """Two processes: asked to stop, then one killed, then to the end; the run of nobody disturbed."""
-    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
-    process = launch(2, random_dataset, calm)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert "process 1" in output
-    assert "done       all 24 steps" in output
-
-    process = launch(2, random_dataset, disturbed)
-    wait_for_step(process, disturbed, 5)
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    assert "stopped    on SIG" in output
-    assert Checkpoints(disturbed, read_only=True).latest() >= 5
-
-    for rank in (1, 0):
-        process = launch(2, random_dataset, disturbed)
-        before = len(metrics_so_far(disturbed))
-        wait_for_step(process, disturbed, before + 2)
-        os.kill(pid_of(process, rank), signal.SIGKILL)
-        killed = time.monotonic()
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode not in (0, 75), output
-        assert time.monotonic() - killed < 60  # nobody hangs
-
-    process = launch(2, random_dataset, disturbed)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert exact(metrics(disturbed)) == exact(metrics(calm))
-
-
-def test_local_job_with_a_wrong_config(random_dataset, tmp_path):
-    process = launch(2, random_dataset, tmp_path, "--config.batch_size=5")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, output
-    assert "batch_size=5 is not a multiple" in output
-
-
-def test_local_usage():
-    result = subprocess.run([ROOT / "launch/local.sh", "4"], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "usage:" in result.stderr
 
 
 def test_marker_for_launch_scripts(random_dataset, tmp_path):

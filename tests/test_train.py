@@ -9,7 +9,18 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from processes import ROOT, exact, metrics, run, run_many, start
+from processes import (
+    ROOT,
+    assert_same_but_for_rounding,
+    exact,
+    last_step,
+    metrics,
+    run,
+    run_many,
+    saving,
+    start,
+    wait_for,
+)
 
 from trainit import config as config_lib
 from trainit import sharding, step
@@ -56,16 +67,16 @@ def test_ten_kills_change_nothing(command, undisturbed, tmp_path):
         before = _inode(tmp_path)
         process = start(*command, f"--workdir={tmp_path}")
         try:
-            assert _wait(process, lambda before=before: _inode(tmp_path) not in (before, None)), (
+            assert wait_for(process, lambda before=before: _inode(tmp_path) not in (before, None)), (
                 "did not start"
             )
             if kill % 2:
-                assert _wait(process, lambda: _saving(tmp_path)), "did not save"
+                assert wait_for(process, lambda: saving(tmp_path)), "did not save"
                 time.sleep(draw.uniform(0, 0.02))
-                mid_save += _saving(tmp_path)
+                mid_save += saving(tmp_path)
             else:  # up to two steps past the last checkpoint, at any moment of a step
                 target = saved + draw.randrange(0, 3)
-                assert _wait(process, lambda target=target: _last_step(tmp_path) >= target), "did not step"
+                assert wait_for(process, lambda target=target: last_step(tmp_path) >= target), "did not step"
                 time.sleep(draw.uniform(0, 0.05))
         finally:
             process.kill()
@@ -82,26 +93,6 @@ def _inode(workdir) -> int | None:
     return path.stat().st_ino if path.exists() else None
 
 
-def _last_step(workdir) -> int:
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else -1
-
-
-def _saving(workdir) -> bool:
-    """Whether a save is under way: until it is complete, Orbax gives its folder another name."""
-    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
-
-
-def _wait(process, condition) -> bool:
-    """Waits for the condition while the process lives."""
-    while process.poll() is None:
-        if condition():
-            return True
-        time.sleep(0.001)
-    return False
-
-
 def test_other_sizes_go_on_with_the_same_run(command, undisturbed, tmp_path):
     """Stopped half-way on 8 devices, resumed on 4, then on 1: the same but for rounding."""
     workdir = f"--workdir={tmp_path}"
@@ -109,19 +100,13 @@ def test_other_sizes_go_on_with_the_same_run(command, undisturbed, tmp_path):
     mesh = [f"--config.mesh.{axis}=1" for axis in ("data", "tensor")]
     _run_until(30, tmp_path, *command, workdir, "--config.cpu_devices=4", "--config.mesh.data=1")
     run(*command, workdir, "--config.cpu_devices=1", *mesh, "--config.mesh.fsdp=1")
-    moved, expected = metrics(tmp_path), undisturbed
-    assert [r["step"] for r in moved] == [r["step"] for r in expected]
-    for a, b in zip(moved, expected, strict=True):
-        assert a["tokens"] == b["tokens"]
-        for name in ("train/loss", "valid/loss", "train/grad_norm"):
-            if name in b:
-                assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
+    assert_same_but_for_rounding(metrics(tmp_path), undisturbed)
 
 
 def _run_until(step, workdir, *args):
     """Asks the run to stop when it has reached a step, and checks that it saved and left with 75."""
     process = start(*args)
-    _wait(process, lambda: _last_step(workdir) >= step)
+    wait_for(process, lambda: last_step(workdir) >= step)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
@@ -133,19 +118,22 @@ def _run_until(step, workdir, *args):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_stop_signals(number, command, tmp_path):
     process = start(*command, f"--workdir={tmp_path}")
-    _wait(process, lambda: _last_step(tmp_path) >= 1)
+    wait_for(process, lambda: last_step(tmp_path) >= 1)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert f"stopped    on {number.name}" in output
-    assert Checkpoints(tmp_path, read_only=True).latest() == _last_step(tmp_path)
+    assert Checkpoints(tmp_path, read_only=True).latest() == last_step(tmp_path)
 
 
 def _run_until_ten(folder, *args):
     """Runs, and is asked to stop at step 10 exactly."""
     (folder / "sitecustomize.py").write_text(
-        "from trainit import distributed\n"
-        "distributed.StopRequest.__call__ = lambda self, step: 'TEST' if step == 10 else ''\n"
+        "from trainit.train import Run\n"
+        "milestone = Run._milestone\n"
+        "def stop_at_ten(self, last, reason):\n"
+        "    return milestone(self, last, reason or ('TEST' if self.step == 10 else ''))\n"
+        "Run._milestone = stop_at_ten\n"
     )
     run(*args, expect=75, PYTHONPATH=f"{folder}:{ROOT}")
 
@@ -155,7 +143,7 @@ def test_stopped_where_validation_is_due(command, undisturbed, tmp_path):
     _run_until_ten(tmp_path, *command, f"--workdir={tmp_path}/run")
     assert metrics(tmp_path / "run")[-1]["step"] == 9  # step 10 waits for its validation
     process = start(*command, f"--workdir={tmp_path}/run")
-    assert _wait(process, lambda: _last_step(tmp_path / "run") >= 10)
+    assert wait_for(process, lambda: last_step(tmp_path / "run") >= 10)
     process.kill()
     process.communicate()
     run(*command, f"--workdir={tmp_path}/run")
@@ -175,12 +163,7 @@ def test_two_processes_train_as_one(command, undisturbed, tmp_path):
     """Two processes of four devices: the run of one process with eight, up to the order of sums."""
     job = *command, f"--workdir={tmp_path}", "--config.cpu_devices=4"
     run_many(2, *job)
-    records = metrics(tmp_path)
-    assert [r["step"] for r in records] == [r["step"] for r in undisturbed]
-    for a, b in zip(records, undisturbed, strict=True):
-        for name in ("train/loss", "valid/loss"):
-            if name in b:
-                assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
+    assert_same_but_for_rounding(metrics(tmp_path), undisturbed)
     assert {p.name for p in (tmp_path / "logs").iterdir()} == {"process_0.log", "process_1.log"}
 
 

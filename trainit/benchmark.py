@@ -1,12 +1,16 @@
-"""Measures: the data loader, the train step, and how long a checkpoint save blocks the loop.
+"""Measures: the data loader, the train step, how long a checkpoint save blocks the loop, what processes cost.
 
-    python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save]
+    python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save,processes]
 
 Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
 """
 
+import json
 import os
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,14 +20,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from trainit import command_line, distributed, metrics, sharding, step, trackers
+from trainit import command_line, distributed, metrics, rendezvous, sharding, step, trackers
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints
 from trainit.config import Config, ConfigError
 from trainit.data import loader
 from trainit.data.tokens import DatasetError, Split
+from trainit.peers import Peers
 
-PARTS = ("loader", "step", "save")
+PARTS = ("loader", "step", "save", "processes")
 _ONLY = flags.DEFINE_list("only", list(PARTS), f"which of {', '.join(PARTS)} to measure")
 _TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
 _STEPS = flags.DEFINE_integer("steps", 20, "train steps that are timed", lower_bound=3)
@@ -132,6 +137,48 @@ def measure_save(config: Config):
     )
 
 
+def _trained(count: int, rounds: int) -> list[float]:
+    """Seconds of each step of a run of this command's config on two devices, in so many processes."""
+    address = f"localhost:{rendezvous.free_port()}"
+    given = [argument for argument in sys.argv[1:] if re.match(r"--?(config\b|debug)", argument)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "trainit.main", *given, f"--workdir={folder}"]
+        command += [f"--config.steps={rounds}", "--config.checkpoint.overwrite_config=True"]
+        command += ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]
+        command += ["--config.checkpoint.save_steps=0", "--config.eval.every_steps=0"]
+        command += ["--config.eval.sequences=2", f"--config.cpu_devices={2 // count}"]
+        if count > 1:
+            command += [f"--coordinator={address}", f"--num_processes={count}"]
+        processes = [
+            subprocess.Popen([*command, f"--process_id={number}"], stderr=subprocess.PIPE, text=True)
+            for number in range(count)
+        ]
+        for process in processes:
+            errors = process.communicate()[1]
+            if process.returncode:
+                raise ConfigError(f"a run in {count} processes failed: {errors.strip().splitlines()[-1]}")
+        records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [record["time/step_seconds"] for record in records if "time/step_seconds" in record][2:]
+
+
+def measure_processes():
+    """Step time of two processes of one device each, against one process with two, in turn."""
+    times = {1: [], 2: []}
+    for _ in range(3):
+        for count in times:
+            times[count] += _trained(count, _STEPS.value + 4)
+    one, two = (statistics.median(times[count]) for count in (1, 2))
+    print(
+        f"process {two / one - 1:+7.1%} of a step when two processes share the two devices of one: "
+        f"{1e3 * two:.1f} ms against {1e3 * one:.1f} ms (medians of {len(times[1])}, in three turns)"
+    )
+    peers = Peers(0, 1, lambda code: None, 40.0)
+    start = time.perf_counter()
+    for _ in range(10_000):
+        peers.stop()
+    print(f"process {100 * (time.perf_counter() - start):7.1f} µs  a step to hear if the run should stop")
+
+
 def main() -> int:
     try:
         unknown = set(_ONLY.value) - set(PARTS)
@@ -139,8 +186,8 @@ def main() -> int:
             raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
         trackers.log_to_terminal(lead=True)
         config, dataset = command_line.read()
-        alone = distributed.Place("alone")
-        distributed.initialize(config.platform, config.cpu_devices, command_line.cache(), alone)
+        distributed.configure(config.platform, config.cpu_devices, command_line.cache())
+        distributed.initialize(config.platform, distributed.Place("alone"))
         device = jax.devices()[0]
         print(f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}")
         if "loader" in _ONLY.value:
@@ -149,6 +196,8 @@ def main() -> int:
             measure_step(config, dataset.splits["train"])
         if "save" in _ONLY.value:
             measure_save(config)
+        if "processes" in _ONLY.value:
+            measure_processes()
     except (ConfigError, DatasetError) as error:
         command_line.say(error)
         return command_line.USAGE_ERROR

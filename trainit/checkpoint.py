@@ -5,17 +5,20 @@ folder appears under its name only when it is complete.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from trainit import distributed
 from trainit.config import ConfigError, flatten
 
 # A resume may change these without saying so: they are where and how a run runs, not what it computes.
 FREE = re.compile(
-    r"(max_minutes|max_skipped|device_batch_size|platform|cpu_devices|dataset\.path)$"
+    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|platform|cpu_devices|dataset\.path)$"
     r"|model\.(attention|remat|scan_layers)$|dataset\.(workers|prefetch)$"
     r"|(mesh|eval|log|checkpoint|wandb)\."
 )
@@ -40,13 +43,15 @@ class Checkpoints:
             read_only: another run's, which is only loaded from.
         """
         self.folder = (workdir / "checkpoints").absolute()
-        self._keep, self._read_only = keep, read_only
+        self._keep, self._read_only, self._error = keep, read_only, None
+        self._opened, self._newest = 0, -1  # times; step of the newest save
         self._manager = self._open() if self.folder.is_dir() else None
 
     def _open(self) -> ocp.CheckpointManager:
         # Replicas would share the writing, but cutting their parts blocks the loop and takes device memory.
         handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+        self._opened += 1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep or None,
             create=not self._read_only,
@@ -54,9 +59,19 @@ class Checkpoints:
             save_interval_steps=0 if self._read_only else 1,
             cleanup_tmp_directories=not self._read_only,
             async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT_SECONDS),
+            # What still waits for others in a save that failed must not meet what comes after it.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix=f"{self._opened}_"
+            ),
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "state": _watched(ocp.StandardCheckpointHandler(), self._fail),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def _fail(self, error: Exception):
+        self._error = self._error or error
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
@@ -73,14 +88,34 @@ class Checkpoints:
             state: a dataclass of arrays.
             meta: what goes with it, as JSON.
 
-        Raises:
-            Exception: an earlier save failed.
+        What goes wrong in it is told by `error`. In a job of several processes it is a collective; if the
+        folder cannot be written by one of them, none begins.
         """
-        self._manager = self._manager or self._open()
+        self._newest = step
+        if jax.process_count() > 1:
+            self._probe()
+            if any(distributed.gather(self._error is not None)):
+                return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(vars(state)), meta=ocp.args.JsonSave(dict(meta))
         )
-        self._manager.save(step, args=items, force=True)
+        try:
+            self._manager = self._manager or self._open()
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            if jax.process_count() > 1:  # the others are on their way through it and cannot be called back
+                raise
+            self._fail(error)
+
+    def _probe(self):
+        """Finds out if this process can write where a save will."""
+        probe = self.folder / f".probe_{jax.process_index()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(bytes(4096))
+            probe.unlink()
+        except OSError as error:
+            self._fail(error)
 
     def meta(self, step: int) -> dict:
         """What was saved with the state of `step`."""
@@ -130,20 +165,74 @@ class Checkpoints:
                     f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"
                 )
 
-    def check(self):
-        """Raises what went wrong in a save, as soon as it is known; cheap."""
-        if self._manager:
-            self._manager.check_for_errors()
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._manager is not None and self._manager.is_saving_in_progress()
+
+    def error(self) -> Exception | None:
+        """What went wrong in this process's part of a save, as soon as it is known; cheap."""
+        if self._manager and not self._error and not self.busy():
+            try:
+                self._manager.wait_until_finished()  # it is; this tells what its last part has met
+            except Exception as error:
+                self._fail(error)
+        return self._error
 
     def wait(self):
-        """Waits until the newest save is durable. Raises what went wrong in it."""
-        if self._manager:
-            self._manager.wait_until_finished()
-        self.check()
+        """Returns when this process's part of the newest save is durable.
+
+        Raises:
+            Exception: it failed.
+        """
+        try:
+            if self._manager:
+                self._manager.wait_until_finished()
+        except Exception as error:
+            self._fail(error)
+        if self._error:
+            raise self._error
+
+    def reopen(self) -> bool:
+        """Forgets a save that failed, here or elsewhere, and what it left behind.
+
+        Returns:
+            Whether it is complete after all, as the lead sees it: the failure came after that. A collective.
+        """
+        self._manager, self._error = self._open(), None
+        return bool(distributed.agree(self._newest in self.steps()))
 
     def close(self):
         if self._manager:
             self._manager.close()
+
+
+def _watched(handler, failed: Callable[[Exception], None]):
+    """The handler; `failed` hears at once of a write that fails here.
+
+    Orbax tells of it only when all processes are through, and those that have written wait for the others.
+    """
+    save = handler.async_save
+
+    async def async_save(*args, **kwargs):
+        return [_Watched(future, failed) for future in await save(*args, **kwargs) or []]
+
+    handler.async_save = async_save
+    return handler
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A future of Orbax's."""
+
+    future: Any
+    failed: Callable[[Exception], None]
+
+    def result(self, timeout: float | None = None):
+        try:
+            return self.future.result(timeout=timeout)
+        except Exception as error:
+            self.failed(error)
+            raise
 
 
 def _shapes(tree) -> dict[str, str]:

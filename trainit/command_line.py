@@ -3,6 +3,7 @@
 --config=FILE:group=choice,... --config.field=value ... [--debug]
 """
 
+import dataclasses
 import os
 import re
 import runpy
@@ -14,6 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from trainit import config as config_lib
+from trainit import distributed
 from trainit.config import Config, ConfigError
 from trainit.data import prepare, tokens
 
@@ -21,6 +23,14 @@ USAGE_ERROR = 2  # exit code of a bad config or usage
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="config file, FILE:group=choice,...")
 _DEBUG = flags.DEFINE_bool("debug", False, "the same run, shrunk to this machine")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where a launcher does not say")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "processes of the job; 0: found out", lower_bound=0)
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "this process's number, from 0", lower_bound=0)
+_WAIT_SECONDS = flags.DEFINE_float("wait_seconds", 300, "how long to wait for the others", lower_bound=1)
+
+_SILENCE_SECONDS = flags.DEFINE_float(
+    "silence_seconds", 40, "without a sign of life for so long, a process counts as lost", lower_bound=3
+)
 
 
 def run(main: Callable[[], int | None]):
@@ -40,6 +50,32 @@ def is_debug() -> bool:
 def name() -> str:
     """What to call a run of this command: the config file's name, marked if it is shrunk."""
     return _file()[0].stem + "-debug" * _DEBUG.value
+
+
+def place() -> distributed.Place:
+    """This process's place among the job's processes, from the flags or from the environment.
+
+    Raises:
+        ConfigError, PlaceError: it has no right one.
+    """
+    found = distributed.find_place(os.environ)
+    if _NUM_PROCESSES.value:
+        found = distributed.Place("flags", "", _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if found.process_id >= found.num_processes:
+            raise ConfigError(
+                f"--process_id={found.process_id} must be below --num_processes={found.num_processes}"
+            )
+    return dataclasses.replace(found, coordinator=_COORDINATOR.value or found.coordinator)
+
+
+def wait_seconds() -> float:
+    """How long the processes of a job wait for each other at the start."""
+    return _WAIT_SECONDS.value
+
+
+def silence_seconds() -> float:
+    """After how long without a sign of life a process counts as lost."""
+    return _SILENCE_SECONDS.value
 
 
 def cache() -> Path:

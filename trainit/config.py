@@ -38,6 +38,7 @@ def defaults() -> ConfigDict:
     c.batch_size = 128  # sequences per optimizer step over the whole job; multiple of data * fsdp
     c.device_batch_size = 16  # sequences per device in a micro-step at most; 0: no bound
     c.clip_norm = 10.0  # global l2 norm of the gradient at most; 0: no clipping
+    c.stall_seconds = 300.0  # without a step in so long, or in 20 usual step times, end the run; 0: never
     c.max_skipped = 15  # non-finite steps in a row that stop the run; > 0
     c.precision = "bfloat16"  # of matrix products and activations: bfloat16, float32
     c.platform = ""  # cpu, cuda, rocm, tpu; empty: the best there is
@@ -147,7 +148,7 @@ ONE_OF = {
 }
 POSITIVE = """steps batch_size max_skipped cpu_devices model.dim model.num_heads model.num_blocks
     model.context_length model.rope_theta log.every_steps dataset.prefetch""".split()
-NOT_NEGATIVE = """seed max_minutes device_batch_size clip_norm model.num_kv_heads model.mlp_dim
+NOT_NEGATIVE = """seed max_minutes stall_seconds device_batch_size clip_norm model.num_kv_heads model.mlp_dim
     model.vocab_size model.logit_softcap dataset.workers eval.every_steps eval.sequences
     checkpoint.keep schedule.final optimizer.learning_rate optimizer.weight_decay""".split()
 DROPOUTS = ("gpt_dropout", "attn_dropout", "attn_linear_dropout", "transformer_dropout")

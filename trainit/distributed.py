@@ -1,13 +1,13 @@
-"""Who am I among the processes, who leads, and has somebody asked the run to stop?"""
+"""Who am I among the processes, which devices are mine, and who leads?"""
 
 import multiprocessing
 import os
 import platform as host_platform
 import re
-import signal
+import shutil
 import socket
+import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+HEARTBEAT_SECONDS = 90  # of JAX: what trainit/peers.py has not noticed much earlier
 
 
 class PlaceError(ValueError):
@@ -35,19 +35,20 @@ class Place:
     process_id: int = 0
     local_device_ids: tuple[int, ...] | None = None  # of the visible GPUs, those of this process; None: all
     hosts: int = 1  # that the job's processes run on
+    gpus: int = 0  # that the scheduler has promised to this process; 0: it has not said
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
-    """Finds this process's place: from a launch script, Slurm's srun, Open MPI, or alone.
+    """Finds this process's place: from a launch script, Slurm's srun, Grid Engine, Open MPI, or alone.
 
     Raises:
         PlaceError: the allocation promises other processes, but this one was started without them.
     """
     e = environment
-    if "TRAINIT_NUM_PROCESSES" in e:  # launch/local.sh
+    if "TRAINIT_NUM_PROCESSES" in e:  # launch/local.sh, launch/sge.sh
         count, here = int(e["TRAINIT_NUM_PROCESSES"]), int(e["TRAINIT_LOCAL_PROCESSES"])
         return Place(
-            "launch script",
+            e.get("TRAINIT_JOB", "launch script"),
             e["TRAINIT_COORDINATOR"],
             count,
             int(e["TRAINIT_PROCESS_ID"]),
@@ -57,13 +58,14 @@ def find_place(environment: Mapping[str, str]) -> Place:
     if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:  # inside srun
         job = f"Slurm job {e['SLURM_JOB_ID']}"
         count = int(e["SLURM_STEP_NUM_TASKS"])
-        if count == 1:
-            return Place(job)
         here = _tasks_per_node(e["SLURM_STEP_TASKS_PER_NODE"])[int(e["SLURM_NODEID"])]
+        gpus = int(e.get("SLURM_GPUS_ON_NODE", 0)) // here
+        if count == 1:
+            return Place(job, gpus=gpus)
         address = f"{_first_host(e['SLURM_STEP_NODELIST'])}:{_port(e['SLURM_JOB_ID'])}"
         devices = _local_devices(e, here, int(e["SLURM_LOCALID"]))
         hosts = int(e["SLURM_STEP_NUM_NODES"])
-        return Place(job, address, count, int(e["SLURM_PROCID"]), devices, hosts)
+        return Place(job, address, count, int(e["SLURM_PROCID"]), devices, hosts, gpus)
     if "SLURM_PROCID" in e and int(e.get("SLURM_NTASKS", 1)) > 1:
         raise PlaceError(
             f"Slurm job {e['SLURM_JOB_ID']} has SLURM_NTASKS={e['SLURM_NTASKS']}, but this process was "
@@ -75,6 +77,14 @@ def find_place(environment: Mapping[str, str]) -> Place:
         address = f"{head[1]}:{_port(e['OMPI_MCA_orte_hnp_uri'])}" if head else ""
         devices = _local_devices(e, here, int(e["OMPI_COMM_WORLD_LOCAL_RANK"]))
         return Place("Open MPI", address, count, int(e["OMPI_COMM_WORLD_RANK"]), devices, -(-count // here))
+    if "SGE_TASK_ID" in e:
+        if e.get("ENVIRONMENT") == "BATCH" and int(e.get("NHOSTS", 1)) > 1:
+            raise PlaceError(
+                f"Grid Engine job {e['JOB_ID']} has NHOSTS={e['NHOSTS']}, but this process was started "
+                f"without launch/sge.sh and would train alone; submit launch/sge.sh, or ask for one host"
+            )
+        shell = "" if e.get("ENVIRONMENT") == "BATCH" else "alone, in a shell of "
+        return Place(f"{shell}Grid Engine job {e['JOB_ID']}")
     return Place("alone, in a shell of a Slurm job" if "SLURM_JOB_ID" in e else "alone")
 
 
@@ -110,59 +120,104 @@ def _local_devices(environment: Mapping[str, str], processes: int, number: int) 
     return tuple(range(number * each, (number + 1) * each))
 
 
-def initialize(platform: str, cpu_devices: int, cache: Path, place: Place):
-    """Makes this process one of the job's. To be called before any other use of JAX.
+def configure(platform: str, cpu_devices: int, cache: Path):
+    """Chooses the devices. To be called before any other use of JAX.
 
     Args:
         platform: "cpu", "cuda", ...; empty: the best there is.
         cpu_devices: virtual devices of this process where it runs on the CPU.
         cache: folder for compiled programs, which later starts read back; JAX_COMPILATION_CACHE_DIR
             overrides it.
-        place: of this process.
-
-    Raises:
-        PlaceError: the other processes could not reach the coordinator's address.
     """
-    if place.num_processes > 1:
-        _check_coordinator(place)
     if platform:
         jax.config.update("jax_platforms", platform)
     jax.config.update("jax_num_cpu_devices", cpu_devices)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache / f"compiled-{_processor()}"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if place.num_processes == 1:
-        try:
-            jax.devices()
-        except (RuntimeError, AssertionError) as error:
-            raise PlaceError(
-                f"platform={platform!r} cannot be used here: {error or 'JAX has no such backend'}"
-            ) from None
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        coordinator_address=place.coordinator,
-        num_processes=place.num_processes,
-        process_id=place.process_id,
-        local_device_ids=place.local_device_ids,
-        # JAX's own detection would set local_device_ids under Slurm, whatever else is given.
-        cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=20,
-        shutdown_timeout_seconds=20,
-    )
 
 
-def _check_coordinator(place: Place):
+def initialize(platform: str, place: Place, coordinator: str = ""):
+    """Makes this process's devices part of the job's.
+
+    Args:
+        platform: as for `configure`.
+        place: of this process.
+        coordinator: host:port for JAX's coordination service, where there are several processes.
+
+    Raises:
+        PlaceError: there is no such platform here, or the scheduler has promised other devices.
+    """
+    if place.num_processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update(
+            "jax_enable_preemption_service", False
+        )  # it would take SIGTERM from trainit/peers.py
+        jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=place.num_processes,
+            process_id=place.process_id,
+            local_device_ids=place.local_device_ids,
+            # JAX's own detection would set local_device_ids under Slurm, whatever else is given.
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=20,
+        )
+    try:
+        devices = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        raise PlaceError(
+            f"platform={platform!r} cannot be used here: {error or 'JAX has no such backend'}"
+        ) from None
+    if place.gpus and platform != "cpu" and len(devices) != place.gpus:
+        raise PlaceError(
+            f"{place.source} promises {place.gpus} GPUs to process {place.process_id} on "
+            f"{socket.gethostname()}, but JAX has {len(devices)} × {devices[0].device_kind} there; see "
+            f"nvidia-smi, and that the extra cuda12 or cuda13 is installed, or set --config.platform=cpu"
+        )
+
+
+def visible_gpus(environment: Mapping[str, str], place: Place) -> list[str]:
+    """Names, unique in the world, of the NVIDIA GPUs that this process will use, in no order.
+
+    Inside a container or a control group, numbers say nothing: each process may have a GPU 0 of its own.
+    """
+    if shutil.which("nvidia-smi", path=environment.get("PATH")) is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    there = [line.strip() for line in answer.stdout.splitlines() if line.startswith("GPU-")]
+    visible = there
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        visible = []
+        for word in environment["CUDA_VISIBLE_DEVICES"].split(","):
+            if word.isdigit():
+                visible += there[int(word) : int(word) + 1]
+            else:
+                visible += [uuid for uuid in there if word and uuid.startswith(word)]
+    if place.local_device_ids is not None:
+        visible = [visible[i] for i in place.local_device_ids if i < len(visible)]
+    return visible
+
+
+def check_coordinator(place: Place):
+    """Raises PlaceError unless the coordinator's address is one that all hosts can reach."""
     host, _, _ = place.coordinator.rpartition(":")
     if not host:
         raise PlaceError(
             f"{place.source}: there are {place.num_processes} processes; add --coordinator=HOST:PORT"
         )
-    if place.hosts > 1 and socket.gethostbyname(host).startswith("127."):
+    try:
+        address = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)[0][4][0]
+    except OSError as error:
         raise PlaceError(
-            f"the coordinator {place.coordinator} has the loopback address "
-            f"{socket.gethostbyname(host)}, which {place.hosts} hosts cannot share; give --coordinator= a "
-            f"name or address that all reach"
+            f"the coordinator {place.coordinator} has no address ({error.strerror}); give --coordinator= a "
+            f"name that this host knows, or an address"
+        ) from None
+    if place.hosts > 1 and (address.startswith("127.") or address == "::1"):
+        raise PlaceError(
+            f"the coordinator {place.coordinator} has the loopback address {address}, which "
+            f"{place.hosts} hosts cannot share; give --coordinator= a name or address that all reach"
         )
 
 
@@ -171,6 +226,13 @@ def agree(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def gather(number: int) -> list[int]:
+    """The number of every process, in order; a collective where there are several."""
+    if jax.process_count() == 1:
+        return [number]
+    return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
 def gather_hosts() -> list[str]:
@@ -195,44 +257,15 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
-class StopRequest:
-    """Notices that the run should stop: a signal, or its time is over. All processes agree on the step.
+def leave(code: int, together: bool = False):
+    """Ends the process with this exit code, without waiting minutes for peers that are lost.
 
-    To be made before `initialize`, so that no signal ends a process that is still starting. Several
-    processes agree through JAX's preemption service, which listens to SIGTERM: other signals are turned
-    into it. A second SIGINT ends the process at once.
+    Args:
+        code: exit code.
+        together: all processes leave now and none is lost: they wait for each other.
     """
-
-    def __init__(self):
-        self._deadline, self._reason, self._told = float("inf"), "", False
-        for number in STOP_SIGNALS:  # JAX takes SIGTERM over where there are several processes
-            signal.signal(number, self._on_signal)
-
-    def after(self, max_minutes: float, started: float):
-        """Asks to stop so many minutes after `started` (`time.monotonic()`); 0: never."""
-        self._deadline = started + 60 * max_minutes if max_minutes else float("inf")
-
-    def _on_signal(self, number, frame):
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-        self._reason = self._reason or signal.Signals(number).name
-
-    def __call__(self, step: int) -> str:
-        """Why the run should stop before `step`, or "". The same on every process; call it every step."""
-        if time.monotonic() > self._deadline and is_lead():
-            self._reason = self._reason or "max_minutes"
-        if jax.process_count() == 1:
-            return self._reason
-        if self._reason and not self._told:
-            self._told = True
-            os.kill(os.getpid(), signal.SIGTERM)
-        return (self._reason or "SIGTERM") if multihost_utils.reached_preemption_sync_point(step) else ""
-
-
-def leave(code: int):
-    """Ends the process with this exit code, without waiting minutes for peers that are lost."""
-    if code in (0, 75) and jax.process_count() > 1:
-        jax.distributed.shutdown()  # all have done their part: none is ended while another still saves
+    if together and jax.process_count() > 1:
+        jax.distributed.shutdown()
     for worker in multiprocessing.active_children():
         worker.kill()
     logging.flush()

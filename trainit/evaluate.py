@@ -7,6 +7,7 @@ import numpy as np
 
 from trainit.data import loader
 from trainit.data.tokens import Split
+from trainit.peers import Peers
 from trainit.step import Steps
 
 
@@ -18,7 +19,8 @@ def evaluate(
     sequences: int,
     shape: tuple[int, int, int],
     sharding: jax.sharding.NamedSharding,
-) -> dict[str, float]:
+    peers: Peers,
+) -> dict[str, float] | None:
     """Metrics over always the same sequences, evenly spaced over the split.
 
     Args:
@@ -29,9 +31,11 @@ def evaluate(
         sequences: how many; 0: all.
         shape: (1, rows, L) of an eval batch.
         sharding: of the batches.
+        peers: tells when to stop.
 
     Returns:
-        "valid/loss" nats per token, "valid/accuracy", "valid/bits_per_byte".
+        "valid/loss" nats per token, "valid/accuracy", "valid/bits_per_byte"; None if the run is to stop
+        before that.
     """
     available = split.sequences(shape[2])
     chosen = min(sequences or available, available)
@@ -41,6 +45,8 @@ def evaluate(
     totals = {"loss": 0.0, "correct": 0.0, "count": 0.0, "bytes": 0.0}
     previous = None
     for batch in batches:
+        if peers.stop():
+            return None
         sums = steps.evaluate(params, batch, token_bytes)
         _add(totals, previous)  # read while the device works on this batch
         previous = sums

@@ -6,86 +6,123 @@ Exit codes: 0 all steps are done, 75 stopped on request with everything saved, 2
 usage, 1 anything else.
 """
 
-import dataclasses
+import hashlib
+import json
 import os
+import signal
 import time
 from pathlib import Path
 
+from trainit.peers import STOP_SIGNALS, Peers
+
+if __name__ == "__main__":
+    # What follows takes seconds to import. A signal that comes meanwhile waits until Peers listens.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+import jax
 from absl import flags, logging
 
-from trainit import command_line, distributed, trackers, train
-from trainit.config import ConfigError
-from trainit.data.tokens import DatasetError
+from trainit import __version__, command_line, distributed, rendezvous, trackers, train, workdir
+from trainit.config import Config, ConfigError
+from trainit.data.tokens import Dataset, DatasetError
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; default: runs/ and the config file's name")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where a launcher does not say")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "processes of the job; 0: found out", lower_bound=0)
-_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "this process's number, from 0", lower_bound=0)
+USAGE = (ConfigError, DatasetError, distributed.PlaceError)  # errors that are the user's to mend
 
 
-def _find_place() -> distributed.Place:
-    """This process's place, from the flags or from the environment."""
-    place = distributed.find_place(os.environ)
-    if _NUM_PROCESSES.value:
-        place = distributed.Place("flags", "", _NUM_PROCESSES.value, _PROCESS_ID.value)
-        if place.process_id >= place.num_processes:
-            raise ConfigError(
-                f"--process_id={place.process_id} must be below --num_processes={place.num_processes}"
-            )
-    return dataclasses.replace(place, coordinator=_COORDINATOR.value or place.coordinator)
-
-
-def _make_workdir(process: int) -> Path:
-    """The run's folder, created and writable."""
-    workdir = Path(_WORKDIR.value or Path("runs") / command_line.name())
-    try:
-        (workdir / "logs").mkdir(parents=True, exist_ok=True)
-        probe = workdir / "logs" / f".probe_{process}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
-    return workdir
-
-
-def _mark(marker: str, code: int):
-    """Tells the launch script, whose scheduler merges exit codes, how this process ends.
+class _Exit:
+    """How this process leaves: the launch script, whose scheduler merges exit codes, is told by files.
 
     MARKER says that the run stopped on request and is saved; MARKER.failed that a process failed.
     """
-    if code == train.STOPPED and distributed.is_lead():
-        Path(marker).touch()
-    elif code not in (train.DONE, train.STOPPED):
-        Path(f"{marker}.failed").touch()
+
+    def __init__(self, place: distributed.Place):
+        self._lead, self._marker = place.process_id == 0, os.environ.get("TRAINIT_MARKER", "")
+        self.lock: workdir.Lock | None = None
+
+    def __call__(self, code: int, together: bool = False):
+        if self._marker and code == train.STOPPED and self._lead:
+            Path(self._marker).touch()
+        elif self._marker and code not in (train.DONE, train.STOPPED):
+            Path(f"{self._marker}.failed").touch()
+        if self.lock and code in (train.DONE, train.STOPPED):
+            self.lock.release()
+        distributed.leave(code, together)
+
+
+def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
+    """What must be the same on all processes of a job."""
+    text = json.dumps(config.to_dict(), sort_keys=True)
+    return {
+        "Trainit": __version__,
+        "JAX": jax.__version__,
+        "a config of hash": hashlib.sha256(text.encode()).hexdigest()[:8],
+        "dataset": dataset.fingerprint,
+        "workdir": str(folder.absolute()),
+    }
+
+
+def _run(place: distributed.Place, peers: Peers, leave: _Exit, started: float) -> int:
+    """The run, from reading its config to its exit code."""
+    config, dataset = command_line.read()
+    folder = workdir.make(Path(_WORKDIR.value or Path("runs") / command_line.name()), place.process_id)
+    log = folder / "logs" / f"process_{place.process_id}.log"
+    trackers.log_to_file(log)
+    coordinator = ""
+    distributed.configure(config.platform, config.cpu_devices, command_line.cache())
+    where = f": process {place.process_id} of {place.num_processes}, coordinator {place.coordinator}"
+    logging.info("%-10s %s", "place", place.source + where * (place.num_processes > 1))
+    if place.num_processes > 1:
+        distributed.check_coordinator(place)
+        connections, coordinator = rendezvous.meet(
+            place.process_id,
+            place.num_processes,
+            place.coordinator,
+            _about(config, dataset, folder),
+            distributed.visible_gpus(os.environ, place) if config.platform != "cpu" else [],
+            command_line.wait_seconds(),
+            peers.asked,
+        )
+        peers.join(connections)
+    if place.process_id == 0:
+        leave.lock = workdir.Lock(place.source, peers.end)
+        leave.lock.take(folder)
+    distributed.initialize(config.platform, place, coordinator)
+    peers.watch(config.stall_seconds, log)
+    peers.stop_after(config.max_minutes, started)
+    code = train.Run(config, dataset, folder, peers, command_line.is_debug()).loop()
+    peers.close()
+    return code
 
 
 def _main():
-    started, marker = time.monotonic(), os.environ.get("TRAINIT_MARKER", "")
+    started = time.monotonic()
+    trackers.log_to_terminal(lead=True)
     try:
-        trackers.log_to_terminal(lead=True)
-        stop = distributed.StopRequest()
-        place = _find_place()
-        trackers.log_to_terminal(lead=place.process_id == 0)
-        config, dataset = command_line.read()
-        workdir = _make_workdir(place.process_id)
-        trackers.log_to_file(workdir / "logs" / f"process_{place.process_id}.log")
-        if place.num_processes > 1:
-            logging.info(
-                "%-10s %s: process %d of %d, coordinator %s",
-                *("place", place.source, place.process_id, place.num_processes, place.coordinator),
-            )
-        distributed.initialize(config.platform, config.cpu_devices, command_line.cache(), place)
-        stop.after(config.max_minutes, started)
-        code = train.Run(config, dataset, workdir, command_line.is_debug()).loop(stop)
-    except (ConfigError, DatasetError, distributed.PlaceError) as error:
+        place = command_line.place()
+    except USAGE as error:
         command_line.say(error)
-        code = command_line.USAGE_ERROR
+        _Exit(distributed.Place("unknown"))(command_line.USAGE_ERROR)
+    trackers.log_to_terminal(lead=place.process_id == 0)
+    leave = _Exit(place)
+    peers = Peers(place.process_id, place.num_processes, leave, command_line.silence_seconds())
+    try:
+        code = _run(place, peers, leave, started)
+    except rendezvous.Stopped:
+        logging.info("stopped    before all processes were there; run the same command to go on")
+        leave(train.STOPPED)
+    except rendezvous.MeetingError as error:
+        command_line.say(error)
+        leave(1)
+    except USAGE as error:
+        command_line.say(error)
+        peers.fail(error, command_line.USAGE_ERROR)
+        leave(command_line.USAGE_ERROR)
     except Exception as error:
+        peers.fail(error, 1, patience=3)
         logging.exception("trainit: error: %s", error)
-        code = 1
-    if marker:
-        _mark(marker, code)
-    distributed.leave(code)
+        leave(1)
+    leave(code, together=True)
 
 
 if __name__ == "__main__":

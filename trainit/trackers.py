@@ -17,11 +17,14 @@ LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
 class _Terminal(std_logging.Handler):
-    """Trainit's own messages as they are, and errors of others, above the progress bar."""
+    """Trainit's own messages as they are, and errors of others in a line, above the progress bar."""
 
     def emit(self, record):
-        if record.pathname.startswith(PACKAGE) or record.levelno >= std_logging.ERROR:
+        if record.pathname.startswith(PACKAGE):
             tqdm.write(self.format(record), file=sys.stderr)
+        elif record.levelno >= std_logging.ERROR:  # with its traceback it stands in the log file
+            first, *_ = record.getMessage().splitlines() or [""]
+            tqdm.write(f"{record.name}: {first}", file=sys.stderr)
 
 
 def log_to_terminal(lead: bool):

@@ -3,6 +3,9 @@
 import json
 import secrets
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -16,6 +19,8 @@ from trainit.config import Config, ConfigError
 from trainit.data import loader
 from trainit.data.tokens import Dataset
 from trainit.evaluate import evaluate
+from trainit.peers import Peers
+from trainit.saves import Saves
 from trainit.trackers import Trackers, quantity
 
 DONE, STOPPED = 0, 75  # exit codes
@@ -28,18 +33,19 @@ class NonFiniteError(RuntimeError):
 class Run:
     """One process's part of a training run."""
 
-    def __init__(self, config: Config, dataset: Dataset, workdir: Path, debug: bool = False):
+    def __init__(self, config: Config, dataset: Dataset, workdir: Path, peers: Peers, debug: bool = False):
         """
         Args:
             config: resolved.
             dataset: prepared, with splits "train" and "validation".
             workdir: the run's folder; what it holds is resumed.
+            peers: tells when to stop, and is told how far this process is.
             debug: let the mesh shrink to the devices that there are.
 
         Raises:
             ConfigError: the config does not fit the devices, the run folder or the checkpoint.
         """
-        self.config, self.dataset, self.workdir = config, dataset, workdir
+        self.config, self.dataset, self.workdir, self.peers = config, dataset, workdir, peers
         self.token_bytes = dataset.tokenizer.token_bytes()
         sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
         self.batch_shape = sharding.batch_shape(config, sizes)
@@ -54,6 +60,8 @@ class Run:
         self.state = self._resume(newest) if self.resumed else self._begin()
         self.step = int(self.state.step)
         self.saved = self.step if self.resumed else None  # step of the newest checkpoint
+        self.evaluated = False  # by this process, so that the program is compiled
+        self.saves = Saves(self.checkpoints, peers, self._start_save)
         self.pending: tuple[int, dict] | None = None  # the newest step's metrics, still on the device
 
     def _describe(self, sizes: dict[str, int]):
@@ -141,15 +149,16 @@ class Run:
             self.rows = meta["rows"] * meta["config"]["model"]["context_length"] // c.model.context_length
         return meta
 
-    def loop(self, stop: distributed.StopRequest) -> int:
-        """Trains until all steps are done or `stop` asks to; returns the exit code.
+    def loop(self) -> int:
+        """Trains until all steps are done or somebody asks to stop; returns the exit code.
 
         Raises:
             NonFiniteError: `max_skipped` steps in a row were not finite, now or before a resume.
-            Exception: a save failed, a data worker died, another process is lost.
+            SaveError: a checkpoint could not be saved.
+            Exception: a data worker died, another process is lost.
         """
         c = self.config
-        if self.step >= c.steps:
+        if self.step >= c.steps and self._is_complete():
             logging.info("complete   all %d steps are done; nothing to do", c.steps)
             return DONE
         if int(self.state.skipped_in_a_row) >= c.max_skipped:
@@ -164,12 +173,11 @@ class Run:
         self.meter = metrics.Meter(c.batch_size * c.model.context_length, c.model)
         code = 1
         try:
-            reason = self._loop(stop)
-            self.checkpoints.wait()
+            reason = self._loop()
+            self.saves.settle()
             code = STOPPED if reason else DONE
         finally:
             self.tracker.close(code)
-            self.checkpoints.close()
         if reason:
             logging.info("stopped    on %s at step %d; run the same command to go on", reason, self.step)
         else:
@@ -178,11 +186,44 @@ class Run:
             logging.info("           train on: --config.steps=N --config.checkpoint.overwrite_config=True")
         return code
 
-    def _loop(self, stop: distributed.StopRequest) -> str:
+    def _is_complete(self) -> bool:
+        """Whether the last step, whose checkpoint there is, is validated too."""
+        path, logged = self.workdir / "metrics.jsonl", False
+        if self.postponed is not None and path.exists():
+            last = (path.read_text().splitlines() or ["{}"])[-1]
+            logged = f'"step": {self.step},' in last and '"valid/loss"' in last
+        return bool(distributed.agree(self.postponed is None or logged))
+
+    def _loop(self) -> str:
         """The steps; returns why they were stopped, or "" when all are done."""
-        c = self.config
-        train = self.dataset.splits["train"]
-        batches = loader.batches(
+        c, peers = self.config, self.peers
+        batches = self._batches()
+        ahead = ThreadPoolExecutor(1, "data")  # not closed: it would wait for data that may never come
+        following = ahead.submit(next, batches)
+        while True:
+            reason, last = peers.stop(), self.step == c.steps
+            reason = self._milestone(last, reason)
+            if reason or last:
+                return reason
+            if peers.save_again():
+                self._log(self._read_pending())
+                self.saves.again()
+            batch = self._wait_for(following)
+            if reason := peers.stop():  # all alike, whether they have their data or still wait for it
+                self._log(self._read_pending())
+                self._save()
+                return reason
+            self.state, on_device = self.steps.train(self.state, batch)
+            following = ahead.submit(next, batches)
+            self.step, self.rows = self.step + 1, self.rows + c.batch_size
+            before, self.pending = self.pending, (self.step, on_device)
+            self._log(self._read(before))  # while this step runs
+            self.saves.check()
+
+    def _batches(self) -> Iterator[dict[str, jax.Array]]:
+        """The training data from where this run is."""
+        c, train = self.config, self.dataset.splits["train"]
+        return loader.batches(
             train,
             loader.Shuffled(train.sequences(c.model.context_length), c.seed),
             self.batch_shape,
@@ -192,49 +233,55 @@ class Run:
             workers=c.dataset.workers,
             prefetch=c.dataset.prefetch,
         )
-        while True:
-            reason, last = stop(self.step), self.step == c.steps
-            self._milestone(last, bool(reason))
-            if reason or last:
-                return "" if last else reason
-            waiting = time.perf_counter()
-            batch = next(batches)
-            self.meter.waited_for_data(time.perf_counter() - waiting)
-            self.state, on_device = self.steps.train(self.state, batch)
-            self.step, self.rows = self.step + 1, self.rows + c.batch_size
-            before, self.pending = self.pending, (self.step, on_device)
-            self._log(self._read(before))  # while this step runs
-            self.checkpoints.check()
 
-    def _milestone(self, last: bool, stopping: bool):
-        """Validates and saves where this step asks for it."""
+    def _wait_for(self, following: Future) -> dict[str, jax.Array] | None:
+        """The next batch; None if it is still to come when all stop here."""
+        waiting = time.perf_counter()
+        self.peers.pace.doing = "waiting for data"
+        while not self.peers.stopping():
+            if wait([following], timeout=0.2).done:
+                batch = following.result()
+                self.meter.waited_for_data(time.perf_counter() - waiting)
+                self.peers.pace.doing = "training"
+                return batch
+        return None
+
+    def _milestone(self, last: bool, reason: str) -> str:
+        """Validates and saves where this step asks for it; returns why to stop here, or ""."""
         c = self.config
         every, is_new = c.eval.every_steps, self.step != self.saved
         validate = last or (every > 0 and self.step % every == 0)
         validate = validate and (is_new or self.postponed is not None)
-        save = is_new and (last or stopping or (self.step > 0 and due(c.checkpoint.save_steps, self.step)))
+        save = last or (self.step > 0 and due(c.checkpoint.save_steps, self.step))
         if self.postponed is not None and not validate:  # it is no longer asked for
             self._log(self.postponed)
             self.postponed = None
-        if not (validate or save):
-            return
-        record, self.pending = self._read(self.pending), None
-        if validate and stopping and not last:
-            # Whoever resumes validates, and logs both as one.
-            self.postponed = (self.postponed or {}) | record
+        if not (validate or (is_new and (save or reason))):
+            return reason
+        record = (self.postponed or {}) | self._read_pending()
+        validation = self._evaluate() if validate and not reason else None
+        reason = reason or self.peers.stop()
+        if validate and not validation:  # whoever resumes validates, and logs both as one
+            self.postponed = record
         else:
-            if validate:
-                record |= {"step": self.step, "tokens": self._tokens(self.step)} | self._evaluate()
-            self._log((self.postponed or {}) | record)
+            if validation:
+                record |= {"step": self.step, "tokens": self._tokens(self.step)} | validation
+            self._log(record)
             self.postponed = None
-        if save:
+        if save or reason:
             self._save()
         self.meter.pause()
+        return reason
 
     def _tokens(self, number: int) -> int:
         """Tokens trained on by the end of step `number`: rows consumed times the context length."""
         rows = self.rows - (self.step - number) * self.config.batch_size
         return rows * self.config.model.context_length
+
+    def _read_pending(self) -> dict:
+        """The newest step's metrics, unless they have been read."""
+        pending, self.pending = self.pending, None
+        return self._read(pending)
 
     def _read(self, pending: tuple[int, dict] | None) -> dict:
         """A step's metrics as numbers; waits for that step alone."""
@@ -244,6 +291,7 @@ class Run:
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
         in_a_row = values.pop("skipped_in_a_row")
         record = {"step": number, "tokens": self._tokens(number)} | values | self.meter.step()
+        self.peers.trained()
         if in_a_row == self.config.max_skipped:
             self._give_up(record)
         return record
@@ -254,7 +302,7 @@ class Run:
         if self.step > record["step"]:  # the step that is under way belongs to the checkpoint
             self._log(self._read(self.pending))
         self._save()
-        self.checkpoints.wait()
+        self.saves.settle()
         raise NonFiniteError(
             f"loss, gradient or update were not finite in {self.config.max_skipped} steps in a row "
             f"(max_skipped), up to step {record['step']}; none of these updates was applied; the state is in "
@@ -267,17 +315,23 @@ class Run:
             write = number % self.config.log.every_steps == 0 or "valid/loss" in record
             self.tracker.log(number, record, write)
 
-    def _evaluate(self) -> dict:
+    def _evaluate(self) -> dict[str, float] | None:
+        """Validation metrics; None if the run is to stop before they are complete."""
         _, rows, length = self.batch_shape
-        result = evaluate(
-            self.steps,
-            self.state.params,
-            self.dataset.splits["validation"],
-            self.token_bytes,
-            self.config.eval.sequences,
-            (1, rows, length),
-            sharding.batch_sharding(self.mesh),
-        )
+        pace, self.evaluated, first = self.peers.pace, True, not self.evaluated
+        with pace.patiently("compiling the evaluation") if first else nullcontext():
+            result = evaluate(
+                self.steps,
+                self.state.params,
+                self.dataset.splits["validation"],
+                self.token_bytes,
+                self.config.eval.sequences,
+                (1, rows, length),
+                sharding.batch_sharding(self.mesh),
+                self.peers,
+            )
+        if result is None:
+            return None
         logging.info(
             "step %d: validation loss %.4f, %.4f bits per byte",
             self.step,
@@ -287,8 +341,13 @@ class Run:
         return result
 
     def _save(self):
-        if self.step == self.saved:
-            return
+        """Starts a save of this step, when the one before is durable."""
+        if self.step != self.saved:
+            self.saves.settle()
+        if self.step != self.saved:
+            self._start_save()
+
+    def _start_save(self):
         self.tracker.sync()  # what a resume will not do again must be on disk before the checkpoint is
         meta = {
             "config": self.config.to_dict(),
@@ -298,7 +357,8 @@ class Run:
             "postponed": self.postponed,
             "version": __version__,
         }
-        self.checkpoints.save(self.step, self.state, meta)
+        with self.peers.pace.patiently("saving"):
+            self.checkpoints.save(self.step, self.state, meta)
         self.saved = self.step
 
     def _write_config(self):

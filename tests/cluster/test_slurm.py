@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, exact, metrics, run
+from processes import ROOT, assert_same_but_for_rounding, metrics
 
 from trainit.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
+STEPS = 300  # more than its time limit lets a job do at once
 
 
 @pytest.fixture(scope="module")
@@ -89,38 +90,18 @@ def submit(slurm, random_dataset, tmp_path):
         time.sleep(0.5)
 
 
-@pytest.fixture(scope="module")
-def calm(random_dataset, tmp_path_factory):
-    """The same run in one process on this machine, to compare batches and losses with."""
-    workdir = tmp_path_factory.mktemp("calm")
-    data = f"--config.dataset.path={random_dataset}"
-    run(
-        f"--config={ROOT}/tests/tiny.py",
-        data,
-        f"--workdir={workdir}",
-        "--config.cpu_devices=4",
-        "--config.mesh.data=1",
-    )
-    return metrics(workdir)
-
-
 def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm):
     """Stopped once by `scancel --signal`, then as often as its time limit asks; one metrics file."""
-    job = submit("--time=2", "--signal=USR1@30")
+    job = submit("--time=2", "--signal=USR1@30", steps=STEPS)
     job.wait(lambda: job.step() >= 3)
     slurm("scancel", "--signal=USR1", job.id)
     job.wait(lambda: int(job.field("Restarts")) >= 1)
-    job.wait(job.ended, 600)
+    job.wait(job.ended, 900)
     assert job.field("JobState") == "COMPLETED", job.text()
     assert "processes: 4" in job.text()
     assert "process 3  n2" in job.text()
-    assert job.text().count("stopped    on") == int(job.field("Restarts"))
-    records = metrics(job.run)
-    assert [r["step"] for r in records] == [r["step"] for r in calm]
-    for a, b in zip(exact(records), exact(calm), strict=True):
-        assert a["tokens"] == b["tokens"]
-        if "train/loss" in b:
-            assert a["train/loss"] == pytest.approx(b["train/loss"], rel=5e-4)
+    assert job.text().count("stopped    on") == int(job.field("Restarts")) >= 2
+    assert_same_but_for_rounding(metrics(job.run), calm(STEPS), 5e-4)
     assert not list(ROOT.glob(".trainit-*"))
 
 

@@ -25,7 +25,8 @@ def main(argv):
     processes = int(processes)
     cache = Path(os.environ["TRAINIT_CACHE"])
     place = distributed.Place("test", coordinator, processes, int(process))
-    distributed.initialize("cpu", 12 // processes, cache, place)
+    distributed.configure("cpu", 12 // processes, cache)
+    distributed.initialize("cpu", place, place.coordinator)
     mesh = sharding.make_mesh({"data": 3, "fsdp": 4, "tensor": 1, "context": 1})
     split = open_dataset(Path(folder)).splits["train"]
     order = loader.Shuffled(split.sequences(LENGTH), SEED)
@@ -41,7 +42,7 @@ def main(argv):
             if kill and len(parts) == 5:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         np.savez(Path(output) / f"{workers}-{process}.npz", tokens=np.stack(parts), rows=rows)
-    distributed.leave(0)
+    distributed.leave(0, together=True)
 
 
 if __name__ == "__main__":

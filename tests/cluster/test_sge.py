@@ -1,0 +1,146 @@
+"""launch/sge.sh on a real Grid Engine: two nodes of two processes each, all on this machine.
+
+`sge-up.sh` installs Grid Engine from Debian's packages and starts it in network namespaces of its own;
+that needs root, and without it these tests are skipped.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import ROOT, assert_same_but_for_rounding, last_step, metrics
+
+from trainit.checkpoint import Checkpoints
+
+HERE = Path(__file__).parent
+STEPS = 300  # more than its time limit lets a job do at once
+TWO_NODES = "-pe", "mpi_2_tasks_per_node", "4"
+
+
+@pytest.fixture(scope="module")
+def on_head(tmp_path_factory):
+    """Runs a command on the cluster's head node."""
+    folder = tmp_path_factory.mktemp("sge")
+    up = subprocess.run([HERE / "sge-up.sh", folder, "2"], capture_output=True, text=True, check=False)
+    if up.returncode:
+        pytest.skip(f"Grid Engine cannot be started here: {(up.stdout + up.stderr).strip()[-300:]}")
+
+    def run(*command, check=True) -> str:
+        result = subprocess.run(
+            [folder / "on", "head", *map(str, command)], capture_output=True, text=True, cwd=ROOT, check=check
+        )
+        return result.stdout.strip()
+
+    yield run
+    subprocess.run([HERE / "sge-down.sh", folder], check=True, capture_output=True)
+
+
+class Job:
+    """A job that trains the tests' tiny model, and those that it submits to go on."""
+
+    def __init__(self, on_head, random_dataset, folder, *resources, steps, processes=2, margin=30):
+        self.on_head, self.output, self.run = on_head, folder / "out", folder / "run"
+        activate = f"export XLA_FLAGS= PATH={Path(sys.executable).parent}:$PATH"
+        variables = f"TRAINIT_ACTIVATE={activate}", f"TRAINIT_CACHE={os.environ['TRAINIT_CACHE']}"
+        variables += f"TRAINIT_PROCESSES_PER_NODE={processes}", f"TRAINIT_MARGIN={margin}"
+        submitted = on_head(
+            *("qsub", "-o", self.output, *resources, "-v", ",".join(variables), "launch/sge.sh"),
+            f"--config={ROOT}/tests/tiny.py",
+            *(f"--config.dataset.path={random_dataset}", f"--workdir={self.run}", f"--config.steps={steps}"),
+            *("--config.cpu_devices=1", "--config.mesh.fsdp=-1", "--config.mesh.data=1"),
+            "--config.mesh.tensor=1",
+        )
+        self.id = re.search(r"Your job (\d+)", submitted)[1]
+
+    def text(self) -> str:
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def step(self) -> int:
+        return last_step(self.run)
+
+    def wait(self, condition, seconds=240):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.text() + self.on_head("qstat", "-f")
+            time.sleep(0.5)
+
+    def over(self) -> bool:
+        """Whether neither it nor one that it has submitted waits or runs."""
+        return not self.on_head("qstat")
+
+    def starts(self) -> int:
+        return self.text().count(", start ")
+
+    def kill(self, number, with_signal):
+        """Sends a signal to the process of this number, wherever it is."""
+        for pid in subprocess.check_output(["pgrep", "-f", f"trainit.main.*{self.run}"], text=True).split():
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"TRAINIT_PROCESS_ID={number}".encode() in environment:
+                os.kill(int(pid), with_signal)
+
+
+@pytest.fixture
+def submit(on_head, random_dataset, tmp_path):
+    """Submits a job; whatever becomes of the test, none is left behind."""
+    yield lambda *args, **kwargs: Job(on_head, random_dataset, tmp_path, *args, **kwargs)
+    on_head("qdel", "-f", "-u", "root", check=False)
+    while on_head("qstat"):
+        time.sleep(0.5)
+    subprocess.run(["pkill", "-9", "-f", f"workdir={tmp_path}"], check=False)
+
+
+def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
+    """Stopped once by a signal, then as often as its time limit asks; one metrics file."""
+    job = submit(*TWO_NODES, "-l", "h_rt=90", steps=STEPS)
+    job.wait(lambda: job.step() >= 3)
+    job.kill(3, signal.SIGUSR1)
+    job.wait(lambda: job.starts() >= 2)
+    job.wait(job.over, 900)
+    assert "done       all 300 steps" in job.text(), job.text()
+    assert f"place      Grid Engine job {job.id}: process 0 of 4, coordinator n" in job.text()
+    assert "process 3  n" in job.text()
+    assert job.text().count("stopped    on SIGUSR1") == job.starts() - 1 >= 2
+    assert_same_but_for_rounding(metrics(job.run), calm(STEPS), 5e-4)
+    assert not list(ROOT.glob(".trainit-*"))
+
+
+def test_a_job_on_one_host_runs_again_until_it_is_done(submit, calm):
+    """In a parallel environment of one host, without qrsh: exit code 99."""
+    job = submit("-pe", "omp", "2", "-l", "h_rt=600", "-r", "y", steps=40)
+    job.wait(lambda: job.step() >= 3)
+    job.kill(0, signal.SIGTERM)
+    job.wait(job.over)
+    assert "done       all 40 steps" in job.text(), job.text()
+    assert job.starts() == 2
+    assert job.text().count(f"job {job.id}, start ") == 2  # the same job
+    assert_same_but_for_rounding(metrics(job.run), calm(40), 5e-4)
+
+
+def test_a_deleted_job_saves_and_stays_deleted(on_head, submit):
+    job = submit(*TWO_NODES, steps=100_000)
+    job.wait(lambda: job.step() >= 2)
+    on_head("qdel", job.id)
+    job.wait(job.over)
+    time.sleep(3)  # a revived job would show now
+    assert job.over()
+    assert job.starts() == 1
+    assert "stopped    on SIGUSR2 at step" in job.text(), job.text()
+    assert Checkpoints(job.run, read_only=True).latest() == job.step()
+
+
+def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
+    job = submit(*TWO_NODES, steps=100_000)
+    job.wait(lambda: job.step() >= 2)
+    job.kill(2, signal.SIGKILL)
+    killed = time.monotonic()
+    job.wait(job.over, 60)
+    assert time.monotonic() - killed < 60
+    time.sleep(3)
+    assert job.over()
+    assert job.starts() == 1
+    assert "is gone: it was killed or has crashed" in job.text(), job.text()

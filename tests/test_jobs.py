@@ -1,0 +1,302 @@
+"""Jobs of several processes on this machine, stopped, killed, suspended, hung, moved to other sizes."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from processes import (
+    ROOT,
+    assert_same_but_for_rounding,
+    end,
+    exact,
+    last_step,
+    launch,
+    metrics,
+    pid_of,
+    saving,
+    start,
+    wait_for,
+)
+
+from trainit.checkpoint import Checkpoints
+
+
+@pytest.fixture
+def job(random_dataset, tmp_path):
+    """Starts a job of the tests' smallest run, of one device a process, in tmp_path/run."""
+
+    def begin(count, *args, workdir=tmp_path / "run", **environment) -> subprocess.Popen:
+        return launch(
+            count,
+            f"--config={ROOT}/tests/tiny.py",
+            f"--config.dataset.path={random_dataset}",
+            f"--workdir={workdir}",
+            *("--config.cpu_devices=1", "--config.mesh.data=1", "--config.mesh.fsdp=-1"),
+            *("--config.mesh.tensor=1", "--config.steps=24"),
+            *args,
+            **environment,
+        )
+
+    return begin
+
+
+@pytest.fixture
+def patched(tmp_path):
+    """Environment of processes that run a piece of Python first; RANK is the process's number in it."""
+
+    def write(code) -> dict[str, str]:
+        (tmp_path / "sitecustomize.py").write_text(
+            f"import os, time\nRANK = int(os.environ.get('TRAINIT_PROCESS_ID', 0))\n{code}"
+        )
+        return {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+    return write
+
+
+def test_stopped_then_each_process_killed_then_left_alone(job, tmp_path):
+    """Each step once, bit-identical to a run that nobody disturbed; who is killed is named."""
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    output = end(job(2, workdir=calm), 0)
+    assert "process 1" in output
+    assert "done       all 24 steps" in output
+
+    process = job(2)
+    assert wait_for(process, lambda: last_step(run) >= 5)
+    process.send_signal(signal.SIGUSR1)
+    output = end(process, 75, 60)
+    assert "stopped    on SIGUSR1 at step" in output
+    assert Checkpoints(run, read_only=True).latest() == last_step(run) >= 5
+
+    for rank in (1, 0):
+        process, before = job(2), last_step(run)
+        assert wait_for(process, lambda before=before: last_step(run) >= before + 2)
+        pid = pid_of(process, rank)
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        output = end(process, None, 120)
+        assert time.monotonic() - killed < 60  # nobody hangs
+        assert f"process {rank} (" in output
+        assert f"pid {pid}) is gone: it was killed or has crashed" in output
+
+    end(job(2), 0)
+    assert exact(metrics(run)) == exact(metrics(calm))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_suspended_process_ends_the_job(rank, job, tmp_path):
+    process = job(2, "--silence_seconds=4", TRAINIT_GRACE="2")
+    assert wait_for(process, lambda: last_step(tmp_path / "run") >= 2)
+    pid = pid_of(process, rank)
+    os.kill(pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    output = end(process, None, 60)
+    assert time.monotonic() - stopped < 60
+    assert f"pid {pid}) is lost: no sign of life for" in output
+    assert "stack of thread MainThread" in (tmp_path / f"run/logs/process_{1 - rank}.log").read_text()
+
+
+def test_a_briefly_suspended_process_changes_nothing(job, tmp_path):
+    process = job(2, "--silence_seconds=8")
+    assert wait_for(process, lambda: last_step(tmp_path / "run") >= 2)
+    pid = pid_of(process, 1)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(pid, signal.SIGCONT)
+    end(process, 0)
+    assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(25))
+
+
+HANGS = """
+if RANK == 1:
+    from trainit.data.tokens import Split
+    read, count = Split.read, [0]
+    def hang(self, sequences, length):
+        count[0] += self.name == "train"
+        while count[0] > 9:
+            time.sleep(1)
+        return read(self, sequences, length)
+    Split.read = hang
+"""
+
+
+def test_a_stalled_process_is_named_by_all_with_its_stack(job, patched, tmp_path):
+    """Process 1's data never comes: its file system hangs. Everything in it lives, nothing gets on."""
+    process = job(2, "--config.stall_seconds=4", "--config.eval.every_steps=0", **patched(HANGS))
+    output = end(process, None, 120)
+    assert "stalls: no step done for" in output
+    behind = output.split("behind: ")[1].splitlines()[0]
+    assert behind.startswith("process 1 (")
+    assert "waiting for data for" in behind
+    assert "process 0 (" not in behind
+    for rank in (0, 1):
+        assert "stack of thread" in (tmp_path / f"run/logs/process_{rank}.log").read_text()
+    assert "in hang" in (tmp_path / "run/logs/process_1.log").read_text()
+
+
+def test_asked_to_stop_while_all_wait_for_data(job, patched, tmp_path):
+    process = job(2, "--config.eval.every_steps=0", **patched(HANGS.replace("RANK == 1", "True")))
+    run = tmp_path / "run"
+    assert wait_for(process, lambda: last_step(run) >= 5)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    output = end(process, 75, 60)
+    assert time.monotonic() - asked < 20
+    assert "stopped    on SIGTERM at step" in output
+    assert Checkpoints(run, read_only=True).latest() == last_step(run)
+
+
+def test_asked_to_stop_while_starting(job, tmp_path):
+    """Before the first step is done, compiling included: nothing is lost, and nobody waits for it."""
+    process = job(2, "--config.model.scan_layers=False", "--config.model.num_blocks=24")
+    log = tmp_path / "run/logs/process_1.log"
+    assert wait_for(process, lambda: log.exists() and "optimizer" in log.read_text())
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    output = end(process, 75, 60)
+    assert "stopped    on SIGTERM, before the first step was done" in output
+    assert time.monotonic() - asked < 10
+    assert last_step(tmp_path / "run") == -1
+
+
+SLOW_EVALUATION = """
+from trainit.data import loader
+call = loader.Spaced.__call__
+def slow(self, positions):
+    time.sleep(1)
+    return call(self, positions)
+loader.Spaced.__call__ = slow
+"""
+
+
+def test_asked_to_stop_while_evaluating(job, patched, tmp_path):
+    """An evaluation of a minute is given up, and done by whoever resumes: metrics as if nothing had been."""
+    run = tmp_path / "run"
+    more = "--config.eval.sequences=0", "--config.batch_size=4", "--config.steps=12"
+    process = job(2, *more, "--config.eval.every_steps=6", **patched(SLOW_EVALUATION))
+    assert wait_for(process, lambda: "step 0: validation" in _log(run, 0) and last_step(run) == 5)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    end(process, 75, 60)
+    assert time.monotonic() - asked < 15
+    assert (last_step(run), Checkpoints(run, read_only=True).latest()) == (5, 6)
+    end(job(2, *more, "--config.eval.every_steps=6"), 0)
+    end(job(2, *more, "--config.eval.every_steps=6", workdir=tmp_path / "calm"), 0)
+    assert exact(metrics(run)) == exact(metrics(tmp_path / "calm"))
+
+
+def _log(run, rank) -> str:
+    path = run / f"logs/process_{rank}.log"
+    return path.read_text() if path.exists() else ""
+
+
+def test_asked_to_stop_while_saving(job, tmp_path):
+    run = tmp_path / "run"
+    process = job(2, "--config.model.dim=256", "--config.checkpoint.save_steps=2", "--config.steps=400")
+    assert wait_for(process, lambda: last_step(run) >= 3 and saving(run))
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    output = end(process, 75, 60)
+    assert time.monotonic() - asked < 20
+    assert "stopped    on SIGINT" in output
+    assert Checkpoints(run, read_only=True).latest() == last_step(run)
+
+
+def test_other_numbers_of_processes_go_on_with_the_same_run(job, tmp_path):
+    """Stopped on 4 processes, resumed on 3, on 2 and on 1: the same batches, losses within rounding."""
+    run = tmp_path / "run"
+    size = "--config.batch_size=24", "--config.model.dim=48"
+    for count, step in ((4, 4), (3, 9), (2, 15)):
+        process = job(count, *size)
+        assert wait_for(process, lambda step=step: last_step(run) >= step)
+        process.send_signal(signal.SIGTERM)
+        end(process, 75, 60)
+    end(job(1, *size), 0)
+    end(job(1, *size, workdir=tmp_path / "calm"), 0)
+    assert_same_but_for_rounding(metrics(run), metrics(tmp_path / "calm"))
+
+
+FULL_DISK = """
+from trainit import saves
+saves.RETRY_SECONDS = (1, 1, 1)
+if RANK == 1:
+    import resource
+    from trainit.checkpoint import Checkpoints
+    save, left = Checkpoints.save, [FAILURES]
+    def fail(self, *args):
+        left[0] -= 1
+        most = 100_000 if left[0] >= 0 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        save(self, *args)
+    Checkpoints.save = fail
+"""
+
+
+def test_a_save_that_fails_on_one_process_is_done_again_by_all(job, patched, tmp_path):
+    """Process 1 cannot write files of more than 100 kB for the time of two saves."""
+    output = end(job(2, **patched(FULL_DISK.replace("FAILURES", "2"))), 0)
+    assert "save       failed, tried again in 1 s" in output
+    assert "File too large" in output
+    end(job(2, workdir=tmp_path / "calm"), 0)
+    assert exact(metrics(tmp_path / "run")) == exact(metrics(tmp_path / "calm"))
+    assert Checkpoints(tmp_path / "run", read_only=True).latest() == 24
+
+
+def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
+    """After the first save, which is good, no more: the job ends, and that one is whole."""
+    never = FULL_DISK.replace("[FAILURES]", "[5]").replace("left[0] >= 0", "left[0] < 4")
+    code = "from trainit import saves\nsaves.RETRY_SECONDS = (1, 1, 1)\n" + never
+    output = end(job(2, **patched(code)), 1, 120)
+    assert "a checkpoint could not be saved in 4 attempts" in output
+    assert Checkpoints(tmp_path / "run", read_only=True).latest() == 3
+    end(job(2), 0)
+    assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(25))
+
+
+def test_two_jobs_in_one_folder(job, random_dataset, tmp_path):
+    """The second refuses to start and says who is there; a dead holder does not block."""
+    run = tmp_path / "run"
+    first = job(2, "--config.steps=100000")
+    assert wait_for(first, lambda: last_step(run) >= 1)
+    lead = pid_of(first, 0)
+    second = start(
+        f"--config={ROOT}/tests/tiny.py",
+        *(f"--config.dataset.path={random_dataset}", f"--workdir={run}", "--config.steps=100000"),
+    )
+    output = end(second, 2, 60)
+    assert f"run is held by launch script, pid {lead} on " in output.splitlines()[-1]
+    before = last_step(run)
+    assert wait_for(first, lambda: last_step(run) > before)  # it was not disturbed
+    for rank in (1, 0):
+        os.kill(pid_of(first, rank), signal.SIGKILL)
+    end(first, None, 60)
+    third = job(2, "--config.steps=100000")
+    assert wait_for(third, lambda: last_step(run) > before + 2)
+    third.send_signal(signal.SIGTERM)
+    assert "workdir    taken over from launch script" in end(third, 75, 60)
+
+
+def test_a_process_that_does_not_come_is_named(random_dataset, tmp_path):
+    """Two of three start: both say which one is missing, and end."""
+    command = (
+        f"--config={ROOT}/tests/tiny.py",
+        *(f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}/run", "--wait_seconds=2"),
+        *("--coordinator=localhost:61437", "--num_processes=3"),
+    )
+    processes = [start(*command, f"--process_id={rank}") for rank in (0, 2)]
+    for process in processes:
+        assert "1 of 3 processes are missing: 1" in end(process, 1, 60)
+
+
+def test_a_wrong_config_ends_the_job_with_2(job):
+    assert "batch_size=5 is not a multiple" in end(job(2, "--config.batch_size=5"), 2, 60)
+
+
+def test_usage():
+    result = subprocess.run([ROOT / "launch/local.sh", "4"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "usage:" in result.stderr

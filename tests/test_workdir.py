@@ -1,0 +1,135 @@
+"""The run's folder: writable, and held by one job at a time."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from trainit import workdir
+from trainit.config import ConfigError
+from trainit.workdir import Lock
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(workdir, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(workdir, "DEAD_SECONDS", 1.0)
+
+
+def lock(lost=None) -> Lock:
+    return Lock("Slurm job 7", lost or pytest.fail)
+
+
+def holder(folder) -> dict:
+    return json.loads((folder / "lock.json").read_text())
+
+
+def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
+    first = lock()
+    first.take(tmp_path)
+    with pytest.raises(ConfigError, match=rf"held by Slurm job 7, pid {os.getpid()} on .*, since 20.*wait"):
+        lock().take(tmp_path)
+    first.release()
+    assert not (tmp_path / "lock.json").exists()
+    second = lock()
+    second.take(tmp_path)
+    second.release()
+
+
+def test_a_dead_process_of_this_host_does_not_block(tmp_path):
+    code = "import sys, os, pathlib; from trainit.workdir import Lock; "
+    code += "Lock('job 1', print).take(pathlib.Path(sys.argv[1])); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert holder(tmp_path)["job"] == "job 1"
+    start = time.monotonic()
+    mine = lock()
+    mine.take(tmp_path)
+    assert holder(tmp_path)["pid"] == os.getpid()
+    assert time.monotonic() - start < workdir.DEAD_SECONDS + 1.0  # it was seen to be dead, not waited for
+    mine.release()
+
+
+def test_a_reused_pid_is_another_process(tmp_path):
+    mine = lock()
+    mine.take(tmp_path)
+    about = holder(tmp_path) | {"id": "other", "started": "12345", "pid": os.getppid()}
+    mine.release()
+    (tmp_path / "lock.json").write_text(json.dumps(about))
+    mine = lock()
+    mine.take(tmp_path)
+    mine.release()
+
+
+def elsewhere(tmp_path):
+    """A lock that a job on another host holds."""
+    mine = lock()
+    mine.take(tmp_path)
+    about = holder(tmp_path) | {"host": "n17", "id": "other"}
+    mine.release()
+    (tmp_path / "lock.json").write_text(json.dumps(about))
+
+
+def test_a_holder_on_another_host_lives_as_long_as_it_touches_the_lock(tmp_path):
+    elsewhere(tmp_path)
+    over = threading.Event()
+
+    def beat():
+        while not over.wait(0.2):
+            os.utime(tmp_path / "lock.json")
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(ConfigError, match="on n17"):
+            lock().take(tmp_path)
+    finally:
+        over.set()
+        thread.join()
+    mine = lock()
+    mine.take(tmp_path)  # and when it does no more, it is dead
+    mine.release()
+
+
+def test_who_loses_the_folder_hears_of_it(tmp_path):
+    lost = []
+    mine = Lock("job 1", lost.append)
+    mine.take(tmp_path)
+    (tmp_path / "lock.json").write_text(json.dumps(holder(tmp_path) | {"id": "other", "job": "job 2"}))
+    end = time.monotonic() + 5
+    while not lost and time.monotonic() < end:
+        time.sleep(0.05)
+    assert "was taken over by job 2" in lost[0]
+
+
+def test_of_many_that_take_over_at_once_one_has_it(tmp_path):
+    elsewhere(tmp_path)
+    outcomes = []
+
+    def take():
+        mine = Lock("race", lambda text: None)
+        try:
+            mine.take(tmp_path)
+            outcomes.append(mine)
+        except ConfigError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [outcome for outcome in outcomes if isinstance(outcome, Lock)]
+    assert len(winners) == 1, outcomes
+    winners[0].release()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/run cannot be written: Not a directory"):
+        workdir.make(tmp_path / "file" / "run", 0)
+    assert workdir.make(tmp_path / "run", 3).is_dir()
+    assert list((tmp_path / "run" / "logs").iterdir()) == []

@@ -23,6 +23,7 @@ USAGE_ERROR = 2  # exit code of a bad config or usage
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="config file, FILE:group=choice,...")
 _DEBUG = flags.DEFINE_bool("debug", False, "the same run, shrunk to this machine")
+_WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; default: runs/ and the config file's name")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where a launcher does not say")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "processes of the job; 0: found out", lower_bound=0)
 _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "this process's number, from 0", lower_bound=0)
@@ -47,9 +48,14 @@ def is_debug() -> bool:
     return _DEBUG.value
 
 
-def name() -> str:
-    """What to call a run of this command: the config file's name, marked if it is shrunk."""
-    return _file()[0].stem + "-debug" * _DEBUG.value
+def workdir() -> Path:
+    """The run's folder: as given, or runs/ and the config file's name, marked if the run is shrunk."""
+    return Path(_WORKDIR.value or Path("runs") / (_file()[0].stem + "-debug" * _DEBUG.value))
+
+
+def unresolved() -> ConfigDict:
+    """The config that the flags describe, unchecked."""
+    return _CONFIG.value
 
 
 def place() -> distributed.Place:

@@ -235,13 +235,14 @@ def gather(number: int) -> list[int]:
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
-def gather_hosts() -> list[str]:
-    """The host name of every process, in order; a collective."""
-    name = np.zeros(64, np.uint8)
-    own = socket.gethostname().encode()[:64]
-    name[: len(own)] = np.frombuffer(own, np.uint8)
-    names = np.atleast_2d(multihost_utils.process_allgather(name))
-    return [bytes(row).rstrip(b"\0").decode() for row in names]
+def gather_text(text: str) -> list[str]:
+    """The text of every process, in order; a collective where there are several."""
+    if jax.process_count() == 1:
+        return [text]
+    own = text.encode()
+    padded = np.zeros(max(gather(len(own))), np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    return [bytes(row).rstrip(b"\0").decode() for row in multihost_utils.process_allgather(padded)]
 
 
 def _processor() -> str:

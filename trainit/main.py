@@ -20,13 +20,12 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import jax
-from absl import flags, logging
+from absl import logging
 
 from trainit import __version__, command_line, distributed, rendezvous, trackers, train, workdir
 from trainit.config import Config, ConfigError
 from trainit.data.tokens import Dataset, DatasetError
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; default: runs/ and the config file's name")
 USAGE = (ConfigError, DatasetError, distributed.PlaceError)  # errors that are the user's to mend
 
 
@@ -65,7 +64,7 @@ def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
 def _run(place: distributed.Place, peers: Peers, leave: _Exit, started: float) -> int:
     """The run, from reading its config to its exit code."""
     config, dataset = command_line.read()
-    folder = workdir.make(Path(_WORKDIR.value or Path("runs") / command_line.name()), place.process_id)
+    folder = workdir.make(command_line.workdir(), place.process_id)
     log = folder / "logs" / f"process_{place.process_id}.log"
     trackers.log_to_file(log)
     coordinator = ""

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -90,7 +91,7 @@ class Run:
 
     def _describe_processes(self):
         """One line a process: its host, its devices and where they are in the mesh."""
-        for process, host in enumerate(distributed.gather_hosts()):
+        for process, host in enumerate(distributed.gather_text(socket.gethostname())):
             mine = [at for at, device in np.ndenumerate(self.mesh.devices) if device.process_index == process]
             ranges = (
                 f"{axis} {min(at)}" + f"-{max(at)}" * (min(at) < max(at))

@@ -1,5 +1,8 @@
 """What the tests on real schedulers share."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from processes import ROOT, metrics, run
 
@@ -18,3 +21,19 @@ def calm(random_dataset, tmp_path_factory):
         return metrics(workdir)
 
     return train
+
+
+@pytest.fixture(scope="session")
+def activate(tmp_path_factory) -> str:
+    """TRAINIT_ACTIVATE of jobs: Python as here, and steps of 0.4 s, which no machine is too fast for."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "sitecustomize.py").write_text(
+        "import time\n"
+        "from trainit.data.tokens import Split\n"
+        "read = Split.read\n"
+        "def slowly(*args):\n"
+        "    time.sleep(0.4)\n"
+        "    return read(*args)\n"
+        "Split.read = slowly\n"
+    )
+    return f"export XLA_FLAGS= PYTHONPATH={folder}:{ROOT} PATH={Path(sys.executable).parent}:$PATH"

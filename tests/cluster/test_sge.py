@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from processes import ROOT, assert_same_but_for_rounding, last_step, metrics
 from trainit.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
-STEPS = 300  # more than its time limit lets a job do at once
+STEPS = 200  # more than its time limit lets a job do at once
 TWO_NODES = "-pe", "mpi_2_tasks_per_node", "4"
 
 
@@ -43,11 +42,10 @@ def on_head(tmp_path_factory):
 class Job:
     """A job that trains the tests' tiny model, and those that it submits to go on."""
 
-    def __init__(self, on_head, random_dataset, folder, *resources, steps, processes=2, margin=30):
+    def __init__(self, on_head, random_dataset, activate, folder, *resources, steps):
         self.on_head, self.output, self.run = on_head, folder / "out", folder / "run"
-        activate = f"export XLA_FLAGS= PATH={Path(sys.executable).parent}:$PATH"
         variables = f"TRAINIT_ACTIVATE={activate}", f"TRAINIT_CACHE={os.environ['TRAINIT_CACHE']}"
-        variables += f"TRAINIT_PROCESSES_PER_NODE={processes}", f"TRAINIT_MARGIN={margin}"
+        variables += "TRAINIT_PROCESSES_PER_NODE=2", "TRAINIT_MARGIN=30"
         submitted = on_head(
             *("qsub", "-o", self.output, *resources, "-v", ",".join(variables), "launch/sge.sh"),
             f"--config={ROOT}/tests/tiny.py",
@@ -85,9 +83,9 @@ class Job:
 
 
 @pytest.fixture
-def submit(on_head, random_dataset, tmp_path):
+def submit(on_head, random_dataset, activate, tmp_path):
     """Submits a job; whatever becomes of the test, none is left behind."""
-    yield lambda *args, **kwargs: Job(on_head, random_dataset, tmp_path, *args, **kwargs)
+    yield lambda *args, **kwargs: Job(on_head, random_dataset, activate, tmp_path, *args, **kwargs)
     on_head("qdel", "-f", "-u", "root", check=False)
     while on_head("qstat"):
         time.sleep(0.5)
@@ -96,12 +94,12 @@ def submit(on_head, random_dataset, tmp_path):
 
 def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
     """Stopped once by a signal, then as often as its time limit asks; one metrics file."""
-    job = submit(*TWO_NODES, "-l", "h_rt=90", steps=STEPS)
+    job = submit(*TWO_NODES, "-l", "h_rt=75", steps=STEPS)
     job.wait(lambda: job.step() >= 3)
     job.kill(3, signal.SIGUSR1)
     job.wait(lambda: job.starts() >= 2)
     job.wait(job.over, 900)
-    assert "done       all 300 steps" in job.text(), job.text()
+    assert "done       all 200 steps" in job.text(), job.text()
     assert f"place      Grid Engine job {job.id}: process 0 of 4, coordinator n" in job.text()
     assert "process 3  n" in job.text()
     assert job.text().count("stopped    on SIGUSR1") == job.starts() - 1 >= 2

@@ -6,7 +6,6 @@ that needs root, and without it these tests are skipped.
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -39,10 +38,10 @@ def slurm(tmp_path_factory):
 class Job:
     """A job that trains the tests' tiny model on two nodes."""
 
-    def __init__(self, slurm, random_dataset, folder, *resources, steps=40):
+    def __init__(self, slurm, random_dataset, activate, folder, *resources, steps):
         self.slurm, self.output = slurm, folder / "out"
         self.run = folder / "run"
-        os.environ["TRAINIT_ACTIVATE"] = f"export XLA_FLAGS= PATH={Path(sys.executable).parent}:$PATH"
+        os.environ["TRAINIT_ACTIVATE"] = activate
         submitted = slurm(
             "sbatch",
             *("--nodes=2", "--gpus-per-node=2", f"--output={self.output}", *resources),
@@ -82,9 +81,9 @@ class Job:
 
 
 @pytest.fixture
-def submit(slurm, random_dataset, tmp_path):
+def submit(slurm, random_dataset, activate, tmp_path):
     """Submits a job; whatever becomes of the test, none is left behind."""
-    yield lambda *args, **kwargs: Job(slurm, random_dataset, tmp_path, *args, **kwargs)
+    yield lambda *args, **kwargs: Job(slurm, random_dataset, activate, tmp_path, *args, **kwargs)
     slurm("scancel", "--user=root")
     while slurm("squeue", "--noheader"):
         time.sleep(0.5)

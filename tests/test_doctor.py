@@ -1,0 +1,142 @@
+"""The doctor: what it finds, alone and among processes, well and broken."""
+
+import numpy as np
+import pytest
+from processes import ROOT, end, free_port, launch, start
+
+from trainit import doctor
+from trainit.doctor import FAIL, NOTE, OK, Row, clock_row, devices_row, reduce_rows, table, versions_row
+
+TWO = ["process 0 (n1)", "process 1 (n2)"]
+TINY = f"--config={ROOT}/tests/tiny.py"
+
+
+def verdicts(output) -> dict[str, str]:
+    """{"devices": "ok", ...} of a printed table."""
+    words = [
+        line.split() for line in output.splitlines() if not line.startswith(" ") and " checks " not in line
+    ]
+    names = {"within": 1, "between": 1}  # checks whose names are two words
+    return {" ".join(w[: 1 + names.get(w[0], 0)]): w[1 + names.get(w[0], 0)] for w in words if len(w) > 2}
+
+
+def test_versions_that_differ_name_the_package_and_the_hosts():
+    same = {"jax": "0.10.2", "Trainit": "1"}
+    assert versions_row([same, same], TWO).verdict == OK
+    row = versions_row([same, same | {"jax": "0.11.0"}], TWO)
+    assert row.verdict == FAIL
+    assert row.seen == "jax 0.10.2: process 0 (n1); 0.11.0: process 1 (n2)"
+
+
+def test_devices_that_differ():
+    assert devices_row([["H100"] * 4, ["H100"] * 4], TWO).verdict == OK
+    row = devices_row([["H100"] * 4, ["H100"] * 3], TWO)
+    assert (row.verdict, row.seen) == (FAIL, "4 × H100: process 0 (n1); 3 × H100: process 1 (n2)")
+
+
+def test_clocks():
+    """What may have passed between the readings is no skew."""
+    assert clock_row(100.0, [100.1, 100.2], 100.3, TWO).verdict == OK
+    assert clock_row(100.0, [100.1, 107.0], 110.0, TWO).verdict == OK
+    row = clock_row(100.0, [100.1, 40.1], 100.3, TWO)
+    assert (row.verdict, row.seen) == (FAIL, "process 0 (n1) is 60.0 s ahead of process 1 (n2)")
+
+
+def test_wandb():
+    assert doctor.wandb_row("", {}).verdict == NOTE
+    assert doctor.wandb_row("p", {"WANDB_MODE": "offline"}).verdict == OK
+    nobody = f"http://localhost:{free_port()}"
+    row = doctor.wandb_row("p", {"WANDB_BASE_URL": nobody, "WANDB_API_KEY": "secret"})
+    assert row.verdict == FAIL
+    assert "cannot be reached" in row.seen
+    assert "secret" not in row.seen + row.remedy
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_all_reduces_are_checked(wrong, monkeypatch):
+    """On eight devices; and the check sees it when one sum is wrong."""
+    if wrong:
+        psum = doctor.jax.lax.psum
+        monkeypatch.setattr(
+            doctor.jax.lax, "psum", lambda x, axes: psum(x, axes) + (x > 400).astype(np.float32)
+        )
+    whole, within, between = reduce_rows(["n1"])
+    assert whole.verdict == within.verdict == (FAIL if wrong else OK)
+    assert between.verdict == NOTE
+
+
+def test_the_table_fits_a_terminal():
+    rows = [Row("a", OK, "word " * 60), Row("longer", FAIL, "bad", "do something")]
+    lines = table(rows).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[-3:] == ["longer  FAIL  bad", "              -> do something", "1 of 2 checks failed"]
+
+
+def test_alone(random_dataset, tmp_path):
+    output = end(
+        start(
+            TINY,
+            f"--config.dataset.path={random_dataset}",
+            f"--workdir={tmp_path}/run",
+            module="trainit.doctor",
+        ),
+        0,
+        60,
+    )
+    found = verdicts(output)
+    assert set(found.values()) == {OK, NOTE}
+    assert {"config", "devices", "all-reduce", "workdir", "shared", "mesh", "dataset", "clocks"} <= set(found)
+    assert "all 14 checks passed" in output
+    assert not list((tmp_path / "run/logs").iterdir())  # it leaves nothing behind
+
+
+def test_what_fails_does_not_hide_the_rest(tmp_path):
+    """No dataset, and a folder that cannot be made: two failures, all other checks."""
+    (tmp_path / "file").touch()
+    arguments = TINY, "--config.dataset.path=data/none", f"--workdir={tmp_path}/file/run"
+    output = end(start(*arguments, module="trainit.doctor"), 1, 60)
+    found = verdicts(output)
+    assert {name for name, verdict in found.items() if verdict == FAIL} == {"dataset", "workdir"}
+    assert found["all-reduce"] == OK
+    assert "'data/none' does not exist" in output
+    assert "2 of 11 checks failed" in output
+
+
+def test_a_mesh_that_does_not_fit(random_dataset, tmp_path):
+    arguments = (
+        TINY,
+        f"--config.dataset.path={random_dataset}",
+        f"--workdir={tmp_path}",
+        "--config.mesh.data=3",
+    )
+    output = end(start(*arguments, "--config.batch_size=48", module="trainit.doctor"), 1, 60)
+    assert verdicts(output)["mesh"] == FAIL
+    assert "covers 12 devices, but there are 8" in " ".join(output.split())
+
+
+def test_a_folder_that_is_not_shared(random_dataset, tmp_path):
+    """Two processes, each of which sees a folder of its own under the same name."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "from trainit import doctor\n"
+        "doctor.SHARED_SECONDS = 1.0\n"
+        "if os.environ.get('TRAINIT_PROCESS_ID') == '1':\n"
+        "    from trainit import command_line\n"
+        "    workdir = command_line.workdir\n"
+        "    command_line.workdir = lambda: workdir() / 'elsewhere'\n"
+    )
+    environment = {"TRAINIT_MODULE": "trainit.doctor", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    arguments = TINY, f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}/run"
+    output = end(launch(2, *arguments, "--config.cpu_devices=4", **environment), 1, 90)
+    found = verdicts(output)
+    assert {name for name, verdict in found.items() if verdict == FAIL} == {"shared"}
+    assert found["within hosts"] == OK
+    assert "is not seen by process 1 (" in " ".join(output.split())
+
+
+def test_a_process_that_does_not_come(random_dataset, tmp_path):
+    arguments = TINY, f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}", "--wait_seconds=1"
+    where = f"--coordinator=localhost:{free_port()}", "--num_processes=3", "--process_id=0"
+    output = end(start(*arguments, *where, module="trainit.doctor"), 1, 60)
+    assert verdicts(output)["processes"] == FAIL
+    assert "2 of 3 processes are missing: 1, 2" in " ".join(output.split())

@@ -89,7 +89,7 @@ while [ ${#pids[@]} -gt 0 ]; do
     unset "pids[i]"
   done
 done
-[ -z "${watch:-}" ] || kill "$watch"
+[ -z "${watch:-}" ] || kill "$watch" 2>/dev/null
 HOST
 
 echo "$(date '+%F %T') job $JOB_ID, start ${RESTARTED:-0}, $here processes on each of ${hosts[*]}"

@@ -14,7 +14,7 @@ import pytest
 from processes import ROOT, end, exact, last_step, launch, metrics, pid_of, saving, wait_for
 
 FAULTS = int(os.environ.get("FAULTS", "30"))
-STEPS = 300
+STEPS = 120
 SILENCE_SECONDS = 6
 LIMIT_SECONDS = 60  # in which a job with a fault has to have ended
 DEADLY = (signal.SIGKILL, signal.SIGSTOP)
@@ -30,7 +30,8 @@ def job(random_dataset, tmp_path):
             f"--config={ROOT}/tests/tiny.py",
             *(f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}/{name}"),
             *("--config.cpu_devices=1", "--config.mesh.data=2", "--config.mesh.fsdp=2"),
-            *("--config.mesh.tensor=1", f"--config.steps={STEPS}", "--config.eval.every_steps=25"),
+            *("--config.mesh.tensor=1", f"--config.steps={STEPS}", "--config.eval.every_steps=30"),
+            *("--config.device_batch_size=0", "--config.eval.sequences=8"),
             f"--silence_seconds={SILENCE_SECONDS}",
             TRAINIT_GRACE="3",
         )
@@ -44,7 +45,7 @@ def strike(process, run, kind, rank, moment, draw) -> float:
     if moment == "starting":
         time.sleep(draw.uniform(1, 6))
     else:
-        steps = draw.randrange(1, 6)
+        steps = draw.randrange(1, 4)
         assert wait_for(process, lambda: last_step(run) >= started_at + steps), "it did not step"
         if moment == "mid-save":
             assert wait_for(process, lambda: saving(run)), "it did not save"
@@ -60,11 +61,13 @@ def test_random_faults_change_nothing(job, tmp_path):
     draw = random.Random(seed)
     print(f"\n{FAULTS} faults drawn from FAULTS_SEED={seed}")
     end(job("calm"), 0)
-    run, ended_in, saved_steps = tmp_path / "run", [], []
+    run, ended_in = tmp_path / "run", []
     for number in range(FAULTS):
         kind, rank = draw.choice(KINDS), draw.randrange(4)
         moment = draw.choices(MOMENTS, (1, 3, 2))[0]
         process, before = job("run"), last_step(run)
+        if before > STEPS - 10:
+            moment = MOMENTS[0]  # else it might be done before it is struck
         try:
             struck = strike(process, run, kind, rank, moment, draw)
             output = end(process, None if kind in DEADLY else 75, LIMIT_SECONDS + SILENCE_SECONDS)
@@ -76,7 +79,6 @@ def test_random_faults_change_nothing(job, tmp_path):
             f"{process.returncode}, in {ended_in[-1]:4.1f} s, metrics up to step {max(last_step(run), 0)}"
         )
         assert ended_in[-1] < LIMIT_SECONDS, output
-        saved_steps.append(last_step(run))
     end(job("run"), 0)
     records, calm = exact(metrics(run)), exact(metrics(tmp_path / "calm"))
     assert [record["step"] for record in records] == list(range(STEPS + 1))

@@ -94,7 +94,7 @@ def submit(on_head, random_dataset, activate, tmp_path):
 
 def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
     """Stopped once by a signal, then as often as its time limit asks; one metrics file."""
-    job = submit(*TWO_NODES, "-l", "h_rt=75", steps=STEPS)
+    job = submit(*TWO_NODES, "-l", "h_rt=100", steps=STEPS)
     job.wait(lambda: job.step() >= 3)
     job.kill(3, signal.SIGUSR1)
     job.wait(lambda: job.starts() >= 2)

@@ -131,7 +131,7 @@ def _part(rows: list[tuple], dtype: str, end_of_text: int, hashed: bool) -> Part
     return Part(joined, lengths, np.array(sizes), np.array(subsets), np.array(first), last, digests)
 
 
-class _File:
+class GrowingFile:
     """A file that grows, its size and its hash. What it holds beyond `size` is cut off."""
 
     def __init__(self, path: Path, size: int = 0):
@@ -183,11 +183,11 @@ class SplitWriter:
         self.hashes = None
         if recipe.deduplicate:
             path = folder / f"{unit.name}.{split}.hashes"
-            self.hashes = _File(path, state.get("hashes", 0))
+            self.hashes = GrowingFile(path, state.get("hashes", 0))
 
-    def _open(self, sizes: dict[str, int]) -> dict[str, _File]:
+    def _open(self, sizes: dict[str, int]) -> dict[str, GrowingFile]:
         shard = f"{self.stem}-{len(self.shards):05d}"
-        return {part: _File(self.folder / f"{shard}.{part}", sizes[part]) for part in PARTS}
+        return {part: GrowingFile(self.folder / f"{shard}.{part}", sizes[part]) for part in PARTS}
 
     def write(self, part: Part, subsets: np.ndarray):
         """Appends a part; a shard is closed at the first document end past so many tokens.

@@ -1,12 +1,14 @@
 """Measures: the data loader, the train step, and how long a checkpoint save blocks the loop.
 
     python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save]
+    python -m trainit.benchmark --only=prepare --corpus=FILES
 
 Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
 """
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,12 +22,14 @@ from trainit import command_line, distributed, metrics, sharding, step, trackers
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints
 from trainit.config import Config, ConfigError
-from trainit.data import loader
+from trainit.data import loader, speed
 from trainit.data.tokens import DatasetError, Split
 
 PARTS = ("loader", "step", "save")
 _ONLY = flags.DEFINE_list("only", list(PARTS), f"which of {', '.join(PARTS)} to measure")
 _TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
+_CORPUS = flags.DEFINE_string("corpus", "", "files of documents to prepare, for --only=prepare")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of preparing and of the bare tokenizer", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "train steps that are timed", lower_bound=3)
 
 LOADER_BATCH, LOADER_LENGTH, LOADER_SECONDS = 32, 1024, 3.0
@@ -132,11 +136,25 @@ def measure_save(config: Config):
     )
 
 
+def measure_prepare() -> int:
+    """Preparing beside the bare tokenizers, without a config and without JAX; the exit code."""
+    if _ONLY.value != ["prepare"] or not _CORPUS.value:
+        raise ConfigError("--only=prepare stands alone and needs --corpus=FILES")
+    try:
+        for line in speed.measure(_CORPUS.value, rounds=_ROUNDS.value):
+            print(line, flush=True)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    return 0
+
+
 def main() -> int:
     try:
-        unknown = set(_ONLY.value) - set(PARTS)
+        unknown = set(_ONLY.value) - {*PARTS, "prepare"}
         if unknown:
-            raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+            raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}, prepare")
+        if "prepare" in _ONLY.value:
+            return measure_prepare()
         trackers.log_to_terminal(lead=True)
         config, dataset = command_line.read()
         alone = distributed.Place("alone")
@@ -156,4 +174,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, needs_config="--only=prepare" not in sys.argv)

@@ -129,6 +129,8 @@ def _place(
             for name, row in removed.items():
                 counts[name] = [a - b for a, b in zip(counts[name], row, strict=True)]
             of_documents = np.delete(of_documents, gone)
+            if not shard["documents"]:
+                continue
         else:
             for part in ("tokens", "documents"):
                 if old[part].exists():  # else a join that was stopped has moved it
@@ -148,17 +150,19 @@ def _copy_without(old, new, dtype, gone, of_documents, token_bytes, subsets, sha
         of_one = ids[starts[document] : ends[document]]
         row = removed.setdefault(subsets[of_documents[document]], [0, 0, 0])
         row[:] = row[0] + 1, row[1] + len(of_one), row[2] + int(token_bytes[of_one].sum())
+    stay = np.delete(np.arange(len(starts)), gone)
+    lengths = (ends - starts)[stay]
+    shard["tokens"], shard["documents"] = int(lengths.sum()), len(stay)
+    if not len(stay):
+        return removed  # and there is no such shard
     copies = {part: GrowingFile(new[part]) for part in ("tokens", "documents")}
     for begin, end in zip(np.append(-1, gone) + 1, np.append(gone, len(starts)), strict=True):
         if begin < end:  # a run of documents that stay
             copies["tokens"].write(ids[starts[begin] : ends[end - 1]])
-    stay = np.delete(np.arange(len(starts)), gone)
-    lengths = (ends - starts)[stay]
     copies["documents"].write((np.cumsum(lengths) - lengths).astype("<u8"))
     for part, copy in copies.items():
         copy.close()
         shard["sha256"][part] = copy.sha256.hexdigest()
-    shard["tokens"], shard["documents"] = int(lengths.sum()), len(stay)
     return removed
 
 

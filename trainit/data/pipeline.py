@@ -63,8 +63,9 @@ class Progress:
     def skip(self, size: int):
         """Counts input that an earlier call has done, and that tells nothing about the speed."""
         self.done += size
-        self._bar.initial += size
-        self._bar.update(size)
+        if not self._bar.disable:
+            self._bar.initial += size
+            self._bar.update(size)
 
     def update(self, read: int, encoded: Encoded):
         """Counts a batch: bytes of its file that were read for it, and what came out."""
@@ -118,7 +119,10 @@ class Encoders:
             how = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
             about = (tokenizer.name, tokenizer.serialize(), tokenizer.end_of_text), recipe
             self._pool = ProcessPoolExecutor(workers, how, _start_worker, about)
-            self._pool.submit(int).result()  # start them all now
+            try:
+                self._pool.submit(int).result()  # start them all now
+            except BrokenProcessPool:
+                raise LostWorkerError(_LOST) from None
 
     def submit(self, batch: Batch, split: str) -> Future:
         if self._pool:

@@ -164,6 +164,23 @@ def test_tasks_and_workers_make_the_same_bytes(kind, corpus, undisturbed, tmp_pa
     assert prepare.main([*flags, "--workers=1"]) == 0  # is finished already
 
 
+def test_a_join_that_was_stopped_is_done_again(corpus, undisturbed, tmp_path, monkeypatch):
+    """Stopped when all shards are in their places but dataset.json is not."""
+    flags = "--tokenizer=gpt2", "--deduplicate", "--workers=1", f"--output={tmp_path}/out"
+    write, full = join.write_atomically, OSError(28, "No space left on device")
+
+    def fail(path, content):
+        if path.name == "dataset.json":
+            raise full
+        write(path, content)
+
+    monkeypatch.setattr(join, "write_atomically", fail)
+    assert prepare.main(arguments(corpus, *flags)) == 1
+    monkeypatch.undo()
+    assert prepare.main(arguments(corpus, *flags)) == 0
+    assert content(tmp_path / "out") == content(undisturbed["unique"])
+
+
 def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
     """kill -9 at random moments, then SIGTERM, each followed by the same command again."""
     draw, flags = np.random.default_rng(1), ["--tokenizer=gpt2", f"--output={tmp_path / 'out'}"]

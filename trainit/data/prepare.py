@@ -200,9 +200,12 @@ def _claim(output: Path, source: dict) -> dict | None:
     different = [key for key in source if there.get(key) != source[key]]
     if different:
         first = different[0]
+        how = f"{first}={str(there.get(first))[:80]}, not {str(source[first])[:80]}"
+        if first == "input":
+            how = "other input files, or other sizes of them"
         raise options.UsageError(
-            f"--output={output} holds a dataset made with {first}={str(there.get(first))[:80]}, not "
-            f"{str(source[first])[:80]}; give the same options, or remove the folder, or name another"
+            f"--output={output} holds a dataset made with {how}; give the same options, or remove the folder, "
+            f"or name another"
         )
     return info
 

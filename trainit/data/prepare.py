@@ -204,8 +204,8 @@ def _claim(output: Path, source: dict) -> dict | None:
         if first == "input":
             how = "other input files, or other sizes of them"
         raise options.UsageError(
-            f"--output={output} holds a dataset made with {how}; give the same options, or remove the folder, "
-            f"or name another"
+            f"--output={output} holds a dataset made with {how}; give the same, remove the folder, or "
+            f"name another"
         )
     return info
 

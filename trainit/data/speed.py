@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -73,22 +74,24 @@ def _compare(
     """The lines about one tokenizer."""
     size = sum(len(text.encode()) for text in texts)
     (folder / "val.jsonl").write_text('{"text": "validation"}\n')
-    bares, commands, encodings, peaks = [], [], [], []
+    bares, commands, encodings, work, peaks = [], [], [], [], []
     for number in range(rounds):
-        start = time.perf_counter()
+        start, bare_work = time.perf_counter(), time.process_time()
         for batch in _batches(texts):
             bare(batch)
         bares.append(size / (time.perf_counter() - start) / 1e6)
+        bare_work = time.process_time() - bare_work
         command = [sys.executable, "-m", "trainit.data.prepare", f"--validation={folder}/val.jsonl"]
         command += [f"--tokenizer={choice}", f"--output={folder}/{what}{number}"]
         command += [f"--input={glob.escape(str(path))}" for path in paths]
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _work_of_children()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         peak: list[float] = [0.0]
         watch = threading.Thread(target=_watch, args=(process, peak))
         watch.start()
         output = process.communicate()[1]
         commands.append(size / (time.perf_counter() - start) / 1e6)
+        work.append(bare_work / (_work_of_children() - before))
         watch.join()
         if process.returncode:
             raise ValueError(f"preparing failed: {output.strip().splitlines()[-1]}")
@@ -101,6 +104,7 @@ def _compare(
         f"{statistics.median(bares):.1f} ({size / 1e6:.0f} MB, medians of {rounds} turns)"
     )
     yield f"prepare {whole:7.1%} with the start of the command and all that it does at its end"
+    yield f"prepare {statistics.median(work):7.1%} by seconds of CPU, which others disturb less"
     yield f"prepare {max(peaks) / 1e6:7.0f} MB  peak memory of all its processes"
 
 
@@ -114,6 +118,12 @@ def _batches(texts: list[str], length: int = BATCH_BYTES) -> Iterator[list[str]]
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _work_of_children() -> float:
+    """Seconds of CPU of all processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _watch(process: subprocess.Popen, peak: list[float]):

@@ -49,6 +49,6 @@ def test_preparing_reports(tmp_path):
 def test_preparing_needs_a_corpus(tmp_path):
     for given, message in (("", "needs --corpus"), (f"--corpus={tmp_path}/none", "there are no documents")):
         process = start("--only=prepare", *[given] * bool(given), module="trainit.benchmark")
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
         assert process.returncode == 2, output
         assert message in output

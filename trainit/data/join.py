@@ -50,14 +50,7 @@ def join(
         StateError: some unit is not finished.
     """
     folder = output / "unfinished"
-    journals = {unit.name: read_journal(folder, unit) for unit in units}
-    missing = [unit for unit in units if not journals[unit.name].get("done")]
-    if missing:
-        files = ", ".join(name for unit in missing[:3] for name in unit.names[:3])
-        raise StateError(
-            f"{output}: {len(missing)} of {len(units)} units of work are not finished ({files}, ...); "
-            f"run their --shard= again, or the command without --shard and --join, which does what is left"
-        )
+    journals = _read_journals(output, units)
     subsets = list(dict.fromkeys(name for journal in journals.values() for name in journal["subsets"]))
     dropped = _find_duplicates(folder, units, journals) if deduplicate else {}
     dtype = dtype_of(tokenizer.vocab_size)
@@ -93,6 +86,18 @@ def join(
     write_atomically(output / "dataset.json", json.dumps(info, indent=1) + "\n")
     shutil.rmtree(folder)
     return info
+
+
+def _read_journals(output: Path, units: list[Unit]) -> dict[str, dict]:
+    journals = {unit.name: read_journal(output / "unfinished", unit) for unit in units}
+    missing = [unit for unit in units if not journals[unit.name].get("done")]
+    if missing:
+        files = ", ".join(name for unit in missing[:3] for name in unit.names[:3])
+        raise StateError(
+            f"{output}: {len(missing)} of {len(units)} units of work are not finished ({files}, ...); "
+            f"run their --shard= again, or the command without --shard and --join, which does what is left"
+        )
+    return journals
 
 
 def _describe(shards: list[dict], counts: dict[str, list[int]]) -> dict:

@@ -163,8 +163,7 @@ def run(
         stop: asked after each batch; once it is true, what is done is kept and StoppedError is raised.
 
     Raises:
-        StoppedError, LostWorkerError: everything up to then is kept, the same call goes on there.
-        BrokenInputError: likewise; the input has something that cannot be read.
+        StoppedError, LostWorkerError, BrokenInputError: all before it is kept, the same call goes on there.
         StateError: the folder is in use or damaged.
         OSError: a file cannot be read or written.
     """

@@ -1,5 +1,6 @@
 """Every command and every piece of code in the README runs as it stands there."""
 
+import contextlib
 import os
 import re
 import runpy
@@ -32,6 +33,8 @@ def folder(tmp_path_factory):
     for name in ("configs", "trainit", "launch"):
         (folder / name).symlink_to(ROOT / name)
     execute(folder, "python -m trainit.main --config=configs/debug.py")
+    with contextlib.chdir(folder):
+        exec(compile(CODE[2], "README.md", "exec"), {})
     return folder
 
 
@@ -73,7 +76,7 @@ def test_commands(command, folder):
 
 def test_own_data_and_own_config(folder, monkeypatch):
     """The README's config file, trained on the data that the README's other piece of code prepares."""
-    config, data = CODE
+    config, data, _ = CODE
     monkeypatch.chdir(folder)
     exec(compile(data, "README.md", "exec"), {})
     (folder / "own.py").write_text(config)

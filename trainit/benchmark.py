@@ -1,6 +1,7 @@
-"""Measures: the data loader, the train step, how long a checkpoint save blocks the loop, what processes cost.
+"""Measures the data loader, the train step, how long a save blocks the loop, what processes cost.
 
     python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save,processes]
+    python -m trainit.benchmark --only=prepare --corpus=FILES
 
 Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
 """
@@ -24,13 +25,15 @@ from trainit import command_line, distributed, metrics, rendezvous, sharding, st
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints
 from trainit.config import Config, ConfigError
-from trainit.data import loader
+from trainit.data import loader, speed
 from trainit.data.tokens import DatasetError, Split
 from trainit.peers import Peers
 
 PARTS = ("loader", "step", "save", "processes")
-_ONLY = flags.DEFINE_list("only", list(PARTS), f"which of {', '.join(PARTS)} to measure")
+_ONLY = flags.DEFINE_list("only", list(PARTS[:3]), f"which of {', '.join(PARTS)} to measure")
 _TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
+_CORPUS = flags.DEFINE_string("corpus", "", "files of documents to prepare, for --only=prepare")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of preparing and of the bare tokenizer", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "train steps that are timed", lower_bound=3)
 
 LOADER_BATCH, LOADER_LENGTH, LOADER_SECONDS = 32, 1024, 3.0
@@ -179,11 +182,25 @@ def measure_processes():
     print(f"process {100 * (time.perf_counter() - start):7.1f} µs  a step to hear if the run should stop")
 
 
+def measure_prepare() -> int:
+    """Preparing beside the bare tokenizers, without a config and without JAX; the exit code."""
+    if _ONLY.value != ["prepare"] or not _CORPUS.value:
+        raise ConfigError("--only=prepare stands alone and needs --corpus=FILES")
+    try:
+        for line in speed.measure(_CORPUS.value, rounds=_ROUNDS.value):
+            print(line, flush=True)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    return 0
+
+
 def main() -> int:
     try:
-        unknown = set(_ONLY.value) - set(PARTS)
+        unknown = set(_ONLY.value) - {*PARTS, "prepare"}
         if unknown:
-            raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+            raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}, prepare")
+        if "prepare" in _ONLY.value:
+            return measure_prepare()
         trackers.log_to_terminal(lead=True)
         config, dataset = command_line.read()
         distributed.configure(config.platform, config.cpu_devices, command_line.cache())
@@ -205,4 +222,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, needs_config="--only=prepare" not in sys.argv)

@@ -34,9 +34,9 @@ _SILENCE_SECONDS = flags.DEFINE_float(
 )
 
 
-def run(main: Callable[[], int | None]):
+def run(main: Callable[[], int | None], needs_config: bool = True):
     """Parses the flags, calls `main` and exits with what it returns; wrong flags exit with 2."""
-    app.run(lambda argv: main(), flags_parser=_parse)
+    app.run(lambda argv: main(), flags_parser=_parse if needs_config else _parse_alone)
 
 
 def say(error: Exception | str):
@@ -132,6 +132,15 @@ def _parse(argv: list[str]) -> list[str]:
         _ = _CONFIG.value.steps
         return rest
     except (flags.Error, ConfigError) as error:
+        say(error)
+    sys.exit(USAGE_ERROR)
+
+
+def _parse_alone(argv: list[str]) -> list[str]:
+    """Flags of a command that needs no config."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
         say(error)
     sys.exit(USAGE_ERROR)
 

@@ -63,7 +63,7 @@ def test_what_is_wrong_with_a_folder(random_dataset, tmp_path):
     with pytest.raises(DatasetError, match=r"does not exist.*dataset\.path=demo"):
         open_dataset(tmp_path / "nowhere")
     damaged = shutil.copytree(random_dataset, tmp_path / "damaged")
-    shard = damaged / "train-00001.tokens"
+    shard = damaged / "train-00000-00001.tokens"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(DatasetError, match=f"{size - 2} bytes instead of {size}"):

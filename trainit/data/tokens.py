@@ -2,9 +2,10 @@
 
     dataset.json                   written last: without it the folder is unfinished
     tokenizer.model                the tokenizer's own file
-    SPLIT-00000.tokens             little-endian ids, uint16 or uint32, document after document,
+    SPLIT-UNIT-00000.tokens        little-endian ids, uint16 or uint32, document after document,
                                    each ended by the end-of-text id
-    SPLIT-00000.documents          uint64: where in the shard each document starts
+    SPLIT-UNIT-00000.documents     uint64: where in the shard each document starts
+    SPLIT-UNIT-00000.subsets       uint16: the subset of each document, as a number among dataset.json's
 
 A split is the concatenation of its shards. With context length L, sequence i is tokens
 [i*L, i*L + L], so that every token but the split's first is a target exactly once; the last
@@ -21,7 +22,7 @@ import numpy as np
 
 from trainit.data import tokenizers
 
-FORMAT = 1
+FORMAT = 2
 
 
 class DatasetError(ValueError):
@@ -101,14 +102,17 @@ class Dataset:
         """Raises DatasetError where its file is missing or another than the dataset was made with."""
         about = self.info["tokenizer"]
         try:
-            return tokenizers.load(about["name"], self.folder / about["file"], about["sha256"])
+            return tokenizers.load(
+                about["name"], self.folder / about["file"], about["sha256"], about["end_of_text"]
+            )
         except (OSError, ValueError, KeyError) as error:
             raise DatasetError(f"the tokenizer of dataset.path={str(self.folder)!r}: {error}") from None
 
     @property
     def fingerprint(self) -> str:
         """The same for the same tokens in the same order, wherever the folder lies."""
-        return hashlib.sha256(json.dumps(self.info, sort_keys=True).encode()).hexdigest()[:16]
+        content = {key: self.info[key] for key in ("format", "tokenizer", "vocab_size", "dtype", "splits")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -138,6 +142,57 @@ def open_dataset(folder: Path) -> Dataset:
             f"{folder / 'dataset.json'} is damaged ({error}); prepare the dataset again"
         ) from None
     return Dataset(folder, info, splits)
+
+
+def verify(dataset: Dataset) -> int:
+    """Reads all shards and checks them against dataset.json.
+
+    Returns:
+        How many files are right.
+
+    Raises:
+        DatasetError: one is torn or was replaced, or holds what cannot be; the message names it.
+    """
+    _ = dataset.tokenizer  # whose own hash is checked
+    checked = 1
+    for split in dataset.info["splits"].values():
+        for shard in split["shards"]:
+            path = dataset.folder / shard["file"]
+            for part, expected in shard["sha256"].items():
+                file = path.with_suffix(f".{part}")
+                try:
+                    with file.open("rb") as content:
+                        actual = hashlib.file_digest(content, "sha256").hexdigest()
+                except OSError as error:
+                    raise DatasetError(f"{file}: {error.strerror}; copy or prepare it again") from None
+                if actual != expected:
+                    raise DatasetError(
+                        f"{file} has SHA-256 {actual}, dataset.json says {expected}: it is torn or was "
+                        f"replaced; copy or prepare the dataset again"
+                    )
+                checked += 1
+            _verify_ids(path, shard, dataset.info)
+    return checked
+
+
+def _verify_ids(path: Path, shard: dict, info: dict):
+    """Ids are below the vocabulary; where the index says that a document starts, one has ended."""
+    ids = np.memmap(path, info["dtype"], "r")
+    largest = max(int(ids[i : i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
+    starts = np.fromfile(path.with_suffix(".documents"), "<u8").astype(np.int64)
+    numbers = np.fromfile(path.with_suffix(".subsets"), "<u2")
+    if largest >= info["vocab_size"]:
+        raise DatasetError(f"{path} has the id {largest}; the vocabulary has {info['vocab_size']}")
+    ends = np.append(starts[1:], len(ids)) - 1
+    rises = len(starts) and starts[0] == 0 and (starts <= ends).all() and ends.max() < len(ids)
+    if (
+        not rises
+        or len(starts) != shard["documents"]
+        or (ids[ends] != info["tokenizer"]["end_of_text"]).any()
+    ):
+        raise DatasetError(f"{path.with_suffix('.documents')} does not say where the documents of {path} end")
+    if len(numbers) != len(starts) or numbers.max() >= len(info["subsets"]):
+        raise DatasetError(f"{path.with_suffix('.subsets')} does not name a subset for each document")
 
 
 def _open_split(folder: Path, name: str, info: dict) -> Split:

@@ -1,0 +1,363 @@
+"""Preparing from files: the same bytes whoever did the work and however it was stopped."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from processes import ROOT
+
+from trainit.data import join, prepare
+from trainit.data.tokenizers import SentencePieceTokenizer
+from trainit.data.tokens import DatasetError, open_dataset, verify
+
+WORDS = (Path(prepare.__file__).parent / "readers.py").read_text().split(" ")
+SMALL = ["--shard_tokens=20000", "--unit_bytes=1"]
+
+
+def write(path: Path, rows: list[tuple[str, str]]):
+    lines = "".join(json.dumps({"text": t, "meta": {"pile_set_name": s}}) + "\n" for t, s in rows).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(zstandard.compress(lines) if path.name.endswith(".zst") else lines)
+
+
+def documents(count: int, seed: int, size: int = 300) -> list[tuple[str, str]]:
+    draw = np.random.default_rng(seed)
+    return [
+        (" ".join(draw.choice(WORDS, draw.integers(0, size))), f"set {draw.integers(0, 3)}")
+        for _ in range(count)
+    ]
+
+
+def command(*args) -> list[str]:
+    return [sys.executable, "-m", "trainit.data.prepare", *map(str, args)]
+
+
+def start(*args) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*args), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Hashes of all files of a finished dataset."""
+    assert not (folder / "unfinished").exists()
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def read_back(folder: Path, split: str) -> list[tuple[str, str]]:
+    """Text and subset of every document, in order, by the index."""
+    dataset, result = open_dataset(folder), []
+    for path in map(Path, dataset.splits[split].paths):
+        ids = np.fromfile(path, dataset.info["dtype"])
+        starts = np.fromfile(path.with_suffix(".documents"), "<u8").astype(int)
+        subsets = np.fromfile(path.with_suffix(".subsets"), "<u2")
+        for begin, end, subset in zip(starts, [*starts[1:], len(ids)], subsets, strict=True):
+            assert ids[end - 1] == dataset.tokenizer.end_of_text
+            text = dataset.tokenizer.decode(ids[begin : end - 1].tolist())
+            result.append((text, dataset.info["subsets"][subset]))
+    return result
+
+
+def check_counts(folder: Path):
+    """Counts by subset in dataset.json, against the documents counted one by one."""
+    info = json.loads((folder / "dataset.json").read_text())
+    for name, split in info["splits"].items():
+        expected = {}
+        for text, subset in read_back(folder, name):
+            row = expected.setdefault(subset, {"documents": 0, "bytes": 0})
+            row["documents"] += 1
+            row["bytes"] += len(text.encode("utf8", "surrogatepass"))
+        there = {s: {k: row[k] for k in ("documents", "bytes")} for s, row in split["subsets"].items()}
+        assert there == expected
+        assert sum(row["tokens"] for row in split["subsets"].values()) == split["tokens"]
+        assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Five files to train, one to validate; one document is long, and some stand twice."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [documents(150, seed) for seed in range(6)]
+    rows[3][7] = (" ".join(WORDS * 200), "long")
+    rows[2] += rows[0][:40] + rows[5][:10]
+    rows[4] += [("", "set 0")] * 3
+    for i in range(5):
+        write(folder / "train" / f"{i}.jsonl{'.zst' * (i % 2)}", rows[i])
+    write(folder / "val.jsonl", rows[5])
+    return folder
+
+
+def arguments(corpus: Path, *more) -> list[str]:
+    return [f"--input={corpus}/train/*", f"--validation={corpus}/val.jsonl", *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory) -> dict[str, Path]:
+    """The corpus prepared by one process, without and with duplicates left out."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name, more in (("plain", []), ("unique", ["--deduplicate"])):
+        flags = "--tokenizer=gpt2", "--workers=1", f"--output={folder / name}"
+        assert prepare.main([*arguments(corpus, *flags), *more]) == 0
+    return {name: folder / name for name in ("plain", "unique")}
+
+
+def test_documents_come_back_with_their_subsets(corpus, undisturbed):
+    expected = []
+    for path in sorted((corpus / "train").iterdir()):
+        lines = path.read_bytes()
+        lines = zstandard.decompress(lines) if path.suffix == ".zst" else lines
+        expected += [(r["text"], r["meta"]["pile_set_name"]) for r in map(json.loads, lines.splitlines())]
+    assert read_back(undisturbed["plain"], "train") == expected
+    assert len(open_dataset(undisturbed["plain"]).splits["train"].paths) > 10
+    check_counts(undisturbed["plain"])
+
+
+def test_duplicates_are_left_out_everywhere(undisturbed):
+    """The first of equals stays, and validation keeps what train has too."""
+    plain = read_back(undisturbed["plain"], "train")
+    validation = read_back(undisturbed["plain"], "validation")
+    seen = {text for text, _ in validation}
+    expected = [(t, s) for t, s in plain if not (t in seen or seen.add(t))]
+    assert len(expected) < len(plain) - 40
+    assert read_back(undisturbed["unique"], "train") == expected
+    check_counts(undisturbed["unique"])
+    assert verify(open_dataset(undisturbed["unique"]))
+    info = json.loads((undisturbed["unique"] / "dataset.json").read_text())
+    lost = len(validation) - len({text for text, _ in validation})
+    assert info["duplicates"] == len(plain) - len(expected) + lost
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 64])
+def test_duplicates_against_a_dict(at_once, tmp_path):
+    draw = np.random.default_rng(0)
+    hashes = draw.integers(0, 256, (300, 16)).astype(np.uint8)
+    files, seen, expected = [], set(), []
+    for i in range(4):
+        chosen = hashes[draw.integers(0, 300, 100 * i)]
+        files.append(tmp_path / str(i))
+        chosen.tofile(files[-1])
+        again = [n for n, row in enumerate(chosen) if row.tobytes() in seen or seen.add(row.tobytes())]
+        expected.append(again)
+    assert [found.tolist() for found in join.duplicates(files, at_once)] == expected
+
+
+@pytest.mark.parametrize("kind", ["plain", "unique"])
+def test_tasks_and_workers_make_the_same_bytes(kind, corpus, undisturbed, tmp_path):
+    """Three tasks at once with a worker or two each, joined; joining early is refused."""
+    more = arguments(corpus, "--tokenizer=gpt2", *["--deduplicate"] * (kind == "unique"))
+    flags = [*more, f"--output={tmp_path / 'tasks'}"]
+    tasks = [start(*flags, f"--shard={i}/3", f"--workers={i % 2 + 1}") for i in (1, 2)]
+    assert [task.wait(timeout=60) for task in tasks] == [0, 0]
+    assert prepare.main([*flags, "--join"]) == 1
+    assert prepare.main([*flags, "--shard=3/3", "--workers=1"]) == 0
+    assert prepare.main([*flags, "--join"]) == 0
+    assert content(tmp_path / "tasks") == content(undisturbed[kind])
+    assert prepare.main([*flags, "--workers=1"]) == 0  # is finished already
+
+
+def test_a_join_that_was_stopped_is_done_again(corpus, undisturbed, tmp_path, monkeypatch):
+    """Stopped when all shards are in their places but dataset.json is not."""
+    flags = "--tokenizer=gpt2", "--deduplicate", "--workers=1", f"--output={tmp_path}/out"
+    write, full = join.write_atomically, OSError(28, "No space left on device")
+
+    def fail(path, content):
+        if path.name == "dataset.json":
+            raise full
+        write(path, content)
+
+    monkeypatch.setattr(join, "write_atomically", fail)
+    assert prepare.main(arguments(corpus, *flags)) == 1
+    monkeypatch.undo()
+    assert prepare.main(arguments(corpus, *flags)) == 0
+    assert content(tmp_path / "out") == content(undisturbed["unique"])
+
+
+def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
+    """kill -9 at random moments, then SIGTERM, each followed by the same command again."""
+    draw, flags = np.random.default_rng(1), ["--tokenizer=gpt2", f"--output={tmp_path / 'out'}"]
+    slow = (
+        "import sys, time; from trainit.data import pipeline, prepare, readers;"
+        "readers.BATCH = 20_000; pipeline.COMMIT_SECONDS = 0; write = pipeline.UnitWriter.write\n"
+        "def slowly(*args): time.sleep(0.01); write(*args)\n"
+        "pipeline.UnitWriter.write = slowly; sys.exit(prepare.main(sys.argv[1:]))"
+    )
+    journals, finished = set(), False
+    for attempt in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", slow, *arguments(corpus, *flags), f"--workers={attempt % 2 + 1}"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        before = _journals(tmp_path)
+        while process.poll() is None and _journals(tmp_path) == before:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.15))
+        process.send_signal(signal.SIGTERM if attempt == 4 else signal.SIGKILL)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode in (0, -9, 75), errors
+        finished = process.returncode == 0
+        journals.add(_journals(tmp_path))
+        if attempt == 4:
+            assert finished or (process.returncode == 75 and "stopped on request" in errors)
+    assert len(journals) == 6 and not finished  # each of them did a part of the work
+    assert prepare.main([*arguments(corpus, *flags), "--workers=1"]) == 0
+    assert content(tmp_path / "out") == content(undisturbed["plain"])
+
+
+def _journals(folder: Path) -> str:
+    files = sorted((folder / "out" / "unfinished").glob("*-?????.json"))
+    return "".join(file.read_text() for file in files)
+
+
+def test_awkward_and_huge_documents(tmp_path):
+    """50 MB with and without spaces, in bounded memory; a .txt that goes in piece by piece."""
+    word = "a long document, été 😀 and more\n"
+    rows = [
+        (word * (50_000_000 // len(word.encode())), ""),
+        ("", "e"),
+        ("NUL \x00 \ud83d lone", "e"),
+        ("x" * 1_000_000, ""),
+    ]
+    write(tmp_path / "in.jsonl", rows)
+    (tmp_path / "in.txt").write_text(word * 100_000)
+    (tmp_path / "val.txt").write_text("validation")
+    flags = [f"--input={tmp_path}/in.*", f"--validation={tmp_path}/val.txt", "--tokenizer=gpt2"]
+    code = (
+        "import resource, sys; from trainit.data import prepare; code = prepare.main(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(code)"
+    )
+    flags += [f"--output={tmp_path}/out", "--workers=1"]
+    output = subprocess.check_output([sys.executable, "-c", code, *flags], cwd=ROOT, text=True)
+    assert int(output.split()[-1]) < 1000  # MiB
+    assert read_back(tmp_path / "out", "train") == [*rows, (word * 100_000, "")]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
+def test_other_tokenizers(tokenizer, corpus, tmp_path):
+    """One of them trained on the way, on the input's own beginning."""
+    if tokenizer == "sentencepiece":
+        tokenizer = f"sentencepiece:{tmp_path}/made/m.model"
+        train = arguments(corpus, f"--tokenizer={tokenizer}", "--train_tokenizer", "--vocab_size=400")
+        assert prepare.main(train) == 0
+        SentencePieceTokenizer((tmp_path / "made/m.model").read_bytes())
+    flags = arguments(corpus, f"--tokenizer={tokenizer}", f"--output={tmp_path}/out", "--workers=1")
+    assert prepare.main(flags) == 0
+    rows = [json.loads(line) for line in (corpus / "val.jsonl").read_text().splitlines()]
+    assert read_back(tmp_path / "out", "validation") == [
+        (row["text"], row["meta"]["pile_set_name"]) for row in rows
+    ]
+    verify(open_dataset(tmp_path / "out"))
+
+
+def test_validation_by_hash(corpus, tmp_path):
+    """Documents are put aside by what they say: equal ones together, about as many as asked for."""
+    flags = [f"--input={corpus}/train/*", "--validation_fraction=0.2", "--tokenizer=bytes", "--workers=1"]
+    assert prepare.main([*flags, f"--output={tmp_path}/out"]) == 0
+    train, validation = (read_back(tmp_path / "out", name) for name in ("train", "validation"))
+    assert not set(train) & set(validation)
+    assert 0.12 < len(validation) / len(train + validation) < 0.28
+    for text, _ in validation[:20]:
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[:8], "big")
+        assert number < 0.2 * 2**64
+    check_counts(tmp_path / "out")
+
+
+def test_broken_input(tmp_path, capsys):
+    """Stops with file, line and reason; or counts and lists. A torn file is never a success."""
+    write(tmp_path / "a.jsonl", documents(20, 0))
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(b"".join([*lines[:5], b'{"text": \n', *lines[5:], b"\xff\n"]))
+    flags = [f"--input={tmp_path}/*.jsonl*", "--validation_fraction=0.1", "--tokenizer=bytes", "--workers=1"]
+    flags.append(f"--output={tmp_path}/out")
+    assert prepare.main(flags) == 1
+    (message,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert "a.jsonl: line 6: invalid JSON at character" in message
+    assert prepare.main([*flags, "--on_error=skip"]) == 2  # was begun otherwise
+    assert "on_error=stop, not skip" in capsys.readouterr().err
+    flags[-1] += "2"
+    assert prepare.main([*flags, "--on_error=skip"]) == 0
+    info = json.loads((tmp_path / "out2/dataset.json").read_text())
+    assert info["broken"]["count"] == 2
+    assert [row[:2] for row in info["broken"]["list"]] == [["a.jsonl", 6], ["a.jsonl", 22]]
+    assert sum(split["documents"] for split in info["splits"].values()) == 20
+    write(tmp_path / "b.jsonl.zst", documents(300, 1))
+    torn = (tmp_path / "b.jsonl.zst").read_bytes()
+    (tmp_path / "b.jsonl.zst").write_bytes(torn[: len(torn) // 2])
+    flags[-1] += "3"
+    for _ in range(2):  # once finished, too
+        assert prepare.main([*flags, "--on_error=skip"]) == 1
+        assert "1 files are damaged or truncated" in capsys.readouterr().err
+    info = json.loads((tmp_path / "out23/dataset.json").read_text())
+    assert info["broken"]["damaged_files"] == 1
+    assert "truncated zstd frame" in info["broken"]["list"][-1][2]
+
+
+def test_a_dead_worker_is_an_error(corpus, tmp_path):
+    process = start(*arguments(corpus, "--tokenizer=gpt2", f"--output={tmp_path}/out", "--workers=2"))
+    children = []
+    while process.poll() is None and len(children) < 2:
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+        children = found.stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "a worker process died" in output
+
+
+def test_verify_names_what_is_torn(undisturbed, tmp_path, capsys):
+    copy = shutil.copytree(undisturbed["plain"], tmp_path / "copy")
+    assert prepare.main(["--verify", f"--output={copy}"]) == 0
+    for part in ("tokens", "documents", "subsets"):
+        path = copy / f"train-00001-00000.{part}"
+        good = path.read_bytes()
+        path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+        assert prepare.main(["--verify", f"--output={copy}"]) == 1
+        assert f"train-00001-00000.{part} has SHA-256" in capsys.readouterr().err
+        path.write_bytes(good)
+    # A hash that fits does not help ids that the vocabulary lacks.
+    path = copy / "train-00001-00000.tokens"
+    ids = np.fromfile(path, "<u2")
+    ids[3] = 60_000
+    ids.tofile(path)
+    info = json.loads((copy / "dataset.json").read_text())
+    (shard,) = (s for s in info["splits"]["train"]["shards"] if s["file"] == path.name)
+    shard["sha256"]["tokens"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (copy / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetError, match="id 60000; the vocabulary has 50257"):
+        verify(open_dataset(copy))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--inputs=a"], "unrecognized arguments"),
+        (["--output=x"], "--input= is missing"),
+        (["--tokenizer=bytes", "--output=x"], "--input= is missing"),
+        (["--input=nowhere/*", "--tokenizer=bytes", "--output=x", "--validation=y"], "no such file"),
+        ([f"--input={ROOT}/README.md", "--tokenizer=bytes", "--output=x", "--validation=y"], ".jsonl.zst"),
+        (["--input=x", "--tokenizer=bytes", "--output=x"], "--validation_fraction"),
+        (["--input=x", "--tokenizer=bytes", "--output=x", "--validation=y", "--workers=0"], "--workers=0"),
+    ],
+)
+def test_usage(flags, message, capsys):
+    assert prepare.main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b"])
+def test_shards_count_from_one(shard, corpus, tmp_path, capsys):
+    flags = ["--tokenizer=bytes", f"--output={tmp_path}/out", f"--shard={shard}"]
+    assert prepare.main(arguments(corpus, *flags)) == 2
+    assert "the first is 1/30" in capsys.readouterr().err

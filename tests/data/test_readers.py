@@ -1,0 +1,148 @@
+"""Readers: what is in a file, from any position on; and what is wrong with it."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from trainit.data import readers, vocabulary
+from trainit.data.readers import Position
+
+FIELDS = ("text", "meta.pile_set_name")
+
+
+def records(count: int) -> list[tuple[str, str]]:
+    draw = np.random.default_rng(0)
+    texts = ["é😀\x00 line\n" * int(n) for n in draw.integers(0, 400, count)]
+    return [(text, f"set {i % 3}") for i, text in enumerate(texts)]
+
+
+def as_lines(rows) -> bytes:
+    lines = [
+        json.dumps({"text": t, "meta": {"pile_set_name": s}}, ensure_ascii=bool(len(t) % 2)) for t, s in rows
+    ]
+    return "\n".join(lines).encode() + b"\r\n\n"
+
+
+def write(path, rows) -> None:
+    content = as_lines(rows)
+    if path.name.endswith(".zst"):  # two frames, the second of unknown size
+        half = len(content) // 2
+        second = zstandard.ZstdCompressor().compressobj()
+        content = zstandard.compress(content[:half]) + second.compress(content[half:]) + second.flush()
+    elif path.name.endswith(".gz"):
+        content = gzip.compress(content[:1000]) + gzip.compress(content[1000:])
+    elif path.name.endswith(".parquet"):
+        table = {"text": [t for t, _ in rows], "meta": [{"pile_set_name": s, "other": 1} for _, s in rows]}
+        pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=100)
+        return
+    path.write_bytes(content)
+
+
+def read(path, start=Position()) -> tuple[list, list, list]:  # noqa: B008
+    documents, broken, positions = [], [], []
+    for batch in readers.read(path, path.name, FIELDS, start):
+        there, wrong = readers.parse(batch, FIELDS)
+        documents += there
+        broken += wrong
+        positions.append((batch.position, len(documents)))
+    return documents, broken, positions
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.parquet"])
+def test_all_documents_from_every_position(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BATCH", 100_000)
+    monkeypatch.setattr(readers, "COMPRESSED", 100)
+    rows = records(700)
+    write(tmp_path / name, rows)
+    documents, broken, positions = read(tmp_path / name)
+    assert [(d.text, d.subset) for d in documents] == rows
+    assert [d.line for d in documents] == list(range(1, 701))
+    assert not broken
+    assert len(positions) > 5
+    for position, count in positions:
+        rest, _, _ = read(tmp_path / name, position)
+        assert [(d.text, d.line) for d in rest] == [(d.text, d.line) for d in documents[count:]]
+
+
+def test_a_text_file_is_one_document_in_the_pieces_of_its_text(tmp_path):
+    path = tmp_path / "a.txt"
+    text = "word été 😀\r\n" * 300_000
+    path.write_bytes(text.encode())
+    documents, broken, positions = read(path)
+    assert [d.text for d in documents] == list(vocabulary.pieces(text))
+    assert [d.first for d in documents] == [True] + [False] * (len(documents) - 1)
+    assert [d.last for d in documents] == [False] * (len(documents) - 1) + [True]
+    assert len({d.hash for d in documents}) == 1
+    assert not broken
+    for position, count in positions[:-1]:
+        assert read(path, position)[0] == documents[count:]
+    path.write_bytes(b"")
+    assert [(d.text, d.first, d.last) for d in read(path)[0]] == [("", True, True)]
+
+
+def test_broken_lines_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'{"text": "good"}\n{"text": "bad\n{"txt": 1}\n{"text": 5}\n[1]\n{"text": "\xff"}\n \n'
+        + b"[" * 100_000
+        + b'\n{"text": "\\ud83d \\u0000"}\n{"text": 1e'
+    )
+    documents, broken, _ = read(path)
+    assert [(d.text, d.subset, d.line) for d in documents] == [("good", "", 1), ("\ud83d \x00", "", 9)]
+    assert [(b.line, b.reason.split(" at ")[0]) for b in broken][:5] == [
+        (2, "invalid JSON"),
+        (3, "field text is missing"),
+        (4, "field text is not a text"),
+        (5, "field text is missing"),
+        (6, "invalid UTF-8"),
+    ]
+    assert [b.line for b in broken][5:] == [8, 10]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])
+def test_torn_and_damaged_files(name, tmp_path):
+    """Whole lines before the tear are kept, and the file is said to be damaged."""
+    rows = records(200)
+    path = tmp_path / name
+    write(path, rows)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 4])
+    documents, (broken,), _ = read(path)
+    assert 0 < len(documents) < 200
+    assert [d.text for d in documents] == [text for text, _ in rows[: len(documents)]]
+    assert broken.damaged
+    assert broken.line == len(documents)
+    assert "truncated" in str(broken)
+    path.write_bytes(b"no archive at all")
+    _, (broken,), _ = read(path)
+    assert broken.damaged
+    assert "damaged" in str(broken)
+
+
+def test_other_damage(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\n\xff")
+    _, (broken,), _ = read(path)
+    assert (broken.line, broken.damaged) == (3, False)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 nothing PAR1")
+    _, (broken,), _ = read(path)
+    assert broken.damaged
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), path)
+    assert "no column text, only content" in str(read(path)[1][0])
+    invalid = pyarrow.array([b"ok", b"\xff", b"ok too"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(invalid)}), path)
+    documents, broken, _ = read(path)
+    assert [d.text for d in documents] == ["ok", "ok too"]
+    assert [(b.line, b.reason) for b in broken] == [(2, "invalid UTF-8")]
+
+
+def test_suffixes():
+    assert [readers.suffix(readers.Path(n)) for n in ("a.jsonl", "b.jsonl.zst", "c.json")] == [
+        *(".jsonl", ".jsonl.zst", None)
+    ]

@@ -1,0 +1,126 @@
+"""From a text to what a vocabulary encodes, and from ids to bytes: what tokenizers share.
+
+Every text comes back from its ids. Long texts are encoded in pieces, and what a vocabulary cannot say
+as text goes in byte by byte: lone surrogates, which JSON can spell and UTF-8 cannot, as the three bytes
+that UTF-8's scheme would give them ("surrogatepass").
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece writes a space as this character
+SURROGATES = "\ud800-\udfff"
+PIECE = 1 << 18  # characters encoded at once
+# No token of GPT-2's pattern, or of its successors', reaches from such a character over the space or the
+# end of line behind it, and no piece of a sentencepiece model has a space inside: encoding that is cut
+# there gives the same ids.
+_BOUNDARIES = re.compile(r"\S(?= )"), re.compile(r"\S(?=\n)")
+
+
+def boundary(text: str, start: int) -> int:
+    """Where the piece that begins at `start` ends, in a text that has more than PIECE characters left.
+
+    It is the last place within PIECE characters that no token reaches over; where there is none, as in
+    a run of 262,144 characters without a space, the piece is cut all the same, and up to two tokens
+    there may differ from those of the whole.
+    """
+    end = start + PIECE
+    for pattern in _BOUNDARIES:
+        for begin in (end - 4096, start):  # nearly always the end of the piece has one
+            ends = [match.end() for match in pattern.finditer(text, begin, end + 1)]
+            if ends:
+                return ends[-1]
+    return end
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cuts a text so that its encoding takes bounded memory and time; most texts are one piece."""
+    start = 0
+    while len(text) - start > PIECE:
+        stop = boundary(text, start)
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8, and lone surrogates in three bytes each, so that every string has its own bytes."""
+    return text.encode("utf8", "surrogatepass")
+
+
+class Vocabulary:
+    """What tokenizers share whose ids each stand for certain bytes.
+
+    Subclasses set `table` (the bytes of each id), `byte_ids` (the id of each byte, or None) and
+    `end_of_text`, and encode pieces in `_encode_pieces`.
+    """
+
+    table: list[bytes]
+    byte_ids: np.ndarray | None
+    end_of_text: int
+    prefixed = False  # a space is put before every text
+    by_bytes = SURROGATES  # characters, as in a regular expression, that are encoded as bytes
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.table)
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Raises ValueError for a lone surrogate, if the vocabulary has no single bytes."""
+        parts = [
+            [part for i, piece in enumerate(pieces(text)) for part in self._parts(piece, i)] for text in texts
+        ]
+        encoded = iter(self._encode_pieces([part for text in parts for part in text if type(part) is str]))
+        result = []
+        for text in parts:
+            ids = [next(encoded) if type(part) is str else self._byte_ids(part) for part in text]
+            result.append(ids[0] if len(ids) == 1 else np.concatenate(ids))
+        return result
+
+    def _parts(self, piece: str, number: int) -> list[str | bytes]:
+        if self.prefixed and number and piece[0] == " ":
+            piece = piece[1:]
+        if piece.isascii() or not self._has_exotic(piece):
+            return [piece]
+        parts = re.split(f"([{self.by_bytes}]+)", piece)
+        return [to_bytes(part) if i % 2 else part for i, part in enumerate(parts) if part]
+
+    def _has_exotic(self, piece: str) -> bool:
+        try:  # faster than to search for them
+            piece.encode()
+        except UnicodeEncodeError:
+            return True
+        return self.by_bytes is not SURROGATES and SPACE in piece
+
+    def _byte_ids(self, part: bytes) -> np.ndarray:
+        if self.byte_ids is None:
+            raise ValueError("a lone surrogate, for which this tokenizer has no ids")
+        return self.byte_ids[np.frombuffer(part, np.uint8)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = to_text(b"".join([self.table[i] for i in ids]))
+        return text.removeprefix(" ") if self.prefixed else text
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(token) for token in self.table], np.int32)
+
+
+def to_text(content: bytes) -> str:
+    """What `to_bytes` made bytes of."""
+    try:
+        return content.decode("utf8", "surrogatepass")
+    except UnicodeDecodeError:  # of ids that were not made from a text, such as a model's
+        return content.decode("utf8", "replace")
+
+
+def piece_bytes(piece: str, is_byte: bool) -> bytes:
+    """What a piece stands for in sentencepiece's way of writing: <0x0A> for a byte, U+2581 for a space."""
+    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()

@@ -77,7 +77,12 @@ class Job:
             time.sleep(0.5)
 
     def ended(self) -> bool:
-        return self.field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        """Whether it is over for good: while it is put back, Slurm calls it FAILED for a moment."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        if self.field("JobState") not in over:
+            return False
+        time.sleep(3)
+        return self.field("JobState") in over
 
 
 @pytest.fixture
@@ -109,7 +114,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
     job.wait(lambda: job.step() >= 2)
     slurm("scancel", job.id)
     job.wait(job.ended)
-    time.sleep(5)  # a revived job would show now
+    time.sleep(2)  # a revived job would show now
     assert job.field("JobState") == "CANCELLED"
     assert job.field("Restarts") == "0"
     assert Checkpoints(job.run, read_only=True).latest() == job.step()

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
+from jax._src import distributed as jax_distributed  # its barrier has no public name
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 90  # of JAX: what trainit/peers.py has not noticed much earlier
@@ -219,6 +220,17 @@ def check_coordinator(place: Place):
             f"the coordinator {place.coordinator} has the loopback address {address}, which "
             f"{place.hosts} hosts cannot share; give --coordinator= a name or address that all reach"
         )
+
+
+def barrier(name: str, seconds: float):
+    """All processes wait here for each other. No collective on devices, whose patience is their own.
+
+    Args:
+        name: of this barrier, which can be passed once.
+        seconds: how long to wait; then an error is raised.
+    """
+    if jax.process_count() > 1:
+        jax_distributed.global_state.client.wait_at_barrier(name, timeout_in_ms=int(1000 * seconds))
 
 
 def agree(number: int) -> int:

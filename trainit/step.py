@@ -11,9 +11,11 @@ import optax
 from jax.sharding import Mesh
 
 from trainit import config as config_lib
-from trainit import losses, optimizers, schedules, sharding
+from trainit import distributed, losses, optimizers, schedules, sharding
 from trainit.config import Config
 from trainit.model import GPT, choose_attention
+
+COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compiling than the fastest
 
 
 @functools.partial(
@@ -98,15 +100,40 @@ def build(config: Config, mesh: Mesh) -> Steps:
         abstract_state=jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout
         ),
-        init=jax.jit(init, out_shardings=layout),
-        train=jax.jit(
-            _train_step(config, model, optimizer, schedule, layout.params),
-            donate_argnums=0,
-            out_shardings=(layout, replicated),
+        init=_together("init", jax.jit(init, out_shardings=layout)),
+        train=_together(
+            "train",
+            jax.jit(
+                _train_step(config, model, optimizer, schedule, layout.params),
+                donate_argnums=0,
+                out_shardings=(layout, replicated),
+            ),
         ),
-        evaluate=jax.jit(functools.partial(_eval_step, model), out_shardings=replicated),
+        evaluate=_together(
+            "evaluate", jax.jit(functools.partial(_eval_step, model), out_shardings=replicated)
+        ),
         attention=attention,
     )
+
+
+def _together(name: str, jitted: Callable) -> Callable:
+    """The same function, first run when all processes have compiled it.
+
+    Some are slower at it, or do not find it in the cache; gloo's collectives wait 30 s for them at most.
+    """
+    if jax.process_count() == 1:
+        return jitted
+    compiled = False
+
+    def call(*args):
+        nonlocal compiled
+        if not compiled:
+            jitted.lower(*args).compile()  # which `jitted` takes up
+            distributed.barrier(f"compiled {name}", COMPILE_SECONDS)
+            compiled = True
+        return jitted(*args)
+
+    return call
 
 
 def _inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -148,6 +148,25 @@ def test_asked_to_stop_while_all_wait_for_data(job, patched, tmp_path):
     assert Checkpoints(run, read_only=True).latest() == last_step(run)
 
 
+SLOW_COMPILER = """
+if RANK == 1:
+    from jax._src import compiler
+    compile = compiler.backend_compile_and_load
+    def slow(backend, module, *args, **kwargs):
+        if "train_step" in str(module.operation.attributes["sym_name"]):
+            time.sleep(35)
+        return compile(backend, module, *args, **kwargs)
+    compiler.backend_compile_and_load = slow
+"""
+
+
+def test_one_process_compiles_longer_than_collectives_wait(job, patched, tmp_path):
+    """Gloo's wait 30 s for a process that is not there yet."""
+    started = time.monotonic()
+    end(job(2, "--config.steps=4", **patched(SLOW_COMPILER), TRAINIT_CACHE=str(tmp_path)), 0)
+    assert time.monotonic() - started > 35
+
+
 def test_asked_to_stop_while_starting(job, tmp_path):
     """Before the first step is done, compiling included: nothing is lost, and nobody waits for it."""
     process = job(2, "--config.model.scan_layers=False", "--config.model.num_blocks=24")

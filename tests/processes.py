@@ -36,20 +36,6 @@ def run(*args: str, expect: int = 0, timeout: float = 180, **environment: str) -
     return output
 
 
-def run_many(count: int, *args: str, expect: int = 0, timeout: float = 180) -> list[str]:
-    """Runs `count` processes of one job; each one's output."""
-    where = f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"
-    processes = [start(*args, *where, f"--process_id={i}") for i in range(count)]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert codes == [expect] * count, f"exit codes {codes} instead of {expect}:\n" + "\n---\n".join(outputs)
-    return outputs
-
-
 def launch(count: int, *args: str, **environment: str) -> subprocess.Popen:
     """launch/local.sh with `count` processes; its output is text, all streams of all processes in one.
 

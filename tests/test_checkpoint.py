@@ -143,7 +143,7 @@ def small_disk(tmp_path):
     ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(folder), 2)
 
 
-def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, random_dataset):
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, random_dataset, tmp_path):
     """The disk fills up while the second checkpoint is written; the run goes on once there is room."""
     command = [
         f"--config={ROOT}/tests/tiny.py",
@@ -158,8 +158,10 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, 
     free = os.statvfs(small_disk)
     (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 3_000_000))
     more = "--config.checkpoint.overwrite_config=True"
-    output = run(*command, more, expect=1)
+    (tmp_path / "sitecustomize.py").write_text("from trainit import saves\nsaves.RETRY_SECONDS = (1, 1)\n")
+    output = run(*command, more, expect=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert "No space left on device" in output
+    assert "a checkpoint could not be saved in 3 attempts" in output
     assert "trainit: error:" in output
     checkpoints = Checkpoints(small_disk / "run", read_only=True)
     assert checkpoints.latest() == 6

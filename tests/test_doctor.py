@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from processes import ROOT, end, free_port, launch, start
+from processes import ROOT, end, free_port, start
 
 from trainit import doctor
 from trainit.doctor import FAIL, NOTE, OK, Row, clock_row, devices_row, reduce_rows, table, versions_row
@@ -112,26 +112,6 @@ def test_a_mesh_that_does_not_fit(random_dataset, tmp_path):
     output = end(start(*arguments, "--config.batch_size=48", module="trainit.doctor"), 1, 60)
     assert verdicts(output)["mesh"] == FAIL
     assert "covers 12 devices, but there are 8" in " ".join(output.split())
-
-
-def test_a_folder_that_is_not_shared(random_dataset, tmp_path):
-    """Two processes, each of which sees a folder of its own under the same name."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "from trainit import doctor\n"
-        "doctor.SHARED_SECONDS = 1.0\n"
-        "if os.environ.get('TRAINIT_PROCESS_ID') == '1':\n"
-        "    from trainit import command_line\n"
-        "    workdir = command_line.workdir\n"
-        "    command_line.workdir = lambda: workdir() / 'elsewhere'\n"
-    )
-    environment = {"TRAINIT_MODULE": "trainit.doctor", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    arguments = TINY, f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}/run"
-    output = end(launch(2, *arguments, "--config.cpu_devices=4", **environment), 1, 90)
-    found = verdicts(output)
-    assert {name for name, verdict in found.items() if verdict == FAIL} == {"shared"}
-    assert found["within hosts"] == OK
-    assert "is not seen by process 1 (" in " ".join(output.split())
 
 
 def test_a_process_that_does_not_come(random_dataset, tmp_path):

@@ -18,9 +18,9 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.S)
 IN_CI = [line for line in COMMANDS if line.startswith("pip ")]  # take minutes; .ci/run runs them
 SHORT = {  # added so that a command that trains for minutes takes seconds; nothing else changes
     "trainit.main": [
-        "--config.steps=20",
-        "--config.eval.every_steps=10",
-        "--config.checkpoint.save_steps=10",
+        "--config.steps=12",
+        "--config.eval.every_steps=6",
+        "--config.checkpoint.save_steps=6",
     ],
     "trainit.benchmark": ["--tokens=2000000", "--steps=3"],
 }
@@ -71,7 +71,7 @@ def test_ci_runs_the_commands_that_install():
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in IN_CI], ids=lambda c: c[10:70])
 def test_commands(command, folder):
     """In the order in which they stand there; the run that is trained on ends sooner than in the README."""
-    execute(folder, command.replace("--config.steps=260", "--config.steps=25"))
+    execute(folder, command.replace("--config.steps=260", "--config.steps=16"))
 
 
 def test_own_data_and_own_config(folder, monkeypatch):

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from processes import ROOT, metrics, run
+from processes import ROOT, end, last_step, metrics, run, start, wait_for
 
 from trainit import trackers
 from trainit.config import resolve
@@ -124,12 +125,15 @@ def test_wandb_offline_and_resumed(random_dataset, tmp_path):
         f"--config={ROOT}/tests/tiny.py",
         f"--config.dataset.path={random_dataset}",
         f"--workdir={tmp_path}",
-        "--config.steps=6",
+        "--config.steps=40",
         "--config.wandb.project=tests",
         "--config.wandb.name=offline",
     ]
     environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": key}
-    output = run(*args, "--config.max_minutes=0.0001", expect=75, **environment)
+    process = start(*args, **environment)
+    assert wait_for(process, lambda: last_step(tmp_path) >= 1)
+    process.send_signal(signal.SIGTERM)
+    output = end(process, 75, 60)
     output += run(*args, **environment)
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
@@ -141,9 +145,9 @@ def test_wandb_offline_and_resumed(random_dataset, tmp_path):
     assert key not in output
     logged = b"".join(path.read_bytes() for path in files if path.suffix == ".wandb")
     assert b"train/loss" in logged
-    assert [r["step"] for r in metrics(tmp_path)] == list(range(7))
+    assert [r["step"] for r in metrics(tmp_path)] == list(range(41))
     assert json.loads((tmp_path / "config.json").read_text())["wandb"] == {
         "name": "offline",
         "project": "tests",
     }
-    assert Path(tmp_path / "checkpoints" / "6").is_dir()
+    assert Path(tmp_path / "checkpoints" / "40").is_dir()

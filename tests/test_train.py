@@ -16,7 +16,6 @@ from processes import (
     last_step,
     metrics,
     run,
-    run_many,
     saving,
     start,
     wait_for,
@@ -157,14 +156,6 @@ def test_time_limit_resume_and_complete(command, undisturbed, tmp_path):
     run(*command, f"--workdir={tmp_path}")
     assert exact(metrics(tmp_path)) == exact(undisturbed)
     assert "all 40 steps are done; nothing to do" in run(*command, f"--workdir={tmp_path}")
-
-
-def test_two_processes_train_as_one(command, undisturbed, tmp_path):
-    """Two processes of four devices: the run of one process with eight, up to the order of sums."""
-    job = *command, f"--workdir={tmp_path}", "--config.cpu_devices=4"
-    run_many(2, *job)
-    assert_same_but_for_rounding(metrics(tmp_path), undisturbed)
-    assert {p.name for p in (tmp_path / "logs").iterdir()} == {"process_0.log", "process_1.log"}
 
 
 def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, random_dataset, tmp_path):

@@ -225,6 +225,15 @@ def test_asked_to_stop_while_saving(job, tmp_path):
     assert Checkpoints(run, read_only=True).latest() == last_step(run)
 
 
+def test_two_processes_train_as_one(random_dataset, job, tmp_path):
+    """Two processes of four devices: the run of one process with eight, up to the order of sums."""
+    mesh = "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
+    end(job(2, *mesh, "--config.cpu_devices=4"), 0)
+    end(job(1, *mesh, "--config.cpu_devices=8", workdir=tmp_path / "one"), 0)
+    assert_same_but_for_rounding(metrics(tmp_path / "run"), metrics(tmp_path / "one"))
+    assert {p.name for p in (tmp_path / "run/logs").iterdir()} == {"process_0.log", "process_1.log"}
+
+
 def test_other_numbers_of_processes_go_on_with_the_same_run(job, tmp_path):
     """Stopped on 4 processes, resumed on 3, on 2 and on 1: the same batches, losses within rounding."""
     run = tmp_path / "run"
@@ -297,6 +306,29 @@ def test_two_jobs_in_one_folder(job, random_dataset, tmp_path):
     assert wait_for(third, lambda: last_step(run) > before + 2)
     third.send_signal(signal.SIGTERM)
     assert "workdir    taken over from launch script" in end(third, 75, 60)
+
+
+def test_the_doctor_sees_a_folder_that_is_not_shared(random_dataset, tmp_path):
+    """Two processes, each of which sees a folder of its own under the same name."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "from trainit import doctor\n"
+        "doctor.SHARED_SECONDS = 1.0\n"
+        "if os.environ.get('TRAINIT_PROCESS_ID') == '1':\n"
+        "    from trainit import command_line\n"
+        "    workdir = command_line.workdir\n"
+        "    command_line.workdir = lambda: workdir() / 'elsewhere'\n"
+    )
+    environment = {"TRAINIT_MODULE": "trainit.doctor", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    arguments = (
+        f"--config={ROOT}/tests/tiny.py",
+        f"--config.dataset.path={random_dataset}",
+        f"--workdir={tmp_path}/run",
+    )
+    output = end(launch(2, *arguments, "--config.cpu_devices=4", **environment), 1, 90)
+    assert [line.split()[0] for line in output.splitlines() if "  FAIL  " in line] == ["shared"]
+    assert "1 of 14 checks failed" in output
+    assert "is not seen by process 1 (" in " ".join(output.split())
 
 
 def test_a_process_that_does_not_come_is_named(random_dataset, tmp_path):

@@ -204,7 +204,7 @@ def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
         time.sleep(draw.uniform(0, 0.15))
         process.send_signal(signal.SIGTERM if attempt == 4 else signal.SIGKILL)
         errors = process.communicate(timeout=60)[1]
-        assert process.returncode in (0, -9, 75), errors
+        assert process.returncode in (0, -9, -15, 75), errors  # -15: while it still starts
         finished = process.returncode == 0
         journals.add(_journals(tmp_path))
         if attempt == 4:
@@ -238,7 +238,7 @@ def test_awkward_and_huge_documents(tmp_path):
     )
     flags += [f"--output={tmp_path}/out", "--workers=1"]
     output = subprocess.check_output([sys.executable, "-c", code, *flags], cwd=ROOT, text=True)
-    assert int(output.split()[-1]) < 1000  # MiB
+    assert int(output.split()[-1]) < 1430  # MiB: 1.5 GB
     assert read_back(tmp_path / "out", "train") == [*rows, (word * 100_000, "")]
 
 

@@ -187,7 +187,7 @@ def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
     slow = (
         "import sys, time; from trainit.data import pipeline, prepare, readers;"
         "readers.BATCH = 20_000; pipeline.COMMIT_SECONDS = 0; write = pipeline.UnitWriter.write\n"
-        "def slowly(*args): time.sleep(0.01); write(*args)\n"
+        "def slowly(*args): time.sleep(0.05); write(*args)\n"
         "pipeline.UnitWriter.write = slowly; sys.exit(prepare.main(sys.argv[1:]))"
     )
     journals, finished = set(), False
@@ -204,7 +204,7 @@ def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
         time.sleep(draw.uniform(0, 0.15))
         process.send_signal(signal.SIGTERM if attempt == 4 else signal.SIGKILL)
         errors = process.communicate(timeout=60)[1]
-        assert process.returncode in (0, -9, -15, 75), errors  # -15: while it still starts
+        assert process.returncode in (0, -9, 75), errors
         finished = process.returncode == 0
         journals.add(_journals(tmp_path))
         if attempt == 4:

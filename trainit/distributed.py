@@ -1,10 +1,12 @@
 """Who am I among the processes, which devices are mine, and who leads?"""
 
+import ctypes
 import multiprocessing
 import os
 import platform as host_platform
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -151,9 +153,12 @@ def initialize(platform: str, place: Place, coordinator: str = ""):
     """
     if place.num_processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.config.update(
-            "jax_enable_preemption_service", False
-        )  # it would take SIGTERM from trainit/peers.py
+        # It would take SIGTERM from trainit/peers.py.
+        jax.config.update("jax_enable_preemption_service", False)
+        # JAX aborts a process that misses process 0, often before trainit/peers.py has said who is gone.
+        # The handler of SIGABRT is therefore sleep(SIGABRT): six seconds for the thread that says it.
+        libc = ctypes.CDLL(None)
+        libc.signal(int(signal.SIGABRT), libc.sleep)
         jax.distributed.initialize(
             coordinator_address=coordinator,
             num_processes=place.num_processes,

@@ -33,6 +33,7 @@ def job(random_dataset, tmp_path):
             *("--config.mesh.tensor=1", f"--config.steps={STEPS}", "--config.eval.every_steps=30"),
             *("--config.device_batch_size=0", "--config.eval.sequences=8"),
             f"--silence_seconds={SILENCE_SECONDS}",
+            "--wait_seconds=40",  # for a process that is suspended before it has come
             TRAINIT_GRACE="3",
         )
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from processes import free_port
 
+from trainit import rendezvous
 from trainit.rendezvous import MeetingError, Stopped, meet
 
 ABOUT = {"a config of hash": "1234", "workdir": "/runs/x"}
@@ -99,8 +100,26 @@ def test_strangers_are_passed_over():
         assert len(lead.result()[0]) == 1
 
 
-def test_asked_to_stop_while_waiting():
-    """Whoever is asked, all who have come leave at once."""
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_that_is_asked_to_stop_tells_those_who_come(asked):
+    """Nobody waits for it in vain, though it was asked before it had reached the lead, or they had."""
+    address = f"localhost:{free_port()}"
+
+    def come(number):
+        time.sleep(0.5 if number != asked else 0)
+        return meet(number, 3, address, ABOUT, [], 60, lambda: "SIGTERM" if number == asked else "")
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(3) as threads:
+        for result in [threads.submit(come, number) for number in range(3)]:
+            with pytest.raises(Stopped):
+                result.result()
+    assert time.monotonic() - start < 10
+
+
+def test_asked_to_stop_while_some_are_missing(monkeypatch):
+    """All who have come leave soon."""
+    monkeypatch.setattr(rendezvous, "STOP_SECONDS", 1.0)
     asked = threading.Event()
     threading.Timer(0.5, asked.set).start()
     start = time.monotonic()

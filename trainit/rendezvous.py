@@ -9,6 +9,7 @@ from collections.abc import Callable
 from absl import logging
 
 NEWS_SECONDS = 10.0  # between messages about who is still missing
+STOP_SECONDS = 20.0  # in which those that are still to come hear that the run is to stop
 
 
 class MeetingError(RuntimeError):
@@ -48,11 +49,12 @@ def meet(
 
     Raises:
         MeetingError: some are missing, or differ, or two want the same GPU. Raised by all that have come.
-        Stopped: as soon as `asked` says so, on all that have come.
+        Stopped: `asked` says so, on this process or on another that has come: on all, when all have come,
+            or soon.
     """
     host, _, port = address.rpartition(":")
     mine = {"process": process, "count": count, "host": socket.gethostname(), "pid": os.getpid()}
-    mine |= {"about": about, "gpus": gpus}
+    mine |= {"about": about, "gpus": gpus, "stop": ""}
     until = time.monotonic() + seconds
     if process == 0:
         return _Lead(host, int(port), mine, asked).gather(until, seconds)
@@ -76,14 +78,15 @@ class _Lead:
 
     def gather(self, until: float, seconds: float) -> tuple[Connections, str]:
         """Until all are there."""
-        count, news = self._members[0]["count"], time.monotonic()
+        count, news, stop = self._members[0]["count"], time.monotonic(), ""
         try:
             while len(self._members) < count:
-                if self._asked():
-                    self._answer({"stopped": self._asked()})
-                    raise Stopped
+                if not stop and (stop := self._stop()):
+                    until = min(until, time.monotonic() + STOP_SECONDS)
                 missing = ", ".join(str(i) for i in range(count) if i not in self._members)
                 if time.monotonic() > until:
+                    if stop:
+                        break
                     raise MeetingError(
                         f"after {seconds:.0f} s {count - len(self._members)} of {count} processes are "
                         f"missing: {missing}; see what the launcher and their hosts say of them"
@@ -92,6 +95,9 @@ class _Lead:
                     news = time.monotonic()
                     logging.info("waiting    for processes %s of %d", missing, count)
                 self._take()
+            if stop := stop or self._stop():
+                self._answer({"stopped": stop})
+                raise Stopped
             _check_gpus(self._members.values())
         except MeetingError as error:
             self._answer({"refused": str(error)})
@@ -104,6 +110,10 @@ class _Lead:
         return [
             (m["process"], m["host"], m["pid"], self._connections[m["process"]]) for m in members
         ], coordinator
+
+    def _stop(self) -> str:
+        """Why somebody who has come wants the run to stop, or ""."""
+        return self._asked() or next((m["stop"] for m in self._members.values() if m["stop"]), "")
 
     def _take(self):
         """Lets one process in."""
@@ -149,8 +159,8 @@ def _call(
     """The part of all others: calls process 0 and waits for its answer."""
     trouble = "no answer"
     while time.monotonic() < until:
-        if asked():
-            raise Stopped
+        if not mine["stop"] and asked():  # the others wait for this process: it comes and says so
+            mine["stop"], until = asked(), min(until, time.monotonic() + STOP_SECONDS)
         try:
             connection = socket.create_connection((host, port), timeout=5)
             break
@@ -158,6 +168,8 @@ def _call(
             trouble = error.strerror or str(error)
             time.sleep(0.2)
     else:
+        if mine["stop"]:
+            raise Stopped
         raise MeetingError(
             f"process {mine['process']} has waited {seconds:.0f} s for process 0 at {host}:{port}: "
             f"{trouble}; see what the launcher and that host say of it"

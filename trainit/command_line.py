@@ -114,7 +114,7 @@ def read() -> tuple[Config, tokens.Dataset]:
                 f"dataset.path={path!r}: split {name} has {have}; it needs 2 tokens of some text"
             )
     _ = dataset.tokenizer  # what is wrong with it is better known now
-    return config_lib.resolve(config, dataset.vocab_size), dataset
+    return config_lib.resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text), dataset
 
 
 def _parse(argv: list[str]) -> list[str]:

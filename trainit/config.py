@@ -87,6 +87,8 @@ def model(**changes) -> ConfigDict:
     m.head_bias = False  # bias of the output head
     m.qk_norm = False  # RMSNorm on each head's queries and keys
     m.tied_embeddings = False  # the head is the token embedding
+    m.document_mask = False  # attention stays within a document, where positions start anew
+    m.end_of_text = -1  # id that ends a document, for document_mask; -1: the tokenizer's
     m.logit_softcap = 0.0  # logits pass through cap * tanh(logits / cap); 0: none
     m.gpt_dropout = 0.0  # on the sum of embeddings; 0 <= p < 1, as the three below
     m.attn_dropout = 0.0  # on attention weights
@@ -233,8 +235,13 @@ def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
     return config
 
 
-def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> Config:
+def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1) -> Config:
     """Fills what follows from other fields, checks everything that needs no device, and freezes.
+
+    Args:
+        config: stays as it is.
+        tokenizer_vocab_size: ids of the tokenizer.
+        end_of_text: id with which it ends documents; -1: it has none.
 
     Raises:
         ConfigError: names the fields and the numbers on both sides.
@@ -260,7 +267,7 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> Config:
             require(0 <= value < 1, f"{field}={value} must lie in [0, 1)")
         if re.match(r"optimizer\.eps", field):
             require(value > 0, f"{field}={value} must be above 0")
-    _resolve_model(config.model, tokenizer_vocab_size)
+    _resolve_model(config.model, tokenizer_vocab_size, end_of_text)
     check_mesh(config.mesh, config)
     _check_schedule(config)
     saves = config.checkpoint.save_steps
@@ -282,8 +289,15 @@ def _as_tuple(value) -> tuple:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
-def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int):
+def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int):
     m.num_kv_heads = m.num_kv_heads or m.num_heads
+    if m.document_mask and m.end_of_text == -1:
+        m.end_of_text = end_of_text
+    require(
+        not m.document_mask or 0 <= m.end_of_text < tokenizer_vocab_size,
+        f"model.document_mask=True needs an id that ends documents, from 0 to {tokenizer_vocab_size - 1}, "
+        f"not model.end_of_text={m.end_of_text}",
+    )
     require(m.dim % m.num_heads == 0, f"model.dim={m.dim} is not a multiple of model.num_heads={m.num_heads}")
     require(
         m.num_heads % m.num_kv_heads == 0,
@@ -297,6 +311,10 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int):
     require(
         m.attention != "cudnn" or not m.attn_dropout,
         f"model.attention=cudnn cannot do model.attn_dropout={m.attn_dropout}; take attention=plain",
+    )
+    require(
+        m.attention != "cudnn" or not m.document_mask,
+        "model.attention=cudnn cannot do model.document_mask=True; take attention=auto",
     )
     require(
         not (m.tied_embeddings and m.head_bias),

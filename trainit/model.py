@@ -9,8 +9,10 @@ Parameters are float32, stacked over the layers. They are cast to the compute ty
 used, so that gradients come back in float32; softmax, norms and logits are float32.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -66,18 +68,49 @@ class Norm(nnx.Module):
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
-def rope(x_BLHK: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864): turns (x[i], x[i + K/2]) by l * theta^(-2i/K)."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["number_BL", "position_BL"], meta_fields=[])
+@dataclass(frozen=True)
+class Documents:
+    """Which document each token of a row belongs to, and where in it it stands; both int32."""
+
+    number_BL: jax.Array
+    position_BL: jax.Array
+
+
+def find_documents(tokens_BL: jax.Array, end_of_text: int) -> Documents:
+    """The documents in each row, told apart by the end-of-text id, which belongs to what it ends.
+
+    What a row begins with is a document of its own, wherever in its document it may be.
+    """
+    ends_BL = jnp.pad(tokens_BL[:, :-1] == end_of_text, ((0, 0), (1, 0)))  # the token before has ended one
+    index_L = jnp.arange(tokens_BL.shape[1])
+    starts_BL = jax.lax.cummax(jnp.where(ends_BL, index_L, 0), axis=1)
+    return Documents(jnp.cumsum(ends_BL, axis=1), index_L - starts_BL)
+
+
+def rope(x_BLHK: jax.Array, theta: float, position_BL: jax.Array | None = None) -> jax.Array:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): turns (x[i], x[i + K/2]) by l * theta^(-2i/K).
+
+    l is the token's position: its index in the row, unless `position_BL` says otherwise.
+    """
     _, L, _, K = x_BLHK.shape
     frequency = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
-    angle_LK = jnp.arange(L, dtype=jnp.float32)[:, None] * frequency
-    cos, sin = jnp.cos(angle_LK)[:, None], jnp.sin(angle_LK)[:, None]
+    position = jnp.arange(L) if position_BL is None else position_BL
+    angle = position.astype(jnp.float32)[..., None] * frequency  # ([B,] L, K / 2)
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return turned.astype(x_BLHK.dtype)
 
 
-def plain_attention(q_BLHK, k_BSJK, v_BSJK, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+def plain_attention(
+    q_BLHK,
+    k_BSJK,
+    v_BSJK,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+    document_BL: jax.Array | None = None,
+) -> jax.Array:
     """Causal softmax attention with scale 1/sqrt(K), all scores in memory; query heads share J key heads.
 
     Args:
@@ -86,6 +119,7 @@ def plain_attention(q_BLHK, k_BSJK, v_BSJK, rate: float = 0.0, key: jax.Array | 
         v_BSJK: values.
         rate: dropout on the attention weights.
         key: of the dropout; None: no dropout.
+        document_BL: number of each token's document, beyond which it does not look; None: all are one.
 
     Returns:
         (B, L, H, K) in the queries' type.
@@ -94,8 +128,10 @@ def plain_attention(q_BLHK, k_BSJK, v_BSJK, rate: float = 0.0, key: jax.Array | 
     S, J = k_BSJK.shape[1:3]
     q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
     scores = jnp.einsum("bljrk,bsjk->bjrls", q_BLJRK, k_BSJK, preferred_element_type=jnp.float32)
-    causal_LS = jnp.arange(L)[:, None] >= jnp.arange(S)
-    scores = jnp.where(causal_LS, scores / math.sqrt(K), -jnp.inf)
+    visible = jnp.arange(L)[:, None] >= jnp.arange(S)
+    if document_BL is not None:
+        visible = visible & (document_BL[:, None, None, :, None] == document_BL[:, None, None, None, :])
+    scores = jnp.where(visible, scores / math.sqrt(K), -jnp.inf)
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key, 0).astype(v_BSJK.dtype)
     return jnp.einsum("bjrls,bsjk->bljrk", weights, v_BSJK).reshape(B, L, H, K)
 
@@ -103,7 +139,8 @@ def plain_attention(q_BLHK, k_BSJK, v_BSJK, rate: float = 0.0, key: jax.Array | 
 def choose_attention(config: Config, platform: str, precision: str) -> str:
     """The kernel that `model.attention` stands for on this platform.
 
-    cuDNN's takes bfloat16, no dropout here, and head sizes that 8 divides, up to 128 on every card.
+    cuDNN's takes bfloat16, no dropout and no document mask here, and head sizes that 8 divides, up to 128 on
+    every card.
 
     Args:
         config: the sub-config `model`.
@@ -115,12 +152,13 @@ def choose_attention(config: Config, platform: str, precision: str) -> str:
     """
     size = config.dim // config.num_heads
     fits = precision == "bfloat16" and not config.attn_dropout and size % 8 == 0 and size <= 128
+    fits = fits and not config.document_mask
     possible = platform == "cuda" and fits
     if config.attention == "cudnn" and not possible:
         raise ValueError(
-            f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16 and a head size that 8 divides "
-            f"up to 128; here are platform={platform}, precision={precision} and head size {size}; take "
-            f"model.attention=auto"
+            f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16, a head size that 8 divides up "
+            f"to 128, no document mask; here are platform={platform}, precision={precision}, head size "
+            f"{size} and document_mask={config.document_mask}; take model.attention=auto"
         )
     return "cudnn" if possible and config.attention != "plain" else "plain"
 
@@ -136,21 +174,22 @@ class Attention(nnx.Module):
         self.query_norm = Norm(size, center=False, bias=False) if c.qk_norm else None
         self.key_norm = Norm(size, center=False, bias=False) if c.qk_norm else None
 
-    def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
         c = self.c
+        number_BL, position_BL = (documents.number_BL, documents.position_BL) if documents else (None, None)
         q_BLHK = self.constrain(self.query(x_BLD), "batch", "length", "heads", None)
         k_BLJK = self.constrain(self.key(x_BLD), "batch", "length", "kv_heads", None)
         v_BLJK = self.constrain(self.value(x_BLD), "batch", "length", "kv_heads", None)
         if c.qk_norm:
             q_BLHK, k_BLJK = self.query_norm(q_BLHK), self.key_norm(k_BLJK)
         if c.positions == "rope":
-            q_BLHK, k_BLJK = rope(q_BLHK, c.rope_theta), rope(k_BLJK, c.rope_theta)
+            q_BLHK, k_BLJK = (rope(x, c.rope_theta, position_BL) for x in (q_BLHK, k_BLJK))
         if self.kernel == "cudnn":
             y_BLHK = jax.nn.dot_product_attention(
                 q_BLHK, k_BLJK, v_BLJK, is_causal=True, implementation="cudnn"
             )
         else:
-            y_BLHK = plain_attention(q_BLHK, k_BLJK, v_BLJK, c.attn_dropout, key)
+            y_BLHK = plain_attention(q_BLHK, k_BLJK, v_BLJK, c.attn_dropout, key, number_BL)
         y_BLD = self.out(self.constrain(y_BLHK, "batch", "length", "heads", None))
         return dropout(y_BLD, c.attn_linear_dropout, key, 1)
 
@@ -186,8 +225,8 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
         self.mlp = MLP(c, constrain, rngs)
 
-    def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), key)
+    def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), key, documents)
         x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD), key)
         return self.constrain(x_BLD, "batch", "length", None)
 
@@ -223,15 +262,17 @@ class Network(nnx.Module):
         # float32, because the lookup's gradient sums over all positions of a frequent token.
         embedding_VD = self.constrain(self.token_embedding.embedding[...], "vocab", None)
         x_BLD = self.constrain(embedding_VD[tokens_BL], "batch", "length", None)
+        documents = find_documents(tokens_BL, c.end_of_text) if c.document_mask else None
         if self.position_embedding is not None:
-            x_BLD = x_BLD + self.position_embedding.embedding[: tokens_BL.shape[1]]
+            position_LD = self.position_embedding.embedding[: tokens_BL.shape[1]]
+            x_BLD = x_BLD + (position_LD[documents.position_BL] if documents else position_LD)
         x_BLD = dropout(x_BLD.astype(self.dtype), c.gpt_dropout, key, 0)
         graph, layers = nnx.split(self.blocks)
 
         def block(x_BLD, layer):
             number, parameters = layer
             layer_key = None if key is None else jax.vmap(jax.random.fold_in, (0, None))(key, number + 1)
-            return nnx.merge(graph, parameters)(x_BLD, layer_key), None
+            return nnx.merge(graph, parameters)(x_BLD, layer_key, documents), None
 
         if c.remat == "block":
             block = jax.checkpoint(block, prevent_cse=not c.scan_layers)

@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import atexit
+import json
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,26 @@ jax.config.update("jax_compilation_cache_dir", os.environ["TRAINIT_CACHE"] + "/c
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TRAINIT_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def subset_dataset(tmp_path_factory) -> Path:
+    """A prepared dataset of bytes with three subsets, of few and of many documents, in several shards."""
+    from trainit.data import prepare
+
+    draw, folder = np.random.default_rng(1), tmp_path_factory.mktemp("subsets")
+    letters = {"Alpha": "abc", "Beta (1)": "defgh", "Gamma": "xyzäö"}
+    for name, count in (("train", 200), ("validation", 40)):
+        lines = []
+        for _ in range(count):
+            subset = str(draw.choice(list(letters), p=[0.6, 0.3, 0.1]))
+            text = "".join(draw.choice(list(letters[subset]), draw.integers(1, 400)))
+            lines.append(json.dumps({"text": text, "meta": {"pile_set_name": subset}}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = [f"--input={folder}/train.jsonl", f"--validation={folder}/validation.jsonl"]
+    arguments += ["--tokenizer=bytes", f"--output={folder}/data", "--shard_tokens=9000", "--workers=1"]
+    assert prepare.main(arguments) == 0
+    return folder / "data"
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,9 @@ def test_masked_rows_equal_separate_passes(changes):
         np.testing.assert_allclose(logits[row, start:stop], part[0], rtol=1e-4, atol=2e-5)
     for path, grad in by_path(grads).items():
         wanted = by_path(expected_grads)[path]
-        np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-6 + 1e-4 * np.abs(wanted).max(), err_msg=path)
+        np.testing.assert_allclose(
+            grad, wanted, rtol=1e-4, atol=1e-6 + 1e-4 * np.abs(wanted).max(), err_msg=path
+        )
     unmasked = alone(parameters, jnp.array(tokens))
     assert np.abs(unmasked[0, 4:] - logits[0, 4:]).max() > 1e-2  # it is the mask that does it
     np.testing.assert_allclose(unmasked[3], logits[3], rtol=1e-4, atol=2e-5)  # one document, one row

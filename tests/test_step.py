@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from trainit import config as config_lib
 from trainit import sharding, step
 from trainit.data import loader
+from trainit.data.order import Ordered, Shuffled
 from trainit.data.tokens import open_dataset
 
 SPLITS = [
@@ -39,8 +40,7 @@ def train(config, sizes, path, count):
     steps = step.build(config, mesh)
     split = open_dataset(path).splits["train"]
     batches = loader.batches(
-        split,
-        loader.Shuffled(split.sequences(config.model.context_length), config.seed),
+        Ordered(split, Shuffled(split.sequences(config.model.context_length), config.seed)),
         sharding.batch_shape(config, sizes),
         sharding.batch_sharding(mesh),
     )
@@ -88,7 +88,7 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
     steps = step.build(config, mesh)
     model = step.GPT(config.model)
     split = open_dataset(random_dataset).splits["train"]
-    order = loader.Shuffled(split.sequences(32), config.seed)
+    order = Shuffled(split.sequences(32), config.seed)
     mask = jax.tree.map_with_path(
         lambda path, _: sharding.path_name(path).endswith(("kernel", "embedding")),
         steps.abstract_state.params,
@@ -187,11 +187,11 @@ def test_lengths_mask_the_loss(random_dataset):
     params, bytes_per_token = steps.init().params, np.arange(257, dtype=np.int32)
     tokens = np.random.default_rng(0).integers(0, 256, (1, 4, 33)).astype(np.uint16)
     lengths = np.array([[32, 7, 0, 32]], np.int32)
-    whole = steps.evaluate(params, {"tokens": tokens, "lengths": lengths}, bytes_per_token)
+    whole = steps.evaluate(params, {"tokens": tokens, "lengths": lengths}, bytes_per_token, 1)
     tokens[0, 1, 8:], tokens[0, 2] = 0, 0
-    masked = steps.evaluate(params, {"tokens": tokens, "lengths": lengths}, bytes_per_token)
-    assert float(whole["count"]) == 71
-    assert int(whole["bytes"]) == tokens[0, 0, 1:].sum() + tokens[0, 1, 1:8].sum() + tokens[0, 3, 1:].sum()
+    masked = steps.evaluate(params, {"tokens": tokens, "lengths": lengths}, bytes_per_token, 1)
+    assert float(whole["count"][0]) == 71
+    assert int(whole["bytes"][0]) == tokens[0, 0, 1:].sum() + tokens[0, 1, 1:8].sum() + tokens[0, 3, 1:].sum()
     for name in whole:
         np.testing.assert_allclose(whole[name], masked[name], rtol=1e-6)
 

@@ -21,12 +21,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from trainit import command_line, distributed, metrics, rendezvous, sharding, step, trackers
+from trainit import command_line, distributed, metrics, rendezvous, sharding, sources, step, trackers
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints
 from trainit.config import Config, ConfigError
 from trainit.data import loader, speed
-from trainit.data.tokens import DatasetError, Split
+from trainit.data.order import Ordered, Shuffled
+from trainit.data.tokens import Dataset, DatasetError, Split
 from trainit.peers import Peers
 
 PARTS = ("loader", "step", "save", "processes")
@@ -59,14 +60,14 @@ def measure_loader():
     with tempfile.NamedTemporaryFile(suffix=".tokens") as file:
         np.random.default_rng(0).integers(0, 50257, _TOKENS.value, np.uint16).tofile(file.name)
         split = Split("train", (file.name,), (_TOKENS.value,), "<u2", 4 * _TOKENS.value)
-        order = loader.Shuffled(split.sequences(LOADER_LENGTH), 0)
+        source = Ordered(split, Shuffled(split.sequences(LOADER_LENGTH), 0))
         shape = (1, LOADER_BATCH, LOADER_LENGTH)
-        source = loader.BatchSource(split, order, 0, shape, slice(0, LOADER_BATCH), 1 << 40)
+        rows = loader.BatchSource(source, 0, shape, slice(0, LOADER_BATCH), 1 << 40)
         Path(file.name).read_bytes()  # into the page cache
         results = {
-            "read in the calling thread": _rate((source[j] for j in range(1 << 40)), tokens),
+            "read in the calling thread": _rate((rows[j] for j in range(1 << 40)), tokens),
             "through Grain, one thread ahead, on the device": _rate(
-                loader.batches(split, order, shape, sharding.batch_sharding(mesh)), tokens
+                loader.batches(source, shape, sharding.batch_sharding(mesh)), tokens
             ),
         }
     os.sched_setaffinity(0, cores)
@@ -80,11 +81,10 @@ def _build(config: Config) -> tuple[step.Steps, tuple[int, int, int], jax.shardi
     return step.build(config, mesh), sharding.batch_shape(config, sizes), mesh
 
 
-def measure_step(config: Config, split: Split):
+def measure_step(config: Config, dataset: Dataset):
     """The real train step on the real loader: compile time, step time, tokens/s, MFU, memory."""
     steps, shape, mesh = _build(config)
-    order = loader.Shuffled(split.sequences(shape[2]), config.seed)
-    batches = loader.batches(split, order, shape, sharding.batch_sharding(mesh))
+    batches = loader.batches(sources.training(config, dataset), shape, sharding.batch_sharding(mesh))
     state = jax.block_until_ready(steps.init())
     start = time.perf_counter()
     compiled = steps.train.lower(state, next(batches)).compile()
@@ -210,7 +210,7 @@ def main() -> int:
         if "loader" in _ONLY.value:
             measure_loader()
         if "step" in _ONLY.value:
-            measure_step(config, dataset.splits["train"])
+            measure_step(config, dataset)
         if "save" in _ONLY.value:
             measure_save(config)
         if "processes" in _ONLY.value:

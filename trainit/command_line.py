@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from trainit import config as config_lib
-from trainit import distributed
+from trainit import distributed, sources
 from trainit.config import Config, ConfigError
 from trainit.data import prepare, tokens
 
@@ -100,7 +100,7 @@ def read() -> tuple[Config, tokens.Dataset]:
     if _DEBUG.value:
         config = config_lib.shrink(config, config_flags.get_override_values(flags.FLAGS["config"]))
         if not Path(config.dataset.path).is_dir():
-            config.dataset.path = "demo"
+            config.dataset.update(path="demo", mixture="")
     path = config.dataset.path
     try:
         dataset = tokens.open_dataset(prepare.demo(cache()) if path == "demo" else Path(path))
@@ -114,7 +114,11 @@ def read() -> tuple[Config, tokens.Dataset]:
                 f"dataset.path={path!r}: split {name} has {have}; it needs 2 tokens of some text"
             )
     _ = dataset.tokenizer  # what is wrong with it is better known now
-    return config_lib.resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text), dataset
+    resolved = config_lib.resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text)
+    if config.dataset.mixture:
+        dataset = sources.with_parts(dataset, config.dataset.mixture, cache())
+    _ = sources.training(resolved, dataset)  # what is wrong with it is better known now
+    return resolved, dataset
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -104,6 +104,11 @@ def model(**changes) -> ConfigDict:
 def dataset(path: str) -> ConfigDict:
     d = ConfigDict()
     d.path = path  # folder of a prepared dataset; "demo": presidents' messages, prepared on first use
+    d.mixture = (
+        ""  # "Github 0.3, data/web 0.7; 50%: ...": subsets and folders with weights; empty: all of path
+    )
+    d.order = "shuffled"  # each epoch anew; blocks: neighbours stay near; sequential: as it lies on the disk
+    d.block_tokens = 1 << 24  # tokens of a block, for order=blocks: what a file system reads well; > 0
     d.workers = 0  # worker processes of the loader; 0: a thread of this process
     d.prefetch = 2  # batches that are read ahead; > 0
     return d
@@ -147,9 +152,10 @@ ONE_OF = {
     "model.attention": ("auto", "plain", "cudnn"),
     "model.remat": ("none", "block"),
     "schedule.name": tuple(SCHEDULES),
+    "dataset.order": ("shuffled", "blocks", "sequential"),
 }
 POSITIVE = """steps batch_size max_skipped cpu_devices model.dim model.num_heads model.num_blocks
-    model.context_length model.rope_theta log.every_steps dataset.prefetch""".split()
+    model.context_length model.rope_theta log.every_steps dataset.prefetch dataset.block_tokens""".split()
 NOT_NEGATIVE = """seed max_minutes stall_seconds device_batch_size clip_norm model.num_kv_heads model.mlp_dim
     model.vocab_size model.logit_softcap dataset.workers eval.every_steps eval.sequences
     checkpoint.keep schedule.final optimizer.learning_rate optimizer.weight_decay""".split()

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainit import __version__, command_line, distributed, rendezvous, sharding, trackers, workdir
+from trainit import __version__, command_line, distributed, rendezvous, sharding, sources, trackers, workdir
 from trainit.config import Config, ConfigError
 from trainit.data import loader
 from trainit.data.tokens import Dataset, DatasetError
@@ -211,9 +211,7 @@ def reduce_rows(hosts: list[str]) -> list[Row]:
 
 def _data_rate(config: Config, dataset: Dataset, mesh: Mesh, shape: tuple[int, int, int]) -> float:
     """Tokens per second that this process reads, as a run would."""
-    split = dataset.splits["train"]
-    order = loader.Shuffled(split.sequences(shape[2]), config.seed)
-    batches = loader.batches(split, order, shape, sharding.batch_sharding(mesh))
+    batches = loader.batches(sources.training(config, dataset), shape, sharding.batch_sharding(mesh))
     first = next(batches)
     mine = sum(part.data.size for part in first["tokens"].addressable_shards if part.replica_id == 0)
     count, start = 0, time.perf_counter()

@@ -41,7 +41,7 @@ class Steps:
     abstract_state: TrainState  # shapes, types and shardings
     init: Callable[[], TrainState]  # born sharded
     train: Callable[[TrainState, dict], tuple[TrainState, dict]]  # gives its state's memory away
-    evaluate: Callable[[dict, dict, jax.Array], dict]  # (params, batch, token_bytes) -> sums
+    evaluate: Callable[[dict, dict, jax.Array, int], dict]  # (params, batch, token_bytes, subsets) -> sums
     attention: str  # the kernel that was chosen
 
 
@@ -110,7 +110,8 @@ def build(config: Config, mesh: Mesh) -> Steps:
             ),
         ),
         evaluate=_together(
-            "evaluate", jax.jit(functools.partial(_eval_step, model), out_shardings=replicated)
+            "evaluate",
+            jax.jit(functools.partial(_eval_step, model), static_argnums=3, out_shardings=replicated),
         ),
         attention=attention,
     )
@@ -210,9 +211,17 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
     return train_step
 
 
-def _eval_step(model: GPT, params: dict, batch: dict, token_bytes_V: jax.Array) -> dict:
-    """Sums over one batch of a single micro-step: "loss", "correct", "count" and "bytes" of the targets."""
+def _eval_step(model: GPT, params: dict, batch: dict, token_bytes_V: jax.Array, subsets: int) -> dict:
+    """Sums over one batch of a single micro-step: "loss", "correct", "count" and "bytes" of the targets.
+
+    Each is float32 (subsets,): one sum for each subset that batch["subsets"] numbers; without it, of all.
+    """
     micro_batch = jax.tree.map(lambda x: x[0], batch)
-    _, sums = _loss(model, params, micro_batch, None, 0)
-    _, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
-    return sums | {"bytes": jnp.sum(jnp.where(mask_BL, token_bytes_V[targets_BL], 0))}
+    inputs_BL, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
+    loss_BL, correct_BL = losses.token_losses(model(params, inputs_BL), targets_BL)
+    number_BL = micro_batch["subsets"] if "subsets" in micro_batch else jnp.zeros(targets_BL.shape, jnp.int32)
+    values = {"loss": loss_BL, "correct": correct_BL, "count": 1.0, "bytes": token_bytes_V[targets_BL]}
+    return {
+        name: jnp.stack([jnp.sum(jnp.where(mask_BL & (number_BL == k), value, 0.0)) for k in range(subsets)])
+        for name, value in values.items()
+    }

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from trainit import __version__, distributed, metrics, sharding, step
+from trainit import __version__, distributed, metrics, sharding, sources, step
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints, check_same_run, due
 from trainit.config import Config, ConfigError
@@ -223,10 +223,9 @@ class Run:
 
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
         """The training data from where this run is."""
-        c, train = self.config, self.dataset.splits["train"]
+        c = self.config
         return loader.batches(
-            train,
-            loader.Shuffled(train.sequences(c.model.context_length), c.seed),
+            sources.training(c, self.dataset),
             self.batch_shape,
             sharding.batch_sharding(self.mesh),
             first_row=self.rows,
@@ -324,7 +323,7 @@ class Run:
             result = evaluate(
                 self.steps,
                 self.state.params,
-                self.dataset.splits["validation"],
+                self.dataset,
                 self.token_bytes,
                 self.config.eval.sequences,
                 (1, rows, length),

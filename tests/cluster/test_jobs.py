@@ -183,12 +183,12 @@ def test_asked_to_stop_while_starting(job, tmp_path):
 
 
 SLOW_EVALUATION = """
-from trainit.data import loader
-call = loader.Spaced.__call__
+from trainit.data import order
+call = order.Spaced.__call__
 def slow(self, positions):
     time.sleep(1)
     return call(self, positions)
-loader.Spaced.__call__ = slow
+order.Spaced.__call__ = slow
 """
 
 

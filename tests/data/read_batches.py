@@ -19,6 +19,7 @@ def main(argv):
 
     from trainit import distributed, sharding
     from trainit.data import loader
+    from trainit.data.order import Ordered, Shuffled
     from trainit.data.tokens import open_dataset
 
     folder, output, coordinator, processes, process, *kill = argv[1:]
@@ -29,11 +30,11 @@ def main(argv):
     distributed.initialize("cpu", place, place.coordinator)
     mesh = sharding.make_mesh({"data": 3, "fsdp": 4, "tensor": 1, "context": 1})
     split = open_dataset(Path(folder)).splits["train"]
-    order = loader.Shuffled(split.sequences(LENGTH), SEED)
+    order = Shuffled(split.sequences(LENGTH), SEED)
     layout = sharding.batch_sharding(mesh)
     for workers in (2,) if kill else (0, 1, 2):
         count = 1 << 20 if kill else BATCHES
-        batches = loader.batches(split, order, (1, ROWS, LENGTH), layout, FIRST_ROW, count, workers)
+        batches = loader.batches(Ordered(split, order), (1, ROWS, LENGTH), layout, FIRST_ROW, count, workers)
         parts, rows = [], []
         for batch in batches:
             shards = sorted(batch["tokens"].addressable_shards, key=lambda s: s.index[1].start or 0)

@@ -12,6 +12,7 @@ from read_batches import BATCHES, FIRST_ROW, LENGTH, ROWS, SEED
 
 from trainit import sharding
 from trainit.data import loader
+from trainit.data.order import Ordered, Shuffled, Spaced
 from trainit.data.tokens import open_dataset
 
 
@@ -66,13 +67,13 @@ def test_global_batches_do_not_depend_on_processes_or_workers(processes, random_
 @pytest.mark.parametrize("shape", [(1, 24), (3, 8), (6, 4)])
 def test_micro_steps_and_meshes_only_arrange_the_rows(shape, random_dataset):
     split = open_dataset(random_dataset).splits["train"]
-    order = loader.Shuffled(split.sequences(LENGTH), SEED)
+    order = Shuffled(split.sequences(LENGTH), SEED)
     expected = expected_batches(random_dataset)
     for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 1}):
         devices = jax.devices()[: int(np.prod(list(sizes.values())))]
         mesh = sharding.make_mesh(sizes | {"context": 1}, devices)
         batches = loader.batches(
-            split, order, (*shape, LENGTH), sharding.batch_sharding(mesh), FIRST_ROW, BATCHES
+            Ordered(split, order), (*shape, LENGTH), sharding.batch_sharding(mesh), FIRST_ROW, BATCHES
         )
         for batch, wanted in zip(batches, expected, strict=True):
             assert batch["tokens"].dtype == np.uint16
@@ -84,7 +85,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(random_dataset):
     """Over one epoch of batches of 7, and over the next, in another order."""
     split = open_dataset(random_dataset).splits["train"]
     count = split.sequences(LENGTH)
-    order = loader.Shuffled(count, SEED)
+    order = Shuffled(count, SEED)
     epochs = []
     for epoch in range(2):
         sequences = order(np.arange(epoch * count, (epoch + 1) * count))
@@ -105,13 +106,13 @@ def test_order_is_grains_public_shuffle():
     for count in (1, 2, 37, 1000):
         public = grain.MapDataset.range(count).shuffle(9)
         positions = np.arange(3 * count)
-        assert loader.Shuffled(count, 9)(positions).tolist() == [public[int(p)] % count for p in positions]
-    assert loader.Shuffled(3_000_000_000, 2**32 - 1)(np.array([2_999_999_999, 3_000_000_000])).max() < 3e9
+        assert Shuffled(count, 9)(positions).tolist() == [public[int(p)] % count for p in positions]
+    assert Shuffled(3_000_000_000, 2**32 - 1)(np.array([2_999_999_999, 3_000_000_000])).max() < 3e9
 
 
 def test_spaced_validation_covers_everything_once_or_evenly(random_dataset):
-    assert loader.Spaced(10, 10)(np.arange(12)).tolist() == [*range(10), -1, -1]
-    assert loader.Spaced(10, 4)(np.arange(5)).tolist() == [0, 2, 5, 7, -1]
+    assert Spaced(10, 10)(np.arange(12)).tolist() == [*range(10), -1, -1]
+    assert Spaced(10, 4)(np.arange(5)).tolist() == [0, 2, 5, 7, -1]
     split = open_dataset(random_dataset).splits["validation"]
     ids, lengths = split.read(np.array([0, -1]), LENGTH)
     assert lengths.tolist() == [LENGTH, 0]

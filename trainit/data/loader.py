@@ -1,51 +1,19 @@
 """Global batches of token ids: which sequences make batch t, and how each process reads its rows.
 
-Law: global batch t is a pure function of (dataset, seed, t). Row r of the job is row number
-`row` in one endless order of sequences, epoch after epoch, each epoch shuffled anew by Grain's
-index shuffle; batch t is rows [t*B, (t+1)*B). Hosts, devices, workers, micro-steps and restarts
-only decide who reads which of these rows. The position in the data is one integer: rows consumed.
+Law: global batch t is a pure function of (dataset, seed, t). There is one endless order of rows, of
+which batch t is rows [t*B, (t+1)*B). Hosts, devices, workers, micro-steps and restarts only decide who
+reads which of these rows. The position in the data is one integer: rows consumed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grain
 import jax
 import numpy as np
 
-# Grain's public shuffle wraps this function at 16 us a record, where a batch of rows wants 3.
-from grain._src.python.experimental.index_shuffle.python.index_shuffle_module import index_shuffle
-
-from trainit.data.tokens import Split
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """Position in the endless order -> sequence; every epoch is a permutation of all sequences."""
-
-    sequences: int
-    seed: int
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        n = self.sequences
-        return np.array(
-            [
-                index_shuffle(p % n, max_index=n - 1, seed=(self.seed + p // n) % 2**32, rounds=4)
-                for p in positions.tolist()
-            ],
-            np.int64,
-        )
-
-
-@dataclass(frozen=True)
-class Spaced:
-    """`chosen` of all sequences, evenly spaced, in order, and nothing (-1) behind them."""
-
-    sequences: int
-    chosen: int
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        return np.where(positions < self.chosen, positions * self.sequences // self.chosen, -1)
+from trainit.data.mixture import Mixture
+from trainit.data.order import Ordered
 
 
 @dataclass(frozen=True)
@@ -53,15 +21,15 @@ class BatchSource:
     """Record j: this process's rows of the j-th global batch behind row `first_row`.
 
     A record is {"tokens": (G, rows, L + 1) ids in the dataset's narrow type, "lengths": (G, rows)
-    int32, how many targets of each row count}.
+    int32, how many targets of each row count}, and with_subsets "subsets": (G, rows, L) uint16.
     """
 
-    split: Split
-    order: Callable[[np.ndarray], np.ndarray]
+    source: Ordered | Mixture
     first_row: int
     shape: tuple[int, int, int]  # of the global batch: micro-steps G, rows of one b, L
     rows: slice  # of each micro-step, those that this process reads
     batches: int
+    with_subsets: bool = False
 
     def __len__(self) -> int:
         return self.batches
@@ -70,37 +38,41 @@ class BatchSource:
         micro_steps, rows, length = self.shape
         in_batch = np.arange(micro_steps * rows).reshape(micro_steps, rows)[:, self.rows]
         positions = self.first_row + int(record) * micro_steps * rows + in_batch.ravel()
-        ids, lengths = self.split.read(self.order(positions), length)
-        return {
+        ids, lengths = self.source.read(positions, length)
+        batch = {
             "tokens": ids.reshape(*in_batch.shape, length + 1),
             "lengths": lengths.reshape(in_batch.shape),
         }
+        if self.with_subsets:
+            batch["subsets"] = self.source.read_subsets(positions, length).reshape(*in_batch.shape, length)
+        return batch
 
 
 def batches(
-    split: Split,
-    order: Callable[[np.ndarray], np.ndarray],
+    source: Ordered | Mixture,
     shape: tuple[int, int, int],
     sharding: jax.sharding.NamedSharding,
     first_row: int = 0,
     count: int = 1 << 40,
     workers: int = 0,
     prefetch: int = 2,
+    with_subsets: bool = False,
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, read ahead by a thread or by worker processes.
 
     Args:
-        split: where the tokens lie.
-        order: position in the endless order -> sequence number.
+        source: the endless order of rows.
         shape: (micro-steps G, rows of a micro-step b, length L); a batch is G * b rows.
         sharding: of arrays (G, b, ...); only the second axis may be split.
         first_row: rows consumed before the first batch.
         count: how many batches there are to come.
         workers: processes that read; 0: a thread of this process.
         prefetch: batches read ahead (by each worker).
+        with_subsets: tell each target's subset, too; of an `Ordered` split.
 
     Yields:
-        {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32}, global arrays.
+        {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32, and perhaps "subsets": (G, b, L) uint16},
+        global arrays.
 
     Raises:
         RuntimeError: a worker process died.
@@ -109,8 +81,8 @@ def batches(
     local = sharding.addressable_devices_indices_map((micro_steps, rows)).values()
     mine = [index[1].indices(rows)[:2] for index in local]
     low, high = min(start for start, _ in mine), max(stop for _, stop in mine)
-    source = BatchSource(split, order, first_row, shape, slice(low, high), count)
-    reader = grain.MapDataset.source(source).to_iter_dataset(
+    rows_read = BatchSource(source, first_row, shape, slice(low, high), count, with_subsets)
+    reader = grain.MapDataset.source(rows_read).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     )
     if workers:

@@ -12,10 +12,12 @@ A split is the concatenation of its shards. With context length L, sequence i is
 sequence may be shorter.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +50,53 @@ class Split:
         return -(-(self.tokens - 1) // length)
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("_shards", "_starts")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_shards", "_starts", "_documents")}
 
     @functools.cached_property
     def _shards(self) -> list[np.ndarray]:
         return [np.memmap(path, self.dtype, "r").view(np.ndarray) for path in self.paths]
 
     @functools.cached_property
-    def _starts(self) -> np.ndarray:
-        return np.cumsum((0, *self.sizes))
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(self.sizes)]
+
+    def documents(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where in the shard each document starts, int64 (n,), and its subset, uint16 (n,)."""
+        path = Path(self.paths[shard])
+        starts = np.fromfile(path.with_suffix(".documents"), "<u8").astype(np.int64)
+        return starts, np.fromfile(path.with_suffix(".subsets"), "<u2")
+
+    def copy(self, row: np.ndarray, begin: int):
+        """Fills the row with the split's tokens from `begin` on."""
+        filled, shard = 0, bisect.bisect_right(self._starts, begin) - 1
+        while filled < len(row):  # they may go on in the next shard
+            at = begin + filled - self._starts[shard]
+            piece = self._shards[shard][at : at + len(row) - filled]
+            row[filled : filled + len(piece)] = piece
+            filled, shard = filled + len(piece), shard + 1
+
+    @functools.cached_property
+    def _documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [self.documents(shard) for shard in range(len(self.paths))]
+
+    def read_subsets(self, sequences: np.ndarray, length: int) -> np.ndarray:
+        """uint16 (n, length): the subset of each target of `read`, 0 behind the end.
+
+        It keeps the index of documents in memory: for validation.
+        """
+        numbers = np.zeros((len(sequences), length), np.uint16)
+        for row, sequence in zip(numbers, np.asarray(sequences).tolist(), strict=True):
+            begin, end = sequence * length + 1, min((sequence + 1) * length + 1, self.tokens)
+            filled = 0 if sequence >= 0 else end - begin
+            while begin + filled < end:
+                shard = bisect.bisect_right(self._starts, begin + filled) - 1
+                at = begin + filled - self._starts[shard]
+                count = min(end - begin - filled, self.sizes[shard] - at)
+                starts, subsets = self._documents[shard]
+                of = np.searchsorted(starts, np.arange(at, at + count), side="right") - 1
+                row[filled : filled + count] = subsets[of]
+                filled += count
+        return numbers
 
     def read(self, sequences: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Copies sequences out of the mapped files.
@@ -72,16 +112,8 @@ class Split:
         ids = np.zeros((len(sequences), length + 1), self.dtype)
         first = np.asarray(sequences, np.int64) * length
         last = np.where(first < 0, first, np.minimum(first + length + 1, self.tokens))
-        shards = np.searchsorted(self._starts, first, side="right") - 1
-        for row, begin, end, in_shard in zip(
-            ids, first.tolist(), last.tolist(), shards.tolist(), strict=True
-        ):
-            filled, shard = 0, in_shard
-            while begin + filled < end:  # a sequence may cross into the next shard
-                at = begin + filled - int(self._starts[shard])
-                piece = self._shards[shard][at : at + end - begin - filled]
-                row[filled : filled + len(piece)] = piece
-                filled, shard = filled + len(piece), shard + 1
+        for row, begin, end in zip(ids, first.tolist(), last.tolist(), strict=True):
+            self.copy(row[: end - begin], begin)
         return ids, np.maximum(last - first - 1, 0).astype(np.int32)
 
 
@@ -92,6 +124,8 @@ class Dataset:
     folder: Path
     info: dict  # dataset.json
     splits: dict[str, Split]
+    parts: dict = field(default_factory=dict)  # what a mixture is made of, by name
+    part_fingerprints: tuple[str, ...] = ()  # of other datasets among them
 
     @property
     def vocab_size(self) -> int:
@@ -112,6 +146,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """The same for the same tokens in the same order, wherever the folder lies."""
         content = {key: self.info[key] for key in ("format", "tokenizer", "vocab_size", "dtype", "splits")}
+        if self.part_fingerprints:
+            content["parts"] = self.part_fingerprints
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,47 @@
+"""The orders of training data: permutations, found at any position as quickly as at the first."""
+
+import numpy as np
+import pytest
+
+from trainit.data import order
+
+
+@pytest.mark.parametrize("name", ["shuffled", "blocks", "sequential"])
+@pytest.mark.parametrize(("sequences", "block"), [(1, 4), (7, 7), (96, 8), (101, 8), (5, 100)])
+def test_every_epoch_is_a_permutation(name, sequences, block):
+    made = order.make(name, sequences, block, 3)
+    for epoch in (0, 1, 10**9):
+        there = made(np.arange(epoch * sequences, (epoch + 1) * sequences))
+        assert sorted(there.tolist()) == list(range(sequences))
+
+
+@pytest.mark.parametrize("name", ["shuffled", "blocks"])
+def test_epochs_and_seeds_differ(name):
+    first, other = (order.make(name, 1000, 50, seed) for seed in (3, 40))
+    epochs = [first(np.arange(e * 1000, (e + 1) * 1000)) for e in range(3)]
+    for i, one in enumerate([*epochs, other(np.arange(1000))]):
+        assert all((one != another).mean() > 0.9 for another in epochs[:i])
+
+
+def test_sequential_is_the_disks_order():
+    assert order.make("sequential", 5, 1, 0)(np.arange(12)).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
+
+
+def test_blocks_keep_neighbours_near_and_mix_them():
+    """Each run of 64 positions reads one block, in mixed order; blocks follow in mixed order."""
+    made = order.make("blocks", 1000, 64, 0)(np.arange(1000))
+    blocks = [made[i : i + 64] for i in range(0, 1000, 64)]
+    for block in blocks:
+        assert block.max() // 64 == block.min() // 64
+        assert (np.diff(block) == 1).mean() < 0.2
+    numbers = [int(block[0]) // 64 for block in blocks]
+    assert numbers[-1] == 15  # what is behind the last whole block ends the epoch
+    assert numbers[:-1] != sorted(numbers[:-1])
+    assert len({tuple(block % 64) for block in blocks[:-1]}) == len(blocks) - 1
+
+
+def test_any_position_of_any_size():
+    for name in ("shuffled", "blocks", "sequential"):
+        made = order.make(name, 300 * 10**6, 16384, 2**32 - 1)
+        there = made(np.array([0, 10**15, 10**15 + 1]))
+        assert ((there >= 0) & (there < 300 * 10**6)).all()

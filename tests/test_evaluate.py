@@ -1,0 +1,76 @@
+"""Validation by subset, against a direct computation in float64 from the model's logits."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from trainit import config as config_lib
+from trainit import sharding, step
+from trainit.data.tokens import open_dataset
+from trainit.evaluate import evaluate
+from trainit.model import GPT
+from trainit.peers import Peers
+
+
+@pytest.mark.parametrize("sequences", [0, 13])
+def test_metrics_of_each_subset(sequences, subset_dataset):
+    dataset = open_dataset(subset_dataset)
+    config = tiny.get_config()
+    config = config_lib.resolve(config, dataset.vocab_size)
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    mesh = sharding.make_mesh(sizes)
+    steps = step.build(config, mesh)
+    params, length = steps.init().params, config.model.context_length
+    token_bytes = dataset.tokenizer.token_bytes()
+    result = evaluate(
+        steps,
+        params,
+        dataset,
+        token_bytes,
+        sequences,
+        (1, 16, length),
+        sharding.batch_sharding(mesh),
+        Peers(0, 1, lambda code: None, 40.0),
+    )
+
+    tokens, of = [], []
+    for shard in dataset.info["splits"]["validation"]["shards"]:
+        path = subset_dataset / shard["file"]
+        starts = np.fromfile(path.with_suffix(".documents"), "<u8").astype(int)
+        tokens.append(np.fromfile(path, "<u2"))
+        of.append(
+            np.repeat(
+                np.fromfile(path.with_suffix(".subsets"), "<u2"),
+                np.diff([*starts, len(tokens[-1])]),
+            )
+        )
+    tokens, of = np.concatenate(tokens), np.concatenate(of)
+    available = -(-(len(tokens) - 1) // length)
+    chosen = [i * available // sequences for i in range(sequences)] if sequences else range(available)
+    model, host = GPT(config.model), jax.device_get(params)
+    forward = jax.jit(model)
+    nats, bytes_, counts = np.zeros(3), np.zeros(3), np.zeros(3)
+    for i in chosen:
+        row = tokens[i * length : i * length + length + 1].astype(int)
+        inputs = np.zeros(length, np.int32)
+        inputs[: len(row) - 1] = row[:-1]
+        logits = np.asarray(forward(host, inputs[None])[0, : len(row) - 1], np.float64)
+        loss = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(row) - 1), row[1:]]
+        subsets = of[i * length + 1 : i * length + len(row)]
+        np.add.at(nats, subsets, loss)
+        np.add.at(counts, subsets, 1)
+        np.add.at(bytes_, subsets, row[1:] != 256)  # a byte is a token
+    expected = {"valid/loss": nats.sum() / counts.sum()}
+    expected["valid/bits_per_byte"] = nats.sum() / np.log(2) / bytes_.sum()
+    for k in np.flatnonzero(counts):
+        name = dataset.info["subsets"][k]
+        expected[f"valid/loss/{name}"] = nats[k] / counts[k]
+        expected[f"valid/bits_per_byte/{name}"] = nats[k] / np.log(2) / bytes_[k]
+    for kind in ("loss", "bits_per_byte"):
+        values = [value for name, value in expected.items() if name.startswith(f"valid/{kind}/")]
+        expected[f"valid/{kind}_macro"] = np.mean(values)
+    del result["valid/accuracy"]
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        assert result[name] == pytest.approx(value, rel=2e-6), name

@@ -1,0 +1,145 @@
+"""What a run trains on, as its config says: subsets and other datasets as parts of a mixture."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from processes import last_step, metrics, run, start, wait_for
+
+from trainit import config as config_lib
+from trainit import sources
+from trainit.config import ConfigError
+from trainit.data.tokens import DatasetError, open_dataset
+
+LENGTH = 32
+
+
+def documents(folder, split) -> list[tuple[bytes, str]]:
+    """Every document with its subset, read from the files alone; a byte is a token."""
+    dataset, result = open_dataset(folder), []
+    for shard in dataset.info["splits"][split]["shards"]:
+        ids = np.fromfile(folder / shard["file"], "<u2")
+        starts = np.fromfile((folder / shard["file"]).with_suffix(".documents"), "<u8").astype(int)
+        numbers = np.fromfile((folder / shard["file"]).with_suffix(".subsets"), "<u2")
+        for begin, end, number in zip(starts, [*starts[1:], len(ids)], numbers, strict=True):
+            result.append((ids[begin:end].tolist(), dataset.info["subsets"][number]))
+    return result
+
+
+def make(folder, **changes):
+    config = tiny.get_config()
+    config.dataset.path = str(folder)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config_lib.resolve(config, 257)
+
+
+def test_a_subset_is_its_documents_end_to_end(subset_dataset, tmp_path):
+    dataset = open_dataset(subset_dataset)
+    there = documents(subset_dataset, "train")
+    assert len(dataset.splits["train"].paths) > 2  # it goes over several shards
+    parts = sources.with_parts(dataset, "Gamma 1, Alpha 1, Beta (1) 1", tmp_path).parts
+    for name, part in parts.items():
+        tokens = np.concatenate([ids for ids, subset in there if subset == name])
+        assert part.tokens == len(tokens)
+        for length in (1, 7, LENGTH, len(tokens) + 3):
+            sequences = np.append(np.random.default_rng(0).permutation(part.sequences(length))[:300], -1)
+            ids, lengths = pickle.loads(pickle.dumps(part)).read(sequences, length)
+            for i, row, n in zip(sequences, ids, lengths, strict=True):
+                expected = tokens[i * length : i * length + length + 1] if i >= 0 else tokens[:1] * 0
+                np.testing.assert_array_equal(row[: n + 1], expected)
+                assert n == len(expected) - 1
+                assert not row[n + 1 :].any()
+
+
+def test_subsets_of_targets_follow_the_index(subset_dataset):
+    dataset = open_dataset(subset_dataset)
+    split = dataset.splits["validation"]
+    of = np.concatenate(
+        [
+            [dataset.info["subsets"].index(subset)] * len(ids)
+            for ids, subset in documents(subset_dataset, "validation")
+        ]
+    )
+    sequences = np.append(np.arange(split.sequences(LENGTH)), -1)
+    numbers = split.read_subsets(sequences, LENGTH)
+    _, lengths = split.read(sequences, LENGTH)
+    for i, row, n in zip(sequences, numbers, lengths, strict=True):
+        np.testing.assert_array_equal(row[:n], of[i * LENGTH + 1 : i * LENGTH + 1 + n])
+        assert not row[n:].any()
+
+
+def test_weights_and_their_changes(subset_dataset, random_dataset, tmp_path):
+    """16 rows a batch: two stages, the second of another dataset too, which begins at step 20 of 40."""
+    text = f"Alpha 1, Gamma 1; 50%: Alpha 0.5, {random_dataset} 1.5"
+    dataset = sources.with_parts(open_dataset(subset_dataset), text, tmp_path)
+    config = make(subset_dataset, dataset__mixture=text, dataset__order="sequential")
+    mixture = sources.training(config, dataset)
+    number, _ = mixture.where(np.arange(40 * 16))
+    assert list(dataset.parts) == ["Alpha", "Gamma", str(random_dataset)]
+    assert np.bincount(number[: 20 * 16]).tolist() == [160, 160]
+    assert np.bincount(number[20 * 16 :]).tolist() == [80, 0, 240]
+    ids, _ = mixture.read(np.arange(40 * 16), LENGTH)
+    other = open_dataset(random_dataset).splits["train"].read(np.arange(240), LENGTH)[0]
+    np.testing.assert_array_equal(ids[number == 2], other)
+    assert dataset.fingerprint != open_dataset(subset_dataset).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Alpha", "'Alpha' is no 'NAME WEIGHT'"),
+        ("Alpha x", "is no 'NAME WEIGHT'"),
+        ("Alpha -1", "a weight from 0 on"),
+        ("Alpha 0, Gamma 0", "sum to 0"),
+        ("10%: Alpha 1", "must not say when it begins"),
+        ("Alpha 1; Gamma 1", "must say when it begins"),
+        ("Alpha 1, Delta 1", "'Delta' is neither a dataset's folder nor a subset of .* which has .*Gamma"),
+    ],
+)
+def test_what_is_wrong_with_a_mixture(text, message, subset_dataset, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        sources.with_parts(open_dataset(subset_dataset), text, tmp_path)
+
+
+def test_stages_follow_each_other_and_tokenizers_agree(subset_dataset, random_dataset, tmp_path):
+    text = "Alpha 1; 50%: Gamma 1; 20%: Alpha 1"
+    dataset = sources.with_parts(open_dataset(subset_dataset), text, tmp_path)
+    with pytest.raises(ConfigError, match="must begin one after another"):
+        sources.training(make(subset_dataset, dataset__mixture=text), dataset)
+    other = shutil.copytree(random_dataset, tmp_path / "other")
+    content = (other / "dataset.json").read_text()
+    digest = open_dataset(other).info["tokenizer"]["sha256"]
+    (other / "dataset.json").write_text(content.replace(digest, "f" * 64))
+    with pytest.raises(ConfigError, match=r"tokenizer bytes of hash ffffffff.*prepare both with one"):
+        sources.with_parts(open_dataset(subset_dataset), f"{other} 1", tmp_path)
+    with pytest.raises(DatasetError, match="unfinished"):
+        (other / "dataset.json").unlink()
+        sources.with_parts(open_dataset(subset_dataset), f"{other} 1", tmp_path)
+
+
+def test_a_run_on_a_mixture_with_a_document_mask(subset_dataset, tmp_path):
+    """Stopped half-way and resumed, in blocks, with validation by subset: as one that was not stopped."""
+    arguments = (
+        f"--config={tiny.__file__}",
+        f"--config.dataset.path={subset_dataset}",
+        "--config.dataset.mixture=Alpha 0.5, Gamma 0.5; 20: Beta (1) 1",
+        *("--config.dataset.order=blocks", "--config.dataset.block_tokens=320"),
+        *("--config.model.document_mask=True", "--config.schedule.warmup=2", "--config.steps=40"),
+    )
+    run(*arguments, f"--workdir={tmp_path}/whole")
+    process = start(*arguments, f"--workdir={tmp_path}/parts")
+    assert wait_for(process, lambda: last_step(tmp_path / "parts") >= 3)
+    process.terminate()
+    assert process.wait(60) == 75
+    assert last_step(tmp_path / "parts") < 40
+    run(*arguments, f"--workdir={tmp_path}/parts")
+    whole, parts = (metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert [record["train/loss"] for record in whole[1:]] == [record["train/loss"] for record in parts[1:]]
+    last = whole[-1]
+    assert {name.split("/")[-1] for name in last if name.startswith("valid/loss/")} == {
+        *("Alpha", "Beta (1)", "Gamma")
+    }
+    subset_losses = [value for name, value in last.items() if name.startswith("valid/loss/")]
+    assert last["valid/loss_macro"] == pytest.approx(np.mean(subset_losses))

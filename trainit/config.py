@@ -101,7 +101,9 @@ def model(**changes) -> ConfigDict:
 
 def dataset(path: str) -> ConfigDict:
     d = ConfigDict()
-    d.path = path  # folder of a prepared dataset; "demo": presidents' messages, prepared on first use
+    d.path = path  # a prepared dataset, or tokens of others; "demo": presidents' messages, made on first use
+    d.validation_path = ""  # where others' tokens to validate on lie; empty: beside those to train on
+    d.tokenizer = ""  # of others' tokens: bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE
     d.workers = 0  # worker processes of the loader; 0: a thread of this process
     d.prefetch = 2  # batches that are read ahead; > 0
     return d

@@ -34,8 +34,8 @@ def evaluate(
         peers: tells when to stop.
 
     Returns:
-        "valid/loss" nats per token, "valid/accuracy", "valid/bits_per_byte"; None if the run is to stop
-        before that.
+        "valid/loss" nats per token, "valid/accuracy", "valid/bits_per_byte" (NaN if the targets are no
+        text); None if the run is to stop before that.
     """
     available = split.sequences(shape[2])
     chosen = min(sequences or available, available)
@@ -54,7 +54,7 @@ def evaluate(
     return {
         "valid/loss": totals["loss"] / totals["count"],
         "valid/accuracy": totals["correct"] / totals["count"],
-        "valid/bits_per_byte": totals["loss"] / math.log(2) / totals["bytes"],
+        "valid/bits_per_byte": totals["loss"] / math.log(2) / (totals["bytes"] or math.nan),
     }
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from processes import ROOT, metrics, run, start
+from processes import ROOT, metrics, run
 
-from trainit.data import columns
+from trainit.data import columns, loader, tokenizers
 from trainit.data.foreign import open_path
 from trainit.data.tokens import DatasetError
 from trainit.data.vocabulary import digest
@@ -201,6 +202,12 @@ def test_stored_sequences_of_the_context_length_and_one_are_read_whole(write, tm
     dataset = open_path(str(tmp_path), "bytes", str(tmp_path / "held_out" / "any.bin"))
     train = dataset.splits["train"]
     assert train.sequences(LENGTH) == 97
+    # Pythia's batch t is the t-th so many sequences.
+    batches = loader.BatchSource(train, lambda positions: positions, 0, (2, 8, LENGTH), slice(0, 8), 6)
+    for t in range(6):
+        np.testing.assert_array_equal(
+            batches[t]["tokens"].reshape(16, LENGTH + 1), rows[16 * t : 16 * t + 16]
+        )
     ids, lengths = train.read(np.append(np.arange(97), -1), LENGTH)
     np.testing.assert_array_equal(ids[:97], rows)
     assert lengths.tolist() == [LENGTH] * 97 + [0]
@@ -385,12 +392,36 @@ def test_an_id_beyond_the_vocabulary_is_an_error_where_it_is_read(wrong, tmp_pat
 
 
 def test_ids_of_16_bits_are_too_narrow_for_a_large_vocabulary(tmp_path, monkeypatch):
-    from trainit.data.tokenizers import ByteTokenizer
-
     nanogpt(tmp_path, draw(300), draw(50))
-    monkeypatch.setattr(ByteTokenizer, "vocab_size", 128_000)
+    monkeypatch.setattr(tokenizers.ByteTokenizer, "vocab_size", 128_000)
     with pytest.raises(DatasetError, match=r"no header, so its ids are of 16 bits, .* 128000 ids"):
         open_path(str(tmp_path), "bytes")
+
+
+def test_the_readmes_commands_fit_their_formats(random_dataset, tmp_path, monkeypatch):
+    """Each names its format's data, here written small; bytes stand in for the tokenizers that are named."""
+    text = (ROOT / "README.md").read_text()
+    commands = [dict(re.findall(r"--config\.([\w.]+)=(\S+)", line)) for line in text.splitlines()]
+    commands = [fields for fields in commands if "dataset.tokenizer" in fields]
+    rows = draw(50 * 2049).reshape(50, 2049)
+    written = {
+        "nanoGPT": lambda folder: nanogpt(folder, draw(300), draw(50)),
+        "llm.c": lambda folder: llm_c(folder, draw(300), draw(50)),
+        "Megatron": lambda folder: write_megatron(folder / "document", rows, parts=21),
+        "Arrow": lambda folder: dataset_dict(folder, draw(300), draw(50)),
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenizers, "find", lambda choice: tokenizers.ByteTokenizer())
+    for fields, (format, write) in zip(commands, written.items(), strict=True):
+        Path(fields["dataset.path"]).mkdir(parents=True)
+        write(Path(fields["dataset.path"]))
+        if validation := fields.get("dataset.validation_path"):
+            Path(validation).parent.mkdir(exist_ok=True)
+            Path(validation).symlink_to(random_dataset)
+        dataset = open_path(fields["dataset.path"], fields["dataset.tokenizer"], validation or "")
+        assert dataset.info["format"] == format
+        if length := fields.get("model.context_length"):
+            assert dataset.splits["train"].is_stored(int(length))
 
 
 def test_prepared_datasets_have_their_own(random_dataset):
@@ -489,7 +520,5 @@ def test_a_run(random_dataset, tmp_path):
     ids = np.fromfile(tmp_path / "data" / "train.bin", "<u2")
     ids[::50] = 300
     ids.tofile(tmp_path / "data" / "train.bin")
-    process = start(*theirs, f"--workdir={tmp_path}/wrong")
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode in (1, 2), output
+    output = run(*theirs, f"--workdir={tmp_path}/wrong", expect=2)
     assert "is the id 300, but dataset.tokenizer has 257 ids" in output

@@ -121,7 +121,7 @@ class Dataset:
     """A dataset: its description, its splits and its tokenizer."""
 
     folder: Path
-    info: dict  # dataset.json
+    info: dict  # dataset.json, or what stands for it
     splits: dict[str, Split]
     named: tokenizers.Tokenizer | None = None  # the tokenizer, where the folder has none
 
@@ -186,7 +186,8 @@ def open_dataset(folder: Path) -> Dataset:
         splits = {name: _open_split(folder, name, info) for name in info["splits"]}
     except FileNotFoundError:
         raise DatasetError(
-            f"dataset.path={str(folder)!r} has no dataset.json: it is unfinished; prepare it again"
+            f"dataset.path={str(folder)!r} has neither dataset.json nor tokens that others prepared: it is "
+            f"unfinished; prepare it again"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(

@@ -202,6 +202,8 @@ def test_differences_survive_json():
         ("mesh.data", True),
         ("device_batch_size", True),
         ("dataset.path", True),  # the dataset's fingerprint decides
+        ("dataset.validation_path", True),
+        ("dataset.tokenizer", True),
         ("dataset.workers", True),
         ("model.remat", True),
         ("checkpoint.keep", True),

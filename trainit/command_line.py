@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from trainit import config as config_lib
 from trainit import distributed, sources
 from trainit.config import Config, ConfigError
-from trainit.data import prepare, tokens
+from trainit.data import foreign, prepare, tokens
 
 USAGE_ERROR = 2  # exit code of a bad config or usage
 
@@ -99,24 +99,26 @@ def read() -> tuple[Config, tokens.Dataset]:
     config = _CONFIG.value
     if _DEBUG.value:
         config = config_lib.shrink(config, config_flags.get_override_values(flags.FLAGS["config"]))
-        if not Path(config.dataset.path).is_dir():
-            config.dataset.update(path="demo", mixture="")
-    path = config.dataset.path
+        if not Path(config.dataset.path).is_dir() and not foreign.find(Path(config.dataset.path)):
+            config.dataset.update(path="demo", mixture="", tokenizer="", validation_path="")
+    path, d = config.dataset.path, config.dataset
     try:
-        dataset = tokens.open_dataset(prepare.demo(cache()) if path == "demo" else Path(path))
+        folder = str(prepare.demo(cache())) if path == "demo" else path
+        dataset = foreign.open_path(folder, d.tokenizer, d.validation_path)
     except OSError as error:
         raise ConfigError(f"dataset.path={path!r} (cache {cache()}) cannot be used: {error}") from None
     for name in ("train", "validation"):
         split = dataset.splits.get(name)
-        if split is None or split.tokens < 2 or not split.bytes:
-            have = f"{split.tokens} tokens of {split.bytes} bytes" if split else "nothing"
+        if split is None or split.tokens < 2 or split.bytes == 0:
+            have = f"{split.tokens} tokens" if split else "nothing"
+            have += f" of {split.bytes} bytes" if split and split.bytes is not None else ""
             raise ConfigError(
                 f"dataset.path={path!r}: split {name} has {have}; it needs 2 tokens of some text"
             )
     _ = dataset.tokenizer  # what is wrong with it is better known now
     resolved = config_lib.resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text)
-    if config.dataset.mixture:
-        dataset = sources.with_parts(dataset, config.dataset.mixture, cache())
+    if d.mixture:
+        dataset = sources.with_parts(dataset, d.mixture, cache(), d.tokenizer)
     _ = sources.training(resolved, dataset)  # what is wrong with it is better known now
     return resolved, dataset
 

@@ -103,10 +103,10 @@ def model(**changes) -> ConfigDict:
 
 def dataset(path: str) -> ConfigDict:
     d = ConfigDict()
-    d.path = path  # folder of a prepared dataset; "demo": presidents' messages, prepared on first use
-    d.mixture = (
-        ""  # "Github 0.3, data/web 0.7; 50%: ...": subsets and folders with weights; empty: all of path
-    )
+    d.path = path  # a prepared dataset, or tokens of others; "demo": presidents' messages, made on first use
+    d.validation_path = ""  # where others' tokens to validate on lie; empty: beside those to train on
+    d.tokenizer = ""  # of others' tokens: bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE
+    d.mixture = ""  # "Github 0.3, data/web 0.7; 50%: ...": subsets, folders with weights; empty: all of path
     d.order = "shuffled"  # each epoch anew; blocks: neighbours stay near; sequential: as it lies on the disk
     d.block_tokens = 1 << 24  # tokens of a block, for order=blocks: what a file system reads well; > 0
     d.workers = 0  # worker processes of the loader; 0: a thread of this process

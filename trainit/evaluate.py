@@ -39,7 +39,7 @@ def evaluate(
         "valid/loss" nats per token, "valid/accuracy", "valid/bits_per_byte", over all tokens; where the
         dataset has several subsets, also "valid/loss/SUBSET" and "valid/bits_per_byte/SUBSET" of those that
         have tokens among the sequences, and "valid/loss_macro" and "valid/bits_per_byte_macro", the plain
-        means over these. None if the run is to stop before that.
+        means over these. NaN where the targets are no text. None if the run is to stop before that.
     """
     split, names = dataset.splits["validation"], dataset.info["subsets"]
     available = split.sequences(shape[2])
@@ -73,7 +73,7 @@ def _metrics(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, float
     result = {
         "valid/loss": loss / count,
         "valid/accuracy": correct / count,
-        "valid/bits_per_byte": loss / math.log(2) / bytes_,
+        "valid/bits_per_byte": loss / math.log(2) / bytes_ if bytes_ else math.nan,
     }
     if not names:
         return result
@@ -88,7 +88,7 @@ def _metrics(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, float
     result |= {f"valid/bits_per_byte/{name}": value for name, value in bits.items()}
     result |= {
         "valid/loss_macro": statistics.mean(losses.values()),
-        "valid/bits_per_byte_macro": statistics.mean(bits.values()),
+        "valid/bits_per_byte_macro": statistics.mean(bits.values()) if bits else math.nan,
     }
     return result
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainit import config as config_lib
 from trainit.config import Config, ConfigError
-from trainit.data import mixture, order, subsets, tokens
+from trainit.data import foreign, mixture, order, subsets
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered
 from trainit.data.tokens import Dataset
@@ -47,13 +47,14 @@ def parse(text: str) -> list[tuple[str, Parts]]:
     return stages
 
 
-def with_parts(dataset: Dataset, text: str, cache: Path) -> Dataset:
+def with_parts(dataset: Dataset, text: str, cache: Path, tokenizer: str = "") -> Dataset:
     """The dataset, with what a mixture is made of: its own subsets, and other datasets.
 
     Args:
         dataset: that `dataset.path` names.
         text: `dataset.mixture`.
         cache: folder in which the indexes of subsets are kept.
+        tokenizer: `dataset.tokenizer`, of parts that others made.
 
     Raises:
         ConfigError, DatasetError: a part is neither, or has another tokenizer.
@@ -66,12 +67,14 @@ def with_parts(dataset: Dataset, text: str, cache: Path) -> Dataset:
             folder = cache / f"subsets-{dataset.fingerprint}"
             parts[name] = subsets.open_subset(dataset.splits["train"], number, folder)
             continue
-        if not Path(name).is_dir():
+        if not Path(name).exists():
             raise ConfigError(
                 f"dataset.mixture: {name!r} is neither a dataset's folder nor a subset of "
-                f"dataset.path={str(dataset.folder)!r}, which has {', '.join(dataset.info['subsets'])}"
+                f"dataset.path={str(dataset.folder)!r}, which has "
+                f"{', '.join(dataset.info['subsets']) or 'none'}"
             )
-        other = tokens.open_dataset(Path(name))
+        given = tokenizer if foreign.find(Path(name)) else ""
+        other = foreign.open_path(name, given, str(dataset.folder) if given else "")
         theirs, ours = (d.info["tokenizer"] for d in (other, dataset))
         if theirs["sha256"] != ours["sha256"]:
             raise ConfigError(

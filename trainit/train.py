@@ -38,7 +38,7 @@ class Run:
         """
         Args:
             config: resolved.
-            dataset: prepared, with splits "train" and "validation".
+            dataset: with splits "train" and "validation".
             workdir: the run's folder; what it holds is resumed.
             peers: tells when to stop, and is told how far this process is.
             debug: let the mesh shrink to the devices that there are.
@@ -77,8 +77,8 @@ class Run:
             "mesh": " × ".join(f"{axis} {sizes[axis]}" for axis in config_lib.MESH_AXES),
             "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
             f"{c.model.dim}, attention {self.steps.attention}, precision {c.precision}",
-            "dataset": f"{self.dataset.folder}: {quantity(train.tokens)} tokens to train, "
-            f"{quantity(validation.tokens)} to validate",
+            "dataset": f"{self.dataset.folder}: {self.dataset.layout(length)}, "
+            f"{quantity(train.tokens)} tokens to train, {quantity(validation.tokens)} to validate",
             "tokenizer": f"{self.dataset.tokenizer.name}, vocabulary {self.dataset.vocab_size}",
             "batch": f"{c.batch_size} sequences of {length} tokens; {micro_steps} × "
             f"{rows // (sizes['data'] * sizes['fsdp'])} on each device",

@@ -9,7 +9,8 @@
 
 A split is the concatenation of its shards. With context length L, sequence i is tokens
 [i*L, i*L + L], so that every token but the split's first is a target exactly once; the last
-sequence may be shorter.
+sequence may be shorter. Splits of data that others made (`foreign`) may store sequences of their
+own; those of L + 1 tokens are read whole: sequence i is the i-th that was stored.
 """
 
 import bisect
@@ -17,8 +18,10 @@ import functools
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +34,11 @@ class DatasetError(ValueError):
     """A dataset that cannot be used. The message is one line and says what to do."""
 
 
+def map_ids(path: str, dtype: str, offset: int = 0) -> np.ndarray:
+    """A file of ids behind `offset` bytes, of which only what is used is read."""
+    return np.memmap(path, dtype, "r", offset).view(np.ndarray)
+
+
 @dataclass(frozen=True)
 class Split:
     """The tokens of one split. Cheap to pickle: files are mapped on first use, in each process."""
@@ -38,23 +46,34 @@ class Split:
     name: str
     paths: tuple[str, ...]
     sizes: tuple[int, ...]  # tokens of each shard
-    dtype: str
-    bytes: int  # UTF-8 bytes of its text
+    dtype: str  # of the rows that are read
+    bytes: int | None  # UTF-8 bytes of its text; None: nobody counted them
+    stored: int = 0  # tokens of each stored sequence; 0: they differ, or there are none
+    below: int = 0  # ids are checked to be below it when they are read; 0: they have been checked
+    openers: tuple[Callable[[], Any], ...] = ()  # open a shard, whose slices are ids; none: flat files
 
     @property
     def tokens(self) -> int:
         return sum(self.sizes)
 
+    def is_stored(self, length: int) -> bool:
+        """Whether stored sequences are read whole, having `length` targets each."""
+        return self.stored == length + 1
+
     def sequences(self, length: int) -> int:
         """How many sequences of `length` targets cover the split."""
+        if self.is_stored(length):
+            return self.tokens // self.stored
         return -(-(self.tokens - 1) // length)
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k not in ("_shards", "_starts", "_documents")}
 
     @functools.cached_property
-    def _shards(self) -> list[np.ndarray]:
-        return [np.memmap(path, self.dtype, "r").view(np.ndarray) for path in self.paths]
+    def _shards(self) -> list:
+        if self.openers:
+            return [open_shard() for open_shard in self.openers]
+        return [map_ids(path, self.dtype) for path in self.paths]
 
     @functools.cached_property
     def _starts(self) -> list[int]:
@@ -67,11 +86,13 @@ class Split:
         return starts, np.fromfile(path.with_suffix(".subsets"), "<u2")
 
     def copy(self, row: np.ndarray, begin: int):
-        """Fills the row with the split's tokens from `begin` on."""
+        """Fills the row with the split's tokens from `begin` on; raises as `read`."""
         filled, shard = 0, bisect.bisect_right(self._starts, begin) - 1
         while filled < len(row):  # they may go on in the next shard
             at = begin + filled - self._starts[shard]
             piece = self._shards[shard][at : at + len(row) - filled]
+            if self.below and piece.max() >= self.below:
+                raise self._out_of_vocabulary(shard, at, piece)
             row[filled : filled + len(piece)] = piece
             filled, shard = filled + len(piece), shard + 1
 
@@ -108,22 +129,33 @@ class Split:
         Returns:
             ids (n, length + 1) in the dataset's own narrow type, zero behind the end, and
             int32 (n,): how many targets each row has, at most `length`.
+
+        Raises:
+            DatasetError: an id is not in the vocabulary; only where `below` asks for it.
         """
         ids = np.zeros((len(sequences), length + 1), self.dtype)
-        first = np.asarray(sequences, np.int64) * length
+        first = np.asarray(sequences, np.int64) * (length + self.is_stored(length))
         last = np.where(first < 0, first, np.minimum(first + length + 1, self.tokens))
         for row, begin, end in zip(ids, first.tolist(), last.tolist(), strict=True):
             self.copy(row[: end - begin], begin)
         return ids, np.maximum(last - first - 1, 0).astype(np.int32)
 
+    def _out_of_vocabulary(self, shard: int, at: int, piece: np.ndarray) -> DatasetError:
+        wrong = int(np.argmax(piece >= self.below))
+        return DatasetError(
+            f"{self.paths[shard]}: token {at + wrong} is the id {piece[wrong]}, but dataset.tokenizer has "
+            f"{self.below} ids: name the tokenizer that these tokens were made with"
+        )
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset: its description, its splits and its tokenizer."""
+    """A dataset: its description, its splits and its tokenizer."""
 
     folder: Path
-    info: dict  # dataset.json
+    info: dict  # dataset.json, or what stands for it
     splits: dict[str, Split]
+    named: tokenizers.Tokenizer | None = None  # the tokenizer, where the folder has none
     parts: dict = field(default_factory=dict)  # what a mixture is made of, by name
     part_fingerprints: tuple[str, ...] = ()  # of other datasets among them
 
@@ -131,9 +163,25 @@ class Dataset:
     def vocab_size(self) -> int:
         return self.info["vocab_size"]
 
+    def layout(self, length: int) -> str:
+        """Whose format it is, and how sequences of `length` targets lie in its training data."""
+        format, stored = self.info["format"], self.splits["train"].stored
+        if format == FORMAT:
+            return "prepared"
+        if not stored:
+            return f"{format}, read as one stream"
+        if self.splits["train"].is_stored(length):
+            return f"{format}, sequences of {stored} tokens read whole"
+        return (
+            f"{format}, sequences of {stored} tokens read as one stream; model.context_length={stored - 1} "
+            f"would read them whole"
+        )
+
     @functools.cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Raises DatasetError where its file is missing or another than the dataset was made with."""
+        if self.named:
+            return self.named
         about = self.info["tokenizer"]
         try:
             return tokenizers.load(
@@ -144,7 +192,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same tokens in the same order, wherever the folder lies."""
+        """The same for the same tokens in the same order, wherever the folder lies.
+
+        Of foreign data it is made from the format, names and sizes of the files, not from what is in them.
+        """
         content = {key: self.info[key] for key in ("format", "tokenizer", "vocab_size", "dtype", "splits")}
         if self.part_fingerprints:
             content["parts"] = self.part_fingerprints
@@ -171,7 +222,8 @@ def open_dataset(folder: Path) -> Dataset:
         splits = {name: _open_split(folder, name, info) for name in info["splits"]}
     except FileNotFoundError:
         raise DatasetError(
-            f"dataset.path={str(folder)!r} has no dataset.json: it is unfinished; prepare it again"
+            f"dataset.path={str(folder)!r} has neither dataset.json nor tokens that others prepared: it is "
+            f"unfinished; prepare it again"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(

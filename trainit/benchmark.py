@@ -26,7 +26,8 @@ from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints
 from trainit.config import Config, ConfigError
 from trainit.data import loader, speed
-from trainit.data.tokens import DatasetError, Split
+from trainit.data.streaming import Streamed
+from trainit.data.tokens import Dataset, DatasetError, Split
 from trainit.peers import Peers
 
 PARTS = ("loader", "step", "save", "processes")
@@ -80,11 +81,17 @@ def _build(config: Config) -> tuple[step.Steps, tuple[int, int, int], jax.shardi
     return step.build(config, mesh), sharding.batch_shape(config, sizes), mesh
 
 
-def measure_step(config: Config, split: Split):
+def measure_step(config: Config, dataset: Dataset | Streamed):
     """The real train step on the real loader: compile time, step time, tokens/s, MFU, memory."""
     steps, shape, mesh = _build(config)
-    order = loader.Shuffled(split.sequences(shape[2]), config.seed)
-    batches = loader.batches(split, order, shape, sharding.batch_sharding(mesh))
+    layout = sharding.batch_sharding(mesh)
+    if isinstance(dataset, Streamed):
+        ahead = config.dataset.workers, config.dataset.prefetch
+        batches = dataset.reader(shape, layout, 0, None, *ahead).batches()
+    else:
+        split = dataset.splits["train"]
+        order = loader.Shuffled(split.sequences(shape[2]), config.seed)
+        batches = loader.batches(split, order, shape, layout)
     state = jax.block_until_ready(steps.init())
     start = time.perf_counter()
     compiled = steps.train.lower(state, next(batches)).compile()
@@ -210,7 +217,7 @@ def main() -> int:
         if "loader" in _ONLY.value:
             measure_loader()
         if "step" in _ONLY.value:
-            measure_step(config, dataset.splits["train"])
+            measure_step(config, dataset)
         if "save" in _ONLY.value:
             measure_save(config)
         if "processes" in _ONLY.value:

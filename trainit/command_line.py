@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from trainit import config as config_lib
 from trainit import distributed
 from trainit.config import Config, ConfigError
-from trainit.data import prepare, tokens
+from trainit.data import prepare, streaming, tokens
 
 USAGE_ERROR = 2  # exit code of a bad config or usage
 
@@ -90,7 +90,7 @@ def cache() -> Path:
     return Path(os.environ.get("TRAINIT_CACHE") or Path(home) / "trainit")
 
 
-def read() -> tuple[Config, tokens.Dataset]:
+def read() -> tuple[Config, tokens.Dataset | streaming.Streamed]:
     """The resolved config that the flags describe, and the dataset that it names.
 
     Raises:
@@ -99,8 +99,10 @@ def read() -> tuple[Config, tokens.Dataset]:
     config = _CONFIG.value
     if _DEBUG.value:
         config = config_lib.shrink(config, config_flags.get_override_values(flags.FLAGS["config"]))
-        if not Path(config.dataset.path).is_dir():
+        if "streams" not in config.dataset and not Path(config.dataset.path).is_dir():
             config.dataset.path = "demo"
+    if "streams" in config.dataset:
+        return _read_streamed(config)
     path = config.dataset.path
     try:
         dataset = tokens.open_dataset(prepare.demo(cache()) if path == "demo" else Path(path))
@@ -115,6 +117,20 @@ def read() -> tuple[Config, tokens.Dataset]:
             )
     _ = dataset.tokenizer  # what is wrong with it is better known now
     return config_lib.resolve(config, dataset.vocab_size), dataset
+
+
+def _read_streamed(config: ConfigDict) -> tuple[Config, streaming.Streamed]:
+    tokenizer = streaming.find_tokenizer(config.dataset.tokenizer)
+    resolved = config_lib.resolve(config, tokenizer.vocab_size)
+    length, sequences = resolved.model.context_length, resolved.eval.sequences
+    dataset = streaming.open_files(resolved.dataset, tokenizer, resolved.seed, length, sequences)
+    validation = dataset.splits["validation"]
+    if validation.tokens < 2 or not validation.bytes:
+        raise ConfigError(
+            f"dataset.validation_path={config.dataset.validation_path!r} has {validation.tokens} tokens of "
+            f"{validation.bytes} bytes; it needs 2 tokens of some text"
+        )
+    return resolved, dataset
 
 
 def _parse(argv: list[str]) -> list[str]:

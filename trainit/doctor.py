@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trainit import __version__, command_line, distributed, rendezvous, sharding, trackers, workdir
 from trainit.config import Config, ConfigError
 from trainit.data import loader
+from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset, DatasetError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -209,11 +210,15 @@ def reduce_rows(hosts: list[str]) -> list[Row]:
     return rows
 
 
-def _data_rate(config: Config, dataset: Dataset, mesh: Mesh, shape: tuple[int, int, int]) -> float:
+def _data_rate(config: Config, dataset: Dataset | Streamed, mesh: Mesh, shape: tuple[int, int, int]) -> float:
     """Tokens per second that this process reads, as a run would."""
-    split = dataset.splits["train"]
-    order = loader.Shuffled(split.sequences(shape[2]), config.seed)
-    batches = loader.batches(split, order, shape, sharding.batch_sharding(mesh))
+    layout = sharding.batch_sharding(mesh)
+    if isinstance(dataset, Streamed):
+        batches = dataset.reader(shape, layout).batches()
+    else:
+        split = dataset.splits["train"]
+        order = loader.Shuffled(split.sequences(shape[2]), config.seed)
+        batches = loader.batches(split, order, shape, layout)
     first = next(batches)
     mine = sum(part.data.size for part in first["tokens"].addressable_shards if part.replica_id == 0)
     count, start = 0, time.perf_counter()
@@ -251,7 +256,7 @@ def _sees(path: Path, token: str) -> bool:
     return False
 
 
-def examine(config, dataset: Dataset | None, resolved: Config | None, folder: Path) -> list[Row]:
+def examine(config, dataset: Dataset | Streamed | None, resolved: Config | None, folder: Path) -> list[Row]:
     """All checks that need the processes together. A collective.
 
     Args:
@@ -293,7 +298,9 @@ def examine(config, dataset: Dataset | None, resolved: Config | None, folder: Pa
     return rows
 
 
-def _config_rows(config: Config | None, dataset: Dataset | None, processes: list[str]) -> list[Row]:
+def _config_rows(
+    config: Config | None, dataset: Dataset | Streamed | None, processes: list[str]
+) -> list[Row]:
     """Whether the config fits the devices, and how fast its data comes. A collective."""
     prints = distributed.gather_text(dataset.fingerprint if dataset else "none")
     rows = []

@@ -18,6 +18,7 @@ from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints, check_same_run, due
 from trainit.config import Config, ConfigError
 from trainit.data import loader
+from trainit.data.streaming import Reader, Streamed
 from trainit.data.tokens import Dataset
 from trainit.evaluate import evaluate
 from trainit.peers import Peers
@@ -34,11 +35,13 @@ class NonFiniteError(RuntimeError):
 class Run:
     """One process's part of a training run."""
 
-    def __init__(self, config: Config, dataset: Dataset, workdir: Path, peers: Peers, debug: bool = False):
+    def __init__(
+        self, config: Config, dataset: Dataset | Streamed, workdir: Path, peers: Peers, debug: bool = False
+    ):
         """
         Args:
             config: resolved.
-            dataset: prepared, with splits "train" and "validation".
+            dataset: prepared, with splits "train" and "validation"; or streamed.
             workdir: the run's folder; what it holds is resumed.
             peers: tells when to stop, and is told how far this process is.
             debug: let the mesh shrink to the devices that there are.
@@ -55,6 +58,8 @@ class Run:
         self.steps = step.build(config, self.mesh)
         self._describe(sizes)
         self.rows, self.wandb_id = 0, secrets.token_hex(4)  # rows of the training data consumed
+        self.reader: Reader | None = None  # of a streamed dataset
+        self.streams: list[list[int]] | None = None  # where its streams are at the start
         self.postponed: dict | None = None  # what was measured at a step whose validation is still to be done
         newest = distributed.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
         self.resumed = newest >= 0
@@ -69,7 +74,7 @@ class Run:
         c, devices = self.config, jax.devices()
         micro_steps, rows, length = self.batch_shape
         parameters = metrics.parameter_count(self.steps.abstract_state.params)
-        train, validation = (self.dataset.splits[name] for name in ("train", "validation"))
+        validation = self.dataset.splits["validation"]
         for topic, text in {
             "run": self.workdir,
             "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
@@ -77,7 +82,7 @@ class Run:
             "mesh": " × ".join(f"{axis} {sizes[axis]}" for axis in config_lib.MESH_AXES),
             "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
             f"{c.model.dim}, attention {self.steps.attention}, precision {c.precision}",
-            "dataset": f"{self.dataset.folder}: {quantity(train.tokens)} tokens to train, "
+            "dataset": f"{self.dataset.folder}: {self._describe_training()} to train, "
             f"{quantity(validation.tokens)} to validate",
             "tokenizer": f"{self.dataset.tokenizer.name}, vocabulary {self.dataset.vocab_size}",
             "batch": f"{c.batch_size} sequences of {length} tokens; {micro_steps} × "
@@ -88,6 +93,11 @@ class Run:
             logging.info("%-10s %s", topic, text)
         if jax.process_count() > 1:
             self._describe_processes()
+
+    def _describe_training(self) -> str:
+        if isinstance(self.dataset, Streamed):
+            return self.dataset.describe()
+        return f"{quantity(self.dataset.splits['train'].tokens)} tokens"
 
     def _describe_processes(self):
         """One line a process: its host, its devices and where they are in the mesh."""
@@ -148,6 +158,9 @@ class Run:
             )
         if meta["dataset"] == self.dataset.fingerprint:  # else from the start of the new one
             self.rows = meta["rows"] * meta["config"]["model"]["context_length"] // c.model.context_length
+            self.streams = meta.get("streams")
+            if self.streams and meta["config"]["model"]["context_length"] != c.model.context_length:
+                self.streams = [[*place, 0] for *place, _ in self.streams]  # windows are cut anew
         return meta
 
     def loop(self) -> int:
@@ -223,12 +236,17 @@ class Run:
 
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
         """The training data from where this run is."""
-        c, train = self.config, self.dataset.splits["train"]
+        c, layout = self.config, sharding.batch_sharding(self.mesh)
+        if isinstance(self.dataset, Streamed):
+            ahead = c.dataset.workers, c.dataset.prefetch
+            self.reader = self.dataset.reader(self.batch_shape, layout, self.rows, self.streams, *ahead)
+            return self.reader.batches(c.steps - self.step)
+        train = self.dataset.splits["train"]
         return loader.batches(
             train,
             loader.Shuffled(train.sequences(c.model.context_length), c.seed),
             self.batch_shape,
-            sharding.batch_sharding(self.mesh),
+            layout,
             first_row=self.rows,
             count=c.steps - self.step,
             workers=c.dataset.workers,
@@ -353,6 +371,7 @@ class Run:
         meta = {
             "config": self.config.to_dict(),
             "rows": self.rows,
+            "streams": self._gather_streams(),
             "dataset": self.dataset.fingerprint,
             "wandb_id": self.wandb_id,
             "postponed": self.postponed,
@@ -361,6 +380,15 @@ class Run:
         with self.peers.pace.patiently("saving"):
             self.checkpoints.save(self.step, self.state, meta)
         self.saved = self.step
+
+    def _gather_streams(self) -> list[list[int]] | None:
+        """Where all streams are behind the rows consumed; a collective."""
+        if self.reader is None:
+            return None
+        states: dict[str, list[int]] = {}
+        for text in distributed.gather_text(json.dumps(self.reader.states(self.rows))):
+            states |= json.loads(text)
+        return [states[number] for number in sorted(states, key=int)]
 
     def _write_config(self):
         if distributed.is_lead():

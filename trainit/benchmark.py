@@ -27,6 +27,7 @@ from trainit.checkpoint import Checkpoints
 from trainit.config import Config, ConfigError
 from trainit.data import loader, speed
 from trainit.data.order import Ordered, Shuffled
+from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset, DatasetError, Split
 from trainit.peers import Peers
 
@@ -81,10 +82,10 @@ def _build(config: Config) -> tuple[step.Steps, tuple[int, int, int], jax.shardi
     return step.build(config, mesh), sharding.batch_shape(config, sizes), mesh
 
 
-def measure_step(config: Config, dataset: Dataset):
+def measure_step(config: Config, dataset: Dataset | Streamed):
     """The real train step on the real loader: compile time, step time, tokens/s, MFU, memory."""
     steps, shape, mesh = _build(config)
-    batches = loader.batches(sources.training(config, dataset), shape, sharding.batch_sharding(mesh))
+    batches = sources.reader(config, dataset, shape, sharding.batch_sharding(mesh)).batches()
     state = jax.block_until_ready(steps.init())
     start = time.perf_counter()
     compiled = steps.train.lower(state, next(batches)).compile()

@@ -19,7 +19,8 @@ from trainit.config import ConfigError, flatten
 # A resume may change these without saying so: they are where and how a run runs, not what it computes.
 FREE = re.compile(
     r"(max_minutes|stall_seconds|max_skipped|device_batch_size|platform|cpu_devices)$"
-    r"|model\.(attention|remat|scan_layers)$|dataset\.(path|validation_path|tokenizer|workers|prefetch)$"
+    r"|model\.(attention|remat|scan_layers)$"
+    r"|dataset\.(path|validation_path|tokenizer|workers|prefetch)$"  # its content has a fingerprint
     r"|(mesh|eval|log|checkpoint|wandb)\."
 )
 TIMEOUT_SECONDS = 600  # for the other processes to finish their parts of a save

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from trainit import config as config_lib
 from trainit import distributed, sources
 from trainit.config import Config, ConfigError
-from trainit.data import foreign, prepare, tokens
+from trainit.data import foreign, prepare, streaming, tokens
 
 USAGE_ERROR = 2  # exit code of a bad config or usage
 
@@ -90,7 +90,7 @@ def cache() -> Path:
     return Path(os.environ.get("TRAINIT_CACHE") or Path(home) / "trainit")
 
 
-def read() -> tuple[Config, tokens.Dataset]:
+def read() -> tuple[Config, tokens.Dataset | streaming.Streamed]:
     """The resolved config that the flags describe, and the dataset that it names.
 
     Raises:
@@ -99,8 +99,11 @@ def read() -> tuple[Config, tokens.Dataset]:
     config = _CONFIG.value
     if _DEBUG.value:
         config = config_lib.shrink(config, config_flags.get_override_values(flags.FLAGS["config"]))
-        if not Path(config.dataset.path).is_dir() and not foreign.find(Path(config.dataset.path)):
+        path = Path(config.dataset.path)
+        if "streams" not in config.dataset and not path.is_dir() and not foreign.find(path):
             config.dataset.update(path="demo", mixture="", tokenizer="", validation_path="")
+    if "streams" in config.dataset:
+        return _read_streamed(config)
     path, d = config.dataset.path, config.dataset
     try:
         folder = str(prepare.demo(cache())) if path == "demo" else path
@@ -120,6 +123,20 @@ def read() -> tuple[Config, tokens.Dataset]:
     if d.mixture:
         dataset = sources.with_parts(dataset, d.mixture, cache(), d.tokenizer)
     _ = sources.training(resolved, dataset)  # what is wrong with it is better known now
+    return resolved, dataset
+
+
+def _read_streamed(config: ConfigDict) -> tuple[Config, streaming.Streamed]:
+    tokenizer = streaming.find_tokenizer(config.dataset.tokenizer)
+    resolved = config_lib.resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
+    length, sequences = resolved.model.context_length, resolved.eval.sequences
+    dataset = streaming.open_files(resolved.dataset, tokenizer, resolved.seed, length, sequences)
+    validation = dataset.splits["validation"]
+    if validation.tokens < 2 or not validation.bytes:
+        raise ConfigError(
+            f"dataset.validation_path={config.dataset.validation_path!r} has {validation.tokens} tokens of "
+            f"{validation.bytes} bytes; it needs 2 tokens of some text"
+        )
     return resolved, dataset
 
 

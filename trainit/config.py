@@ -114,6 +114,17 @@ def dataset(path: str) -> ConfigDict:
     return d
 
 
+def jsonl(path: str = "pile/train", validation_path: str = "pile/val.jsonl.zst") -> ConfigDict:
+    d = dataset(path)  # not prepared: .jsonl, .jsonl.zst and .jsonl.gz; a file, a glob, or a whole folder
+    d.validation_path = validation_path  # likewise; eval.sequences from its beginning are held in memory
+    d.tokenizer = "gpt2"  # bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE
+    d.text_field = "text"  # dotted path of the text in a line's JSON
+    d.streams = 16  # parts of the data, each read by one worker; a divisor of batch_size
+    d.window = 256  # sequences of a stream that are shuffled among themselves; > 0
+    d.workers = 2
+    return d
+
+
 def _schedule(name: str, **fields) -> Callable[[], ConfigDict]:
     return lambda: ConfigDict(
         {"name": name, **{k: v if isinstance(v, float) else _any(v) for k, v in fields.items()}}
@@ -140,7 +151,7 @@ SCHEDULES = {
         "piecewise_linear", warmup=0, boundaries=("0%", "50%", "100%"), values=(0.0, 1.0, 0.0)
     ),
 }
-DATASETS = {"pile": lambda: dataset("data/pile"), "demo": lambda: dataset("demo")}
+DATASETS = {"pile": lambda: dataset("data/pile"), "demo": lambda: dataset("demo"), "jsonl": jsonl}
 GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS}
 
 ONE_OF = {
@@ -155,7 +166,8 @@ ONE_OF = {
     "dataset.order": ("shuffled", "blocks", "sequential"),
 }
 POSITIVE = """steps batch_size max_skipped cpu_devices model.dim model.num_heads model.num_blocks
-    model.context_length model.rope_theta log.every_steps dataset.prefetch dataset.block_tokens""".split()
+    model.context_length model.rope_theta log.every_steps dataset.prefetch dataset.block_tokens
+    dataset.streams dataset.window""".split()
 NOT_NEGATIVE = """seed max_minutes stall_seconds device_batch_size clip_norm model.num_kv_heads model.mlp_dim
     model.vocab_size model.logit_softcap dataset.workers eval.every_steps eval.sequences
     checkpoint.keep schedule.final optimizer.learning_rate optimizer.weight_decay""".split()
@@ -263,7 +275,7 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
             values[field] in choices, f"{field}={values[field]!r} is none of {_names(map(repr, choices))}"
         )
     for field in POSITIVE:
-        require(values[field] > 0, f"{field}={values[field]} must be above 0")
+        require(values.get(field, 1) > 0, f"{field}={values.get(field)} must be above 0")
     for field, bound in (("steps", 2**31), ("seed", 2**32)):
         require(values[field] < bound, f"{field}={values[field]} must be below {bound}")
     for field in NOT_NEGATIVE:
@@ -276,6 +288,16 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
     _resolve_model(config.model, tokenizer_vocab_size, end_of_text)
     check_mesh(config.mesh, config)
     _check_schedule(config)
+    streams = values.get("dataset.streams", 1)
+    require(
+        config.batch_size % streams == 0,
+        f"batch_size={config.batch_size} is not a multiple of dataset.streams={streams}",
+    )
+    for field, plain in (("mixture", ""), ("order", "shuffled")):
+        require(
+            "dataset.streams" not in values or config.dataset[field] == plain,
+            f"dataset.{field}={config.dataset[field]!r} needs a prepared dataset; leave it at {plain!r}",
+        )
     saves = config.checkpoint.save_steps
     least = 0 if isinstance(saves, int) else 1
     require(

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainit import __version__, command_line, distributed, rendezvous, sharding, sources, trackers, workdir
 from trainit.config import Config, ConfigError
-from trainit.data import loader
+from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset, DatasetError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -209,9 +209,9 @@ def reduce_rows(hosts: list[str]) -> list[Row]:
     return rows
 
 
-def _data_rate(config: Config, dataset: Dataset, mesh: Mesh, shape: tuple[int, int, int]) -> float:
+def _data_rate(config: Config, dataset: Dataset | Streamed, mesh: Mesh, shape: tuple[int, int, int]) -> float:
     """Tokens per second that this process reads, as a run would."""
-    batches = loader.batches(sources.training(config, dataset), shape, sharding.batch_sharding(mesh))
+    batches = sources.reader(config, dataset, shape, sharding.batch_sharding(mesh)).batches()
     first = next(batches)
     mine = sum(part.data.size for part in first["tokens"].addressable_shards if part.replica_id == 0)
     count, start = 0, time.perf_counter()
@@ -249,7 +249,7 @@ def _sees(path: Path, token: str) -> bool:
     return False
 
 
-def examine(config, dataset: Dataset | None, resolved: Config | None, folder: Path) -> list[Row]:
+def examine(config, dataset: Dataset | Streamed | None, resolved: Config | None, folder: Path) -> list[Row]:
     """All checks that need the processes together. A collective.
 
     Args:
@@ -291,7 +291,9 @@ def examine(config, dataset: Dataset | None, resolved: Config | None, folder: Pa
     return rows
 
 
-def _config_rows(config: Config | None, dataset: Dataset | None, processes: list[str]) -> list[Row]:
+def _config_rows(
+    config: Config | None, dataset: Dataset | Streamed | None, processes: list[str]
+) -> list[Row]:
     """Whether the config fits the devices, and how fast its data comes. A collective."""
     prints = distributed.gather_text(dataset.fingerprint if dataset else "none")
     rows = []

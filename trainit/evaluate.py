@@ -8,6 +8,7 @@ import numpy as np
 
 from trainit.data import loader
 from trainit.data.order import Ordered, Spaced
+from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset
 from trainit.peers import Peers
 from trainit.step import Steps
@@ -16,7 +17,7 @@ from trainit.step import Steps
 def evaluate(
     steps: Steps,
     params: dict,
-    dataset: Dataset,
+    dataset: Dataset | Streamed,
     token_bytes: np.ndarray,
     sequences: int,
     shape: tuple[int, int, int],
@@ -41,7 +42,7 @@ def evaluate(
         have tokens among the sequences, and "valid/loss_macro" and "valid/bits_per_byte_macro", the plain
         means over these. NaN where the targets are no text. None if the run is to stop before that.
     """
-    split, names = dataset.splits["validation"], dataset.info["subsets"]
+    split, names = dataset.splits["validation"], dataset.subsets
     available = split.sequences(shape[2])
     chosen = min(sequences or available, available)
     several = len(names) > 1

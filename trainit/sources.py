@@ -2,14 +2,18 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import jax
+
 from trainit import config as config_lib
 from trainit.config import Config, ConfigError
-from trainit.data import foreign, mixture, order, subsets
+from trainit.data import foreign, loader, mixture, order, subsets
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered
+from trainit.data.streaming import Reader, Streamed
 from trainit.data.tokens import Dataset
 
 Parts = list[tuple[str, Fraction]]  # names and weights
@@ -62,8 +66,8 @@ def with_parts(dataset: Dataset, text: str, cache: Path, tokenizer: str = "") ->
     names = dict.fromkeys(name for _, parts in parse(text) for name, _ in parts)
     parts, prints = {}, []
     for name in names:
-        if name in dataset.info["subsets"]:
-            number = dataset.info["subsets"].index(name)
+        if name in dataset.subsets:
+            number = dataset.subsets.index(name)
             folder = cache / f"subsets-{dataset.fingerprint}"
             parts[name] = subsets.open_subset(dataset.splits["train"], number, folder)
             continue
@@ -71,7 +75,7 @@ def with_parts(dataset: Dataset, text: str, cache: Path, tokenizer: str = "") ->
             raise ConfigError(
                 f"dataset.mixture: {name!r} is neither a dataset's folder nor a subset of "
                 f"dataset.path={str(dataset.folder)!r}, which has "
-                f"{', '.join(dataset.info['subsets']) or 'none'}"
+                f"{', '.join(dataset.subsets) or 'none'}"
             )
         given = tokenizer if foreign.find(Path(name)) else ""
         other = foreign.open_path(name, given, str(dataset.folder) if given else "")
@@ -115,3 +119,45 @@ def training(config: Config, dataset: Dataset) -> Ordered | Mixture:
         tuple(ordered(split, config.seed + number) for number, split in enumerate(dataset.parts.values())),
         tuple(stages),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Who reads a prepared dataset's training data, as `streaming.Reader` does a streamed one's."""
+
+    source: Ordered | Mixture
+    shape: tuple[int, int, int]
+    layout: jax.sharding.NamedSharding
+    first_row: int
+    workers: int
+    prefetch: int
+
+    def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
+        """The next `count` batches; see `loader.batches`."""
+        return loader.batches(
+            self.source, self.shape, self.layout, self.first_row, count, self.workers, self.prefetch
+        )
+
+
+def reader(
+    config: Config,
+    dataset: Dataset | Streamed,
+    shape: tuple[int, int, int],
+    layout: jax.sharding.NamedSharding,
+    first_row: int = 0,
+    states: list[list[int]] | None = None,
+) -> Rows | Reader:
+    """Who reads a run's training data for this process.
+
+    Args:
+        config: resolved.
+        dataset: that it names.
+        shape: of a global batch: micro-steps G, rows of one b, L.
+        layout: of arrays (G, b, ...).
+        first_row: rows consumed before the first batch.
+        states: of a streamed dataset's streams there; None: their beginnings.
+    """
+    d = config.dataset
+    if isinstance(dataset, Streamed):
+        return dataset.reader(shape, layout, first_row, states, d.workers, d.prefetch)
+    return Rows(training(config, dataset), shape, layout, first_row, d.workers, d.prefetch)

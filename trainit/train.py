@@ -17,7 +17,7 @@ from trainit import __version__, distributed, metrics, sharding, sources, step
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints, check_same_run, due
 from trainit.config import Config, ConfigError
-from trainit.data import loader
+from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset
 from trainit.evaluate import evaluate
 from trainit.peers import Peers
@@ -34,11 +34,13 @@ class NonFiniteError(RuntimeError):
 class Run:
     """One process's part of a training run."""
 
-    def __init__(self, config: Config, dataset: Dataset, workdir: Path, peers: Peers, debug: bool = False):
+    def __init__(
+        self, config: Config, dataset: Dataset | Streamed, workdir: Path, peers: Peers, debug: bool = False
+    ):
         """
         Args:
             config: resolved.
-            dataset: with splits "train" and "validation".
+            dataset: prepared, with splits "train" and "validation"; or streamed.
             workdir: the run's folder; what it holds is resumed.
             peers: tells when to stop, and is told how far this process is.
             debug: let the mesh shrink to the devices that there are.
@@ -55,6 +57,7 @@ class Run:
         self.steps = step.build(config, self.mesh)
         self._describe(sizes)
         self.rows, self.wandb_id = 0, secrets.token_hex(4)  # rows of the training data consumed
+        self.streams: list[list[int]] | None = None  # where its streams are at the start
         self.postponed: dict | None = None  # what was measured at a step whose validation is still to be done
         newest = distributed.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
         self.resumed = newest >= 0
@@ -69,7 +72,7 @@ class Run:
         c, devices = self.config, jax.devices()
         micro_steps, rows, length = self.batch_shape
         parameters = metrics.parameter_count(self.steps.abstract_state.params)
-        train, validation = (self.dataset.splits[name] for name in ("train", "validation"))
+        validation = self.dataset.splits["validation"]
         for topic, text in {
             "run": self.workdir,
             "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
@@ -77,8 +80,8 @@ class Run:
             "mesh": " × ".join(f"{axis} {sizes[axis]}" for axis in config_lib.MESH_AXES),
             "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
             f"{c.model.dim}, attention {self.steps.attention}, precision {c.precision}",
-            "dataset": f"{self.dataset.folder}: {self.dataset.layout(length)}, "
-            f"{quantity(train.tokens)} tokens to train, {quantity(validation.tokens)} to validate",
+            "dataset": f"{self.dataset.folder}: {self._describe_training()} to train, "
+            f"{quantity(validation.tokens)} to validate",
             "tokenizer": f"{self.dataset.tokenizer.name}, vocabulary {self.dataset.vocab_size}",
             "batch": f"{c.batch_size} sequences of {length} tokens; {micro_steps} × "
             f"{rows // (sizes['data'] * sizes['fsdp'])} on each device",
@@ -88,6 +91,12 @@ class Run:
             logging.info("%-10s %s", topic, text)
         if jax.process_count() > 1:
             self._describe_processes()
+
+    def _describe_training(self) -> str:
+        if isinstance(self.dataset, Streamed):
+            return self.dataset.describe()
+        layout = self.dataset.layout(self.config.model.context_length)
+        return f"{layout}, {quantity(self.dataset.splits['train'].tokens)} tokens"
 
     def _describe_processes(self):
         """One line a process: its host, its devices and where they are in the mesh."""
@@ -148,6 +157,9 @@ class Run:
             )
         if meta["dataset"] == self.dataset.fingerprint:  # else from the start of the new one
             self.rows = meta["rows"] * meta["config"]["model"]["context_length"] // c.model.context_length
+            self.streams = meta.get("streams")
+            if self.streams and meta["config"]["model"]["context_length"] != c.model.context_length:
+                self.streams = [[*place, 0] for *place, _ in self.streams]  # windows are cut anew
         return meta
 
     def loop(self) -> int:
@@ -223,16 +235,9 @@ class Run:
 
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
         """The training data from where this run is."""
-        c = self.config
-        return loader.batches(
-            sources.training(c, self.dataset),
-            self.batch_shape,
-            sharding.batch_sharding(self.mesh),
-            first_row=self.rows,
-            count=c.steps - self.step,
-            workers=c.dataset.workers,
-            prefetch=c.dataset.prefetch,
-        )
+        c, layout = self.config, sharding.batch_sharding(self.mesh)
+        self.reader = sources.reader(c, self.dataset, self.batch_shape, layout, self.rows, self.streams)
+        return self.reader.batches(c.steps - self.step)
 
     def _wait_for(self, following: Future) -> dict[str, jax.Array] | None:
         """The next batch; None if it is still to come when all stop here."""
@@ -352,6 +357,7 @@ class Run:
         meta = {
             "config": self.config.to_dict(),
             "rows": self.rows,
+            "streams": self._gather_streams(),
             "dataset": self.dataset.fingerprint,
             "wandb_id": self.wandb_id,
             "postponed": self.postponed,
@@ -360,6 +366,15 @@ class Run:
         with self.peers.pace.patiently("saving"):
             self.checkpoints.save(self.step, self.state, meta)
         self.saved = self.step
+
+    def _gather_streams(self) -> list[list[int]] | None:
+        """Where all streams are behind the rows consumed; a collective."""
+        if not isinstance(self.dataset, Streamed):
+            return None
+        states: dict[str, list[int]] = {}
+        for text in distributed.gather_text(json.dumps(self.reader.states(self.rows))):
+            states |= json.loads(text)
+        return [states[number] for number in sorted(states, key=int)]
 
     def _write_config(self):
         if distributed.is_lead():

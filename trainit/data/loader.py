@@ -5,7 +5,10 @@ which batch t is rows [t*B, (t+1)*B). Hosts, devices, workers, micro-steps and r
 reads which of these rows. The position in the data is one integer: rows consumed.
 """
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import grain
@@ -77,25 +80,52 @@ def batches(
     Raises:
         RuntimeError: a worker process died.
     """
-    micro_steps, rows, _ = shape
-    local = sharding.addressable_devices_indices_map((micro_steps, rows)).values()
-    mine = [index[1].indices(rows)[:2] for index in local]
-    low, high = min(start for start, _ in mine), max(stop for _, stop in mine)
-    rows_read = BatchSource(source, first_row, shape, slice(low, high), count, with_subsets)
+    mine = local_rows(shape, sharding)
+    rows_read = BatchSource(source, first_row, shape, mine, count, with_subsets)
     reader = grain.MapDataset.source(rows_read).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     )
     if workers:
         reader = reader.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
+            end_with_parent,
         )
+    yield from on_devices(reader, mine, shape, sharding)
+
+
+def end_with_parent(worker: int, workers: int):
+    """Called by Grain in each worker process, which ends when its parent has, even by kill -9."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def local_rows(shape: tuple[int, int, int], sharding: jax.sharding.NamedSharding) -> slice:
+    """The rows of each micro-step that this process reads: from its devices' first to their last."""
+    micro_steps, rows, _ = shape
+    local = sharding.addressable_devices_indices_map((micro_steps, rows)).values()
+    mine = [index[1].indices(rows)[:2] for index in local]
+    return slice(min(start for start, _ in mine), max(stop for _, stop in mine))
+
+
+def on_devices(
+    records: Iterable[dict[str, np.ndarray]],
+    mine: slice,
+    shape: tuple[int, int, int],
+    sharding: jax.sharding.NamedSharding,
+) -> Iterator[dict[str, jax.Array]]:
+    """Global arrays (G, b, ...) out of records of this process's rows, arrays (G, rows, ...)."""
+    _, rows, _ = shape
 
     def place(local: np.ndarray) -> jax.Array:
         def part(index):
             start, stop, _ = index[1].indices(rows)
-            return local[:, start - low : stop - low]
+            return local[:, start - mine.start : stop - mine.start]
 
         return jax.make_array_from_callback((local.shape[0], rows, *local.shape[2:]), sharding, part)
 
-    for record in reader:
+    for record in records:
         yield {name: place(local) for name, local in record.items()}

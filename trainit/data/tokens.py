@@ -160,6 +160,11 @@ class Dataset:
     part_fingerprints: tuple[str, ...] = ()  # of other datasets among them
 
     @property
+    def subsets(self) -> list[str]:
+        """Names by number; none where nobody has told documents apart."""
+        return self.info["subsets"]
+
+    @property
     def vocab_size(self) -> int:
         return self.info["vocab_size"]
 

@@ -7,8 +7,10 @@ Times are medians over repetitions on this machine as it is; what counts is the 
 """
 
 import json
+import multiprocessing
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -38,7 +40,8 @@ _CORPUS = flags.DEFINE_string("corpus", "", "files of documents to prepare, for 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of preparing and of the bare tokenizer", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "train steps that are timed", lower_bound=3)
 
-LOADER_BATCH, LOADER_LENGTH, LOADER_SECONDS = 32, 1024, 3.0
+LOADER_BATCH, LOADER_LENGTH, LOADER_SECONDS = 64, 1024, 3.0
+HUGE = 300_000_000_000  # tokens, as of the Pile
 
 
 def _rate(batches: Iterator, tokens: int) -> float:
@@ -52,28 +55,75 @@ def _rate(batches: Iterator, tokens: int) -> float:
     return count * tokens / (time.perf_counter() - start)
 
 
+def _batches(path: str, tokens: int, first_row: int = 0) -> Iterator[dict[str, jax.Array]]:
+    """Shuffled batches of a file of uint16 ids, on one device."""
+    split = Split("train", (path,), (tokens,), "<u2", 4 * tokens)
+    mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
+    source = Ordered(split, Shuffled(split.sequences(LOADER_LENGTH), 0))
+    shape = (1, LOADER_BATCH, LOADER_LENGTH)
+    return loader.batches(source, shape, sharding.batch_sharding(mesh), first_row)
+
+
+def _random_crops(path: str, draw: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What nanoGPT's get_batch does: inputs and targets at random places, stacked, as int64."""
+    ids = np.memmap(path, np.uint16, "r")
+    while True:
+        starts = draw.integers(0, len(ids) - LOADER_LENGTH, LOADER_BATCH)
+        yield tuple(
+            np.stack([ids[i + shift : i + shift + LOADER_LENGTH].astype(np.int64) for i in starts])
+            for shift in (0, 1)
+        )
+
+
+def _seconds_to_first(path: str, tokens: int, first_row: int) -> float:
+    start = time.perf_counter()
+    next(_batches(path, tokens, first_row))
+    return time.perf_counter() - start
+
+
+def _peak_memory(path: str, tokens: int) -> int:
+    """Bytes that this process has had in memory at most, when it has read batches of the file."""
+    jax.config.update("jax_platforms", "cpu")
+    batches = _batches(path, tokens)
+    for _ in range(50):
+        next(batches)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def measure_loader():
-    """Tokens per second of one process on one core, shuffled, from the page cache."""
+    """One process on one core, shuffled, from the page cache: speed, resuming, memory."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     tokens = LOADER_BATCH * LOADER_LENGTH
-    mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
     with tempfile.NamedTemporaryFile(suffix=".tokens") as file:
-        np.random.default_rng(0).integers(0, 50257, _TOKENS.value, np.uint16).tofile(file.name)
-        split = Split("train", (file.name,), (_TOKENS.value,), "<u2", 4 * _TOKENS.value)
-        source = Ordered(split, Shuffled(split.sequences(LOADER_LENGTH), 0))
-        shape = (1, LOADER_BATCH, LOADER_LENGTH)
-        rows = loader.BatchSource(source, 0, shape, slice(0, LOADER_BATCH), 1 << 40)
+        draw = np.random.default_rng(0)
+        draw.integers(0, 50257, _TOKENS.value, np.uint16).tofile(file.name)
         Path(file.name).read_bytes()  # into the page cache
-        results = {
-            "read in the calling thread": _rate((rows[j] for j in range(1 << 40)), tokens),
-            "through Grain, one thread ahead, on the device": _rate(
-                loader.batches(source, shape, sharding.batch_sharding(mesh)), tokens
-            ),
-        }
+        crops = _rate(_random_crops(file.name, draw), tokens)
+        ours = _rate(_batches(file.name, _TOKENS.value), tokens)
+        later = 1_000_000 * LOADER_BATCH
+        seconds = {row: [] for row in (0, later)}
+        for _ in range(7):
+            for row, times in seconds.items():
+                times.append(_seconds_to_first(file.name, _TOKENS.value, row))
     os.sched_setaffinity(0, cores)
-    for what, rate in results.items():
-        print(f"loader  {rate / 1e6:7.1f} M tokens/s  {what}; context {LOADER_LENGTH}, one core")
+    print(f"loader  {ours / 1e6:7.1f} M tokens/s through Grain to the device; one core, batches of {tokens}")
+    print(
+        f"loader  {ours / crops:7.2f} times the speed of random crops from a memmap, stacked as int64 "
+        f"({crops / 1e6:.1f} M tokens/s)"
+    )
+    first, millionth = (statistics.median(times) for times in seconds.values())
+    print(
+        f"loader  {1e3 * millionth:7.1f} ms  to the first batch of a resume at step 1,000,000; "
+        f"{1e3 * first:.1f} at step 0 (medians of 7)"
+    )
+    with tempfile.NamedTemporaryFile(suffix=".tokens") as file:
+        os.truncate(file.name, 2 * HUGE)  # of nothing
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak = pool.apply(_peak_memory, (file.name, HUGE))
+    print(
+        f"loader  {peak / 2**20:7.0f} MiB at most in a process that reads of {HUGE / 1e9:.0f} billion tokens"
+    )
 
 
 def _build(config: Config) -> tuple[step.Steps, tuple[int, int, int], jax.sharding.Mesh]:

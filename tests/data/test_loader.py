@@ -102,10 +102,10 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(random_dataset):
 
 
 def test_order_is_grains_public_shuffle():
-    """The private function that is called for speed is the one behind MapDataset.shuffle."""
-    for count in (1, 2, 37, 1000):
+    """The permutation that is computed for many positions at once is the one behind MapDataset.shuffle."""
+    for count in (1, 2, 37, 1000, 65536, 70001, 262144, 262146):
         public = grain.MapDataset.range(count).shuffle(9)
-        positions = np.arange(3 * count)
+        positions = np.arange(3 * count) if count < 2000 else np.arange(count - 2000, count + 2000, 3)
         assert Shuffled(count, 9)(positions).tolist() == [public[int(p)] % count for p in positions]
     assert Shuffled(3_000_000_000, 2**32 - 1)(np.array([2_999_999_999, 3_000_000_000])).max() < 3e9
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainit.data import order
+from trainit.data import order, permutation
 
 
 @pytest.mark.parametrize("name", ["shuffled", "blocks", "sequential"])
@@ -45,3 +45,16 @@ def test_any_position_of_any_size():
         made = order.make(name, 300 * 10**6, 16384, 2**32 - 1)
         there = made(np.array([0, 10**15, 10**15 + 1]))
         assert ((there >= 0) & (there < 300 * 10**6)).all()
+
+
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 2**16 + 2, 2**18 + 1])
+def test_large_permutations_are_permutations(size):
+    """Grain's own is none of 4^k + 1 numbers."""
+    assert (np.sort(permutation.permute(np.arange(size), size, 5)) == np.arange(size)).all()
+
+
+def test_positions_in_any_order_and_from_any_chunk():
+    made = order.make("shuffled", 10_007, 1, 2)
+    positions = np.random.default_rng(0).integers(0, 50_000, 700)
+    one_by_one = [int(made(np.array([position]))[0]) for position in positions]
+    assert made(positions).tolist() == one_by_one

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Grain's public shuffle wraps this function at 16 us a record, where a batch of rows wants 3.
-from grain._src.python.experimental.index_shuffle.python.index_shuffle_module import index_shuffle
-
+from trainit.data.permutation import permute
 from trainit.data.subsets import Subset
 from trainit.data.tokens import Split
 
 TABLE = 1 << 16  # blocks whose order is written out
+CHUNK = 4096  # positions that are shuffled at once
 Order = Callable[[np.ndarray], np.ndarray]
 
 
-def _shuffled(position: int, size: int, seed: int) -> int:
-    """Where `position` goes in a permutation of `size` numbers, one for each seed."""
-    return index_shuffle(position, max_index=size - 1, seed=seed % 2**32, rounds=4)
+@functools.lru_cache(maxsize=64)
+def _shuffled(size: int, seed: int, chunk: int) -> np.ndarray:
+    """Where positions from chunk * CHUNK on go in a permutation of `size` numbers, one for each seed."""
+    return permute(np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, size)), size, seed)
 
 
 @functools.lru_cache(maxsize=16)
@@ -39,8 +39,17 @@ class Shuffled:
     seed: int
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        n, seed = self.sequences, self.seed
-        return np.array([_shuffled(p % n, n, seed + p // n) for p in positions.tolist()], np.int64)
+        n, result = self.sequences, np.empty(len(positions), np.int64)
+        epochs, inside = np.divmod(positions, n)
+        chunks, at = np.divmod(inside, CHUNK)
+        done = 0
+        while done < len(positions):  # run by run of positions in one chunk
+            epoch, chunk = int(epochs[done]), int(chunks[done])
+            run = (epochs[done:] == epoch) & (chunks[done:] == chunk)
+            end = len(positions) if run.all() else done + int(np.argmin(run))
+            result[done:end] = _shuffled(n, self.seed + epoch, chunk)[at[done:end]]
+            done = end
+        return result
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Blocks:
         if number < whole <= TABLE:
             number = int(_permutation(whole, self.seed, epoch)[number])
         elif number < whole:
-            number = _shuffled(number, whole, self.seed + epoch)
+            number = int(_shuffled(whole, self.seed + epoch, number // CHUNK)[number % CHUNK])
         return number * self.block + _permutation(size, self.seed, epoch, number)[inside]
 
 

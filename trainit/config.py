@@ -121,7 +121,7 @@ def jsonl(path: str = "pile/train", validation_path: str = "pile/val.jsonl.zst")
     d.text_field = "text"  # dotted path of the text in a line's JSON
     d.streams = 16  # parts of the data, each read by one worker; a divisor of batch_size
     d.window = 256  # sequences of a stream that are shuffled among themselves; > 0
-    d.workers = 2
+    d.workers = 2  # worker processes of each process of the job, as above
     return d
 
 

@@ -1,10 +1,12 @@
 """Jobs of several processes on this machine, stopped, killed, suspended, hung, moved to other sizes."""
 
+import json
 import os
 import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 from processes import (
     ROOT,
@@ -247,6 +249,40 @@ def test_other_numbers_of_processes_go_on_with_the_same_run(job, tmp_path):
     end(job(1, *size), 0)
     end(job(1, *size, workdir=tmp_path / "calm"), 0)
     assert_same_but_for_rounding(metrics(run), metrics(tmp_path / "calm"))
+
+
+def test_streams_go_on_in_other_numbers_of_processes(tmp_path):
+    """Straight from .jsonl: stopped in 2 processes with a worker each, done by one."""
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 400), ("validation", 60)):
+        sizes = draw.integers(20, 400, count)
+        texts = ["".join(map(chr, draw.integers(97, 123, size))) for size in sizes]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+
+    def begin(count, workers, workdir=tmp_path / "run"):
+        return launch(
+            count,
+            f"--config={ROOT}/tests/tiny.py:dataset=jsonl",
+            *(f"--config.dataset.path={tmp_path}/train.jsonl", "--config.dataset.tokenizer=bytes"),
+            f"--config.dataset.validation_path={tmp_path}/validation.jsonl",
+            *(
+                "--config.dataset.streams=4",
+                "--config.dataset.window=6",
+                f"--config.dataset.workers={workers}",
+            ),
+            *("--config.cpu_devices=1", "--config.mesh.data=1", "--config.mesh.fsdp=-1"),
+            *("--config.mesh.tensor=1", "--config.steps=24", "--config.device_batch_size=0"),
+            f"--workdir={workdir}",
+        )
+
+    process = begin(2, 1)
+    assert wait_for(process, lambda: last_step(tmp_path / "run") >= 4)
+    process.send_signal(signal.SIGTERM)
+    output = end(process, 75, 60) + end(begin(1, 0), 0)
+    assert "read them too" not in output  # each process has streams of its own
+    end(begin(1, 0, tmp_path / "calm"), 0)
+    assert_same_but_for_rounding(metrics(tmp_path / "run"), metrics(tmp_path / "calm"))
 
 
 FULL_DISK = """

@@ -114,14 +114,14 @@ def documents(
         parts: by this divisor; others are not parsed.
 
     Raises:
-        BrokenInputError: a line or the file cannot be read; the message names file, line and reason.
-        DatasetError: the file has another size than it had.
+        BrokenInputError: a line or the file cannot be read, or its size has changed; the message names
+            file, line and reason.
         OSError: the file is gone.
     """
     path, name, fields = Path(corpus.paths[file]), corpus.names[file], (corpus.text_field, "")
     size = path.stat().st_size
     if size != corpus.sizes[file]:
-        raise DatasetError(f"{name} has {size} bytes; when the run began it had {corpus.sizes[file]}")
+        raise BrokenInputError(f"{name} has {size} bytes; when the run began it had {corpus.sizes[file]}")
     for batch in readers.read(path, name, fields, start):
         lines = batch.lines.split(b"\n")
         first = (part - batch.line) % parts
@@ -196,8 +196,9 @@ class Stream:
         """Has the present window ready.
 
         Raises:
-            BrokenInputError: what it needs cannot be read.
-            DatasetError: the files are not those of the state, or the stream has no documents.
+            BrokenInputError: what it needs cannot be read, or is not what it was at the state.
+            DatasetError: the stream has no documents.
+            OSError: a file is gone.
         """
         if self._rows is not None:
             return
@@ -215,12 +216,12 @@ class Stream:
         self._next = self._ahead[0][0]._replace(token=at, window=state.window + 1)
 
     def _check(self):
-        """Raises DatasetError unless the first document is where the state says that there is one."""
+        """Raises BrokenInputError unless the first document is where the state says that there is one."""
         (place, ids), state = self._ahead[0], self.state
         begun = state.offset or state.line or state.token
         if begun and (place[:4] != state[:4] or state.token >= len(ids)):
             file = self._corpus.files(self._number // self._parts, state.epoch)[state.file]
-            raise DatasetError(
+            raise BrokenInputError(
                 f"{self._corpus.names[file]} has changed: line {state.line + 1} is not what it was at the "
                 f"checkpoint"
             )

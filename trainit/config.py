@@ -256,9 +256,9 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> Config:
     for field in NOT_NEGATIVE:
         require(values.get(field, 0) >= 0, f"{field}={values.get(field)} must not be below 0")
     for field, value in values.items():
-        if re.match(r"optimizer\.(beta|momentum)|model\..*dropout$", field):
+        if re.match(r"optimizer\.([\w.]+[._])?(beta\d?|b\d|momentum)$|model\..*dropout$", field):
             require(0 <= value < 1, f"{field}={value} must lie in [0, 1)")
-        if re.match(r"optimizer\.eps", field):
+        if re.match(r"optimizer\.([\w.]+[._])?eps$", field):
             require(value > 0, f"{field}={value} must be above 0")
     _resolve_model(config.model, tokenizer_vocab_size)
     check_mesh(config.mesh, config)

@@ -1,12 +1,17 @@
-"""Optimizers: each is one file here with two functions, found by the file's name.
+"""Optimizers: each is one file with two functions.
 
 def get_config() -> ConfigDict                       # name, learning_rate, weight_decay, its own
 def make(config, context) -> optax.GradientTransformation
+
+`optimizer=NAME` finds the file here by its name, `optimizer=path/to/mine.py` one anywhere, and
+`optimizer=optax.NAME` or `optax.contrib.NAME` an optimizer of optax. Names that begin with an
+underscore are helpers.
 """
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -15,20 +20,53 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit import sharding
-from trainit.config import Config, ConfigError
+from trainit.config import Config, ConfigError, require
+from trainit.optimizers import _optax, _own
 from trainit.schedules import Schedule
+
+
+class _Choices(Mapping):
+    """Iterates over the names of the files here; takes the other names too."""
+
+    def __iter__(self) -> Iterator[str]:
+        names = (module.name for module in pkgutil.iter_modules(__path__))
+        return (name for name in names if not name.startswith("_"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Callable[[], ConfigDict]:
+        _load(name)
+        return functools.partial(_config, name)
 
 
 def choices() -> Mapping[str, Callable[[], ConfigDict]]:
     """Every optimizer's name and what makes its config: the group for `config.choose`."""
-    return {
-        module.name: lambda name=module.name: _load(name).get_config()
-        for module in pkgutil.iter_modules(__path__)
-    }
+    return _Choices()
 
 
 def _load(name: str):
+    """What has the two functions. Raises KeyError for an unknown name, ConfigError for what it cannot be."""
+    if name.endswith(".py"):
+        return _own.load(name)
+    if name.startswith("optax."):
+        return _optax.load(name)
+    if name not in list(_Choices()):
+        raise KeyError(name)
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def _config(name: str) -> ConfigDict:
+    """The config of an optimizer, with the name by which it is found again."""
+    try:
+        config = _load(name).get_config()
+        with config.unlocked():
+            config.name = name
+        lacking = {"learning_rate", "weight_decay"} - set(config)
+    except Exception as error:
+        raise ConfigError(f"optimizer={name}: get_config raises {type(error).__name__}: {error}") from None
+    require(not lacking, f"optimizer={name}: its get_config declares no {' and no '.join(sorted(lacking))}")
+    return config
 
 
 @dataclass(frozen=True)
@@ -49,19 +87,25 @@ class Context:
             lambda path, _: sharding.kind(sharding.path_name(path)) != "vector", self.parameters
         )
 
-    def descend(self, direction: optax.GradientTransformation) -> optax.GradientTransformation:
+    def clip(self) -> optax.GradientTransformation:
+        """The gradient, clipped by its global norm: what comes first."""
+        return optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+
+    def decay(self) -> optax.GradientTransformation:
+        """Adds weight_decay * parameters where `decay_mask` says so."""
+        return optax.add_decayed_weights(self.weight_decay, self.decay_mask)
+
+    def descend(
+        self, direction: optax.GradientTransformation, decoupled: bool = True
+    ) -> optax.GradientTransformation:
         """Completes a direction to an optimizer.
 
-        The gradient is clipped by its global norm, goes through `direction`, gets
-        weight_decay * parameters added where `decay_mask` says so (Loshchilov & Hutter 2017,
-        arXiv 1711.05101), and is multiplied by minus the scheduled learning rate.
+        The gradient is clipped by its global norm, goes through `direction`, and is multiplied by minus
+        the scheduled learning rate. weight_decay * parameters is added behind the direction (Loshchilov &
+        Hutter 2017, arXiv 1711.05101), or to the clipped gradient before it if decay is not decoupled.
         """
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
-            direction,
-            optax.add_decayed_weights(self.weight_decay, self.decay_mask),
-            scale_by_minus(self.schedule),
-        )
+        order = (direction, self.decay()) if decoupled else (self.decay(), direction)
+        return optax.chain(self.clip(), *order, scale_by_minus(self.schedule))
 
 
 def scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
@@ -82,7 +126,7 @@ def build(config: Config, context: Context) -> optax.GradientTransformationExtra
     """The optimizer that `config.name` names. Its update takes `step`, the run's, beside the gradients.
 
     Raises:
-        ConfigError: there is none of this name, or it has other fields.
+        ConfigError: there is none of this name, it has other fields, or refuses their values.
     """
     there = choices()
     if config.name not in there:

@@ -1,5 +1,7 @@
 """What tests of optimizers share: a small tree of every kind of parameter, gradients, and NumPy's side."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +33,22 @@ def model(num_blocks: int = 2) -> GPT:
     return GPT(trainit.config.resolve(config, 100).model)
 
 
+@functools.cache
 def parameter_shapes(num_blocks: int = 2) -> dict:
     return jax.eval_shape(model(num_blocks).init, jax.random.key(0))
+
+
+@functools.cache
+def some_shapes() -> dict:
+    """One parameter of each kind and layout, so that a formula is compiled fast."""
+    whole = parameter_shapes()
+    attention, mlp = whole["blocks"]["attention"], whole["blocks"]["mlp"]
+    blocks = {
+        "attention": {"query": attention["query"], "out": {"kernel": attention["out"]["kernel"]}},
+        "attention_norm": whole["blocks"]["attention_norm"],
+        "mlp": {"up": {"kernel": mlp["up"]["kernel"]}, "down": {"kernel": mlp["down"]["kernel"]}},
+    }
+    return {"blocks": blocks, "head": whole["head"], "token_embedding": whole["token_embedding"]}
 
 
 def by_path(tree) -> dict:
@@ -57,7 +73,7 @@ def draw_gradients(shapes: dict) -> list[dict]:
 
 
 def build(
-    name: str, changes: dict, weight_decay: float = 0.0, clip_norm: float = 0.0, schedule=None, num_blocks=2
+    name: str, changes: dict, weight_decay: float = 0.0, clip_norm: float = 0.0, schedule=None, shapes=None
 ):
     """An optimizer, the way `step` builds it."""
     config = optimizers.choices()[name]()
@@ -65,7 +81,7 @@ def build(
     context = optimizers.Context(
         schedule=schedule or (lambda step: jnp.asarray(RATES, jnp.float32)[step]),
         steps=len(RATES),
-        parameters=parameter_shapes(num_blocks),
+        parameters=shapes or some_shapes(),
         weight_decay=weight_decay,
         clip_norm=clip_norm,
         key=jax.random.key(0),

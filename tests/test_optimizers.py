@@ -69,7 +69,8 @@ def case(name: str, num_blocks: int = 2):
     """An optimizer with its own defaults, its jitted init and update, and parameters to start from."""
     config = optimizers.choices()[name]()
     changes = {field: value for field, value in EXACT.items() if field in config}
-    optimizer = build(name, changes, schedule=lambda s: config.learning_rate * rate(s), num_blocks=num_blocks)
+    schedule, shapes = lambda s: config.learning_rate * rate(s), parameter_shapes(num_blocks)
+    optimizer = build(name, changes, schedule=schedule, shapes=shapes)
     return optimizer, jax.jit(optimizer.init), jitted(optimizer)
 
 

@@ -73,9 +73,15 @@ def draw_gradients(shapes: dict) -> list[dict]:
 
 
 def build(
-    name: str, changes: dict, weight_decay: float = 0.0, clip_norm: float = 0.0, schedule=None, shapes=None
+    name: str,
+    changes: dict,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    schedule=None,
+    shapes: dict | None = None,
+    mesh=None,
 ):
-    """An optimizer, the way `step` builds it."""
+    """An optimizer, the way `step` builds it; its rates are RATES, its parameters `some_shapes`, by default."""
     config = optimizers.choices()[name]()
     config.update(changes)
     context = optimizers.Context(
@@ -85,6 +91,7 @@ def build(
         weight_decay=weight_decay,
         clip_norm=clip_norm,
         key=jax.random.key(0),
+        mesh=mesh,
     )
     return optimizers.build(FrozenConfigDict(config), context)
 
@@ -114,9 +121,12 @@ def decays(path: str) -> bool:
 
 
 def numpy_updates(
-    direction, parameters, gradients, weight_decay=0.0, clip_norm=0.0, coupled=False
+    direction, parameters, gradients, weight_decay=0.0, clip_norm=0.0, coupled=False, rates=lambda path: 1.0
 ) -> list[dict]:
-    """Clip by global norm, `direction`(path, gradient, t) with decay behind it or before, minus the rate."""
+    """Clip by global norm, `direction`(path, gradient, t) with decay behind it or before, minus the rate.
+
+    rates: path -> in units of the step's.
+    """
     parameters, updates = by_path(parameters), []
     for t, (step, gradient) in enumerate(zip(STEPS, map(by_path, gradients), strict=True), start=1):
         norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
@@ -125,9 +135,9 @@ def numpy_updates(
         for path, g in gradient.items():
             decay = weight_decay * parameters[path] if decays(path) else 0.0
             if coupled:
-                update[path] = -RATES[step] * direction(path, clip * g + decay, t)
+                update[path] = -rates(path) * RATES[step] * direction(path, clip * g + decay, t)
             else:
-                update[path] = -RATES[step] * (direction(path, clip * g, t) + decay)
+                update[path] = -rates(path) * RATES[step] * (direction(path, clip * g, t) + decay)
             parameters[path] = parameters[path] + update[path]
         updates.append(update)
     return updates

@@ -65,18 +65,18 @@ def rate(step):
 
 
 @functools.cache
-def case(name: str, num_blocks: int = 2):
+def case(name: str, num_blocks: int = 2, mesh=None):
     """An optimizer with its own defaults, its jitted init and update, and parameters to start from."""
     config = optimizers.choices()[name]()
     changes = {field: value for field, value in EXACT.items() if field in config}
     schedule, shapes = lambda s: config.learning_rate * rate(s), parameter_shapes(num_blocks)
-    optimizer = build(name, changes, schedule=schedule, shapes=shapes)
+    optimizer = build(name, changes, schedule=schedule, shapes=shapes, mesh=mesh)
     return optimizer, jax.jit(optimizer.init), jitted(optimizer)
 
 
-def run(name, parameters, gradients, num_blocks=2, put=lambda tree: tree):
+def run(name, parameters, gradients, num_blocks=2, mesh=None, put=lambda tree: tree):
     """Updates at STEPS, each applied before the next, and the last state."""
-    _, init, update = case(name, num_blocks)
+    _, init, update = case(name, num_blocks, mesh)
     parameters = put(parameters)
     state, updates = put(init(parameters)), []
     for step, gradient in zip(STEPS, gradients, strict=True):
@@ -238,7 +238,7 @@ def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, t
     def put(tree):
         return jax.device_put(tree, sharding.state_shardings(tree, shapes, mesh))
 
-    eight, state = run(name, parameters, gradients, put=put)
+    eight, state = run(name, parameters, gradients, mesh=mesh, put=put)
     same(eight, one, 1e-4)
     large = 2 * 16 * 16  # entries of a block's smallest matrices; whatever has so many is split
     for path, leaf in jax.tree.leaves_with_path(state):
@@ -250,7 +250,7 @@ def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, t
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole)
     restored = checkpoints.restore(5, abstract)
     checkpoints.close()
-    _, _, update = case(name)
+    _, _, update = case(name, mesh=mesh)
     arguments = put(gradients[0]), put(parameters), np.int32(3)
     jax.tree.map(
         np.testing.assert_array_equal,

@@ -13,10 +13,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trainit import sharding
@@ -79,33 +81,56 @@ class Context:
     weight_decay: float
     clip_norm: float  # 0: no clipping
     key: jax.Array  # for the optimizer's own randomness
+    mesh: Mesh | None = None  # None: one device
+
+    def by_path(self, function: Callable[[str, str], Any]) -> dict:
+        """function(path, kind) for every parameter, kinds being those of `sharding.kind`."""
+        return _by_path(function, self.parameters)
 
     @property
     def decay_mask(self) -> dict:
         """True where weights decay: matrices, embeddings and the head; not biases and norms' scales."""
-        return jax.tree.map_with_path(
-            lambda path, _: sharding.kind(sharding.path_name(path)) != "vector", self.parameters
-        )
+        return _decays(self.parameters)
 
     def clip(self) -> optax.GradientTransformation:
         """The gradient, clipped by its global norm: what comes first."""
         return optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
 
     def decay(self) -> optax.GradientTransformation:
-        """Adds weight_decay * parameters where `decay_mask` says so."""
-        return optax.add_decayed_weights(self.weight_decay, self.decay_mask)
+        """Adds weight_decay * parameters where `decay_mask` says so, for all parameters or some."""
+        return optax.add_decayed_weights(self.weight_decay, _decays)
 
     def descend(
-        self, direction: optax.GradientTransformation, decoupled: bool = True
+        self, direction: optax.GradientTransformation, decay: str = "decoupled"
     ) -> optax.GradientTransformation:
         """Completes a direction to an optimizer.
 
         The gradient is clipped by its global norm, goes through `direction`, and is multiplied by minus
-        the scheduled learning rate. weight_decay * parameters is added behind the direction (Loshchilov &
-        Hutter 2017, arXiv 1711.05101), or to the clipped gradient before it if decay is not decoupled.
+        the scheduled learning rate.
+
+        Args:
+            direction: of gradients.
+            decay: "decoupled": weight_decay * parameters is added behind the direction (Loshchilov & Hutter
+                2017, arXiv 1711.05101); "coupled": to the clipped gradient, before it; "own": nowhere.
         """
-        order = (direction, self.decay()) if decoupled else (self.decay(), direction)
-        return optax.chain(self.clip(), *order, scale_by_minus(self.schedule))
+        order = {
+            "decoupled": (direction, self.decay()),
+            "coupled": (self.decay(), direction),
+            "own": (direction,),
+        }
+        return optax.chain(self.clip(), *order[decay], scale_by_minus(self.schedule))
+
+
+def _by_path(function: Callable[[str, str], Any], tree: dict) -> dict:
+    def apply(path, _):
+        name = sharding.path_name(path)
+        return function(name, sharding.kind(name))
+
+    return jax.tree.map_with_path(apply, tree)
+
+
+def _decays(tree: dict) -> dict:
+    return _by_path(lambda path, kind: kind != "vector", tree)
 
 
 def scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:

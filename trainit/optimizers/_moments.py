@@ -73,6 +73,18 @@ def scale_by_moments(
     return optax.GradientTransformation(init, update)
 
 
+def scale_by_laprop(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    """The mean of gradients over the root of their mean square: Ziyin et al. 2020, arXiv 2002.04839.
+
+    Args:
+        beta1: decay of the mean of what is divided.
+        beta2: decay of the mean squared gradient.
+        eps: added to the root.
+    """
+    divide = scale_by_moments(beta2=beta2, eps=eps, use_momentum=False)
+    return optax.chain(divide, scale_by_moments(beta1, use_preconditioner=False))
+
+
 def map_layers(function: Callable[..., jax.Array], tree: dict, *others: dict):
     """Applies function(path, array, ...) to every parameter, and of a stacked one to each layer by itself.
 

@@ -34,4 +34,4 @@ def make(config, context) -> optax.GradientTransformation:
         use_momentum=config.use_momentum,
         use_preconditioner=config.use_preconditioner,
     )
-    return context.descend(direction, config.decoupled)
+    return context.descend(direction, "decoupled" if config.decoupled else "coupled")

@@ -20,4 +20,4 @@ def get_config() -> ConfigDict:
 
 def make(config, context) -> optax.GradientTransformation:
     direction = scale_by_moments(config.beta1, config.beta2, config.eps, nesterov=True)
-    return context.descend(direction, config.decoupled)
+    return context.descend(direction, "decoupled" if config.decoupled else "coupled")

@@ -22,4 +22,4 @@ def make(config, context) -> optax.GradientTransformation:
     direction = scale_by_moments(
         beta2=config.beta2, eps=config.eps, debias_beta2=config.debias_beta2, use_momentum=False
     )
-    return context.descend(direction, config.decoupled)
+    return context.descend(direction, "decoupled" if config.decoupled else "coupled")

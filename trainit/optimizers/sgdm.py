@@ -17,4 +17,4 @@ def get_config() -> ConfigDict:
 
 def make(config, context) -> optax.GradientTransformation:
     momentum = optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
-    return context.descend(momentum, config.decoupled)
+    return context.descend(momentum, "decoupled" if config.decoupled else "coupled")

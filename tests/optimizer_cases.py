@@ -81,7 +81,7 @@ def build(
     shapes: dict | None = None,
     mesh=None,
 ):
-    """An optimizer, the way `step` builds it; its rates are RATES, its parameters `some_shapes`, by default."""
+    """An optimizer, the way `step` builds it; by default with RATES and for `some_shapes`."""
     config = optimizers.choices()[name]()
     config.update(changes)
     context = optimizers.Context(

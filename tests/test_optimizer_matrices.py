@@ -171,3 +171,119 @@ def test_every_matrix_has_rows_and_columns():
             ends |= {"down/kernel": (64, 16), "head/kernel": (16, 128)}
             for end, expected in ends.items():
                 assert not path.endswith(end) or (rows, columns) == expected
+
+
+def numpy_size(path, x, name):
+    """Norms of one layer's parameter; units of matrices are columns, of embeddings rows."""
+    if kind(path) == "vector":
+        return {"l2": np.sqrt((x**2).sum()), "inf": np.abs(x).max()}.get(name, np.abs(x))
+    inputs = next((n for end, n in INPUTS.items() if path.endswith(end)), x.ndim - 1)
+    matrix = x.reshape(int(np.prod(x.shape[:inputs])), -1)
+    units = matrix if kind(path) == "embedding" else matrix.T
+    whole = {
+        "l2": lambda: np.linalg.norm(units),
+        "inf": lambda: np.linalg.norm(units, np.inf),
+        "op": lambda: np.linalg.norm(units, 2),
+    }
+    if name in whole:
+        return whole[name]()
+    each = {"l2_row": np.linalg.norm(units, axis=1), "inf_row": np.abs(units).max(1)}[name]
+    each = np.repeat(each[:, None], units.shape[1], 1)
+    return (each if kind(path) == "embedding" else each.T).reshape(x.shape)
+
+
+def by_layer(function, path, *arrays):
+    if path.startswith("blocks/"):
+        short = path.removeprefix("blocks/")
+        return np.stack([function(short, *layer) for layer in zip(*arrays, strict=True)])
+    return function(path, *arrays)
+
+
+def mango_kind(path: str) -> str:
+    if re.search("attention/(query|key|value)/", path):
+        return {"kernel": "attention_kernel", "bias": "attention_bias"}[path.split("/")[-1]]
+    return path.split("/")[-1] if kind(path) == "vector" else kind(path)
+
+
+MANGO = {  # every normalization, every scaling and every way to keep moments
+    "matrix": {"normalize": "ns", "scale": "l2", "rate": 0.5},
+    "attention_kernel": {"normalize": "l2_row", "scale": "inf", "beta2": 0.0},
+    "head": {"normalize": "inf", "scale": "l2_row", "use_adam": True},
+    "embedding": {"normalize": "inf_row", "scale": "inf_row", "nesterov": False},
+    "attention_bias": {"normalize": "inf_row", "scale": "none"},
+    "scale": {"normalize": "none", "scale": "inf", "use_adam": True, "nesterov": False},
+    "bias": {"normalize": "l2", "scale": "l2", "scale_power": 0.5},
+}
+
+
+@pytest.mark.parametrize("offset_beta", [0.0, 0.8])
+def test_mango(offset_beta):
+    parameters, gradients = draw(some_shapes(), 23), draw_gradients(some_shapes())
+    parameters["head"]["bias"] *= 0  # moves by the floor
+    fields = FLOAT32 | {"offset_beta": offset_beta, "eps": 1e-3, "scale_floor": 0.2, "ns_steps": 4} | MANGO
+    updates = run(build("mango", fields, 0.3, 40.0), parameters, gradients)
+    v, o, x, moments = {}, {}, by_path(parameters), {}
+
+    def direction(path, g, t):
+        if t > 1:  # the parameters that this step starts from
+            x[path] = x[path] + by_path(updates[t - 2])[path]
+        c = {
+            "beta1": 0.95,
+            "beta2": 0.95,
+            "nesterov": True,
+            "use_adam": False,
+            "rate": 1.0,
+            "scale_power": 1.0,
+        }
+        c |= MANGO[mango_kind(path)]
+        if c["use_adam"]:
+            adam = moments.setdefault(path, numpy_adam(c["beta1"], c["beta2"], 1e-3, c["nesterov"]))
+            u = adam(path, g, t)
+        else:
+            if c["beta2"]:
+                v[path] = c["beta2"] * v.get(path, 0.0) + g**2
+                g = g / (np.sqrt(v[path]) + 1e-3)
+            u = moments.setdefault(path, numpy_momentum(c["beta1"], c["nesterov"]))(path, g, t)
+        if c["normalize"] == "ns":
+            u = numpy_muon(path, u, steps=4)
+        elif c["normalize"] != "none":
+            u = by_layer(lambda p, u: u / (numpy_size(p, u, c["normalize"]) + 1e-3), path, u)
+        if c["scale"] != "none":
+
+            def scaled(p, u, x):
+                return u * np.maximum(numpy_size(p, x, c["scale"]), 0.2) ** c["scale_power"]
+
+            u = by_layer(scaled, path, u, x[path])
+        u = c["rate"] * u
+        if offset_beta:
+            o[path] = offset_beta * o.get(path, 0.0) + (1 - offset_beta) * u
+            u = u + o[path]
+        return u
+
+    compare(updates, numpy_updates(direction, parameters, gradients, 0.3, 40.0), rtol=2e-3)
+
+
+def test_spectral_norm():
+    for seed, shape in enumerate([(48, 32), (32, 48), (8, 200)]):
+        x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+        largest = np.linalg.norm(x, 2)
+        assert 0.95 * largest < _orthogonal.spectral_norm(jnp.asarray(x)) < 1.0001 * largest
+    assert _orthogonal.spectral_norm(jnp.zeros((3, 4))) == 0
+    np.testing.assert_allclose(_orthogonal.spectral_norm(jnp.diag(jnp.array([3.0, 1.0]))), 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"matrix": {"normalize": "l3"}},
+            r"optimizer.matrix.normalize='l3' is none of none, l2, l2_row",
+        ),
+        ({"bias": {"normalize": "ns"}}, r"optimizer.bias.normalize=ns is for matrices"),
+        ({"head": {"rate": -1.0}}, r"optimizer.head.rate=-1.0 must not be below 0"),
+        ({"scale_floor": 0.0}, r"optimizer.scale_floor=0.0 must be above 0"),
+    ],
+)
+def test_mango_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build("mango", changes)

@@ -45,7 +45,7 @@ def make(config, context):
 """
 IN_PACKAGE = sorted(optimizers.choices())
 NAMES = [*IN_PACKAGE, "own.py", "optax.lion", "optax.contrib.ademamix"]
-WHOLE_TREE = set()  # of which a layer's update depends on the other layers, by definition
+WHOLE_TREE = {"polar", "jump"}  # of which a layer's update depends on the other layers, by definition
 EXACT = {"ns_precision": "float32"}  # where an optimizer computes in bfloat16
 
 

@@ -49,6 +49,7 @@ def defaults() -> ConfigDict:
     c.mesh.tensor = 1  # heads, MLP width and vocabulary are split
     c.mesh.context = 1  # sequence length is split; 1 is all that works yet
     c.model = model()
+    c.parameter_groups = ()  # lines "PATTERN FIELD=VALUE ...": parameters with optimizer settings of their own
     c.schedule = SCHEDULES["linear"]()
     c.dataset = dataset("data/pile")
     c.eval = ConfigDict()
@@ -253,13 +254,7 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> Config:
         require(values[field] > 0, f"{field}={values[field]} must be above 0")
     for field, bound in (("steps", 2**31), ("seed", 2**32)):
         require(values[field] < bound, f"{field}={values[field]} must be below {bound}")
-    for field in NOT_NEGATIVE:
-        require(values.get(field, 0) >= 0, f"{field}={values.get(field)} must not be below 0")
-    for field, value in values.items():
-        if re.match(r"optimizer\.([\w.]+[._])?(beta\d?|b\d|momentum)$|model\..*dropout$", field):
-            require(0 <= value < 1, f"{field}={value} must lie in [0, 1)")
-        if re.match(r"optimizer\.([\w.]+[._])?eps$", field):
-            require(value > 0, f"{field}={value} must be above 0")
+    check_ranges(values)
     _resolve_model(config.model, tokenizer_vocab_size)
     check_mesh(config.mesh, config)
     _check_schedule(config)
@@ -276,6 +271,22 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int) -> Config:
             f"checkpoint.{field}={c[field]} needs checkpoint.load_path, which is empty",
         )
     return Config(config)
+
+
+def check_ranges(values: Mapping, prefix: str = ""):
+    """Raises ConfigError if a number is outside of what its field's name allows.
+
+    Args:
+        values: {"optimizer.beta1": 0.9, ...}, some of a config's.
+        prefix: of the message.
+    """
+    for field, value in values.items():
+        if field in NOT_NEGATIVE:
+            require(value >= 0, f"{prefix}{field}={value} must not be below 0")
+        if re.match(r"optimizer\.([\w.]+[._])?(beta\d?|b\d|momentum)$|model\..*dropout$", field):
+            require(0 <= value < 1, f"{prefix}{field}={value} must lie in [0, 1)")
+        if re.match(r"optimizer\.([\w.]+[._])?eps$", field):
+            require(value > 0, f"{prefix}{field}={value} must be above 0")
 
 
 def _as_tuple(value) -> tuple:

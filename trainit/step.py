@@ -87,6 +87,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
             key=named_key(config.seed, "optimizer"),
             mesh=mesh,
         ),
+        config.parameter_groups,
     )
 
     def init() -> TrainState:

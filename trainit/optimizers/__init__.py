@@ -11,19 +11,20 @@ underscore are helpers.
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trainit import sharding
 from trainit.config import Config, ConfigError, require
-from trainit.optimizers import _optax, _own
+from trainit.optimizers import _groups, _optax, _own
 from trainit.schedules import Schedule
 
 
@@ -147,12 +148,58 @@ def scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def build(config: Config, context: Context) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that `config.name` names. Its update takes `step`, the run's, beside the gradients.
+def build(
+    config: Config, context: Context, groups: Sequence[str] = ()
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run. Its update takes `step`, the run's, beside the gradients.
+
+    Args:
+        config: the sub-config `optimizer`; its name says which.
+        context: what it may know.
+        groups: lines of `_groups`; the first that matches a parameter's path counts, `config` for the rest.
 
     Raises:
-        ConfigError: there is none of this name, it has other fields, or refuses their values.
+        ConfigError: there is none of this name, it has other fields, or refuses their values; a group
+            cannot be read, or has no parameter.
     """
+    if not groups:
+        return _make(config, context)
+    patterns, configs = zip(*(_groups.read(line, config, choices()) for line in groups), strict=True)
+    labels = _groups.assign(patterns, context.parameters)
+    transforms = {}
+    for label, own in [*((str(i), c) for i, c in enumerate(configs)), (_groups.REST, config)]:
+        members = _groups.paths(labels, label)
+        logging.info(
+            "%-10s %s, learning rate %g, weight decay %g: %s",
+            "group",
+            own.name,
+            own.learning_rate,
+            own.weight_decay,
+            ", ".join(members) or "nothing",
+        )
+        transforms[label] = _make(own, _part(context, labels, label, own, config.learning_rate))
+    return optax.chain(context.clip(), optax.partition(transforms, labels))
+
+
+def _part(context: Context, labels: dict, label: str, config: Config, peak: float) -> Context:
+    """The context of one group: its parameters alone, its decay, and the schedule up to its own peak."""
+    require(
+        peak > 0 or config.learning_rate == peak,
+        f"optimizer.learning_rate={peak} must be above 0: groups follow the shape of its schedule",
+    )
+    factor = config.learning_rate / peak if peak else 1.0
+    mine = jax.tree.map(lambda own, p: p if own == label else optax.MaskedNode(), labels, context.parameters)
+    return replace(
+        context,
+        schedule=lambda step: factor * context.schedule(step),
+        parameters=mine,
+        weight_decay=config.weight_decay,
+        clip_norm=0.0,  # all parameters are clipped together, before
+    )
+
+
+def _make(config: Config, context: Context) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that `config.name` names."""
     there = choices()
     if config.name not in there:
         raise ConfigError(f"optimizer.name={config.name!r}: there are {', '.join(sorted(there))}")

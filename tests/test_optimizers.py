@@ -44,7 +44,7 @@ def make(config, context):
     return context.descend(optax.GradientTransformation(init, update))
 """
 IN_PACKAGE = sorted(optimizers.choices())
-NAMES = [*IN_PACKAGE, "own.py", "optax.lion", "optax.contrib.ademamix"]
+NAMES = [*IN_PACKAGE, "own.py", "optax.lion"]
 WHOLE_TREE = {"polar", "jump"}  # of which a layer's update depends on the other layers, by definition
 EXACT = {"ns_precision": "float32"}  # where an optimizer computes in bfloat16
 

@@ -49,7 +49,7 @@ def defaults() -> ConfigDict:
     c.mesh.tensor = 1  # heads, MLP width and vocabulary are split
     c.mesh.context = 1  # sequence length is split; 1 is all that works yet
     c.model = model()
-    c.parameter_groups = ()  # lines "PATTERN FIELD=VALUE ...": parameters with optimizer settings of their own
+    c.parameter_groups = ()  # lines "PATTERN FIELD=VALUE ...": optimizer settings by parameters' paths
     c.schedule = SCHEDULES["linear"]()
     c.dataset = dataset("data/pile")
     c.eval = ConfigDict()

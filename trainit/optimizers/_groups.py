@@ -31,40 +31,31 @@ def read(
         ConfigError: the line cannot be read, or has an unknown optimizer, field or value.
     """
     pattern, *settings = line.split()
+    where = f"parameter_groups: {line!r}"
     pairs = [setting.partition("=") for setting in settings]
     require(
         bool(pairs) and all(equals for _, equals, _ in pairs),
-        f"parameter_groups: {line!r} must be a pattern and settings, as in 'blocks/.*/kernel optimizer=muon'",
+        f"{where} must be a pattern and settings, as in 'blocks/.*/kernel optimizer=muon'",
     )
     values = {field: value for field, _, value in pairs}
     name = values.pop("optimizer", base.name)
-    require(
-        name in choices,
-        f"parameter_groups: {line!r}: unknown optimizer {name!r}: there are {', '.join(choices)}",
-    )
+    require(name in choices, f"{where}: unknown optimizer {name!r}: there are {', '.join(choices)}")
     config = choices[name]() if name != base.name else ConfigDict(base.to_dict())
     there = flatten(config)
     known = ", ".join(sorted(set(there) - {"name"}))
     for field, text in values.items():
-        require(
-            field in there and field != "name",
-            f"parameter_groups: {line!r}: {name} has no field {field!r}, but {known}",
-        )
+        is_field = field in there and field != "name"
+        require(is_field, f"{where}: {name} has no field {field!r}, but {known}")
         try:
             value = text if isinstance(there[field], str) else ast.literal_eval(text)
             config.update_from_flattened_dict({field: value})
         except (ValueError, SyntaxError, TypeError) as error:
-            raise ConfigError(f"parameter_groups: {line!r}: {field}={text} cannot be set: {error}") from None
-    check_ranges(
-        {f"optimizer.{field}": value for field, value in flatten(config).items()},
-        f"parameter_groups: {line!r}: ",
-    )
+            raise ConfigError(f"{where}: {field}={text} cannot be set: {error}") from None
+    check_ranges({f"optimizer.{field}": value for field, value in flatten(config).items()}, f"{where}: ")
     try:
         return re.compile(pattern), FrozenConfigDict(config)
     except re.error as error:
-        raise ConfigError(
-            f"parameter_groups: {line!r}: {pattern!r} is no regular expression: {error}"
-        ) from None
+        raise ConfigError(f"{where}: {pattern!r} is no regular expression: {error}") from None
 
 
 def assign(patterns: Sequence[re.Pattern], parameters: dict) -> dict:

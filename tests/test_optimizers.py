@@ -1,170 +1,100 @@
-"""AdamW and SGDM against their papers' formulas in NumPy, and what holds for every optimizer."""
+"""What holds for every optimizer's file here, for a file elsewhere, and for those of optax."""
 
+import functools
+import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
+from optimizer_cases import (
+    STEPS,
+    build,
+    by_path,
+    draw,
+    draw_gradients,
+    jitted,
+    model,
+    parameter_shapes,
+)
 
-import trainit.config
-from trainit import optimizers
-from trainit.model import GPT
+from trainit import optimizers, sharding
+from trainit import step as step_lib
+from trainit.checkpoint import Checkpoints
+from trainit.config import ConfigError, choose, defaults, flatten, resolve
 
-NAMES = sorted(optimizers.choices())
-# Not in order and not from 0, so that a count of updates gives other rates.
-STEPS = (4, 9, 2, 2, 7)
-RATES = np.array([0.0, 0.5, 0.02, 0.9, 0.1, 0.6, 0.3, 0.07, 0.8, 0.4])
+OWN = """
+from ml_collections import ConfigDict
+import jax, jax.numpy as jnp, optax
 
+def get_config():
+    config = ConfigDict({"learning_rate": 1e-3, "weight_decay": 0.0})
+    config.beta = 0.9
+    return config
 
-def parameter_shapes() -> dict:
-    """Of a GPT that has every kind of parameter."""
-    config = trainit.config.defaults()
-    config.model = trainit.config.model(
-        dim=16, num_heads=2, num_blocks=2, context_length=8, vocab_size=128, head_bias=True, qk_norm=True
-    )
-    config.optimizer = optimizers.choices()["adamw"]()
-    return jax.eval_shape(GPT(trainit.config.resolve(config, 100).model).init, jax.random.key(0))
+def make(config, context):
+    def update(gradients, mean, params=None):
+        mean = jax.tree.map(lambda m, g: config.beta * m + (1 - config.beta) * g, mean, gradients)
+        return jax.tree.map(jnp.sign, mean), mean
 
-
-def by_path(tree) -> dict:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float64)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-
-
-def draw(shapes: dict, seed: int, scale: float = 1.0) -> dict:
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(scale * rng.standard_normal(s.shape), jnp.float32), shapes)
-
-
-def draw_gradients(shapes: dict) -> list[dict]:
-    """Of five steps, with global norms below and above 40, and some parameters' small."""
-    gradients = [draw(shapes, seed, scale) for seed, scale in enumerate((0.1, 3.0, 1.0, 0.01, 2.0))]
-    for gradient in gradients:
-        gradient["blocks"]["mlp"]["up"]["kernel"] *= 1e-2
-        gradient["head"]["bias"] *= 1e-3
-    return gradients
+    init = lambda params: jax.tree.map(jnp.zeros_like, params)
+    return context.descend(optax.GradientTransformation(init, update))
+"""
+IN_PACKAGE = sorted(optimizers.choices())
+NAMES = [*IN_PACKAGE, "own.py", "optax.lion"]
+WHOLE_TREE = {"polar", "jump"}  # of which a layer's update depends on the other layers, by definition
+EXACT = {"ns_precision": "float32"}  # where an optimizer computes in bfloat16
 
 
-def build(name: str, changes: dict, weight_decay: float = 0.0, clip_norm: float = 0.0, schedule=None):
-    """An optimizer, the way `step` builds it."""
+@pytest.fixture(scope="module", autouse=True)
+def own_file(tmp_path_factory):
+    """A folder with own.py, as the working directory."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own.py").write_text(OWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def rate(step):
+    """0 at step 0; small enough for a loss to fall under every optimizer's own peak."""
+    return jnp.where(step == 0, 0.0, 1.0)
+
+
+@functools.cache
+def case(name: str, num_blocks: int = 2, mesh=None):
+    """An optimizer with its own defaults, its jitted init and update, and parameters to start from."""
     config = optimizers.choices()[name]()
-    config.update(changes)
-    context = optimizers.Context(
-        schedule=schedule or (lambda step: jnp.asarray(RATES, jnp.float32)[step]),
-        steps=len(RATES),
-        parameters=parameter_shapes(),
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        key=jax.random.key(0),
-    )
-    return optimizers.build(FrozenConfigDict(config), context)
+    changes = {field: value for field, value in EXACT.items() if field in config}
+    schedule, shapes = lambda s: config.learning_rate * rate(s), parameter_shapes(num_blocks)
+    optimizer = build(name, changes, schedule=schedule, shapes=shapes, mesh=mesh)
+    return optimizer, jax.jit(optimizer.init), jitted(optimizer)
 
 
-def run(optimizer, parameters: dict, gradients: list[dict]) -> list[dict]:
-    """The updates at STEPS, each applied before the next."""
-    update = jax.jit(lambda g, state, p, step: optimizer.update(g, state, p, step=step))
-    state, updates = optimizer.init(parameters), []
+def run(name, parameters, gradients, num_blocks=2, mesh=None, put=lambda tree: tree):
+    """Updates at STEPS, each applied before the next, and the last state."""
+    _, init, update = case(name, num_blocks, mesh)
+    parameters = put(parameters)
+    state, updates = put(init(parameters)), []
     for step, gradient in zip(STEPS, gradients, strict=True):
-        change, state = update(gradient, state, parameters, jnp.int32(step))
-        parameters = jax.tree.map(jnp.add, parameters, change)
+        change, state, parameters = update(put(gradient), state, parameters, np.int32(step))
         updates.append(change)
-    return updates
+    return updates, state
 
 
-def numpy_updates(direction, parameters, gradients, weight_decay, clip_norm) -> list[dict]:
-    """Clip by global norm, `direction`(path, gradient, t), decoupled decay, minus the step's rate."""
-    parameters, updates = by_path(parameters), []
-    for t, (step, gradient) in enumerate(zip(STEPS, map(by_path, gradients), strict=True), start=1):
-        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
-        clip = min(1.0, clip_norm / norm) if clip_norm else 1.0
-        update = {}
-        for path, g in gradient.items():
-            decay = weight_decay if path.endswith(("kernel", "embedding")) else 0.0
-            update[path] = -RATES[step] * (direction(path, clip * g, t) + decay * parameters[path])
-            parameters[path] = parameters[path] + update[path]
-        updates.append(update)
-    return updates
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
 
 
-def numpy_adam(beta1, beta2, eps, nesterov):
-    """Kingma & Ba 2014, algorithm 1; with Nesterov the numerator looks one step ahead (Dozat 2016)."""
-    m, v = {}, {}
-
-    def direction(path, g, t):
-        m[path] = beta1 * m.get(path, 0.0) + (1 - beta1) * g
-        v[path] = beta2 * v.get(path, 0.0) + (1 - beta2) * g**2
-        mean = m[path] / (1 - beta1**t)
-        if nesterov:
-            mean = beta1 * m[path] / (1 - beta1 ** (t + 1)) + (1 - beta1) * g / (1 - beta1**t)
-        return mean / (np.sqrt(v[path] / (1 - beta2**t)) + eps)
-
-    return direction
-
-
-def numpy_momentum(momentum, nesterov):
-    """Polyak 1964; with Nesterov as Sutskever et al. 2013 have it, the gradient behind the momentum step."""
-    m = {}
-
-    def direction(path, g, t):
-        m[path] = momentum * m.get(path, 0.0) + g
-        return momentum * m[path] + g if nesterov else m[path]
-
-    return direction
-
-
-def compare(updates: list[dict], expected: list[dict]):
-    for number, (update, want) in enumerate(zip(map(by_path, updates), expected, strict=True)):
-        assert update.keys() == want.keys()
+def same(got, want, rtol):
+    for update, expected in zip(map(by_path, got), map(by_path, want), strict=True):
         for path, value in update.items():
-            where = f"{path} at update {number}"
-            assert np.abs(want[path]).max() > 0, where
-            # Sums of opposite terms round at the size of the largest.
-            atol = 1e-6 * np.abs(want[path]).max()
-            np.testing.assert_allclose(value, want[path], rtol=1e-5, atol=atol, err_msg=where)
-
-
-@pytest.mark.parametrize(
-    "nesterov, weight_decay, clip_norm",
-    [(False, 0.0, 0.0), (False, 0.3, 40.0), (True, 0.0, 40.0), (True, 0.3, 0.0)],
-)
-def test_adamw_equals_its_formula(nesterov, weight_decay, clip_norm):
-    shapes = parameter_shapes()
-    parameters, gradients = draw(shapes, 11), draw_gradients(shapes)
-    fields = {"beta1": 0.8, "beta2": 0.97, "eps": 1e-3, "nesterov": nesterov}
-    updates = run(build("adamw", fields, weight_decay, clip_norm), parameters, gradients)
-    compare(updates, numpy_updates(numpy_adam(**fields), parameters, gradients, weight_decay, clip_norm))
-
-
-@pytest.mark.parametrize(
-    "momentum, nesterov, weight_decay, clip_norm",
-    [
-        (0.7, False, 0.0, 0.0),
-        (0.7, False, 0.3, 40.0),
-        (0.7, True, 0.0, 40.0),
-        (0.7, True, 0.3, 0.0),
-        (0.0, False, 0.3, 40.0),
-        (0.0, True, 0.0, 0.0),
-    ],
-)
-def test_sgdm_equals_its_formula(momentum, nesterov, weight_decay, clip_norm):
-    shapes = parameter_shapes()
-    parameters, gradients = draw(shapes, 12), draw_gradients(shapes)
-    fields = {"momentum": momentum, "nesterov": nesterov}
-    updates = run(build("sgdm", fields, weight_decay, clip_norm), parameters, gradients)
-    direction = numpy_momentum(**fields)
-    compare(updates, numpy_updates(direction, parameters, gradients, weight_decay, clip_norm))
-
-
-def test_the_gradients_are_clipped_at_some_steps_only():
-    norms = [
-        np.sqrt(sum((g**2).sum() for g in by_path(tree).values()))
-        for tree in draw_gradients(parameter_shapes())
-    ]
-    assert min(norms) < 0.5 * 40 and max(norms) > 2 * 40
+            atol = rtol * np.abs(expected[path]).max()
+            np.testing.assert_allclose(value, expected[path], rtol=rtol, atol=atol, err_msg=path)
 
 
 def test_decay_mask():
@@ -179,8 +109,8 @@ def test_decay_mask():
 
 def test_every_file_is_an_optimizer():
     folder = Path(optimizers.__file__).parent
-    assert set(NAMES) == {file.stem for file in folder.glob("*.py")} - {"__init__"}
-    assert {"adamw", "sgdm"} <= set(NAMES)
+    assert set(IN_PACKAGE) == {file.stem for file in folder.glob("[!_]*.py")}
+    assert {"adamw", "sgdm"} <= set(IN_PACKAGE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,34 +124,63 @@ def test_config_declares_what_every_optimizer_has(name):
     assert optimizers.choices()[name]().learning_rate != 123.0  # each call makes its own
 
 
+class Reads:
+    """A config that remembers which of its fields were read."""
+
+    def __init__(self, config, prefix="", read=None):
+        self._config, self._prefix, self.read = config, prefix, set() if read is None else read
+
+    def __getattr__(self, field):
+        return self[field]
+
+    def __getitem__(self, field):
+        value = self._config[field]
+        if isinstance(value, FrozenConfigDict):
+            return Reads(value, f"{self._prefix}{field}.", self.read)
+        self.read.add(self._prefix + field)
+        return value
+
+    def __iter__(self):
+        return iter(self._config)
+
+    def items(self):
+        return [(field, self[field]) for field in self._config]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_is_read(name):
+    """When the optimizer is made, or when its functions are traced."""
+    shapes = parameter_shapes()
+    config = FrozenConfigDict(optimizers.choices()[name]())
+    context = optimizers.Context(lambda step: 1.0, 1, shapes, 0.1, 0.0, jax.random.key(0))
+    reads = Reads(config)
+    optimizer = optax.with_extra_args_support(optimizers._load(name).make(reads, context))
+    jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p, step=1), shapes)
+    assert set(flatten(config)) - reads.read <= {"name", "learning_rate", "weight_decay"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_updates_move_every_parameter_downhill(name):
     """From its own defaults, without decay: shapes, types, finite values, no parameter left out."""
     shapes = parameter_shapes()
     parameters, gradients = draw(shapes, 13), draw_gradients(shapes)
-    optimizer = build(name, {}, schedule=lambda step: jnp.float32(1e-3))
-    state = optimizer.init(parameters)
+    _, init, update = case(name)
+    state = jax.eval_shape(init, parameters)
     for leaf in jax.tree.leaves(state):
         assert not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.float32
-    updates = run(optimizer, parameters, gradients)
-    for update in updates:
-        assert jax.tree.map(lambda u: (u.shape, u.dtype), update) == jax.tree.map(
+    updates, _ = run(name, parameters, gradients)
+    for change in updates:
+        assert jax.tree.map(lambda u: (u.shape, u.dtype), change) == jax.tree.map(
             lambda s: (s.shape, s.dtype), shapes
         )
-        for path, value in by_path(update).items():
+        for path, value in by_path(change).items():
             assert np.isfinite(value).all(), path
             assert np.abs(value).max() > 0, path
     first, gradient = by_path(updates[0]), by_path(gradients[0])
     assert sum((first[path] * gradient[path]).sum() for path in first) < 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_rate_zero_moves_nothing(name):
-    shapes = parameter_shapes()
-    optimizer = build(name, {}, weight_decay=0.1, clip_norm=1.0, schedule=lambda step: jnp.float32(0))
-    for update in run(optimizer, draw(shapes, 14), draw_gradients(shapes)):
-        for path, value in by_path(update).items():
-            np.testing.assert_array_equal(value, 0, err_msg=path)
+    still, _, _ = update(gradients[0], init(parameters), parameters, np.int32(0))
+    for path, value in by_path(still).items():  # the rate is 0 there
+        np.testing.assert_array_equal(value, 0, err_msg=path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,7 +189,7 @@ def test_zero_gradients_give_finite_updates(name):
     shapes = parameter_shapes()
     gradients = [jax.tree.map(jnp.zeros_like, tree) for tree in draw_gradients(shapes)]
     gradients[2] = draw(shapes, 15)
-    for update in run(build(name, {}, clip_norm=1.0), draw(shapes, 16), gradients):
+    for update in run(name, draw(shapes, 16), gradients)[0]:
         for path, value in by_path(update).items():
             assert np.isfinite(value).all(), path
 
@@ -238,7 +197,144 @@ def test_zero_gradients_give_finite_updates(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_update_needs_the_step(name):
     """A forgotten step is an error, not a rate by some count."""
-    optimizer, parameters = build(name, {}), draw(parameter_shapes(), 18)
+    (optimizer, _, _), parameters = case(name), draw(parameter_shapes(), 18)
     state = jax.eval_shape(optimizer.init, parameters)
     with pytest.raises(TypeError, match="step"):
         jax.eval_shape(lambda s: optimizer.update(parameters, s, parameters), state)
+
+
+@pytest.fixture(scope="module")
+def value_and_grad():
+    """The loss of a tiny GPT on a fixed text, compiled once for all optimizers."""
+    gpt = model()
+    tokens = np.random.default_rng(5).integers(0, 100, (4, 9))
+
+    def loss(parameters):
+        logits = jax.nn.log_softmax(gpt(parameters, tokens[:, :-1]))
+        return -jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1))
+
+    return gpt.init(jax.random.key(1)), jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_falls(name, value_and_grad):
+    parameters, evaluate = value_and_grad
+    _, init, update = case(name)
+    state, losses = init(parameters), []
+    for step in range(1, 21):
+        loss, gradients = evaluate(parameters)
+        losses.append(float(loss))
+        _, state, parameters = update(gradients, state, parameters, np.int32(step))
+    assert losses[-1] < losses[0] - 0.02, losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, tmp_path):
+    """Also: what is saved and restored goes on bit for bit."""
+    shapes = parameter_shapes()
+    parameters, gradients = draw(shapes, 19), draw_gradients(shapes)
+    one, _ = run(name, parameters, gradients)
+
+    def put(tree):
+        return jax.device_put(tree, sharding.state_shardings(tree, shapes, mesh))
+
+    eight, state = run(name, parameters, gradients, mesh=mesh, put=put)
+    same(eight, one, 1e-4)
+    large = 2 * 16 * 16  # entries of a block's smallest matrices; whatever has so many is split
+    for path, leaf in jax.tree.leaves_with_path(state):
+        assert leaf.size < large or not leaf.sharding.is_fully_replicated, sharding.path_name(path)
+    checkpoints = Checkpoints(tmp_path)
+    whole = step_lib.TrainState(jnp.int32(5), put(parameters), state, jnp.int32(0), jnp.int32(0))
+    checkpoints.save(5, whole, {})
+    checkpoints.wait()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole)
+    restored = checkpoints.restore(5, abstract)
+    checkpoints.close()
+    _, _, update = case(name, mesh=mesh)
+    arguments = put(gradients[0]), put(parameters), np.int32(3)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        update(arguments[0], restored.opt_state, *arguments[1:]),
+        update(arguments[0], state, *arguments[1:]),
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in WHOLE_TREE])
+def test_stacked_layers_are_separate_layers(name):
+    """Each of two stacked layers is updated as it would be alone."""
+    shapes = parameter_shapes()
+    parameters, gradients = draw(shapes, 21), draw_gradients(shapes)
+    together, _ = run(name, parameters, gradients)
+
+    def alone(tree, layer):
+        return tree | {"blocks": jax.tree.map(lambda x: x[layer : layer + 1], tree["blocks"])}
+
+    for layer in range(2):
+        updates, _ = run(name, alone(parameters, layer), [alone(g, layer) for g in gradients], num_blocks=1)
+        same([alone(update, layer) for update in together], updates, 1e-4)
+
+
+def choice(name: str, **changes):
+    config = choose(defaults(), f"optimizer={name}", optimizer=optimizers.choices())
+    config.update_from_flattened_dict({f"optimizer.{field}": value for field, value in changes.items()})
+    return resolve(config, 257).optimizer
+
+
+def test_a_file_of_ones_own_is_a_choice_like_others(own_file):
+    assert choice("own.py", beta=0.5).beta == 0.5
+    assert choice(str(own_file / "own.py")).name == str(own_file / "own.py")
+    with pytest.raises(ConfigError, match=r"optimizer.beta=1.5 must lie in \[0, 1\)"):
+        choice("own.py", beta=1.5)
+    config = FrozenConfigDict(ConfigDict({**choice("own.py"), "gamma": 1}))
+    with pytest.raises(ConfigError, match=r"own.py has the fields beta, learning_rate, name,.*not"):
+        optimizers.build(config, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("1 / 0", r"bad.py raises ZeroDivisionError: division by zero"),
+        ("def get_config(): pass", "bad.py has no function make"),
+        ("make = get_config = lambda: None", "bad.py: get_config raises AttributeError"),
+        (OWN.replace('"weight_decay": 0.0', ""), "bad.py: its get_config declares no weight_decay"),
+    ],
+)
+def test_a_bad_file_is_one_line(source, message, own_file):
+    (own_file / "bad.py").write_text(source)
+    with pytest.raises(ConfigError, match=message) as error:
+        choice("bad.py")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("elsewhere/own.py", "elsewhere/own.py: there is no such file in .*elsewhere"),
+        ("optax.lyon", "optimizer=optax.lyon: optax of this version has no lyon"),
+        ("optax.nowhere.adam", "optax.nowhere of this version has no adam"),
+        ("optax.contrib", "optimizer=optax.contrib is not a function"),
+        ("optax.lookahead", "optimizer=optax.lookahead needs fast_optimizer, sync_period, slow_step_size"),
+    ],
+)
+def test_what_cannot_be_an_optimizer(name, message):
+    with pytest.raises(ConfigError, match=message):
+        choice(name)
+
+
+def test_a_changed_file_is_read_again(own_file):
+    file = own_file / "changing.py"
+    for default in (0.25, 0.75):
+        file.write_text(OWN.replace("0.9", str(default)))
+        os.utime(file, ns=(int(default * 1e9), int(default * 1e9)))
+        assert choice("changing.py").beta == default
+
+
+def test_optax_fields_are_parameters_with_simple_defaults():
+    config = choice("optax.contrib.prodigy", betas=(0.8, 0.99))
+    assert config.betas == (0.8, 0.99)
+    assert config.learning_rate == 1.0
+    assert set(choice("optax.lion")) == {"name", "learning_rate", "weight_decay", "b1", "b2"}
+    assert choice("optax.lion").weight_decay == 1e-3
+    assert choice("optax.sgd").weight_decay == 0.0
+    assert choice("optax.rmsprop", eps_in_sqrt=False).eps_in_sqrt is False
+    assert choice("optax.adamw").eps_root == 0

@@ -114,7 +114,7 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, params)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgdm"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgdm", "muon"])
 def test_everything_is_born_and_stays_sharded(optimizer, random_dataset):
     """Every leaf of the state before and after a step: how much of it lies on each device."""
     config = make_config(random_dataset, f"optimizer={optimizer}")
@@ -134,7 +134,7 @@ def test_everything_is_born_and_stays_sharded(optimizer, random_dataset):
                 assert parts == 2, name  # tensor
             else:
                 assert parts == 1, name
-    moments = {"adamw": 2, "sgdm": 1}[optimizer]
+    moments = {"adamw": 2, "sgdm": 1, "muon": 1}[optimizer]
     names = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(after)]
     assert sum(name.endswith("query/kernel") for name in names) == 1 + moments
 

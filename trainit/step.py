@@ -85,7 +85,9 @@ def build(config: Config, mesh: Mesh) -> Steps:
             weight_decay=config.optimizer.weight_decay,
             clip_norm=config.clip_norm,
             key=named_key(config.seed, "optimizer"),
+            mesh=mesh,
         ),
+        config.parameter_groups,
     )
 
     def init() -> TrainState:

@@ -1,34 +1,75 @@
-"""Optimizers: each is one file here with two functions, found by the file's name.
+"""Optimizers: each is one file with two functions.
 
 def get_config() -> ConfigDict                       # name, learning_rate, weight_decay, its own
 def make(config, context) -> optax.GradientTransformation
+
+`optimizer=NAME` finds the file here by its name, `optimizer=path/to/mine.py` one anywhere, and
+`optimizer=optax.NAME` or `optax.contrib.NAME` an optimizer of optax. Names that begin with an
+underscore are helpers.
 """
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trainit import sharding
-from trainit.config import Config, ConfigError
+from trainit.config import Config, ConfigError, require
+from trainit.optimizers import _groups, _optax, _own
 from trainit.schedules import Schedule
+
+
+class _Choices(Mapping):
+    """Iterates over the names of the files here; takes the other names too."""
+
+    def __iter__(self) -> Iterator[str]:
+        names = (module.name for module in pkgutil.iter_modules(__path__))
+        return (name for name in names if not name.startswith("_"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Callable[[], ConfigDict]:
+        _load(name)
+        return functools.partial(_config, name)
 
 
 def choices() -> Mapping[str, Callable[[], ConfigDict]]:
     """Every optimizer's name and what makes its config: the group for `config.choose`."""
-    return {
-        module.name: lambda name=module.name: _load(name).get_config()
-        for module in pkgutil.iter_modules(__path__)
-    }
+    return _Choices()
 
 
 def _load(name: str):
+    """What has the two functions. Raises KeyError for an unknown name, ConfigError for what it cannot be."""
+    if name.endswith(".py"):
+        return _own.load(name)
+    if name.startswith("optax."):
+        return _optax.load(name)
+    if name not in list(_Choices()):
+        raise KeyError(name)
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def _config(name: str) -> ConfigDict:
+    """The config of an optimizer, with the name by which it is found again."""
+    try:
+        config = _load(name).get_config()
+        with config.unlocked():
+            config.name = name
+        lacking = {"learning_rate", "weight_decay"} - set(config)
+    except Exception as error:
+        raise ConfigError(f"optimizer={name}: get_config raises {type(error).__name__}: {error}") from None
+    require(not lacking, f"optimizer={name}: its get_config declares no {' and no '.join(sorted(lacking))}")
+    return config
 
 
 @dataclass(frozen=True)
@@ -41,27 +82,56 @@ class Context:
     weight_decay: float
     clip_norm: float  # 0: no clipping
     key: jax.Array  # for the optimizer's own randomness
+    mesh: Mesh | None = None  # None: one device
+
+    def by_path(self, function: Callable[[str, str], Any]) -> dict:
+        """function(path, kind) for every parameter, kinds being those of `sharding.kind`."""
+        return _by_path(function, self.parameters)
 
     @property
     def decay_mask(self) -> dict:
         """True where weights decay: matrices, embeddings and the head; not biases and norms' scales."""
-        return jax.tree.map_with_path(
-            lambda path, _: sharding.kind(sharding.path_name(path)) != "vector", self.parameters
-        )
+        return _decays(self.parameters)
 
-    def descend(self, direction: optax.GradientTransformation) -> optax.GradientTransformation:
+    def clip(self) -> optax.GradientTransformation:
+        """The gradient, clipped by its global norm: what comes first."""
+        return optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+
+    def decay(self) -> optax.GradientTransformation:
+        """Adds weight_decay * parameters where `decay_mask` says so, for all parameters or some."""
+        return optax.add_decayed_weights(self.weight_decay, _decays)
+
+    def descend(
+        self, direction: optax.GradientTransformation, decay: str = "decoupled"
+    ) -> optax.GradientTransformation:
         """Completes a direction to an optimizer.
 
-        The gradient is clipped by its global norm, goes through `direction`, gets
-        weight_decay * parameters added where `decay_mask` says so (Loshchilov & Hutter 2017,
-        arXiv 1711.05101), and is multiplied by minus the scheduled learning rate.
+        The gradient is clipped by its global norm, goes through `direction`, and is multiplied by minus
+        the scheduled learning rate.
+
+        Args:
+            direction: of gradients.
+            decay: "decoupled": weight_decay * parameters is added behind the direction (Loshchilov & Hutter
+                2017, arXiv 1711.05101); "coupled": to the clipped gradient, before it; "own": nowhere.
         """
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
-            direction,
-            optax.add_decayed_weights(self.weight_decay, self.decay_mask),
-            scale_by_minus(self.schedule),
-        )
+        order = {
+            "decoupled": (direction, self.decay()),
+            "coupled": (self.decay(), direction),
+            "own": (direction,),
+        }
+        return optax.chain(self.clip(), *order[decay], scale_by_minus(self.schedule))
+
+
+def _by_path(function: Callable[[str, str], Any], tree: dict) -> dict:
+    def apply(path, _):
+        name = sharding.path_name(path)
+        return function(name, sharding.kind(name))
+
+    return jax.tree.map_with_path(apply, tree)
+
+
+def _decays(tree: dict) -> dict:
+    return _by_path(lambda path, kind: kind != "vector", tree)
 
 
 def scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
@@ -78,12 +148,58 @@ def scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def build(config: Config, context: Context) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that `config.name` names. Its update takes `step`, the run's, beside the gradients.
+def build(
+    config: Config, context: Context, groups: Sequence[str] = ()
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run. Its update takes `step`, the run's, beside the gradients.
+
+    Args:
+        config: the sub-config `optimizer`; its name says which.
+        context: what it may know.
+        groups: lines of `_groups`; the first that matches a parameter's path counts, `config` for the rest.
 
     Raises:
-        ConfigError: there is none of this name, or it has other fields.
+        ConfigError: there is none of this name, it has other fields, or refuses their values; a group
+            cannot be read, or has no parameter.
     """
+    if not groups:
+        return _make(config, context)
+    patterns, configs = zip(*(_groups.read(line, config, choices()) for line in groups), strict=True)
+    labels = _groups.assign(patterns, context.parameters)
+    transforms = {}
+    for label, own in [*((str(i), c) for i, c in enumerate(configs)), (_groups.REST, config)]:
+        members = _groups.paths(labels, label)
+        logging.info(
+            "%-10s %s, learning rate %g, weight decay %g: %s",
+            "group",
+            own.name,
+            own.learning_rate,
+            own.weight_decay,
+            ", ".join(members) or "nothing",
+        )
+        transforms[label] = _make(own, _part(context, labels, label, own, config.learning_rate))
+    return optax.chain(context.clip(), optax.partition(transforms, labels))
+
+
+def _part(context: Context, labels: dict, label: str, config: Config, peak: float) -> Context:
+    """The context of one group: its parameters alone, its decay, and the schedule up to its own peak."""
+    require(
+        peak > 0 or config.learning_rate == peak,
+        f"optimizer.learning_rate={peak} must be above 0: groups follow the shape of its schedule",
+    )
+    factor = config.learning_rate / peak if peak else 1.0
+    mine = jax.tree.map(lambda own, p: p if own == label else optax.MaskedNode(), labels, context.parameters)
+    return replace(
+        context,
+        schedule=lambda step: factor * context.schedule(step),
+        parameters=mine,
+        weight_decay=config.weight_decay,
+        clip_norm=0.0,  # all parameters are clipped together, before
+    )
+
+
+def _make(config: Config, context: Context) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that `config.name` names."""
     there = choices()
     if config.name not in there:
         raise ConfigError(f"optimizer.name={config.name!r}: there are {', '.join(sorted(there))}")

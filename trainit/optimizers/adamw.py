@@ -3,6 +3,8 @@
 import optax
 from ml_collections import ConfigDict
 
+from trainit.optimizers._moments import scale_by_moments
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -12,11 +14,9 @@ def get_config() -> ConfigDict:
     config.beta1 = 0.9  # decay of the mean gradient; in [0, 1)
     config.beta2 = 0.999  # decay of the mean squared gradient; in [0, 1)
     config.eps = 1e-8  # added to the root of the mean square; > 0
-    config.nesterov = False
+    config.nesterov = False  # the mean gradient looks one step ahead
     return config
 
 
 def make(config, context) -> optax.GradientTransformation:
-    return context.descend(
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps, nesterov=config.nesterov)
-    )
+    return context.descend(scale_by_moments(config.beta1, config.beta2, config.eps, nesterov=config.nesterov))

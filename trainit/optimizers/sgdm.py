@@ -8,13 +8,13 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "sgdm"
     config.learning_rate = 0.1  # peak of the schedule; >= 0
-    config.weight_decay = 0.0  # decoupled, times the learning rate; >= 0
+    config.weight_decay = 0.0  # of the kind that `decoupled` says; >= 0
+    config.decoupled = True  # decay behind the direction instead of in the gradient
     config.momentum = 0.9  # m <- momentum * m + g; in [0, 1), 0: plain gradient descent
     config.nesterov = False  # direction momentum * m + g instead of m
     return config
 
 
 def make(config, context) -> optax.GradientTransformation:
-    if not config.momentum:
-        return context.descend(optax.identity())
-    return context.descend(optax.trace(config.momentum, config.nesterov))
+    momentum = optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
+    return context.descend(momentum, "decoupled" if config.decoupled else "coupled")

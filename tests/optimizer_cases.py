@@ -1,0 +1,154 @@
+"""What tests of optimizers share: a small tree of every kind of parameter, gradients, and NumPy's side."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import FrozenConfigDict
+
+import trainit.config
+from trainit import optimizers
+from trainit.model import GPT
+
+# Not in order and not from 0, so that a count of updates gives other rates.
+STEPS = (4, 9, 2, 2, 7)
+RATES = np.array([0.0, 0.5, 0.02, 0.9, 0.1, 0.6, 0.3, 0.07, 0.8, 0.4])
+
+
+def model(num_blocks: int = 2) -> GPT:
+    """A GPT that has every kind of parameter."""
+    config = trainit.config.defaults()
+    config.model = trainit.config.model(
+        dim=16,
+        num_heads=2,
+        num_blocks=num_blocks,
+        context_length=8,
+        vocab_size=128,
+        head_bias=True,
+        qk_norm=True,
+    )
+    config.optimizer = optimizers.choices()["adamw"]()
+    return GPT(trainit.config.resolve(config, 100).model)
+
+
+@functools.cache
+def parameter_shapes(num_blocks: int = 2) -> dict:
+    return jax.eval_shape(model(num_blocks).init, jax.random.key(0))
+
+
+@functools.cache
+def some_shapes() -> dict:
+    """One parameter of each kind and layout, so that a formula is compiled fast."""
+    whole = parameter_shapes()
+    attention, mlp = whole["blocks"]["attention"], whole["blocks"]["mlp"]
+    blocks = {
+        "attention": {"query": attention["query"], "out": {"kernel": attention["out"]["kernel"]}},
+        "attention_norm": whole["blocks"]["attention_norm"],
+        "mlp": {"up": {"kernel": mlp["up"]["kernel"]}, "down": {"kernel": mlp["down"]["kernel"]}},
+    }
+    return {"blocks": blocks, "head": whole["head"], "token_embedding": whole["token_embedding"]}
+
+
+def by_path(tree) -> dict:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float64)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def draw(shapes: dict, seed: int, scale: float = 1.0) -> dict:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: (scale * rng.standard_normal(s.shape)).astype(np.float32), shapes)
+
+
+def draw_gradients(shapes: dict) -> list[dict]:
+    """Of five steps, with global norms below and above 40, and some parameters' small."""
+    gradients = [draw(shapes, seed, scale) for seed, scale in enumerate((0.1, 3.0, 1.0, 0.01, 2.0))]
+    for gradient in gradients:
+        gradient["blocks"]["mlp"]["up"]["kernel"] *= 1e-2
+        gradient["head"]["bias"] *= 1e-3
+    return gradients
+
+
+def build(
+    name: str,
+    changes: dict,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    schedule=None,
+    shapes: dict | None = None,
+    mesh=None,
+):
+    """An optimizer, the way `step` builds it; by default with RATES and for `some_shapes`."""
+    config = optimizers.choices()[name]()
+    config.update(changes)
+    context = optimizers.Context(
+        schedule=schedule or (lambda step: jnp.asarray(RATES, jnp.float32)[step]),
+        steps=len(RATES),
+        parameters=shapes or some_shapes(),
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        key=jax.random.key(0),
+        mesh=mesh,
+    )
+    return optimizers.build(FrozenConfigDict(config), context)
+
+
+def run(optimizer, parameters: dict, gradients: list[dict]) -> list[dict]:
+    """The updates at STEPS, each applied before the next."""
+    update = jitted(optimizer)
+    state, updates = jax.jit(optimizer.init)(parameters), []
+    for step, gradient in zip(STEPS, gradients, strict=True):
+        change, state, parameters = update(gradient, state, parameters, np.int32(step))
+        updates.append(change)
+    return updates
+
+
+def jitted(optimizer):
+    """(gradients, state, parameters, step) -> update, state, updated parameters."""
+
+    def update(gradients, state, parameters, step):
+        change, state = optimizer.update(gradients, state, parameters, step=step)
+        return change, state, optax.apply_updates(parameters, change)
+
+    return jax.jit(update)
+
+
+def decays(path: str) -> bool:
+    return path.endswith(("kernel", "embedding"))
+
+
+def numpy_updates(
+    direction, parameters, gradients, weight_decay=0.0, clip_norm=0.0, coupled=False, rates=lambda path: 1.0
+) -> list[dict]:
+    """Clip by global norm, `direction`(path, gradient, t) with decay behind it or before, minus the rate.
+
+    rates: path -> in units of the step's.
+    """
+    parameters, updates = by_path(parameters), []
+    for t, (step, gradient) in enumerate(zip(STEPS, map(by_path, gradients), strict=True), start=1):
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        clip = min(1.0, clip_norm / norm) if clip_norm else 1.0
+        update = {}
+        for path, g in gradient.items():
+            decay = weight_decay * parameters[path] if decays(path) else 0.0
+            if coupled:
+                update[path] = -rates(path) * RATES[step] * direction(path, clip * g + decay, t)
+            else:
+                update[path] = -rates(path) * RATES[step] * (direction(path, clip * g, t) + decay)
+            parameters[path] = parameters[path] + update[path]
+        updates.append(update)
+    return updates
+
+
+def compare(updates: list[dict], expected: list[dict], rtol: float = 1e-5):
+    """Entry by entry; sums of opposite terms round at the size of the largest."""
+    for number, (update, want) in enumerate(zip(map(by_path, updates), expected, strict=True)):
+        assert update.keys() == want.keys()
+        for path, value in update.items():
+            where = f"{path} at update {number}"
+            assert np.abs(want[path]).max() > 0, where
+            atol = 0.1 * rtol * np.abs(want[path]).max()
+            np.testing.assert_allclose(value, want[path], rtol=rtol, atol=atol, err_msg=where)

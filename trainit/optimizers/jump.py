@@ -1,0 +1,70 @@
+"""Jump trajectory: AdamW for some steps, then Adam on the length of all parameters alone, in turns.
+
+From github.com/ZQZCalin/trainit; no paper describes it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit.config import require
+from trainit.optimizers._moments import scale_by_moments
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "jump"
+    config.learning_rate = 1e-3  # peak of the schedule; >= 0
+    config.weight_decay = 0.1  # in normal steps, decoupled, times the learning rate; >= 0
+    config.normal_steps = 4500  # updates by AdamW that begin a cycle; > 0
+    config.jump_steps = 500  # updates along the parameters themselves that end it; > 0
+    config.jump_rate = 1.0  # learning rate of the length in units of the scheduled one; >= 0
+    config.beta1 = 0.9  # decay of the mean gradients; in [0, 1)
+    config.beta2 = 0.999  # decay of the mean squared gradients; in [0, 1)
+    config.eps = 1e-8  # added to the roots of the mean squares; > 0
+    return config
+
+
+class JumpState(NamedTuple):
+    count: jax.Array  # int32: updates done
+    normal: optax.OptState
+    jump: optax.OptState
+
+
+def make(config, context) -> optax.GradientTransformation:
+    """Both optimizers start anew, from zero moments, when their turn comes.
+
+    In a jump x moves to x + d x/|x|, where d is Adam's step for the gradient <g, x/|x|> of the length.
+    """
+    for field in ("normal_steps", "jump_steps"):
+        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
+    require(config.jump_rate >= 0, f"optimizer.jump_rate={config.jump_rate} must not be below 0")
+    adam = scale_by_moments(config.beta1, config.beta2, config.eps)
+    decay = context.decay()
+
+    def init(params) -> JumpState:
+        return JumpState(jnp.zeros((), jnp.int32), adam.init(params), adam.init(jnp.float32(0)))
+
+    def anew(condition, state):
+        return jax.tree.map(lambda leaf: jnp.where(condition, jnp.zeros_like(leaf), leaf), state)
+
+    def update(gradients, state: JumpState, params=None):
+        turn = state.count % (config.normal_steps + config.jump_steps)
+        is_normal = turn < config.normal_steps
+        direction, normal = adam.update(gradients, anew(turn == 0, state.normal))
+        direction, _ = decay.update(direction, decay.init(params), params)
+        length = jnp.maximum(optax.tree.norm(params), jnp.finfo(jnp.float32).tiny)
+        along = optax.tree.vdot(gradients, params) / length
+        grow, jump = adam.update(along, anew(turn == config.normal_steps, state.jump))
+
+        def choose(a, b):
+            return jax.tree.map(lambda a, b: jnp.where(is_normal, a, b), a, b)
+
+        jumped = jax.tree.map(lambda x: config.jump_rate * grow * (x / length), params)
+        new = JumpState(state.count + 1, choose(normal, state.normal), choose(state.jump, jump))
+        return choose(direction, jumped), new
+
+    return context.descend(optax.GradientTransformation(init, update), decay="own")

@@ -1,0 +1,174 @@
+"""Mango: for each kind of parameter its own normalization, rate, betas and scaling by the weight's norm.
+
+The second version of the optimizer of that name in github.com/ZQZCalin/trainit. It joins the division
+of LaProp (Ziyin et al. 2020, arXiv 2002.04839), the orthogonalized momentum of Muon (Jordan et al. 2024)
+and the trust in the weight's norm of LAMB (You et al. 2020, arXiv 1904.00962), and adds a running mean of
+its updates to them.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit import sharding
+from trainit.config import require
+from trainit.optimizers._moments import map_layers, norm, scale_by_moments
+from trainit.optimizers._orthogonal import matrix_shape, orthogonalize, spectral_norm
+
+NORMALIZE = ("none", "l2", "l2_row", "inf", "inf_row", "ns")
+SCALE = ("none", "l2", "l2_row", "inf", "inf_row", "op")
+# What each kind is normalized and scaled by; `kind` says which parameters it has.
+KINDS = {
+    "matrix": ("ns", "op"),
+    "attention_kernel": ("ns", "op"),
+    "head": ("ns", "op"),
+    "embedding": ("none", "none"),
+    "attention_bias": ("l2", "l2"),
+    "scale": ("none", "none"),
+    "bias": ("l2", "l2"),
+}
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "mango"
+    config.learning_rate = 0.01  # peak of the schedule; >= 0
+    config.weight_decay = 0.0  # decoupled, times the learning rate; >= 0
+    config.eps = 1e-8  # added to what is divided by; > 0
+    config.offset_beta = 0.95  # decay of the mean update that is added to each; in [0, 1), 0: none
+    config.scale_floor = 0.1  # a weight's norm counts as this at least, so that zeros move; > 0
+    config.ns_steps = 6  # of Newton-Schulz; > 0
+    config.ns_precision = "bfloat16"  # of its products: bfloat16, float32
+    for kind, (normalize, scale) in KINDS.items():
+        config[kind] = _kind_config(normalize, scale)
+    return config
+
+
+def _kind_config(normalize: str, scale: str) -> ConfigDict:
+    config = ConfigDict()
+    config.rate = 1.0  # learning rate in units of the scheduled one; >= 0
+    config.beta1 = 0.95  # decay of the momentum; in [0, 1)
+    config.beta2 = 0.95  # decay of the squared gradients; in [0, 1), 0: no division
+    config.nesterov = True  # the momentum looks one step ahead
+    config.use_adam = False  # both moments as Adam has them: means, debiased, divided at the end
+    config.normalize = normalize  # none, l2, inf: the whole; l2_row, inf_row: each unit; ns: Newton-Schulz
+    config.scale = scale  # by the weight's norm: none, l2, inf, op; l2_row, inf_row: each unit by its own
+    config.scale_power = 1.0  # of that norm
+    return config
+
+
+def kind(path: str) -> str:
+    """Which of `KINDS` the parameter with this path is."""
+    if sharding.kind(path) in ("embedding", "head"):
+        return sharding.kind(path)
+    is_attention = any(f"attention/{name}/" in path for name in ("query", "key", "value"))
+    if sharding.kind(path) == "matrix":
+        return "attention_kernel" if is_attention else "matrix"
+    if path.endswith("scale"):
+        return "scale"
+    return "attention_bias" if is_attention else "bias"
+
+
+def make(config, context) -> optax.GradientTransformation:
+    require(
+        config.ns_precision in ("bfloat16", "float32"),
+        f"optimizer.ns_precision={config.ns_precision!r} is none of 'bfloat16', 'float32'",
+    )
+    for field in ("ns_steps", "scale_floor"):
+        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
+    directions = {name: _direction(name, config, context) for name in KINDS}
+    direction = optax.partition(directions, context.by_path(lambda path, _: kind(path)))
+    offset = _add_mean(config.offset_beta) if config.offset_beta else optax.identity()
+    return context.descend(optax.chain(direction, offset))
+
+
+def _direction(name: str, config, context) -> optax.GradientTransformation:
+    c = config[name]
+    for field, choices in (("normalize", NORMALIZE), ("scale", SCALE)):
+        known = ", ".join(choices)
+        require(c[field] in choices, f"optimizer.{name}.{field}={c[field]!r} is none of {known}")
+    require(c.rate >= 0, f"optimizer.{name}.rate={c.rate} must not be below 0")
+    power, flat = c.scale_power, name in ("attention_bias", "scale", "bias")
+    for field, matrices_only in (("normalize", "ns"), ("scale", "op")):
+        require(
+            not flat or c[field] != matrices_only,
+            f"optimizer.{name}.{field}={matrices_only} is for matrices, which {name} is not",
+        )
+
+    def normalize(updates, params):
+        del params
+        if c.normalize == "ns":
+            options = {"steps": config.ns_steps, "dtype": config.ns_precision, "eps": config.eps}
+            return jax.tree.map_with_path(
+                lambda path, u: orthogonalize(sharding.path_name(path), u, context.mesh, **options), updates
+            )
+        return map_layers(lambda path, u: u / (size(path, u, c.normalize) + config.eps), updates)
+
+    def scale(updates, params):
+        def one(path, u, x):
+            return u * jnp.maximum(size(path, x, c.scale), config.scale_floor) ** power
+
+        return map_layers(one, updates, params)
+
+    return optax.chain(
+        _moments(c, config.eps),
+        optax.stateless(normalize) if c.normalize != "none" else optax.identity(),
+        optax.stateless(scale) if c.scale != "none" else optax.identity(),
+        optax.scale(c.rate),
+    )
+
+
+def _moments(c, eps: float) -> optax.GradientTransformation:
+    """Momentum of divided gradients: v <- beta2 v + g^2, m <- beta1 m + g / (sqrt(v) + eps); or Adam's."""
+    if c.use_adam and c.beta2:
+        return scale_by_moments(c.beta1, c.beta2, eps, nesterov=c.nesterov)
+    momentum = optax.trace(c.beta1, c.nesterov)
+    if not c.beta2:
+        return momentum
+    root = math.sqrt(1 - c.beta2)  # turns the root of a mean square into that of a sum
+    divide = scale_by_moments(beta2=c.beta2, eps=eps * root, debias_beta2=False, use_momentum=False)
+    return optax.chain(divide, optax.scale(root), momentum)
+
+
+def size(path: str, x: jax.Array, name: str) -> jax.Array:
+    """A norm of one layer's parameter: a scalar, or one of each unit, in a shape that broadcasts with x.
+
+    A matrix's units are its outputs, an embedding's are its rows, a vector's are its entries.
+
+    Args:
+        path: of the parameter.
+        x: without a layers axis.
+        name: l2, l2_row; inf, the largest sum of a unit's absolute entries; inf_row, a unit's largest
+            absolute entry; op, the spectral norm.
+    """
+    if sharding.kind(path) == "vector":
+        own, whole = jnp.abs(x), {"l2": norm(x), "inf": jnp.max(jnp.abs(x))}
+        return whole.get(name, own)
+    matrix = x.reshape(matrix_shape(path, x.shape))
+    inputs = 1 if sharding.kind(path) == "embedding" else 0
+    match name:
+        case "l2":
+            return norm(matrix)
+        case "inf":
+            return jnp.max(jnp.sum(jnp.abs(matrix), inputs))
+        case "op":
+            return spectral_norm(matrix)
+        case "l2_row":
+            units = jnp.sqrt(jnp.sum(matrix * matrix, inputs, keepdims=True))
+        case "inf_row":
+            units = jnp.max(jnp.abs(matrix), inputs, keepdims=True)
+    return jnp.broadcast_to(units, matrix.shape).reshape(x.shape)
+
+
+def _add_mean(beta: float) -> optax.GradientTransformation:
+    """o <- beta o + (1 - beta) u, and u + o; before the learning rate, so that old rates leave no trace."""
+
+    def update(updates, mean, params=None):
+        del params
+        mean = optax.tree.update_moment(updates, mean, beta, 1)
+        return jax.tree.map(jnp.add, updates, mean), mean
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)

@@ -57,6 +57,7 @@ class _PartsIterator(grain.DatasetIterator):
         self._count = parts.count
         self._streams = [Stream(parts.corpus, number, state) for number, state in parts.states.items()]
         self._filled = False
+        _ = parts.corpus.tokenizer  # built once, before there are threads
 
     def __next__(self) -> dict[str, np.ndarray]:
         """{"tokens": (streams, count, L + 1) ids, "states": (streams, 7) int64}."""

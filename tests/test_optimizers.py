@@ -313,12 +313,19 @@ def test_a_bad_file_is_one_line(source, message, own_file):
         ("optax.lyon", "optimizer=optax.lyon: optax of this version has no lyon"),
         ("optax.nowhere.adam", "optax.nowhere of this version has no adam"),
         ("optax.contrib", "optimizer=optax.contrib is not a function"),
-        ("optax.lookahead", "optimizer=optax.lookahead needs fast_optimizer, sync_period, slow_step_size"),
+        ("optax.polyak_sgd", "optax.polyak_sgd takes no learning_rate and is no scale_by_"),
+        ("optax.lookahead", "optax.lookahead takes no learning_rate"),
+        ("optax.scale_by_schedule", "optimizer=optax.scale_by_schedule needs step_size_fn"),
     ],
 )
 def test_what_cannot_be_an_optimizer(name, message):
     with pytest.raises(ConfigError, match=message):
         choice(name)
+
+
+def test_an_optimizer_of_optax_that_needs_the_loss():
+    with pytest.raises(ConfigError, match=r"optax.contrib.momo needs more than gradients and .*'value'"):
+        build("optax.contrib.momo", {})
 
 
 def test_a_changed_file_is_read_again(own_file):

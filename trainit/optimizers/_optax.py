@@ -1,8 +1,8 @@
 """Any optimizer of optax by its import path, such as optax.lion or optax.contrib.prodigy.
 
 Its config's fields are the function's parameters whose defaults are numbers, texts or tuples of
-them. A function without the parameter `learning_rate`, such as optax.scale_by_adam, is a direction
-for `context.descend`. Where it has `weight_decay`, decay is its own, with our mask if it takes one;
+them. A function of the name scale_by_..., without `learning_rate`, is a direction for
+`context.descend`. Where it has `weight_decay`, decay is its own, with our mask if it takes one;
 else ours. Optax sees layers as they are stored, stacked: a rule that looks at the shape or the norm
 of an array, such as that of optax.lamb, takes those of all layers together for one.
 """
@@ -44,11 +44,22 @@ class Wrapped:
     def make(self, config, context) -> optax.GradientTransformation:
         common = ("name", "learning_rate", "weight_decay")
         fields = {field: value for field, value in config.items() if field not in common}
+        optimizer = self._complete(fields, config, context)
+        try:
+            jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p, step=0), context.parameters)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"optimizer={self._name} needs more than gradients and parameters: {error}; call it in a "
+                f"file of your own: optimizer=path/to/mine.py"
+            ) from None
+        return optimizer
+
+    def _complete(self, fields: dict, config, context) -> optax.GradientTransformation:
         if "learning_rate" not in self._parameters:
             return context.descend(self._function(**fields))
         decays = "weight_decay" in self._parameters
         if decays:
-            fields["weight_decay"] = context.weight_decay
+            fields = fields | {"weight_decay": context.weight_decay}
             masks = {"mask", "weight_decay_mask"} & set(self._parameters)
             fields |= dict.fromkeys(masks, context.decay_mask)
         optimizer = _at_the_runs_rate(
@@ -67,9 +78,15 @@ def load(name: str) -> Wrapped:
         raise ConfigError(f"optimizer={name}: {module} of this version has no {attribute}") from None
     is_function = callable(function) and not inspect.isclass(function)
     require(is_function, f"optimizer={name} is not a function that makes an optimizer")
+    parameters = inspect.signature(function).parameters
+    require(
+        "learning_rate" in parameters or attribute.startswith("scale_by_"),
+        f"optimizer={name} takes no learning_rate and is no scale_by_...; call it in a file of your own: "
+        f"optimizer=path/to/mine.py",
+    )
     needed = [
         parameter.name
-        for parameter in inspect.signature(function).parameters.values()
+        for parameter in parameters.values()
         if parameter.default is parameter.empty and parameter.name != "learning_rate"
     ]
     require(

@@ -27,6 +27,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TRAINIT_CACHE"], ignore_errors=True)
 
 
+LONG = ("test_train", "test_readme", "test_step", "test_checkpoint", "test_optimizers", "test_prepare_files")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that last minutes come first: begun at the end, they would keep one worker while others rest."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def subset_dataset(tmp_path_factory) -> Path:
     """A prepared dataset of bytes with three subsets, of few and of many documents, in several shards."""

@@ -26,6 +26,19 @@ SHORT = {  # added so that a command that trains for minutes takes seconds; noth
 }
 
 
+REPORTS = (
+    r"8 × cpu, \d+ cores, JAX",
+    r"loader +[\d.]+ M tokens/s  through Grain",
+    r"loader +[\d.]+ times the speed of random crops",
+    r"loader +[\d.]+ ms  to the first batch of a resume at step 1,000,000",
+    r"loader +[1-9]\d+ MiB  of a whole process that reads of 300 billion tokens",
+    r"step +[\d.]+ ms  median of 3",
+    r"step +\d+ tokens/s  [\d.]+ TFLOP/s",
+    r"step +[\d.]+ GiB",
+    r"save +[\d.]+% of the time",
+)
+
+
 def code(part: str) -> str:
     """The README's only piece of code that contains this."""
     (block,) = [block for block in CODE if part in block]
@@ -78,7 +91,9 @@ def test_ci_runs_the_commands_that_install():
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in IN_CI], ids=lambda c: c[10:70])
 def test_commands(command, folder):
     """In the order in which they stand there; the run that is trained on ends sooner than in the README."""
-    execute(folder, command.replace("--config.steps=260", "--config.steps=16"))
+    output = execute(folder, command.replace("--config.steps=260", "--config.steps=16"))
+    for pattern in REPORTS if "trainit.benchmark" in command else ():
+        assert re.search(pattern, output), (pattern, output)
 
 
 def test_own_data_and_own_config(folder, monkeypatch):

@@ -62,7 +62,46 @@ def piecewise_linear(k, T, w, boundaries, values):
     return warm_up(k, w) * rate
 
 
+def cosine_cycles(k, T, w, cycles, final=0.0):
+    """Each cycle written out."""
+    rate, length = np.full(k.shape, float(final)), (T - w) / cycles
+    for number in range(cycles):
+        start = w + number * length
+        inside = (k >= start) & (k < start + length)
+        rate[inside] = final + (1 - final) * np.cos(np.pi / 2 * (k[inside] - start) / length) ** 2
+    return np.where(k < w, k / max(w, 1), rate)
+
+
+def power(k, T, w, exponent, d=0, final=0.0):
+    ages = np.maximum(k, max(w, 1)) / max(w, 1)
+    rate = np.exp(-exponent * np.log(ages))
+    if d:
+        before = ((T - d) / max(w, 1)) ** -exponent
+        rate = np.where(k > T - d, np.maximum(final + (before - final) * (T - k) / d, final), rate)
+    return warm_up(k, w) * rate
+
+
+def inverse_sqrt(k, T, w, d=0, final=0.0):
+    return power(k, T, w, 0.5, d, final)
+
+
 CASES = {
+    "inverse_sqrt": (inverse_sqrt, 50, {"warmup": 4}, {"w": 4}),
+    "inverse_sqrt_default": (inverse_sqrt, 50, {}, {"w": 5}),
+    "inverse_sqrt_without_warmup": (inverse_sqrt, 50, {"warmup": 0}, {"w": 0}),
+    "inverse_sqrt_cooled": (
+        inverse_sqrt,
+        50,
+        {"warmup": 4, "decay": "20%", "final": 0.1},
+        {"w": 4, "d": 10, "final": 0.1},
+    ),
+    "power": (power, 50, {"warmup": 3, "exponent": 0.8}, {"w": 3, "exponent": 0.8}),
+    "power_cooled": (
+        power,
+        50,
+        {"warmup": 0, "exponent": 0.2, "decay": 7},
+        {"w": 0, "exponent": 0.2, "d": 7},
+    ),
     "constant": (constant, 50, {"warmup": 0}, {"w": 0}),
     "constant_warm": (constant, 50, {"warmup": 7}, {"w": 7}),
     "constant_default": (constant, 50, {}, {"w": 5}),
@@ -71,6 +110,7 @@ CASES = {
     "cosine_warm": (cosine, 50, {"warmup": 9}, {"w": 9}),
     "cosine_one_step_of_warmup": (cosine, 50, {"warmup": 1}, {"w": 1}),
     "cosine_final": (cosine, 50, {"warmup": "20%", "final": 0.1}, {"w": 10, "final": 0.1}),
+    "cosine_in_one_cycle": (cosine, 50, {"warmup": 5, "cycles": 1}, {"w": 5}),
     "linear": (linear, 50, {"warmup": 0}, {"w": 0, "c": 0}),
     "linear_default": (linear, 50, {}, {"w": 5, "c": 0}),
     "linear_constant": (linear, 50, {"warmup": 0, "constant": 20}, {"w": 0, "c": 20}),
@@ -120,6 +160,17 @@ def test_closed_form(form, steps, fields, lengths):
     schedule = build(form.__name__, steps, **fields)
     expected = PEAK * form(np.arange(steps + 6, dtype=np.float64), steps, **lengths)
     np.testing.assert_allclose(rates(schedule, steps), expected, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("steps", "w", "cycles", "final"), [(50, 5, 3, 0.1), (40, 0, 4, 0.0), (10, 9, 4, 0.0)]
+)
+def test_cycles_of_a_cosine(steps, w, cycles, final):
+    schedule = build("cosine", steps, warmup=w, cycles=cycles, final=final)
+    expected = cosine_cycles(np.arange(steps + 6, dtype=np.float64), steps, w, cycles, final)
+    if (steps - w) / cycles >= 1:
+        np.testing.assert_allclose(rates(schedule, steps), PEAK * expected, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(rates(schedule, steps)).all()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
-import optax
 
 from trainit.config import duration
 
@@ -15,8 +14,11 @@ def build(config: Mapping, peak: float, steps: int, tokens_per_step: int) -> Sch
 
     - constant: `peak`.
     - linear: `peak` for `constant` steps, then a straight line to `final` * peak at `steps`.
-    - cosine: half a cosine from `peak` to `final` * peak at `steps`
+    - cosine: `cycles` times, over equal parts of what is left, half a cosine from `peak` to `final` * peak
       (Loshchilov & Hutter 2016, arXiv 1608.03983).
+    - inverse_sqrt: `peak` / sqrt(step / warmup) (Vaswani et al. 2017, arXiv 1706.03762).
+    - power: `peak` / (step / warmup)^exponent (Shen et al. 2024, arXiv 2408.13359). Both end with `decay`
+      steps of a straight line to `final` * peak, if there are any.
     - trapezoid: `peak`, and over the last `decay` steps a straight line to `final` * peak
       (Hägele et al. 2024, arXiv 2405.18392; also called WSD).
     - piecewise_linear: straight lines between `boundaries`, at which the rate is `values` * peak.
@@ -45,10 +47,38 @@ def build(config: Mapping, peak: float, steps: int, tokens_per_step: int) -> Sch
         case "piecewise_linear":
             points = list(zip(map(length, config["boundaries"]), config["values"], strict=True))
         case "cosine":
-            cosine = optax.cosine_decay_schedule(1.0, max(steps - warmup, 1), alpha=config["final"])
-            return _warm_up(lambda step: cosine(jnp.maximum(step - warmup, 0)), warmup, peak)
+            return _warm_up(_cosine(warmup, steps, config["cycles"], config["final"]), warmup, peak)
+        case "inverse_sqrt" | "power":
+            exponent = config["exponent"] if config["name"] == "power" else 0.5
+            shape = _power(exponent, warmup, steps, length(config["decay"]), config["final"])
+            return _warm_up(shape, warmup, peak)
     at, values = (jnp.array(column, jnp.float32) for column in zip(*points, strict=True))
     return _warm_up(lambda step: jnp.interp(step, at, values), warmup, peak)
+
+
+def _cosine(warmup: int, steps: int, cycles: int, final: float) -> Schedule:
+    cycle = max((steps - warmup) / cycles, 1)
+
+    def shape(step):
+        done = jnp.maximum(step - warmup, 0) / cycle
+        done = jnp.where(done < cycles, done - jnp.floor(done), 1.0)
+        return final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+    return shape
+
+
+def _power(exponent: float, warmup: int, steps: int, decay: int, final: float) -> Schedule:
+    least = max(warmup, 1)
+
+    def power(step):
+        return (jnp.maximum(step, least) / least) ** -exponent
+
+    def shape(step):
+        left = jnp.clip((steps - step) / max(decay, 1), 0.0, 1.0)
+        cooling = final + (power(steps - decay) - final) * left
+        return jnp.where(step > steps - decay, cooling, power(step)) if decay else power(step)
+
+    return shape
 
 
 def _warm_up(shape: Schedule, warmup: int, peak: float) -> Schedule:

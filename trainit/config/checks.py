@@ -206,6 +206,8 @@ def _check_schedule(config: ConfigDict):
         f"schedule={schedule.name}: warm-up and what follows last {total} steps, more than steps={steps}; "
         f"give them in percent or raise steps",
     )
+    for field in {"cycles", "exponent"} & set(schedule):
+        require(schedule[field] > 0, f"schedule.{field}={schedule[field]} must be above 0")
     if "boundaries" in schedule:
         at = [length("boundaries", b) for b in _as_tuple(schedule.boundaries)]
         values = _as_tuple(schedule["values"])

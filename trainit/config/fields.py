@@ -138,7 +138,12 @@ MODELS = {
 SCHEDULES = {
     "constant": _schedule("constant", warmup="10%"),
     "linear": _schedule("linear", warmup="10%", constant=0, final=0.0),  # then constant, then down to final
-    "cosine": _schedule("cosine", warmup="10%", final=0.0),  # final: fraction of the peak at the end
+    "cosine": _schedule(
+        "cosine", warmup="10%", cycles=1, final=0.0
+    ),  # final: fraction of the peak, at the end
+    # Both cool down in a straight line over the last `decay`, if there are any.
+    "inverse_sqrt": _schedule("inverse_sqrt", warmup="10%", decay=0, final=0.0),
+    "power": _schedule("power", warmup="10%", exponent=0.5, decay=0, final=0.0),  # exponent: > 0
     "trapezoid": _schedule("trapezoid", warmup="10%", decay="20%", final=0.0),
     # Straight lines between (boundary, value); boundaries are durations, values fractions of the peak.
     "piecewise_linear": _schedule(

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -84,6 +85,50 @@ def test_weights_and_their_changes(subset_dataset, random_dataset, tmp_path):
     other = open_dataset(random_dataset).splits["train"].read(np.arange(240), LENGTH)[0]
     np.testing.assert_array_equal(ids[number == 2], other)
     assert dataset.fingerprint != open_dataset(subset_dataset).fingerprint
+
+
+def test_other_changes_than_those_to_come_are_refused(subset_dataset):
+    """Stages begin at rows: whoever resumes has consumed those of his steps, with the same stages before."""
+    old = make(subset_dataset, dataset__mixture="Alpha 1; 10: Gamma 1; 50%: Alpha 1").to_dict()
+
+    def check(text, rows=15 * 16, step=15, **changes):
+        sources.check_history(make(subset_dataset, dataset__mixture=text, **changes), old, rows, step)
+
+    check("Alpha 1; 10: Gamma 1; 50%: Alpha 1")
+    check("Alpha 1; 10: Gamma 1; 30: Alpha 1, Gamma 2")  # it is still to come
+    check("Alpha 1; 10: Gamma 1", steps=80)
+    with pytest.raises(ConfigError, match=r"another past than the checkpoint's .* at step 15"):
+        check("Alpha 1; 12: Gamma 1")
+    with pytest.raises(ConfigError, match="another past"):
+        check("Alpha 1; 25%: Gamma 1; 50%: Alpha 1", steps=80)
+    with pytest.raises(ConfigError, match="at step 15 0 sequences are consumed"):
+        check("Alpha 1; 10: Gamma 1; 50%: Alpha 1", rows=0)
+
+
+def test_an_index_is_searched_without_a_copy(subset_dataset, tmp_path):
+    """What a search allocates does not grow with the index."""
+    dataset = open_dataset(subset_dataset)
+    part = sources.with_parts(dataset, "Alpha 1", tmp_path).parts["Alpha"]
+    documents = 1_000_000
+    starts = np.zeros(documents, "<u8")
+    ends = np.full(documents, 2**40, "<u8")
+    ends[0] = 10**6
+    starts.tofile(f"{part.index}.starts")
+    ends.tofile(f"{part.index}.ends")
+    part.read(np.array([0]), LENGTH)
+    tracemalloc.start()
+    part.read(np.array([3]), LENGTH)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+def test_tokens_of_others_are_a_part_too(subset_dataset, tmp_path):
+    ids = np.random.default_rng(0).integers(0, 256, 3000).astype("<u2")
+    ids.tofile(tmp_path / "web.bin")
+    text = f"Alpha 1, {tmp_path}/web.bin 1"
+    dataset = sources.with_parts(open_dataset(subset_dataset), text, tmp_path / "cache")
+    read, _ = dataset.parts[f"{tmp_path}/web.bin"].read(np.arange(5), LENGTH)
+    np.testing.assert_array_equal(read[3], ids[3 * LENGTH : 4 * LENGTH + 1])
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,10 @@ def read() -> tuple[Config, tokens.Dataset | streaming.Streamed]:
     _ = dataset.tokenizer  # what is wrong with it is better known now
     resolved = config_lib.resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text)
     if d.mixture:
-        dataset = sources.with_parts(dataset, d.mixture, cache(), d.tokenizer)
+        try:
+            dataset = sources.with_parts(dataset, d.mixture, cache())
+        except OSError as error:
+            raise ConfigError(f"dataset.mixture={d.mixture!r} (cache {cache()}): {error}") from None
     _ = sources.training(resolved, dataset)  # what is wrong with it is better known now
     return resolved, dataset
 

@@ -13,6 +13,8 @@ from trainit.data.tokens import Dataset
 from trainit.peers import Peers
 from trainit.step import Steps
 
+MOST_SUBSETS = 256  # that are validated apart
+
 
 def evaluate(
     steps: Steps,
@@ -42,10 +44,11 @@ def evaluate(
         have tokens among the sequences, and "valid/loss_macro" and "valid/bits_per_byte_macro", the plain
         means over these. NaN where the targets are no text. None if the run is to stop before that.
     """
-    split, names = dataset.splits["validation"], dataset.subsets
+    split = dataset.splits["validation"]
+    names = [name or "unnamed" for name in split.subsets]
     available = split.sequences(shape[2])
     chosen = min(sequences or available, available)
-    several = len(names) > 1
+    several = 1 < len(names) <= MOST_SUBSETS
     batches = loader.batches(
         Ordered(split, Spaced(available, chosen)),
         shape,

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import jax
 from absl import logging
 
-from trainit import __version__, command_line, distributed, rendezvous, trackers, train, workdir
+from trainit import __version__, command_line, distributed, optimizers, rendezvous, trackers, train, workdir
 from trainit.config import Config, ConfigError
 from trainit.data.tokens import Dataset, DatasetError
 
@@ -56,6 +56,7 @@ def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
         "Trainit": __version__,
         "JAX": jax.__version__,
         "a config of hash": hashlib.sha256(text.encode()).hexdigest()[:8],
+        "optimizer files of hash": optimizers.own_files_hash(config.optimizer, config.parameter_groups),
         "dataset": dataset.fingerprint,
         "workdir": str(folder.absolute()),
     }

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -51,44 +52,104 @@ def parse(text: str) -> list[tuple[str, Parts]]:
     return stages
 
 
-def with_parts(dataset: Dataset, text: str, cache: Path, tokenizer: str = "") -> Dataset:
+def with_parts(dataset: Dataset, text: str, cache: Path) -> Dataset:
     """The dataset, with what a mixture is made of: its own subsets, and other datasets.
 
     Args:
-        dataset: that `dataset.path` names.
+        dataset: that `dataset.path` names; parts that others made have its tokenizer.
         text: `dataset.mixture`.
         cache: folder in which the indexes of subsets are kept.
-        tokenizer: `dataset.tokenizer`, of parts that others made.
 
     Raises:
         ConfigError, DatasetError: a part is neither, or has another tokenizer.
+        OSError: the index of a subset cannot be written.
     """
+    train = dataset.splits["train"]
     names = dict.fromkeys(name for _, parts in parse(text) for name, _ in parts)
+    numbers = {name: train.subsets.index(name) for name in names if name in train.subsets}
+    own = subsets.open_subsets(train, numbers.values(), cache / f"subsets-{dataset.fingerprint}")
     parts, prints = {}, []
     for name in names:
-        if name in dataset.subsets:
-            number = dataset.subsets.index(name)
-            folder = cache / f"subsets-{dataset.fingerprint}"
-            parts[name] = subsets.open_subset(dataset.splits["train"], number, folder)
-            continue
-        if not Path(name).exists():
-            raise ConfigError(
-                f"dataset.mixture: {name!r} is neither a dataset's folder nor a subset of "
-                f"dataset.path={str(dataset.folder)!r}, which has "
-                f"{', '.join(dataset.subsets) or 'none'}"
-            )
-        given = tokenizer if foreign.find(Path(name)) else ""
-        other = foreign.open_path(name, given, str(dataset.folder) if given else "")
-        theirs, ours = (d.info["tokenizer"] for d in (other, dataset))
-        if theirs["sha256"] != ours["sha256"]:
-            raise ConfigError(
-                f"dataset.mixture: {name!r} is made with the tokenizer {theirs['name']} of hash "
-                f"{theirs['sha256'][:8]}, dataset.path={str(dataset.folder)!r} with {ours['name']} of hash "
-                f"{ours['sha256'][:8]}; prepare both with one"
-            )
-        parts[name] = other.splits["train"]
-        prints.append(other.fingerprint)
+        if name in numbers:
+            parts[name] = own[numbers[name]]
+        else:
+            other = _open_part(name, dataset)
+            parts[name] = other.splits["train"]
+            prints.append(other.fingerprint)
     return dataclasses.replace(dataset, parts=parts, part_fingerprints=tuple(prints))
+
+
+def _open_part(name: str, dataset: Dataset) -> Dataset:
+    """Another dataset, with the tokenizer of this one."""
+    where = f"dataset.path={str(dataset.folder)!r}"
+    foreigners = foreign.find(Path(name))
+    if not foreigners and not Path(name).exists():
+        there = ", ".join(dataset.splits["train"].subsets) or "none"
+        raise ConfigError(
+            f"dataset.mixture: {name!r} is neither a dataset's folder nor a subset of {where}, which has "
+            f"{there}"
+        )
+    if foreigners:
+        other = foreign.open_path(name, dataset.tokenizer, str(dataset.folder))
+    else:
+        other = foreign.open_path(name)
+    theirs, ours = (d.info["tokenizer"] for d in (other, dataset))
+    if theirs["sha256"] != ours["sha256"]:
+        raise ConfigError(
+            f"dataset.mixture: {name!r} is made with the tokenizer {theirs['name']} of hash "
+            f"{theirs['sha256'][:8]}, {where} with {ours['name']} of hash {ours['sha256'][:8]}; prepare both "
+            f"with one"
+        )
+    if "train" not in other.splits:
+        raise ConfigError(f"dataset.mixture: {name!r} has no split train")
+    return other
+
+
+def _stages(text: str, steps: int, batch_size: int, length: int) -> list[tuple[int, dict[str, Fraction]]]:
+    """`dataset.mixture` as [(first row, {part: weight}), ...]."""
+    stages = []
+    for begin, parts in parse(text):
+        step = config_lib.duration(begin, steps, batch_size * length, "dataset.mixture")
+        weights: dict[str, Fraction] = {}
+        for name, weight in parts:
+            weights[name] = weights.get(name, Fraction(0)) + weight
+        stages.append((step * batch_size, weights))
+    starts = [start for start, _ in stages]
+    if starts != sorted(set(starts)):
+        raise ConfigError(f"dataset.mixture={text!r}: its stages must begin one after another")
+    return stages
+
+
+def check_history(config: Config, before: Mapping, rows: int, step: int):
+    """Checks that a mixture that changes goes on as it was: its stages begin at rows counted from the start.
+
+    Args:
+        config: resolved.
+        before: the checkpoint's config, as nested dicts.
+        rows: consumed until now.
+        step: of the run.
+
+    Raises:
+        ConfigError: the rows are not those of so many steps, or another past would have been.
+    """
+    d, length = config.dataset, config.model.context_length
+    old_text = before["dataset"].get("mixture", "")
+    if not d.mixture or ";" not in d.mixture + old_text:
+        return
+    if rows != step * config.batch_size:
+        raise ConfigError(
+            f"dataset.mixture={d.mixture!r} changes at steps of batch_size={config.batch_size}, but at step "
+            f"{step} {rows} sequences are consumed: give the weights that hold from here on alone"
+        )
+    old_length = before["model"]["context_length"]
+    old = _stages(old_text, before["steps"], before["batch_size"], old_length) if old_text else []
+    new = _stages(d.mixture, config.steps, config.batch_size, length)
+    past = [[stage for stage in stages if stage[0] < rows] for stages in (old, new)]
+    if past[0] != past[1]:
+        raise ConfigError(
+            f"dataset.mixture={d.mixture!r} has another past than the checkpoint's {old_text!r} at step "
+            f"{step}: leave what is over as it was, and give its ends in steps rather than in percent"
+        )
 
 
 def training(config: Config, dataset: Dataset) -> Ordered | Mixture:
@@ -106,19 +167,15 @@ def training(config: Config, dataset: Dataset) -> Ordered | Mixture:
 
     if not d.mixture:
         return ordered(dataset.splits["train"], config.seed)
-    names = list(dataset.parts)
-    stages = []
-    for begin, parts in parse(d.mixture):
-        step = config_lib.duration(begin, config.steps, config.batch_size * length, "dataset.mixture")
-        weights = [sum((w for name, w in parts if name == wanted), Fraction(0)) for wanted in names]
-        stages.append(mixture.stage(step * config.batch_size, weights))
-    starts = [stage.start for stage in stages]
-    if starts != sorted(set(starts)):
-        raise ConfigError(f"dataset.mixture={d.mixture!r}: its stages must begin one after another")
-    return Mixture(
-        tuple(ordered(split, config.seed + number) for number, split in enumerate(dataset.parts.values())),
-        tuple(stages),
-    )
+    stages = [
+        mixture.stage(start, [weights.get(name, Fraction(0)) for name in dataset.parts])
+        for start, weights in _stages(d.mixture, config.steps, config.batch_size, length)
+    ]
+    parts = [
+        ordered(split, (config.seed + zlib.crc32(name.encode())) % 2**32)  # whatever parts there are beside
+        for name, split in dataset.parts.items()
+    ]
+    return Mixture(tuple(parts), tuple(stages))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
             parameters=shapes,
             weight_decay=config.optimizer.weight_decay,
             clip_norm=config.clip_norm,
-            key=named_key(config.seed, "optimizer"),
+            key=jax.random.key_data(named_key(config.seed, "optimizer")),
             mesh=mesh,
         ),
         config.parameter_groups,
@@ -96,6 +96,12 @@ def build(config: Config, mesh: Mesh) -> Steps:
         return TrainState(zero, params, optimizer.init(params), zero, zero)
 
     abstract = jax.eval_shape(init)
+    for path, leaf in jax.tree.leaves_with_path(abstract.opt_state):
+        config_lib.require(
+            not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended),
+            f"optimizer.name={config.optimizer.name}: its state has {sharding.path_name(path)} of type "
+            f"{leaf.dtype}, which no checkpoint can hold; keep jax.random.key_data of it",
+        )
     layout = sharding.state_shardings(abstract, shapes, mesh)
     replicated = sharding.replicated(mesh)
     return Steps(
@@ -223,7 +229,10 @@ def _eval_step(model: GPT, params: dict, batch: dict, token_bytes_V: jax.Array, 
     loss_BL, correct_BL = losses.token_losses(model(params, inputs_BL), targets_BL)
     number_BL = micro_batch["subsets"] if "subsets" in micro_batch else jnp.zeros(targets_BL.shape, jnp.int32)
     values = {"loss": loss_BL, "correct": correct_BL, "count": 1.0, "bytes": token_bytes_V[targets_BL]}
-    return {
-        name: jnp.stack([jnp.sum(jnp.where(mask_BL & (number_BL == k), value, 0.0)) for k in range(subsets)])
-        for name, value in values.items()
-    }
+
+    def sums(k):
+        return {
+            name: jnp.sum(jnp.where(mask_BL & (number_BL == k), value, 0.0)) for name, value in values.items()
+        }
+
+    return jax.lax.map(sums, jnp.arange(subsets))

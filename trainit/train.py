@@ -19,7 +19,7 @@ from trainit.checkpoint import Checkpoints, check_same_run, due
 from trainit.config import Config, ConfigError
 from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset
-from trainit.evaluate import evaluate
+from trainit.evaluate import MOST_SUBSETS, evaluate
 from trainit.peers import Peers
 from trainit.saves import Saves
 from trainit.trackers import Trackers, quantity
@@ -58,11 +58,14 @@ class Run:
         self._describe(sizes)
         self.rows, self.wandb_id = 0, secrets.token_hex(4)  # rows of the training data consumed
         self.streams: list[list[int]] | None = None  # where its streams are at the start
+        self.trained_as: dict | None = None  # config of the checkpoint that the run starts from
         self.postponed: dict | None = None  # what was measured at a step whose validation is still to be done
         newest = distributed.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
         self.resumed = newest >= 0
         self.state = self._resume(newest) if self.resumed else self._begin()
         self.step = int(self.state.step)
+        if self.trained_as:
+            sources.check_history(self.config, self.trained_as, self.rows, self.step)
         self.saved = self.step if self.resumed else None  # step of the newest checkpoint
         self.evaluated = False  # by this process, so that the program is compiled
         self.saves = Saves(self.checkpoints, peers, self._start_save)
@@ -89,6 +92,8 @@ class Run:
             f"schedule {c.schedule.name}",
         }.items():
             logging.info("%-10s %s", topic, text)
+        if len(validation.subsets) > MOST_SUBSETS:
+            logging.info("%-10s %d are too many to validate apart", "subsets", len(validation.subsets))
         if jax.process_count() > 1:
             self._describe_processes()
 
@@ -160,6 +165,9 @@ class Run:
             self.streams = meta.get("streams")
             if self.streams and meta["config"]["model"]["context_length"] != c.model.context_length:
                 self.streams = [[*place, 0] for *place, _ in self.streams]  # windows are cut anew
+        else:
+            logging.info("data       from the beginning of %s", c.dataset.path)
+        self.trained_as = meta["config"]
         return meta
 
     def loop(self) -> int:

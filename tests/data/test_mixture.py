@@ -50,6 +50,21 @@ def test_proportions_of_every_thousand_batches(weights, batch_size):
             assert abs(count - share) <= (0 if share.denominator == 1 and batch_size == 100 else 1)
 
 
+def test_the_piles_weights_in_any_window():
+    """Percent with two decimals of 22 parts: any thousand batches, wherever they begin, within two rows."""
+    percent = """18.11 15.40 12.07 9.65 8.98 7.60 6.12 5.13 3.89 3.65 3.17 2.66 1.76 1.30 1.26 1.20 1.04 1.03
+        0.63 0.41 0.27 0.16""".split()
+    weights = fractions(*percent)
+    made = stage(0, weights)
+    rows, period = 1000, sum(made.counts)
+    number, _ = Mixture((None,) * 22, (made,)).where(np.arange(period + rows))
+    for k, weight in enumerate(weights):
+        before = np.concatenate([[0], np.cumsum(number == k)])
+        windows = before[rows:] - before[:-rows]
+        share = float(weight / sum(weights) * rows)
+        assert abs(windows - share).max() < 2
+
+
 def test_shares_that_no_short_period_has():
     """Weights as of token counts: rounded to one in a million."""
     weights = fractions("227.12", "18000.123457", "5.000001")

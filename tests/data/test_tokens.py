@@ -71,6 +71,11 @@ def test_what_is_wrong_with_a_folder(random_dataset, tmp_path):
     shard.unlink()
     with pytest.raises(DatasetError, match="no bytes instead"):
         open_dataset(damaged)
+    for part in ("documents", "subsets"):
+        torn = shutil.copytree(random_dataset, tmp_path / part) / f"train-00000-00001.{part}"
+        torn.write_bytes(torn.read_bytes()[:-2])
+        with pytest.raises(DatasetError, match=rf"{part} has \d+ bytes instead of"):
+            open_dataset(tmp_path / part)
     (damaged / "dataset.json").write_text('{"format": 99}')
     with pytest.raises(DatasetError, match="format 99"):
         open_dataset(damaged)

@@ -133,13 +133,18 @@ def check_ranges(values: Mapping, prefix: str = ""):
         values: {"optimizer.beta1": 0.9, ...}, some of a config's.
         prefix: of the message.
     """
+    if str(values.get("optimizer.name", "")).startswith("optax."):
+        values = {f: v for f, v in values.items() if not f.startswith("optimizer.") or f in NOT_NEGATIVE}
     for field, value in values.items():
         if field in NOT_NEGATIVE:
+            require(type(value) in (int, float), f"{prefix}{field}={value!r} must be a number")
             require(value >= 0, f"{prefix}{field}={value} must not be below 0")
+        numbers = [number for number in _as_tuple(value) if type(number) in (int, float)]
         if re.match(r"optimizer\.([\w.]+[._])?(beta\d?|b\d|momentum)$|model\..*dropout$", field):
-            require(0 <= value < 1, f"{prefix}{field}={value} must lie in [0, 1)")
+            within = all(0 <= number < 1 for number in numbers)
+            require(within, f"{prefix}{field}={value} must lie in [0, 1)")
         if re.match(r"optimizer\.([\w.]+[._])?eps$", field):
-            require(value > 0, f"{prefix}{field}={value} must be above 0")
+            require(all(number > 0 for number in numbers), f"{prefix}{field}={value} must be above 0")
 
 
 def _as_tuple(value) -> tuple:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from trainit.data import columns, flat, tokenizers, tokens
 from trainit.data.flat import Shard
+from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokens import Dataset, DatasetError, Split
 from trainit.data.vocabulary import digest
 from trainit.data.writer import dtype_of
@@ -35,12 +36,12 @@ WORDS = {  # in names, and the split that they stand for; a test split is read i
 }
 
 
-def open_path(path: str, tokenizer: str = "", validation_path: str = "") -> Dataset:
+def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str = "") -> Dataset:
     """The dataset that lies at a path: a prepared one, or one in a format that others made.
 
     Args:
         path: a folder, a file, or the name of a Megatron pair of files without .bin and .idx.
-        tokenizer: of tokens that others made: one of `tokenizers.KINDS`.
+        tokenizer: of tokens that others made: one of `tokenizers.KINDS`, or such a one itself.
         validation_path: where the validation split lies; empty: beside the training data.
 
     Raises:
@@ -75,7 +76,6 @@ def open_path(path: str, tokenizer: str = "", validation_path: str = "") -> Data
         "tokenizer": {"name": named.name, "sha256": digest(named.serialize())},
         "vocab_size": named.vocab_size,
         "dtype": dtype_of(named.vocab_size),
-        "subsets": [],
         "splits": {name: _describe(split) for name, split in splits.items()},
     }
     return Dataset(Path(path), info, splits, named)
@@ -148,7 +148,9 @@ def _by_split(files: list[Path], path: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _tokenizer(choice: str, file: Path) -> tokenizers.Tokenizer:
+def _tokenizer(choice: str | Tokenizer, file: Path) -> Tokenizer:
+    if not isinstance(choice, str):
+        return choice
     if not choice:
         raise DatasetError(
             f"{file} has no tokenizer with it: set dataset.tokenizer to what its tokens were made with, one "
@@ -160,7 +162,7 @@ def _tokenizer(choice: str, file: Path) -> tokenizers.Tokenizer:
         raise DatasetError(str(error).replace("--tokenizer=", "dataset.tokenizer=", 1)) from None
 
 
-def _validation(path: str, named: tokenizers.Tokenizer) -> Split:
+def _validation(path: str, named: Tokenizer) -> Split:
     """The validation split in a folder or file of its own, which may be a prepared dataset."""
     if files := find(Path(path)):
         found = _by_split(files, Path(path))
@@ -181,7 +183,7 @@ def _validation(path: str, named: tokenizers.Tokenizer) -> Split:
     return dataset.splits["validation"]
 
 
-def _split(name: str, shards: list[Shard], named: tokenizers.Tokenizer) -> Split:
+def _split(name: str, shards: list[Shard], named: Tokenizer) -> Split:
     lengths = {shard.stored for shard in shards}
     for shard in shards:
         if shard.format == "nanoGPT" and named.vocab_size > 1 << 16:

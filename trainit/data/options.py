@@ -93,7 +93,8 @@ def files(patterns: list[str], flag: str) -> tuple[list[Path], list[str]]:
     for path in paths:
         if not path.is_file() or readers.suffix(path) is None:
             raise UsageError(f"--{flag}: {path} is no file that ends in one of {', '.join(readers.SUFFIXES)}")
-    paths = list(dict.fromkeys(path.resolve() for path in paths))
+    once = {path.resolve(): path for path in reversed(paths)}  # a link and its target are one
+    paths = [Path(os.path.abspath(path)) for path in paths if once[path.resolve()] is path]  # noqa: PTH100
     common = os.path.commonpath([path.parent for path in paths]) if paths else ""
     return paths, [str(path.relative_to(common)) for path in paths]
 

@@ -19,16 +19,16 @@ CHUNK = 4096  # positions that are shuffled at once
 Order = Callable[[np.ndarray], np.ndarray]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _shuffled(size: int, seed: int, chunk: int) -> np.ndarray:
     """Where positions from chunk * CHUNK on go in a permutation of `size` numbers, one for each seed."""
     return permute(np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, size)), size, seed)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=128)
 def _permutation(size: int, *seeds: int) -> np.ndarray:
     """A permutation written out, for sizes of which the index shuffle is slow."""
-    return np.argsort(np.random.PCG64(seeds).random_raw(size), kind="stable")
+    return np.argsort(np.random.PCG64(seeds).random_raw(size), kind="stable").astype(np.uint32)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Blocks:
             number = int(_permutation(whole, self.seed, epoch)[number])
         elif number < whole:
             number = int(_shuffled(whole, self.seed + epoch, number // CHUNK)[number % CHUNK])
-        return number * self.block + _permutation(size, self.seed, epoch, number)[inside]
+        return number * self.block + int(_permutation(size, self.seed, epoch, number)[inside])
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,6 @@ class Streamed:
     folder: str  # as dataset.path says it
     corpus: Corpus
     splits: dict[str, Split]  # validation alone
-    subsets: tuple[str, ...] = ()  # it does not tell them apart
 
     @property
     def vocab_size(self) -> int:
@@ -266,7 +265,7 @@ def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: 
             tuple(map(str, paths)), names, sizes, about, config.text_field, length=length
         )
     train, validation = corpora["path"], corpora["validation_path"]
-    if twice := set(train.paths) & set(validation.paths):
+    if twice := {*map(os.path.realpath, train.paths)} & {*map(os.path.realpath, validation.paths)}:
         raise DatasetError(f"{min(twice)} is in dataset.path and in dataset.validation_path")
     try:
         held = hold(validation, "validation", sequences)
@@ -287,4 +286,5 @@ def _find(pattern: str, name: str) -> list[Path]:
     for path in found:
         if not path.is_file() or not path.name.endswith(SUFFIXES):
             raise DatasetError(f"{name}: {path} is no file that ends in one of {', '.join(SUFFIXES)}")
-    return sorted({path.resolve() for path in found})
+    once = {path.resolve(): path for path in found}  # a link and its target are one
+    return sorted(Path(os.path.abspath(path)) for path in once.values())  # noqa: PTH100, a link's name counts

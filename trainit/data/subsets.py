@@ -7,9 +7,10 @@ memory does not grow with the data:
     SPLIT-NUMBER.ends     how many of the subset's tokens there are up to each one's end
 """
 
+import contextlib
+import fcntl
 import functools
-import os
-import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,8 @@ class Subset:
         for row, sequence in enumerate(np.asarray(sequences).tolist()):
             begin = sequence * length
             wanted, filled = min(length + 1, self.tokens - begin) if sequence >= 0 else 0, 0
-            document = int(np.searchsorted(ends, begin, side="right"))
+            # Of the index's own type: of another, NumPy would first convert all of it.
+            document = int(np.searchsorted(ends, ends.dtype.type(begin), side="right")) if wanted else 0
             while filled < wanted:
                 size = (
                     int(starts[document]),
@@ -63,39 +65,57 @@ class Subset:
         return ids, lengths
 
 
-def open_subset(split: Split, number: int, folder: Path) -> Subset:
-    """The subset with this number, its index made where it is missing.
+def open_subsets(split: Split, numbers: Iterable[int], folder: Path) -> dict[int, Subset]:
+    """The subsets with these numbers, their indexes made in one pass where they are missing.
+
+    Of processes that come at the same time one makes them, and the others wait for it.
 
     Raises:
-        DatasetError: it has fewer than two tokens in the split.
+        DatasetError: one has fewer than two tokens in the split.
+        OSError: the folder cannot be written.
     """
-    index = folder / f"{split.name}-{number}"
-    ends = index.with_name(f"{index.name}.ends")
-    if not ends.exists():
-        _make_index(split, number, index)
-    tokens = int(np.memmap(ends, "<u8", "r")[-1]) if ends.stat().st_size else 0
-    if tokens < 2:
-        raise DatasetError(
-            f"subset {number} of split {split.name} has {tokens} tokens; leave it out of the mixture"
-        )
-    return Subset(split, str(index), tokens)
+    indexes = {number: folder / f"{split.name}-{number}" for number in numbers}
+    if indexes and any(not _part(index, "ends").exists() for index in indexes.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            missing = {n: index for n, index in indexes.items() if not _part(index, "ends").exists()}
+            _make_indexes(split, missing)
+    found = {}
+    for number, index in indexes.items():
+        ends = _part(index, "ends")
+        tokens = int(np.memmap(ends, "<u8", "r")[-1]) if ends.stat().st_size else 0
+        if tokens < 2:
+            raise DatasetError(
+                f"the subset {split.subsets[number]!r} of split {split.name} has {tokens} tokens; leave it "
+                f"out of the mixture"
+            )
+        found[number] = Subset(split, str(index), tokens)
+    return found
 
 
-def _make_index(split: Split, number: int, index: Path):
-    """Writes the two files; who makes them at the same time writes the same, and the last rename counts."""
-    index.parent.mkdir(parents=True, exist_ok=True)
-    mine = f".{socket.gethostname()}-{os.getpid()}"
-    paths = {part: index.with_name(f"{index.name}.{part}") for part in ("starts", "ends")}
-    total, offset = 0, 0
-    with (
-        paths["starts"].with_suffix(mine).open("wb") as starts_file,
-        paths["ends"].with_suffix(mine + "-ends").open("wb") as ends_file,
-    ):
-        for shard in range(len(split.paths)):
-            starts, numbers = split.documents(shard)
-            lengths = np.diff(np.append(starts, split.sizes[shard]))[numbers == number]
-            (starts[numbers == number] + offset).astype("<u8").tofile(starts_file)
-            (np.cumsum(lengths) + total).astype("<u8").tofile(ends_file)
-            total, offset = total + int(lengths.sum()), offset + split.sizes[shard]
-    paths["starts"].with_suffix(mine).rename(paths["starts"])
-    paths["ends"].with_suffix(mine + "-ends").rename(paths["ends"])
+def _part(index: Path, part: str) -> Path:
+    return index.with_name(f"{index.name}.{part}")
+
+
+def _make_indexes(split: Split, indexes: dict[int, Path]):
+    """Writes the two files of each, the ends last."""
+    totals, offset = dict.fromkeys(indexes, 0), 0
+    with contextlib.ExitStack() as stack:
+        files = {
+            (number, part): stack.enter_context(_part(index, f"{part}-unfinished").open("wb"))
+            for number, index in indexes.items()
+            for part in ("starts", "ends")
+        }
+        for shard, size in enumerate(split.sizes):
+            starts, of = split.documents(shard)
+            lengths = np.diff(np.append(starts, size))
+            for number in indexes:
+                mine = of == number
+                (starts[mine] + offset).astype("<u8").tofile(files[number, "starts"])
+                (np.cumsum(lengths[mine]) + totals[number]).astype("<u8").tofile(files[number, "ends"])
+                totals[number] += int(lengths[mine].sum())
+            offset += size
+    for index in indexes.values():
+        for part in ("starts", "ends"):
+            _part(index, f"{part}-unfinished").rename(_part(index, part))

@@ -50,6 +50,7 @@ class Split:
     bytes: int | None  # UTF-8 bytes of its text; None: nobody counted them
     stored: int = 0  # tokens of each stored sequence; 0: they differ, or there are none
     below: int = 0  # ids are checked to be below it when they are read; 0: they have been checked
+    subsets: tuple[str, ...] = ()  # names by number, where documents are told apart
     openers: tuple[Callable[[], Any], ...] = ()  # open a shard, whose slices are ids; none: flat files
 
     @property
@@ -158,11 +159,6 @@ class Dataset:
     named: tokenizers.Tokenizer | None = None  # the tokenizer, where the folder has none
     parts: dict = field(default_factory=dict)  # what a mixture is made of, by name
     part_fingerprints: tuple[str, ...] = ()  # of other datasets among them
-
-    @property
-    def subsets(self) -> list[str]:
-        """Names by number; none where nobody has told documents apart."""
-        return self.info["subsets"]
 
     @property
     def vocab_size(self) -> int:
@@ -292,11 +288,22 @@ def _open_split(folder: Path, name: str, info: dict) -> Split:
     split = info["splits"][name]
     paths = [folder / shard["file"] for shard in split["shards"]]
     sizes = [shard["tokens"] for shard in split["shards"]]
-    for path, size in zip(paths, sizes, strict=True):
-        expected = size * np.dtype(info["dtype"]).itemsize
-        actual = path.stat().st_size if path.exists() else "no"
-        if actual != expected:
-            raise DatasetError(
-                f"{path} has {actual} bytes instead of {expected}; copy or prepare the dataset again"
-            )
-    return Split(name, tuple(map(str, paths)), tuple(sizes), info["dtype"], split["bytes"])
+    for path, shard in zip(paths, split["shards"], strict=True):
+        for file, expected in (
+            (path, shard["tokens"] * np.dtype(info["dtype"]).itemsize),
+            (path.with_suffix(".documents"), 8 * shard["documents"]),
+            (path.with_suffix(".subsets"), 2 * shard["documents"]),
+        ):
+            actual = file.stat().st_size if file.exists() else "no"
+            if actual != expected:
+                raise DatasetError(
+                    f"{file} has {actual} bytes instead of {expected}; copy or prepare the dataset again"
+                )
+    return Split(
+        name,
+        tuple(map(str, paths)),
+        tuple(sizes),
+        info["dtype"],
+        split["bytes"],
+        subsets=tuple(info["subsets"]),
+    )

@@ -9,10 +9,12 @@ underscore are helpers.
 """
 
 import functools
+import hashlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,6 +61,16 @@ def _load(name: str):
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def own_files_hash(config: Config, groups: Sequence[str]) -> str:
+    """Of the content of all files outside the package that a run's optimizers are; "" without any."""
+    words = [config.name, *(word.removeprefix("optimizer=") for line in groups for word in str(line).split())]
+    files = sorted({word for word in words if word.endswith(".py")})
+    content = b"".join(
+        Path(file).expanduser().read_bytes() for file in files if Path(file).expanduser().is_file()
+    )
+    return hashlib.sha256(content).hexdigest()[:8] if files else ""
+
+
 def _config(name: str) -> ConfigDict:
     """The config of an optimizer, with the name by which it is found again."""
     try:
@@ -81,7 +93,7 @@ class Context:
     parameters: dict  # shapes and dtypes, as nested as the parameters
     weight_decay: float
     clip_norm: float  # 0: no clipping
-    key: jax.Array  # for the optimizer's own randomness
+    key: jax.Array  # for the optimizer's own randomness: uint32 (2,), as checkpoints can hold
     mesh: Mesh | None = None  # None: one device
 
     def by_path(self, function: Callable[[str, str], Any]) -> dict:

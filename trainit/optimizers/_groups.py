@@ -30,8 +30,9 @@ def read(
     Raises:
         ConfigError: the line cannot be read, or has an unknown optimizer, field or value.
     """
-    pattern, *settings = line.split()
     where = f"parameter_groups: {line!r}"
+    require(isinstance(line, str) and bool(line.strip()), f"{where} must be text: 'PATTERN FIELD=VALUE ...'")
+    pattern, *settings = line.split()
     pairs = [setting.partition("=") for setting in settings]
     require(
         bool(pairs) and all(equals for _, equals, _ in pairs),

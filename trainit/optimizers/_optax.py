@@ -12,12 +12,18 @@ import inspect
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from trainit.config import ConfigError, require
 
 LEARNING_RATE = 1e-3  # where the function has no default
+MASKS = {"mask", "weight_decay_mask"}  # parameters that say what decays: our mask
+REFUSED = {
+    "optax.contrib.muon": "it takes stacked layers for something else than matrices; take optimizer=muon",
+    "optax.contrib.schedule_free": "it wants validation at other parameters than it trains, which is to come",
+}
 
 
 class Wrapped:
@@ -34,7 +40,7 @@ class Wrapped:
     def get_config(self) -> ConfigDict:
         config = ConfigDict({"name": self._name})
         for parameter in self._parameters.values():
-            if _is_simple(parameter.default):
+            if _is_simple(parameter.default) and parameter.name not in MASKS:
                 config[parameter.name] = parameter.default
         with config.ignore_type():  # learning rates and decays are floats, whatever stands there
             config.learning_rate = self._default("learning_rate", LEARNING_RATE)
@@ -60,7 +66,7 @@ class Wrapped:
         decays = "weight_decay" in self._parameters
         if decays:
             fields = fields | {"weight_decay": context.weight_decay}
-            masks = {"mask", "weight_decay_mask"} & set(self._parameters)
+            masks = MASKS & set(self._parameters)
             fields |= dict.fromkeys(masks, context.decay_mask)
         optimizer = _at_the_runs_rate(
             lambda rate: self._function(learning_rate=rate, **fields), config.learning_rate, context.schedule
@@ -71,6 +77,8 @@ class Wrapped:
 
 def load(name: str) -> Wrapped:
     """The function with this import path. Raises ConfigError if it cannot be an optimizer."""
+    for refused, reason in REFUSED.items():
+        require(not name.startswith(refused), f"optimizer={name}: {reason}")
     module, _, attribute = name.rpartition(".")
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -97,6 +105,10 @@ def load(name: str) -> Wrapped:
     return Wrapped(name, function)
 
 
+def _is_inexact(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def _is_simple(value) -> bool:
     if isinstance(value, tuple):
         return bool(value) and all(map(_is_simple, value))
@@ -113,8 +125,14 @@ def _at_the_runs_rate(make: Callable, peak: float, schedule) -> optax.GradientTr
     """
 
     def update(updates, state, params=None, *, step, **extra_args):
-        optimizer = optax.with_extra_args_support(make(schedule(step)))
-        return optimizer.update(updates, state, params, **extra_args)
+        rate = schedule(step)
+        optimizer = optax.with_extra_args_support(make(rate))
+        new = optimizer.update(updates, state, params, **extra_args)
+        # Some divide by the rate, which a warm-up begins with 0: nothing is done then.
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new) if _is_inexact(leaf)]
+        good = (rate > 0) | jnp.all(jnp.array(finite))
+        old = jax.tree.map(jnp.zeros_like, updates), state
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
     return optax.GradientTransformationExtraArgs(make(peak).init, update)
 

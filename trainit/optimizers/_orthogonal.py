@@ -64,19 +64,20 @@ def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, **options) -> jax.
     """`newton_schulz` of a parameter's matrix, times sqrt(max(1, fan_out / fan_in)).
 
     An embedding counts as its table is stored: its rows over its width. Of stacked layers each device
-    has one whole matrix at a time, its own; when all have done theirs, the next ones follow.
+    has one whole matrix at a time; when all have done theirs, the next ones follow. Replicas share the
+    work as far as there are layers for them, and else do the same.
 
     Args:
         path: of a parameter that is no vector.
         x: shaped as the parameter, layers axis included.
-        mesh: over all of whose devices the layers are dealt out; None: one device.
+        mesh: over whose devices the layers are dealt out; None: one device.
         options: of `newton_schulz`.
     """
     shape = x.shape[1:] if is_stacked(path) else x.shape
     rows, columns = matrix_shape(path, shape)
     ratio = rows / columns if sharding.kind(path) == "embedding" else columns / rows
     matrices = x.reshape(-1, rows, columns)
-    layouts = _layouts(path, mesh) if is_stacked(path) else [PartitionSpec()]
+    layouts, devices = _layouts(path, mesh, len(matrices)) if is_stacked(path) else ([PartitionSpec()], 1)
 
     def one_each(batch):
         for layout in layouts:
@@ -87,7 +88,6 @@ def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, **options) -> jax.
         return batch
 
     if is_stacked(path):
-        devices = mesh.size if mesh else 1
         rounds = -(-len(matrices) // devices)
         padded = jnp.pad(matrices, ((0, rounds * devices - len(matrices)), (0, 0), (0, 0)))
         done = jax.lax.map(one_each, padded.reshape(rounds, devices, rows, columns))
@@ -98,24 +98,32 @@ def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, **options) -> jax.
     return _constrain(done, mesh, sharding.spec(sharding.logical_axes(path)))
 
 
-def _layouts(path: str, mesh: Mesh | None) -> list[PartitionSpec]:
+def _layouts(path: str, mesh: Mesh | None, layers: int) -> tuple[list[PartitionSpec], int]:
     """Of as many matrices as devices: from each split over rows and columns to one whole on each device.
+
+    And the number of these devices: those that hold parts of a matrix, times replicas up to `layers`.
 
     One axis of the mesh moves at a time, which is an exchange among its devices; XLA would gather all
     matrices everywhere if asked for both at once.
     """
     if mesh is None:
-        return []
+        return [], 1
     axes = sharding.spec(sharding.logical_axes(path)[1:])
     inputs = 1 if sharding.logical_axes(path)[1] == "embed" else len(axes) - 1
     rows, columns = axes[0], axes[inputs]
-    others = [axis for axis in mesh.axis_names if axis not in (rows, columns)]
-    return [
+    owners = [axis for axis in (rows, columns) if axis is not None]
+    devices = math.prod(mesh.shape[axis] for axis in owners)
+    for axis in mesh.axis_names:
+        if axis not in owners and devices * mesh.shape[axis] <= layers:
+            owners.append(axis)
+            devices *= mesh.shape[axis]
+    layouts = [
         PartitionSpec(None, rows, columns),
         PartitionSpec(rows, None, columns),
-        PartitionSpec((rows, columns)),
-        PartitionSpec((rows, columns, *others)),
+        PartitionSpec(tuple(axis for axis in (rows, columns) if axis is not None)),
+        PartitionSpec(tuple(owners)),
     ]
+    return layouts, devices
 
 
 def scale_by_newton_schulz(mesh: Mesh | None, **options) -> optax.GradientTransformation:

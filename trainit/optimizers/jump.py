@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
-from trainit.optimizers._moments import scale_by_moments
+from trainit.optimizers._moments import inner, scale_by_moments
 
 
 def get_config() -> ConfigDict:
@@ -57,7 +57,7 @@ def make(config, context) -> optax.GradientTransformation:
         direction, normal = adam.update(gradients, anew(turn == 0, state.normal))
         direction, _ = decay.update(direction, decay.init(params), params)
         length = jnp.maximum(optax.tree.norm(params), jnp.finfo(jnp.float32).tiny)
-        along = optax.tree.vdot(gradients, params) / length
+        along = inner(gradients, params) / length
         grow, jump = adam.update(along, anew(turn == config.normal_steps, state.jump))
 
         def choose(a, b):

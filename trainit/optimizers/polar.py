@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
-from trainit.optimizers._moments import scale_by_moments
+from trainit.optimizers._moments import inner, scale_by_moments
 
 
 def get_config() -> ConfigDict:
@@ -48,13 +48,13 @@ def make(config, context) -> optax.GradientTransformation:
         rate = context.schedule(step)
         radius = jnp.maximum(optax.tree.norm(params), jnp.finfo(jnp.float32).tiny)
         w = jax.tree.map(lambda x: x / radius, params)
-        along = optax.tree.vdot(gradients, w)
+        along = inner(gradients, w)
         turn, direction = adam.update(jax.tree.map(lambda g: radius * g, gradients), state.direction)
         turn = jax.tree.map(lambda d: -rate * d, turn)
         grow, length = adam.update(along, state.radius)
         new_radius = radius - rate * config.radius_rate * (grow + context.weight_decay * radius)
         # |w + turn|, written so that without a turn it is 1 exactly, and nothing moves.
-        stretch = jnp.sqrt(1 + 2 * optax.tree.vdot(w, turn) + optax.tree.vdot(turn, turn))
+        stretch = jnp.sqrt(1 + 2 * inner(w, turn) + inner(turn, turn))
         factor = new_radius / stretch
         updates = jax.tree.map(lambda x, d: (factor / radius - 1) * x + factor * d, params, turn)
         return updates, PolarState(direction, length)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from processes import (
     ROOT,
+    SMOOTH,
     assert_same_but_for_rounding,
     end,
     exact,
@@ -283,6 +284,26 @@ def test_streams_go_on_in_other_numbers_of_processes(tmp_path):
     assert "read them too" not in output  # each process has streams of its own
     end(begin(1, 0, tmp_path / "calm"), 0)
     assert_same_but_for_rounding(metrics(tmp_path / "run"), metrics(tmp_path / "calm"))
+
+
+def test_a_mixture_in_blocks_goes_on_in_other_numbers_of_processes(job, subset_dataset, tmp_path):
+    """Subsets by changing weights, read by workers, validated apart: 2 processes, then 1, as 1 alone."""
+    run, calm = tmp_path / "run", tmp_path / "calm"
+    more = (
+        f"--config.dataset.path={subset_dataset}",
+        "--config.dataset.mixture=Alpha 0.5, Beta (1) 0.5; 30: Beta (1) 0.3, Gamma 0.7",
+        *("--config.dataset.order=blocks", "--config.dataset.block_tokens=128", "--config.dataset.workers=1"),
+        *("--config.steps=60", SMOOTH),
+    )
+    process = job(2, *more)
+    assert wait_for(process, lambda: last_step(run) >= 8)
+    process.send_signal(signal.SIGTERM)
+    end(process, 75, 60)
+    assert last_step(run) < 30  # the weights are to change yet
+    end(job(1, *more), 0)
+    end(job(1, *more, workdir=calm), 0)
+    assert_same_but_for_rounding(metrics(run), metrics(calm))
+    assert {f"valid/loss/{name}" for name in ("Alpha", "Beta (1)", "Gamma")} <= metrics(run)[-1].keys()
 
 
 FULL_DISK = """

@@ -22,6 +22,7 @@ from trainit.data.writer import BrokenInputError
 
 END = 256
 LENGTH = 16
+SETS = "alpha", "beta", "gamma"
 
 
 def texts(count: int, seed: int) -> list[str]:
@@ -35,7 +36,7 @@ def texts(count: int, seed: int) -> list[str]:
 
 def lines(documents: list[str]) -> bytes:
     return "".join(
-        json.dumps({"text": text, "n": {"a": i}}) + "\n" for i, text in enumerate(documents)
+        json.dumps({"text": text, "meta": {"set": SETS[i % 3]}}) + "\n" for i, text in enumerate(documents)
     ).encode()
 
 
@@ -323,8 +324,15 @@ def test_fingerprint_and_validation(folder):
     assert ids[1].tolist() == expected[9 * LENGTH : 10 * LENGTH + 1]
     assert lengths.tolist() == [LENGTH, LENGTH, 0]
     assert held.bytes == sum(token != END for token in expected[: held.tokens])
-    everything = streaming.hold(corpus, "validation", 0)
+    assert held.subsets == ("",)
+    everything = streaming.hold(replace(corpus, subset_field="meta.set"), "validation", 0)
     assert everything.tokens == len(expected)
+    assert everything.subsets == SETS
+    of = [i % 3 for i, text in enumerate(texts(600, 0)) for _ in range(len(text.encode()) + 1)]
+    for sequence in (0, 7, everything.sequences(LENGTH) - 1):
+        targets = of[sequence * LENGTH + 1 : sequence * LENGTH + LENGTH + 1]
+        numbers = everything.read_subsets(np.array([sequence]), LENGTH)[0, : len(targets)]
+        assert numbers.tolist() == targets
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +344,7 @@ def command(folder):
         f"--config.dataset.path={folder}",
         f"--config.dataset.validation_path={validation}",
         *("--config.dataset.tokenizer=bytes", "--config.dataset.streams=4", "--config.dataset.window=8"),
+        "--config.dataset.subset_field=meta.set",
     )
 
 
@@ -351,7 +360,12 @@ def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path):
     assert last_step(killed) < 40
     run(*command, f"--workdir={killed}", "--config.dataset.workers=0")
     assert exact(metrics(killed)) == exact(metrics(calm))
-    assert metrics(calm)[-1]["valid/bits_per_byte"] > 0
+    last = metrics(calm)[-1]
+    assert last["valid/bits_per_byte"] > 0
+    for kind in ("loss", "bits_per_byte"):
+        parts = [last[f"valid/{kind}/{name}"] for name in SETS]
+        assert min(parts) <= last[f"valid/{kind}"] <= max(parts)
+        assert last[f"valid/{kind}_macro"] == pytest.approx(np.mean(parts))
 
 
 def test_broken_input_ends_a_run(command, folder, tmp_path):

@@ -173,26 +173,36 @@ class Held(Split):
     """A split in memory."""
 
     ids: np.ndarray = None
+    index: tuple[np.ndarray, np.ndarray] = None  # as that of `documents`
 
     @property
     def _shards(self) -> list[np.ndarray]:
         return [self.ids]
 
+    def documents(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.index
+
 
 def hold(corpus: Corpus, name: str, sequences: int) -> Held:
     """The first sequences of a corpus, 0: all, as a split in memory."""
     enough = sequences * corpus.length + 1 if sequences else 1 << 62
-    pieces, count = [], 0
-    for _, ids in itertools.chain.from_iterable(
+    pieces, count, starts, of = [], 0, [], []
+    subsets: dict[str, int] = {}
+    for _, subset, ids in itertools.chain.from_iterable(
         documents(corpus, file, Position()) for file in range(len(corpus.paths))
     ):
         pieces.append(ids)
+        starts.append(count)
+        of.append(subsets.setdefault(subset, len(subsets)))
         count += len(ids)
         if count >= enough:
             break
     ids = np.concatenate([*pieces, np.empty(0, corpus.dtype)])[:enough]
     size = int(corpus.tokenizer.token_bytes()[ids].sum())
-    return Held(name, ("memory",), (len(ids),), corpus.dtype, size, ids=ids)
+    index = np.array(starts, np.int64), np.minimum(of, 0xFFFF).astype(np.uint16)
+    return Held(
+        name, ("memory",), (len(ids),), corpus.dtype, size, subsets=tuple(subsets), ids=ids, index=index
+    )
 
 
 @dataclass(frozen=True)
@@ -264,7 +274,7 @@ def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: 
         corpora[path_field] = Corpus(
             tuple(map(str, paths)), names, sizes, about, config.text_field, length=length
         )
-    train, validation = corpora["path"], corpora["validation_path"]
+    train, validation = corpora["path"], replace(corpora["validation_path"], subset_field=config.subset_field)
     if twice := {*map(os.path.realpath, train.paths)} & {*map(os.path.realpath, validation.paths)}:
         raise DatasetError(f"{min(twice)} is in dataset.path and in dataset.validation_path")
     try:

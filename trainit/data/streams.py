@@ -57,6 +57,7 @@ class Corpus:
     window: int = 1
     seed: int = 0
     length: int = 1  # L, targets of a sequence
+    subset_field: str = ""  # empty: subsets are not told apart
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k not in ("tokenizer", "groups")}
@@ -103,8 +104,8 @@ def deal(sizes: Sequence[int], streams: int) -> list[list[int]]:
 
 def documents(
     corpus: Corpus, file: int, start: Position, part: int = 0, parts: int = 1
-) -> Iterator[tuple[Position, np.ndarray]]:
-    """Where each document's line begins, and its ids with the end-of-text id behind them.
+) -> Iterator[tuple[Position, str, np.ndarray]]:
+    """Where each document's line begins, its subset, and its ids with the end-of-text id behind them.
 
     Args:
         corpus: whose file it is.
@@ -118,7 +119,11 @@ def documents(
             file, line and reason.
         OSError: the file is gone.
     """
-    path, name, fields = Path(corpus.paths[file]), corpus.names[file], (corpus.text_field, "")
+    path, name, fields = (
+        Path(corpus.paths[file]),
+        corpus.names[file],
+        (corpus.text_field, corpus.subset_field),
+    )
     size = path.stat().st_size
     if size != corpus.sizes[file]:
         raise BrokenInputError(f"{name} has {size} bytes; when the run began it had {corpus.sizes[file]}")
@@ -129,13 +134,13 @@ def documents(
         own[first::parts] = lines[first::parts]
         begins = list(itertools.accumulate((len(line) + 1 for line in lines), initial=0))
         before = batch.position.offset - len(batch.lines)
-        for line, ids in _encode(corpus, replace(batch, lines=b"\n".join(own))):
-            yield Position(0, before + begins[line - 1 - batch.line], line - 1), ids
+        for line, subset, ids in _encode(corpus, replace(batch, lines=b"\n".join(own)), fields):
+            yield Position(0, before + begins[line - 1 - batch.line], line - 1), subset, ids
 
 
-def _encode(corpus: Corpus, batch: Batch) -> list[tuple[int, np.ndarray]]:
-    """Line and ids of each document of a batch."""
-    found, broken = readers.parse(batch, (corpus.text_field, ""))
+def _encode(corpus: Corpus, batch: Batch, fields: tuple[str, str]) -> list[tuple[int, str, np.ndarray]]:
+    """Line, subset and ids of each document of a batch."""
+    found, broken = readers.parse(batch, fields)
     tokenizer = corpus.tokenizer
     try:
         encoded = tokenizer.encode([document.text for document in found])
@@ -149,7 +154,7 @@ def _encode(corpus: Corpus, batch: Batch) -> list[tuple[int, np.ndarray]]:
     if broken:
         raise BrokenInputError(str(min(broken, key=lambda b: b.line)))
     return [
-        (document.line, np.append(ids, tokenizer.end_of_text).astype(corpus.dtype))
+        (document.line, document.subset, np.append(ids, tokenizer.end_of_text).astype(corpus.dtype))
         for document, ids in zip(found, encoded, strict=True)
     ]
 
@@ -175,7 +180,7 @@ class Stream:
             files = self._corpus.files(group, epoch)
             for number in range(at.file, len(files)):
                 start = Position(0, at.offset, at.line)
-                for place, ids in documents(self._corpus, files[number], start, part, self._parts):
+                for place, _, ids in documents(self._corpus, files[number], start, part, self._parts):
                     found = True
                     yield State(epoch, number, place.offset, place.line), ids
                 at = State()

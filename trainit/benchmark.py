@@ -54,11 +54,15 @@ def _rate(batches: Iterator, tokens: int) -> float:
     return count * tokens / (time.perf_counter() - start)
 
 
+def _shuffled(path: str, tokens: int) -> Ordered:
+    split = Split("train", (path,), (tokens,), "<u2", 4 * tokens)
+    return Ordered(split, Shuffled(split.sequences(LOADER_LENGTH), 0))
+
+
 def _batches(path: str, tokens: int, first_row: int = 0) -> Iterator[dict[str, jax.Array]]:
     """Shuffled batches of a file of uint16 ids, on one device."""
-    split = Split("train", (path,), (tokens,), "<u2", 4 * tokens)
     mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
-    source = Ordered(split, Shuffled(split.sequences(LOADER_LENGTH), 0))
+    source = _shuffled(path, tokens)
     shape = (1, LOADER_BATCH, LOADER_LENGTH)
     return loader.batches(source, shape, sharding.batch_sharding(mesh), first_row)
 
@@ -80,11 +84,32 @@ def _seconds_to_first(path: str, tokens: int, first_row: int) -> float:
     return time.perf_counter() - start
 
 
+def _cold_rates(path: str, tokens: int) -> tuple[float, float]:
+    """Tokens per second from the disk: of the loader, and of the same rows read one after another."""
+    source, rates = _shuffled(path, tokens), []
+    row = np.empty(LOADER_LENGTH + 1, np.uint16)
+
+    def one_by_one(positions: np.ndarray):
+        for sequence in source.order(positions).tolist():
+            source.split.copy(row, min(sequence * LOADER_LENGTH, tokens - len(row)))
+
+    for read in (lambda positions: source.read(positions, LOADER_LENGTH), one_by_one):
+        with Path(path).open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        for batch in range(20):
+            read(np.arange(batch * LOADER_BATCH, (batch + 1) * LOADER_BATCH))
+        rates.append(20 * LOADER_BATCH * LOADER_LENGTH / (time.perf_counter() - start))
+        source.split.__dict__.pop("_shards")  # mapped pages stay
+    return tuple(rates)
+
+
 def _memory(path: str, tokens: int) -> tuple[int, int]:
     """MiB of this process's own, and of files mapped, when it has read batches of the file."""
     jax.config.update("jax_platforms", "cpu")
     batches = _batches(path, tokens)
-    for _ in range(200):
+    for _ in range(100):
         next(batches)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(status[name].split()[0]) // 1024 for name in ("RssAnon", "RssFile"))
@@ -109,11 +134,16 @@ def measure_loader():
         for _ in range(7):
             for row, times in seconds.items():
                 times.append(_seconds_to_first(file.name, _TOKENS.value, row))
+        cold, one_by_one = _cold_rates(file.name, _TOKENS.value)
     os.sched_setaffinity(0, cores)
     print(f"loader  {ours / 1e6:7.1f} M tokens/s  through Grain to the device; one core, batches of {tokens}")
     print(
         f"loader  {ours / crops:7.2f} times the speed of random crops from a memmap, stacked as int64 "
         f"({crops / 1e6:.1f} M tokens/s)"
+    )
+    print(
+        f"loader  {cold / 1e6:7.1f} M tokens/s  read from the disk; {cold / one_by_one:.1f} times the speed "
+        f"of one row after another"
     )
     first, millionth = (statistics.median(times) for times in seconds.values())
     print(

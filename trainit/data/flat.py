@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainit.data.tokens import DatasetError, map_ids
+from trainit.data.tokens import DatasetError, MappedIds
 
 LLM_C_HEADER = 1024  # bytes
 LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, ids
@@ -35,7 +35,7 @@ def _flat(path: Path, format: str, dtype: str, offset: int = 0, stored: int = 0)
     size, width = path.stat().st_size - offset, np.dtype(dtype).itemsize
     if size % width:
         raise DatasetError(f"{path} has {size} bytes of {format} ids, no multiple of the {width} of one")
-    opener = functools.partial(map_ids, str(path), dtype, offset)
+    opener = functools.partial(MappedIds, str(path), dtype, offset)
     return Shard(path, format, size // width, stored, dtype, opener)
 
 

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +35,27 @@ class DatasetError(ValueError):
     """A dataset that cannot be used. The message is one line and says what to do."""
 
 
-def map_ids(path: str, dtype: str, offset: int = 0) -> np.ndarray:
+class MappedIds:
     """A file of ids behind `offset` bytes, of which only what is used is read."""
-    return np.memmap(path, dtype, "r", offset).view(np.ndarray)
+
+    def __init__(self, path: str, dtype: str, offset: int = 0):
+        self._file, self._offset = Path(path).open("rb"), offset  # noqa: SIM115, open as long as the ids are
+        self._ids = np.memmap(self._file, dtype, "r", offset).view(np.ndarray)
+        self._view = functools.cache(functools.partial(np.lib.stride_tricks.sliding_window_view, self._ids))
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self._ids[part]
+
+    def windows(self, starts: np.ndarray, size: int) -> np.ndarray:
+        """(n, size): the ids from each start on.
+
+        The system is first told of all of them. It reads them at once, and nothing beside them; met one by
+        one, each would wait for the one before and for a good deal of what lies behind it.
+        """
+        width, file = self._ids.itemsize, self._file.fileno()
+        for start in starts.tolist() if hasattr(os, "posix_fadvise") else ():  # which macOS lacks
+            os.posix_fadvise(file, self._offset + start * width, size * width, os.POSIX_FADV_WILLNEED)
+        return self._view(size)[starts]
 
 
 @dataclass(frozen=True)
@@ -68,17 +87,24 @@ class Split:
         return -(-(self.tokens - 1) // length)
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("_shards", "_starts", "_documents")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("_shards", "_starts", "_edges", "_documents")
+        }
 
     @functools.cached_property
     def _shards(self) -> list:
         if self.openers:
             return [open_shard() for open_shard in self.openers]
-        return [map_ids(path, self.dtype) for path in self.paths]
+        return [MappedIds(path, self.dtype) for path in self.paths]
 
     @functools.cached_property
     def _starts(self) -> list[int]:
         return [0, *itertools.accumulate(self.sizes)]
+
+    @functools.cached_property
+    def _edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each shard, the first token and the one behind the last."""
+        return np.array(self._starts[:-1]), np.array(self._starts[1:])
 
     def documents(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Where in the shard each document starts, int64 (n,), and its subset, uint16 (n,)."""
@@ -137,8 +163,20 @@ class Split:
         ids = np.zeros((len(sequences), length + 1), self.dtype)
         first = np.asarray(sequences, np.int64) * (length + self.is_stored(length))
         last = np.where(first < 0, first, np.minimum(first + length + 1, self.tokens))
-        for row, begin, end in zip(ids, first.tolist(), last.tolist(), strict=True):
-            self.copy(row[: end - begin], begin)
+        starts, ends = self._edges
+        shards = np.searchsorted(starts, first, side="right") - 1
+        left = (first < 0) | (first + length >= ends[shards])  # nothing, or more than one shard has
+        for shard in set(shards.tolist()):
+            rows = np.flatnonzero((shards == shard) & ~left)
+            if len(rows) and isinstance(self._shards[shard], MappedIds):
+                found = self._shards[shard].windows(first[rows] - starts[shard], length + 1)
+                if self.below and found.max() >= self.below:
+                    self.copy(ids[0], int(first[rows[np.argmax(found.max(1) >= self.below)]]))  # which raises
+                ids[rows] = found
+            else:
+                left[rows] = True
+        for row in np.flatnonzero(left).tolist():
+            self.copy(ids[row, : last[row] - first[row]], int(first[row]))
         return ids, np.maximum(last - first - 1, 0).astype(np.int32)
 
     def _out_of_vocabulary(self, shard: int, at: int, piece: np.ndarray) -> DatasetError:

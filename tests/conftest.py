@@ -13,12 +13,16 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 import atexit
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+# A suite that is started in the background ignores SIGINT, and so would all that it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.environ["TRAINIT_CACHE"] + "/compiled")

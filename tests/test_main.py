@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from processes import ROOT, metrics, run
+from processes import ROOT, metrics, run, run_imported
 
 DEBUG = "--config=configs/debug.py"
 TINY = f"--config={ROOT}/tests/tiny.py"
@@ -12,7 +12,7 @@ TINY = f"--config={ROOT}/tests/tiny.py"
 
 def error_of(*args) -> str:
     """The one line that a wrong command ends with."""
-    output = run(*args, expect=2)
+    output = run_imported(*args, expect=2)
     lines = [line for line in output.splitlines() if "error" in line.lower()]
     assert len(lines) == 1, output
     assert output.splitlines()[-1] == lines[0]
@@ -28,7 +28,7 @@ def error_of(*args) -> str:
         (("--config=configs/none.py",), ("configs/none.py: there is no such file",)),
         ((DEBUG, "train"), ("'train' is no flag",)),
         ((DEBUG, "--confg.steps=3"), ("confg.steps",)),
-        ((f"{DEBUG}:modle=gpt2",), ("unknown group 'modle=gpt2'", "dataset, model, optimizer, schedule")),
+        ((f"{DEBUG}:modle=gpt2",), ("unknown group 'modle=gpt2'", "dataset, diagnostics, model, optimizer")),
         ((f"{DEBUG}:model=gpt7",), ("unknown model 'gpt7'", "gpt2_medium")),
         ((DEBUG, "--config.step=3"), ("unknown field config.step;", "steps", "batch_size")),
         ((DEBUG, "--config.model.width=3"), ("unknown field config.model.width;", "dim", "num_heads")),
@@ -42,7 +42,7 @@ def error_of(*args) -> str:
         ((DEBUG, "--config.dataset.path=data/none"), ("data/none", "does not exist")),
         ((DEBUG, "--config.model.attention=cudnn"), ("model.attention=cudnn", "platform=cpu")),
         ((DEBUG, "--config.optimizer.name=sgdm"), ("optimizer.name=sgdm", "FILE:optimizer=sgdm")),
-        ((DEBUG, "--config.optimizer.name=nope"), ("optimizer.name='nope'", "adam, adamw")),
+        ((DEBUG, "--config.optimizer.name=nope"), ("optimizer.name='nope'", "ada_ftrl, adam")),
         ((DEBUG, "--config.platform=cuda"), ("platform='cuda' cannot be used here",)),
         ((DEBUG, "--config.checkpoint.load_path=runs/none"), ("load_path='runs/none'", "there are none")),
     ],

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, metrics, run
+from processes import ROOT, SMOOTH, metrics, run
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def calm(random_dataset, tmp_path_factory):
         run(
             f"--config={ROOT}/tests/tiny.py",
             *(f"--config.dataset.path={random_dataset}", f"--workdir={workdir}", f"--config.steps={steps}"),
-            *("--config.cpu_devices=4", "--config.mesh.data=1"),
+            *("--config.cpu_devices=4", "--config.mesh.data=1", SMOOTH),
         )
         return metrics(workdir)
 

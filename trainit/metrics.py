@@ -6,6 +6,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trainit.config import Config
@@ -44,6 +45,11 @@ def peak_flops(device_kind: str) -> float | None:
 def parameter_count(parameters: dict) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parameters))
+
+
+def inner(a: dict, b: dict) -> jax.Array:
+    """The inner product of two trees. Unlike optax.tree.vdot it needs no array whole on a device."""
+    return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def flops_per_token(model: Config) -> float:

@@ -102,6 +102,16 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     return Mesh(np.array(devices).reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
 
 
+def place(mesh: Mesh, process: int) -> str:
+    """A process's devices: how many, and where they are in the mesh."""
+    mine = [at for at, device in np.ndenumerate(mesh.devices) if device.process_index == process]
+    ranges = (
+        f"{axis} {min(at)}" + f"-{max(at)}" * (min(at) < max(at))
+        for axis, at in zip(mesh.axis_names, zip(*mine, strict=True), strict=True)
+    )
+    return f"{len(mine)} devices, {', '.join(ranges)}"
+
+
 def path_name(path) -> str:
     """A key path of `jax.tree_util` as text: blocks/attention/query/kernel."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
@@ -122,6 +132,25 @@ def logical_axes(path: str) -> tuple[str, ...]:
 def kind(path: str) -> str:
     """What the parameter with this path is: embedding, head, matrix or vector."""
     return _row(path)[1]
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the parameter's leading axis counts layers."""
+    return logical_axes(path)[0] == "layers"
+
+
+def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of one layer's parameter as the linear map that it is: inputs, outputs.
+
+    Attention's kernels join heads and head size; an embedding is a map from its rows.
+
+    Args:
+        path: of a parameter that is no vector.
+        shape: without a layers axis.
+    """
+    axes = [axis for axis in logical_axes(path) if axis != "layers"]
+    inputs = 1 if axes[0] == "embed" else len(axes) - 1
+    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:

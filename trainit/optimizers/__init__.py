@@ -4,8 +4,8 @@ def get_config() -> ConfigDict                       # name, learning_rate, weig
 def make(config, context) -> optax.GradientTransformation
 
 `optimizer=NAME` finds the file here by its name, `optimizer=path/to/mine.py` one anywhere, and
-`optimizer=optax.NAME` or `optax.contrib.NAME` an optimizer of optax. Names that begin with an
-underscore are helpers.
+`optimizer=optax.NAME` or `optax.contrib.NAME` an optimizer of optax. `optimizer=WRAPPER+NAME` changes
+any of them by one of `wrappers`. Names that begin with an underscore are helpers.
 """
 
 import functools
@@ -15,6 +15,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 
 from trainit import sharding
 from trainit.config import Config, ConfigError, require
-from trainit.optimizers import _groups, _optax, _own
+from trainit.optimizers import _groups, _optax, _own, wrappers
 from trainit.schedules import Schedule
 
 
@@ -34,7 +35,7 @@ class _Choices(Mapping):
     """Iterates over the names of the files here; takes the other names too."""
 
     def __iter__(self) -> Iterator[str]:
-        names = (module.name for module in pkgutil.iter_modules(__path__))
+        names = (module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
         return (name for name in names if not name.startswith("_"))
 
     def __len__(self) -> int:
@@ -52,6 +53,14 @@ def choices() -> Mapping[str, Callable[[], ConfigDict]]:
 
 def _load(name: str):
     """What has the two functions. Raises KeyError for an unknown name, ConfigError for what it cannot be."""
+    if "+" in name:
+        wrapper, _, base = name.partition("+")
+        there = [module.name for module in pkgutil.iter_modules(wrappers.__path__)]
+        require(
+            wrapper in there, f"optimizer={name}: unknown wrapper {wrapper!r}: there are {', '.join(there)}"
+        )
+        _load(base)  # which must be there, too
+        return _Wrapped(wrapper, importlib.import_module(f"{wrappers.__name__}.{wrapper}"), base)
     if name.endswith(".py"):
         return _own.load(name)
     if name.startswith("optax."):
@@ -61,10 +70,31 @@ def _load(name: str):
     return importlib.import_module(f"{__name__}.{name}")
 
 
+@dataclass(frozen=True)
+class _Wrapped:
+    """A wrapper around another optimizer, with the two functions of an optimizer's file."""
+
+    wrapper: str
+    module: ModuleType
+    base: str
+
+    def get_config(self) -> ConfigDict:
+        return self.module.get_config(_config(self.base))
+
+    def make(self, config: Config, context: "Context") -> optax.GradientTransformation:
+        own = {field: value for field, value in config.items() if field != self.wrapper}
+        base = Config(own | {"name": self.base})
+
+        def make_base(context: Context) -> optax.GradientTransformationExtraArgs:
+            return optax.with_extra_args_support(_load(self.base).make(base, context))
+
+        return self.module.wrap(config[self.wrapper], context, make_base)
+
+
 def own_files_hash(config: Config, groups: Sequence[str]) -> str:
     """Of the content of all files outside the package that a run's optimizers are; "" without any."""
     words = [config.name, *(word.removeprefix("optimizer=") for line in groups for word in str(line).split())]
-    files = sorted({word for word in words if word.endswith(".py")})
+    files = sorted({word.rpartition("+")[2] for word in words if word.endswith(".py")})
     content = b"".join(
         Path(file).expanduser().read_bytes() for file in files if Path(file).expanduser().is_file()
     )
@@ -158,6 +188,21 @@ def scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda u: (rate * u.astype(jnp.float32)).astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def logged(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """What optimizers tell of themselves: scalars in a dict that is a field `logged` of their state.
+
+    Returns:
+        {"optimizer/NAME": scalar}; of a group of parameters, "optimizer/GROUP/NAME".
+    """
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path(opt_state):
+        names = sharding.path_name(path).split("/")
+        if "logged" in names:
+            group = names[names.index("inner_states") + 1 :][:1] if "inner_states" in names else []
+            found["/".join(["optimizer", *group, names[-1]])] = leaf
+    return found
 
 
 def build(

@@ -100,19 +100,9 @@ def map_layers(function: Callable[..., jax.Array], tree: dict, *others: dict):
         def one(*arrays):
             return function(name, *arrays)
 
-        return jax.vmap(one)(*arrays) if is_stacked(name) else one(*arrays)
+        return jax.vmap(one)(*arrays) if sharding.is_stacked(name) else one(*arrays)
 
     return jax.tree.map_with_path(apply, tree, *others)
-
-
-def is_stacked(path: str) -> bool:
-    """Whether the parameter's leading axis counts layers."""
-    return sharding.logical_axes(path)[0] == "layers"
-
-
-def inner(a: dict, b: dict) -> jax.Array:
-    """The inner product of two trees. Unlike optax.tree.vdot it needs no array whole on a device."""
-    return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def norm(x: jax.Array) -> jax.Array:

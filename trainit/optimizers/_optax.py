@@ -71,7 +71,7 @@ class Wrapped:
         optimizer = _at_the_runs_rate(
             lambda rate: self._function(learning_rate=rate, **fields), config.learning_rate, context.schedule
         )
-        own = () if decays else (_decay(context),)
+        own = () if decays else (decay_updates(context),)
         return optax.chain(context.clip(), optimizer, *own)
 
 
@@ -137,7 +137,7 @@ def _at_the_runs_rate(make: Callable, peak: float, schedule) -> optax.GradientTr
     return optax.GradientTransformationExtraArgs(make(peak).init, update)
 
 
-def _decay(context) -> optax.GradientTransformationExtraArgs:
+def decay_updates(context) -> optax.GradientTransformationExtraArgs:
     """Adds -rate * weight_decay * parameters to finished updates, where `decay_mask` says so."""
 
     def update(updates, state, params=None, *, step, **extra_args):

@@ -8,25 +8,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainit import sharding
-from trainit.optimizers._moments import is_stacked
+from trainit.sharding import is_stacked, matrix_shape
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at 0, singular values end in about [0.7, 1.2]
 
 POWER_STEPS = 12
-
-
-def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of one layer's parameter as the linear map that it is: inputs, outputs.
-
-    Attention's kernels join heads and head size; an embedding is a map from its rows.
-
-    Args:
-        path: of a parameter that is no vector.
-        shape: without a layers axis.
-    """
-    axes = [axis for axis in sharding.logical_axes(path) if axis != "layers"]
-    inputs = 1 if axes[0] == "embed" else len(axes) - 1
-    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
 
 def newton_schulz(x: jax.Array, steps: int, dtype: str, eps: float) -> jax.Array:

@@ -11,7 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
-from trainit.optimizers._moments import inner, scale_by_moments
+from trainit.metrics import inner
+from trainit.optimizers._moments import scale_by_moments
 
 
 def get_config() -> ConfigDict:

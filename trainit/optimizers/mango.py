@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from trainit import sharding
 from trainit.config import require
 from trainit.optimizers._moments import map_layers, norm, scale_by_moments
-from trainit.optimizers._orthogonal import matrix_shape, orthogonalize, spectral_norm
+from trainit.optimizers._orthogonal import orthogonalize, spectral_norm
+from trainit.sharding import matrix_shape
 
 NORMALIZE = ("none", "l2", "l2_row", "inf", "inf_row", "ns")
 SCALE = ("none", "l2", "l2_row", "inf", "inf_row", "op")

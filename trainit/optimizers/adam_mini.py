@@ -1,0 +1,72 @@
+"""Adam-mini, with one mean square for each head, unit or token: Zhang et al. 2024, arXiv 2406.16793."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit import sharding
+
+# The logical axes along which each place has a mean square of its own. Any other parameter has one a layer.
+OWN = {
+    "token_embedding/embedding": {"vocab"},
+    "position_embedding/embedding": {"position"},
+    "head/kernel": {"vocab"},
+    "blocks/attention/query/kernel": {"heads"},
+    "blocks/attention/key/kernel": {"kv_heads"},
+    "blocks/attention/value/kernel": {"kv_heads", "head_size"},
+    "blocks/attention/out/kernel": {"embed"},
+    "blocks/mlp/up/kernel": {"mlp"},
+    "blocks/mlp/gate/kernel": {"mlp"},
+    "blocks/mlp/down/kernel": {"embed"},
+    "blocks/attention/query/bias": {"heads"},
+    "blocks/attention/key/bias": {"kv_heads"},
+}
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "adam_mini"
+    config.learning_rate = 1e-3  # peak of the schedule; >= 0
+    config.weight_decay = 0.1  # decoupled, times the learning rate; >= 0
+    config.beta1 = 0.9  # decay of the mean gradient; in [0, 1)
+    config.beta2 = 0.95  # decay of the mean squared gradient; in [0, 1)
+    config.eps = 1e-8  # added to the root of the mean square; > 0
+    return config
+
+
+class MiniState(NamedTuple):
+    count: jax.Array  # int32: updates done
+    mu: dict  # mean gradient
+    nu: dict  # mean squared gradient, an entry for each head, unit or token
+
+
+def make(config, context) -> optax.GradientTransformation:
+    """AdamW whose squares are means: over a head's queries or keys, a unit's inputs, a token's row."""
+
+    def mean_squares(gradients: dict) -> dict:
+        def mean(path, g):
+            name = sharding.path_name(path)
+            own = OWN.get(name, set()) | {"layers"}
+            axes = [i for i, axis in enumerate(sharding.logical_axes(name)) if axis not in own]
+            return jnp.mean(g * g, axes, keepdims=True)
+
+        return jax.tree.map_with_path(mean, gradients)
+
+    def init(params) -> MiniState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return MiniState(jnp.int32(0), zeros, mean_squares(zeros))
+
+    def update(gradients, state: MiniState, params=None):
+        del params
+        count = state.count + 1
+        t = count.astype(jnp.float32)
+        mu = optax.tree.update_moment(gradients, state.mu, config.beta1, 1)
+        nu = optax.tree.update_moment(mean_squares(gradients), state.nu, config.beta2, 1)
+        correct1, correct2 = 1 - config.beta1**t, 1 - config.beta2**t
+        direction = jax.tree.map(lambda m, v: m / correct1 / (jnp.sqrt(v / correct2) + config.eps), mu, nu)
+        return direction, MiniState(count, mu, nu)
+
+    return context.descend(optax.GradientTransformation(init, update))

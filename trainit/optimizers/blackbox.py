@@ -1,0 +1,68 @@
+"""A learner made of one for the length and one for the direction: Cutkosky & Orabona 2018, arXiv 1802.06293.
+
+Algorithm 2 there. The length has no learning rate; the direction follows the leader in the unit ball.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit.config import require
+from trainit.metrics import inner
+from trainit.optimizers import _online, kt_bettor, mirror_descent
+
+MAGNITUDES = {"kt_bettor": kt_bettor.bettor, "mirror_descent": mirror_descent.learner}
+
+
+def get_config() -> ConfigDict:
+    config = _online.get_config("blackbox", learning_rate=1.0)
+    config.magnitude = "kt_bettor"  # learner of the length: kt_bettor, mirror_descent
+    config.eps = 1.0  # its wealth or scale before any gradient is seen; > 0
+    config.lipschitz = 10.0  # bound G of its gradients, to which larger ones are clipped; > 0
+    config.beta = 0.9  # decay of the mean gradient that gives the direction; 1: the sum; in (0, 1]
+    config.regularization = 0.0  # lambda: adds lambda/2 |Delta|^2 to each loss; >= 0
+    return config
+
+
+class BlackboxState(NamedTuple):
+    magnitude: optax.OptState
+    length: jax.Array  # float32: the magnitude's point
+    leader: dict  # minus the mean gradient, or the sum
+
+
+def make(config, context):
+    """Delta = z w: w the unit vector of the leader, z of the magnitude's learner for gradients <g, w>."""
+    magnitude = magnitude_learner(config)
+    _online.check_not_below_0(config, "regularization")
+    beta = config.beta
+
+    def init(params) -> BlackboxState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return BlackboxState(magnitude.init(jnp.float32(0)), jnp.float32(0), zeros)
+
+    def update(gradients, state: BlackboxState, rate):
+        w, z = _online.unit(state.leader), state.length
+        pull = config.regularization * z
+        along = inner(gradients, w) + pull
+        length, of_magnitude = magnitude.update(along, state.magnitude, rate=rate)
+        keep, add = (1.0, 1.0) if beta == 1 else (beta, 1 - beta)
+        leader = jax.tree.map(lambda m, g, w: keep * m - add * (g + pull * w), state.leader, gradients, w)
+        point = jax.tree.map(lambda u: length * u, _online.unit(leader))
+        return point, BlackboxState(of_magnitude, length, leader)
+
+    return _online.to_optimizer(_online.stateful(init, update), config, context, scaled=True)
+
+
+def magnitude_learner(config) -> _online.Learner:
+    """The one-dimensional learner that the config names. Raises ConfigError for wrong values."""
+    require(
+        config.magnitude in MAGNITUDES,
+        f"optimizer.magnitude={config.magnitude!r} is none of {', '.join(MAGNITUDES)}",
+    )
+    for field in ("eps", "lipschitz"):
+        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
+    require(0 < config.beta <= 1, f"optimizer.beta={config.beta} must lie in (0, 1]")
+    return MAGNITUDES[config.magnitude](config.eps, config.lipschitz)

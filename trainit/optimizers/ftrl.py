@@ -1,0 +1,32 @@
+"""Follow the regularized leader as an optimizer, with |Delta|^2 / 2 as regularizer, in a ball if asked for.
+
+Shalev-Shwartz 2012, Online Learning and Online Convex Optimization, section 2.2; losses discounted as in
+Ahn, Zhang, Kook & Dai 2024, arXiv 2402.01567.
+"""
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from trainit.config import require
+from trainit.optimizers import _online
+
+
+def get_config() -> ConfigDict:
+    config = _online.get_config("ftrl", learning_rate=0.01)
+    config.beta = 0.9  # discount of past losses; in (0, 1]
+    config.radius = 0.0  # largest norm of the point, all parameters together; 0: any
+    return config
+
+
+def make(config, context):
+    """Delta = argmin of rate * sum_s beta^(t - s) <g_s, Delta> + |Delta|^2 / 2, over |Delta| <= radius."""
+    _online.check_not_below_0(config, "radius")
+    require(0 < config.beta <= 1, f"optimizer.beta={config.beta} must lie in (0, 1]")
+
+    def update(gradients, total, rate):
+        total = jax.tree.map(lambda s, g: config.beta * s + g, total, gradients)
+        return _online.project(jax.tree.map(lambda s: -rate * s, total), config.radius), total
+
+    learner = _online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    return _online.to_optimizer(learner, config, context)

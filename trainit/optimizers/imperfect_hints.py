@@ -1,0 +1,60 @@
+"""Online learning with imperfect hints as an optimizer: after Bhaskara, Cutkosky, Kumar & Purohit 2020.
+
+arXiv 2002.04726. The hint of the next gradient is the direction of the last one. Behind the hints stands the
+leader in the unit ball, with the root of the sum of squares as its regularizer, and the past discounted.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from trainit.config import require
+from trainit.metrics import inner
+from trainit.optimizers import _online
+
+
+def get_config() -> ConfigDict:
+    config = _online.get_config("imperfect_hints", learning_rate=0.1)
+    config.mu = 1.0  # strength of the losses' curvature that hints bring; >= 0
+    config.beta = 0.95  # discount of the past; in (0, 1]
+    return config
+
+
+class HintState(NamedTuple):
+    trust: jax.Array  # float32: r^2, which bad hints make larger
+    curvature: jax.Array  # float32: sum of sigma = mu |<g, h>| / r
+    squares: jax.Array  # float32: sum of |g|^2
+    total: dict  # sum of gradients
+    hint: dict
+
+
+def make(config, context):
+    """Delta = rate * (y - (1 - |y|^2) / (2 r) h), with the leader y and the hint h.
+
+    y is -sum(g) / (sum(sigma) + root of sum(|g|^2)), in the unit ball.
+    """
+    _online.check_not_below_0(config, "mu")
+    require(0 < config.beta <= 1, f"optimizer.beta={config.beta} must lie in (0, 1]")
+    beta = config.beta
+
+    def init(params) -> HintState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return HintState(jnp.float32(1), jnp.float32(0), jnp.float32(0), zeros, zeros)
+
+    def update(gradients, state: HintState, rate):
+        del rate
+        along = inner(gradients, state.hint)
+        curvature = beta * state.curvature + config.mu * jnp.abs(along) / jnp.sqrt(state.trust)
+        trust = state.trust + jnp.maximum(-along, 0.0)
+        squares = beta**2 * state.squares + inner(gradients, gradients)
+        total = jax.tree.map(lambda s, g: beta * s + g, state.total, gradients)
+        weight = jnp.maximum(curvature + jnp.sqrt(squares), jnp.finfo(jnp.float32).tiny)
+        leader = _online.project(jax.tree.map(lambda s: -s / weight, total), 1.0)
+        hint = _online.unit(gradients)
+        lean = (1 - inner(leader, leader)) / (2 * jnp.sqrt(trust))
+        point = jax.tree.map(lambda y, h: y - lean * h, leader, hint)
+        return point, HintState(trust, curvature, squares, total, hint)
+
+    return _online.to_optimizer(_online.stateful(init, update), config, context, scaled=True)

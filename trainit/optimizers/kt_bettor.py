@@ -1,0 +1,59 @@
+"""The Krichevsky-Trofimov bettor of each coordinate as an optimizer, without a learning rate.
+
+Orabona 2019, arXiv 1912.13213, algorithm 9.2; Orabona & Pal 2016, arXiv 1602.04128.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from trainit.config import require
+from trainit.optimizers import _online
+
+
+def get_config() -> ConfigDict:
+    config = _online.get_config("kt_bettor", learning_rate=1.0)
+    config.eps = 1e-3  # each coordinate's wealth at the beginning; > 0
+    config.lipschitz = 0.1  # bound G of a gradient's entries, to which larger ones are clipped; > 0
+    return config
+
+
+class BettorState(NamedTuple):
+    count: jax.Array  # int32: gradients seen
+    total: dict  # of gradients, in units of G
+    reward: dict  # won until now
+    point: dict
+
+
+def bettor(eps: float, lipschitz: float) -> _online.Learner:
+    """Delta = -S / (t + 1) * (eps + W), S the sum of t gradients over G, W what was won by betting on them.
+
+    Args:
+        eps: wealth at the beginning.
+        lipschitz: G.
+    """
+
+    def init(params) -> BettorState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return BettorState(jnp.int32(0), zeros, zeros, zeros)
+
+    def update(gradients, state: BettorState, rate):
+        del rate
+        # Clipped, or a bet could lose more than there is.
+        g = jax.tree.map(lambda g: jnp.clip(g / lipschitz, -1, 1), gradients)
+        count = state.count + 1
+        total = jax.tree.map(jnp.add, state.total, g)
+        reward = jax.tree.map(lambda w, g, d: w - g * d, state.reward, g, state.point)
+        point = jax.tree.map(lambda s, w: -s / (count + 1) * (eps + w), total, reward)
+        return point, BettorState(count, total, reward, point)
+
+    return _online.stateful(init, update)
+
+
+def make(config, context):
+    """The learning rate multiplies the point: 1 leaves it as it is."""
+    require(config.lipschitz > 0, f"optimizer.lipschitz={config.lipschitz} must be above 0")
+    learner = bettor(config.eps, config.lipschitz)
+    return _online.to_optimizer(learner, config, context, scaled=True)

@@ -1,0 +1,58 @@
+"""MARS: AdamW on a gradient of reduced variance. Yuan et al. 2024, arXiv 2411.10438, algorithm 2."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit.config import require
+from trainit.optimizers._moments import scale_by_moments
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "mars"
+    config.learning_rate = 3e-3  # peak of the schedule; >= 0
+    config.weight_decay = 0.01  # decoupled, times the learning rate; >= 0
+    config.beta1 = 0.95  # decay of the mean gradient; in [0, 1)
+    config.beta2 = 0.99  # decay of the mean squared gradient; in [0, 1)
+    config.eps = 1e-8  # added to the root of the mean square; > 0
+    config.gamma = 0.025  # how much of the change since the last step is added; >= 0
+    config.exact = (
+        False  # the change of this batch's gradient, which costs a second one; else of the gradient
+    )
+    return config
+
+
+class MarsState(NamedTuple):
+    count: jax.Array  # int32: updates done
+    last: dict  # the parameters before the last update where exact, else the last gradient
+    moments: optax.OptState
+
+
+def make(config, context) -> optax.GradientTransformation:
+    """c = g + gamma beta1 / (1 - beta1) (g - g_last), at most of norm 1, instead of the gradient.
+
+    g_last is the last step's gradient, or exactly that of this batch at the last step's parameters.
+    """
+    require(config.gamma >= 0, f"optimizer.gamma={config.gamma} must not be below 0")
+    moments = scale_by_moments(config.beta1, config.beta2, config.eps)
+    factor = config.gamma * config.beta1 / (1 - config.beta1)
+
+    def init(params) -> MarsState:
+        last = params if config.exact else jax.tree.map(jnp.zeros_like, params)
+        return MarsState(jnp.int32(0), last, moments.init(params))
+
+    def update(gradients, state: MarsState, params, *, gradient_at=None, **extra_args):
+        del extra_args
+        last = gradient_at(state.last) if config.exact else state.last
+        weight = jnp.where(state.count > 0, factor, 0.0)
+        corrected = jax.tree.map(lambda g, before: g + weight * (g - before), gradients, last)
+        shrink = 1 / jnp.maximum(optax.tree.norm(corrected), 1.0)
+        corrected = jax.tree.map(lambda c: shrink * c, corrected)
+        direction, new = moments.update(corrected, state.moments)
+        return direction, MarsState(state.count + 1, params if config.exact else gradients, new)
+
+    return context.descend(optax.GradientTransformationExtraArgs(init, update))

@@ -1,0 +1,75 @@
+"""Parameter-free mirror descent as an optimizer: after Jacobsen & Cutkosky 2022, arXiv 2203.00444.
+
+For a step eta the regularizer is psi(w) = 2/eta * integral of ln(x/alpha + 1) dx from 0 to |w|, around 0,
+with an alpha that falls as gradients come, and 2 eta |g|^2 |w| is added to each loss. The next point is
+
+    argmin <g, w> + psi_new(w) - <grad psi_old(w_old), w> + 2 eta |g|^2 |w|
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit.config import require
+from trainit.metrics import inner
+from trainit.optimizers import _online
+
+
+def get_config() -> ConfigDict:
+    config = _online.get_config("mirror_descent", learning_rate=1.0)
+    config.eps = 10.0  # scale of the point before any gradient is seen; > 0
+    config.lipschitz = 1.0  # bound G of the gradient's norm, to which larger ones are clipped; > 0
+    config.num_grids = 4  # learners with steps 1/G, 1/2G, 1/4G, ..., whose points are added; a copy each; > 0
+    return config
+
+
+class MirrorState(NamedTuple):
+    squares: jax.Array  # float32: 4 G^2 and the sum of |g|^2
+    points: tuple  # of each step
+
+
+def learner(eps: float, lipschitz: float, num_grids: int = 1) -> _online.Learner:
+    """Of all parameters together.
+
+    Args:
+        eps: scale of the point, shared by the steps.
+        lipschitz: G.
+        num_grids: how many steps, each half of the one before.
+    """
+
+    def alpha(squares):
+        share = eps / num_grids
+        return share * lipschitz**2 / (squares * jnp.log(squares / lipschitz**2) ** 2)
+
+    def init(params) -> MirrorState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return MirrorState(jnp.float32(4 * lipschitz**2), (zeros,) * num_grids)
+
+    def step(eta, w, g, square, old, new):
+        """The minimum's gradient of psi is `theta` less 2 eta |g|^2 of its norm; |w| follows from that."""
+        slope = 2 / eta * jnp.log1p(optax.tree.norm(w) / old)
+        theta = jax.tree.map(lambda u, g: slope * u - g, _online.unit(w), g)
+        length = jnp.maximum(optax.tree.norm(theta) - 2 * eta * square, 0.0)
+        return jax.tree.map(lambda u: new * jnp.expm1(eta / 2 * length) * u, _online.unit(theta))
+
+    def update(gradients, state: MirrorState, rate):
+        del rate
+        g = _online.project(gradients, lipschitz)
+        square = inner(g, g)
+        squares = state.squares + square
+        old, new = alpha(state.squares), alpha(squares)
+        points = tuple(step(2.0**-i / lipschitz, w, g, square, old, new) for i, w in enumerate(state.points))
+        return jax.tree.map(lambda *parts: sum(parts), *points), MirrorState(squares, points)
+
+    return _online.stateful(init, update)
+
+
+def make(config, context):
+    """The learning rate multiplies the point: 1 leaves it as it is."""
+    for field in ("eps", "lipschitz", "num_grids"):
+        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
+    whole = learner(config.eps, config.lipschitz, config.num_grids)
+    return _online.to_optimizer(whole, config, context, scaled=True)

@@ -1,0 +1,71 @@
+"""Sophia-H: the mean gradient over the Hessian's diagonal, entry by entry at most 1.
+
+Liu et al. 2023, arXiv 2305.14342, algorithm 3, with Hutchinson's estimate (algorithm 1).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit.config import require
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "sophia"
+    config.learning_rate = 1e-3  # peak of the schedule; >= 0
+    config.weight_decay = 0.1  # decoupled, times the learning rate; >= 0
+    config.beta1 = 0.96  # decay of the mean gradient; in [0, 1)
+    config.beta2 = 0.99  # decay of the mean of the Hessian's diagonals; in [0, 1)
+    config.gamma = 0.01  # share of the diagonal that the mean gradient is divided by; > 0
+    config.eps = 1e-12  # it is at least that; > 0
+    config.every_steps = 10  # updates between estimates, each of which costs about two gradients; > 0
+    return config
+
+
+class SophiaState(NamedTuple):
+    count: jax.Array  # int32: updates done
+    mu: dict  # mean gradient
+    hessian: dict  # mean of estimated diagonals
+
+
+def make(config, context) -> optax.GradientTransformation:
+    """m / max(gamma h, eps), clipped to [-1, 1]; every few updates h <- beta2 h + (1 - beta2) z * (H z).
+
+    z is drawn from the normal distribution; H z is the derivative of this batch's gradient along it.
+    """
+    for field in ("gamma", "every_steps"):
+        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
+
+    def draw(params: dict, step) -> dict:
+        key = jax.random.fold_in(jax.random.wrap_key_data(context.key), step)
+        leaves, structure = jax.tree.flatten(params)
+        return structure.unflatten(
+            [jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)]
+        )
+
+    def init(params) -> SophiaState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return SophiaState(jnp.int32(0), zeros, zeros)
+
+    def update(gradients, state: SophiaState, params, *, step, gradient_at, **extra_args):
+        del extra_args
+        mu = optax.tree.update_moment(gradients, state.mu, config.beta1, 1)
+
+        def estimate() -> dict:
+            z = draw(params, step)
+            _, product = jax.jvp(gradient_at, (params,), (z,))
+            diagonal = jax.tree.map(jnp.multiply, z, product)
+            return optax.tree.update_moment(diagonal, state.hessian, config.beta2, 1)
+
+        is_due = state.count % config.every_steps == 0
+        hessian = jax.lax.cond(is_due, estimate, lambda: state.hessian)
+        direction = jax.tree.map(
+            lambda m, h: jnp.clip(m / jnp.maximum(config.gamma * h, config.eps), -1, 1), mu, hessian
+        )
+        return direction, SophiaState(state.count + 1, mu, hessian)
+
+    return context.descend(optax.GradientTransformationExtraArgs(init, update))

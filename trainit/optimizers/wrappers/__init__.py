@@ -1,0 +1,9 @@
+"""What changes another optimizer: `optimizer=WRAPPER+OPTIMIZER`, as in cautious+adamw.
+
+A wrapper is one file with two functions:
+
+    def get_config(base: ConfigDict) -> ConfigDict              # the other's, with a sub-config WRAPPER
+    def wrap(config, context, make_base) -> optax.GradientTransformation
+
+`config` is that sub-config, and make_base(context) makes the other optimizer.
+"""

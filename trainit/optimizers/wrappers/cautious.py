@@ -1,0 +1,35 @@
+"""Cautious: of an update only what the gradient agrees with. Liang et al. 2024, arXiv 2411.16085."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit.optimizers._moments import map_layers
+from trainit.optimizers._optax import decay_updates
+
+
+def get_config(base: ConfigDict) -> ConfigDict:
+    base.cautious = ConfigDict()
+    base.cautious.eps = 1.0  # added to the number of entries that stay, in what they grow by; > 0
+    return base
+
+
+def wrap(config, context, make_base) -> optax.GradientTransformation:
+    """Of each array of each layer, the entries that go along the gradient become 0.
+
+    The others grow by size / (their number + eps). Decay is decoupled and spared from that.
+    """
+    base, decay = make_base(replace(context, weight_decay=0.0)), decay_updates(context)
+
+    def keep(path, update, gradient):
+        agrees = (update * gradient < 0).astype(update.dtype)
+        return update * agrees * (agrees.size / (jnp.sum(agrees) + config.eps))
+
+    def update(gradients, state, params, *, step, **extra_args):
+        updates, state = base.update(gradients, state, params, step=step, **extra_args)
+        updates, _ = decay.update(map_layers(keep, updates, gradients), (), params, step=step)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(base.init, update)

@@ -18,9 +18,9 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.S)
 IN_CI = [line for line in COMMANDS if line.startswith("pip ")]  # take minutes; .ci/run runs them
 SHORT = {  # added so that a command that trains for minutes takes seconds; nothing else changes
     "trainit.main": [
-        "--config.steps=12",
-        "--config.eval.every_steps=6",
-        "--config.checkpoint.save_steps=6",
+        "--config.steps=6",
+        "--config.eval.every_steps=3",
+        "--config.checkpoint.save_steps=3",
     ],
     "trainit.benchmark": ["--tokens=2000000", "--steps=3"],
 }
@@ -30,6 +30,7 @@ REPORTS = (
     r"8 × cpu, \d+ cores, JAX",
     r"loader +[\d.]+ M tokens/s  through Grain",
     r"loader +[\d.]+ times the speed of random crops",
+    r"loader +[\d.]+ M tokens/s  read from the disk; [\d.]+ times",
     r"loader +[\d.]+ ms  to the first batch of a resume at step 1,000,000",
     r"loader +[1-4]?\d\d MiB  of a whole process that reads of 300 billion tokens",
     r"step +[\d.]+ ms  median of 3",
@@ -91,7 +92,7 @@ def test_ci_runs_the_commands_that_install():
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in IN_CI], ids=lambda c: c[10:70])
 def test_commands(command, folder):
     """In the order in which they stand there; the run that is trained on ends sooner than in the README."""
-    output = execute(folder, command.replace("--config.steps=260", "--config.steps=16"))
+    output = execute(folder, command.replace("--config.steps=260", "--config.steps=8"))
     for pattern in REPORTS if "trainit.benchmark" in command else ():
         assert re.search(pattern, output), (pattern, output)
 

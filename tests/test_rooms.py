@@ -31,6 +31,7 @@ FLOORS = {
     "workdir": 1,
     "peers": 1,
     "optimizers": 2,
+    "diagnostics": 2,
     "saves": 2,
     "command_line": 2,
     "step": 3,
@@ -136,7 +137,7 @@ def test_every_declared_field_says_what_it_is():
     lines = [line for line in source[start:end].splitlines() if re.match(r"    [cmd](\.\w+)+ = ", line)]
     assert len(lines) > 40
     for line in lines:
-        assert "#" in line or re.search(r"= (model|dataset|ConfigDict|SCHEDULES)\b", line), line
+        assert "#" in line or re.search(r"= (model|dataset|ConfigDict|SCHEDULES|DIAGNOSTICS)\b", line), line
 
 
 def test_optimizers_declare_the_same_three_fields():

@@ -20,8 +20,8 @@ from trainit.config import ConfigError, flatten
 FREE = re.compile(
     r"(max_minutes|stall_seconds|max_skipped|device_batch_size|platform|cpu_devices)$"
     r"|model\.(attention|remat|scan_layers)$"
-    r"|dataset\.(path|validation_path|tokenizer|workers|prefetch)$"  # its content has a fingerprint
-    r"|(mesh|eval|log|checkpoint|wandb)\."
+    r"|dataset\.(path|validation_path|subset_field|tokenizer|workers|prefetch)$"  # it has a fingerprint
+    r"|(mesh|eval|log|checkpoint|diagnostics|wandb)\."
 )
 TIMEOUT_SECONDS = 600  # for the other processes to finish their parts of a save
 
@@ -67,6 +67,7 @@ class Checkpoints:
         )
         handlers = {
             "state": _watched(ocp.StandardCheckpointHandler(), self._fail),
+            "diagnostics": _watched(ocp.StandardCheckpointHandler(), self._fail),
             "meta": ocp.JsonCheckpointHandler(),
         }
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -97,12 +98,13 @@ class Checkpoints:
             self._probe()
             if any(distributed.gather(self._error is not None)):
                 return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(vars(state)), meta=ocp.args.JsonSave(dict(meta))
-        )
+        fields, extra = _split(state)
+        items = {"state": ocp.args.StandardSave(fields), "meta": ocp.args.JsonSave(dict(meta))}
+        if extra:
+            items["diagnostics"] = ocp.args.StandardSave(extra)
         try:
             self._manager = self._manager or self._open()
-            self._manager.save(step, args=items, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
             if jax.process_count() > 1:  # the others are on their way through it and cannot be called back
                 raise
@@ -128,12 +130,20 @@ class Checkpoints:
     def restore(self, step: int, abstract_state):
         """The state of `step`, laid out as `abstract_state`, on whatever mesh it was saved.
 
+        Its diagnostics are empty if the checkpoint was made with others, or none.
+
         Raises:
             ConfigError: the checkpoint has other parameters, shapes or types.
         """
-        self._check(step, vars(abstract_state))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(vars(abstract_state)))
-        return type(abstract_state)(**self._manager.restore(step, args=args)["state"])
+        fields, extra = _split(abstract_state)
+        self._check(step, fields)
+        items = {"state": ocp.args.StandardRestore(fields)}
+        saved = self._manager.item_metadata(step).get("diagnostics")
+        if extra and saved is not None and _shapes(saved.tree) == _shapes(extra):
+            items["diagnostics"] = ocp.args.StandardRestore(extra)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        kept = restored["diagnostics"] if "diagnostics" in items else {}
+        return type(abstract_state)(**restored["state"], diagnostics=kept)
 
     def restore_params(self, step: int, abstract_params: dict) -> dict:
         """The parameters alone of the state of `step`, whatever its optimizer."""
@@ -205,6 +215,12 @@ class Checkpoints:
     def close(self):
         if self._manager:
             self._manager.close()
+
+
+def _split(state) -> tuple[dict, dict]:
+    """A state's fields, and its diagnostics apart from them: these may be others at a resume."""
+    fields = dict(vars(state))
+    return fields, fields.pop("diagnostics")
 
 
 def _watched(handler, failed: Callable[[Exception], None]):

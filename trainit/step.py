@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from trainit import config as config_lib
-from trainit import distributed, losses, optimizers, schedules, sharding
+from trainit import diagnostics, distributed, losses, metrics, optimizers, schedules, sharding
 from trainit.config import Config
 from trainit.model import GPT, choose_attention
 
@@ -20,7 +20,7 @@ COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compili
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "opt_state", "skipped", "skipped_in_a_row"],
+    data_fields=["step", "params", "opt_state", "skipped", "skipped_in_a_row", "diagnostics"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class TrainState:
     opt_state: optax.OptState
     skipped: jax.Array  # int32: updates left out because something was not finite
     skipped_in_a_row: jax.Array  # int32: of them, those since the last good one
+    diagnostics: dict  # what diagnostics keep; empty where there are none
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Steps:
 
     abstract_state: TrainState  # shapes, types and shardings
     init: Callable[[], TrainState]  # born sharded
+    begin_diagnostics: Callable[[dict], dict]  # params -> what TrainState keeps of them
     train: Callable[[TrainState, dict], tuple[TrainState, dict]]  # gives its state's memory away
     evaluate: Callable[[dict, dict, jax.Array, int], dict]  # (params, batch, token_bytes, subsets) -> sums
     attention: str  # the kernel that was chosen
@@ -90,10 +92,14 @@ def build(config: Config, mesh: Mesh) -> Steps:
         config.parameter_groups,
     )
 
+    micro_steps = sharding.micro_steps(config, mesh.shape)
+    diagnostics.check(config.diagnostics, shapes, micro_steps)
+
     def init() -> TrainState:
         params = model.init(named_key(config.seed, "parameters"))
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, optimizer.init(params), zero, zero)
+        kept = diagnostics.init(config.diagnostics, params)
+        return TrainState(zero, params, optimizer.init(params), zero, zero, kept)
 
     abstract = jax.eval_shape(init)
     for path, leaf in jax.tree.leaves_with_path(abstract.opt_state):
@@ -109,6 +115,12 @@ def build(config: Config, mesh: Mesh) -> Steps:
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout
         ),
         init=_together("init", jax.jit(init, out_shardings=layout)),
+        begin_diagnostics=_together(
+            "begin_diagnostics",
+            jax.jit(
+                functools.partial(diagnostics.init, config.diagnostics), out_shardings=layout.diagnostics
+            ),
+        ),
         train=_together(
             "train",
             jax.jit(
@@ -158,45 +170,105 @@ def _loss(model: GPT, params: dict, micro_batch: dict, key: jax.Array | None, fi
     return sums["loss"], sums
 
 
-def _train_step(config, model, optimizer, schedule, layout) -> Callable:
-    """The train step: one optimizer update from G accumulated micro-steps."""
+def _over_micro_steps(function: Callable[[int, dict], tuple], batch: dict, zeros):
+    """The sum of function(number, micro-batch) over a batch's micro-steps; `zeros` is one of nothing."""
+    micro_steps = batch["lengths"].shape[0]
+    if micro_steps == 1:
+        return function(0, jax.tree.map(lambda x: x[0], batch))
+
+    def add(total, numbered):
+        return jax.tree.map(jnp.add, total, function(*numbered)), None
+
+    return jax.lax.scan(add, zeros, (jnp.arange(micro_steps), batch))[0]
+
+
+def _sums(config, model, layout) -> tuple[Callable, Callable]:
+    """Functions of (params, batch, step), for one and the same dropout: sums over all micro-steps.
+
+    The first gives the loss's gradient (float32, laid out as params) and the loss's parts, and where the
+    noise scale is asked for also "square", the sum of squares of the micro-steps' mean gradients. The second
+    gives the loss's parts alone.
+    """
     uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
+    with_square = config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
+    no_sums = dict.fromkeys(("loss", "correct", "count"), jnp.float32(0))
+
+    def loss(params, step, number, micro_batch):
+        key = jax.random.fold_in(named_key(config.seed, "dropout"), step) if uses_dropout else None
+        return _loss(model, params, micro_batch, key, number * micro_batch["lengths"].shape[0])
 
     def gradients(params: dict, batch: dict, step: jax.Array) -> tuple[dict, dict]:
-        """Sums over all micro-steps of the loss's gradient (float32, laid out as params) and of its parts."""
-        key = jax.random.fold_in(named_key(config.seed, "dropout"), step) if uses_dropout else None
-        micro_steps = batch["lengths"].shape[0]
-
         def micro(number, micro_batch):
-            first_row = number * micro_batch["lengths"].shape[0]
-            grads, sums = jax.grad(lambda p: _loss(model, p, micro_batch, key, first_row), has_aux=True)(
-                params
-            )
-            return jax.lax.with_sharding_constraint(grads, layout), sums
+            grads, sums = jax.grad(lambda p: loss(p, step, number, micro_batch), has_aux=True)(params)
+            grads = jax.lax.with_sharding_constraint(grads, layout)
+            if with_square:
+                sums["square"] = metrics.inner(grads, grads) / sums["count"] ** 2
+            return grads, sums
 
-        if micro_steps == 1:
-            return micro(0, jax.tree.map(lambda x: x[0], batch))
-
-        def add(total, numbered):
-            return jax.tree.map(jnp.add, total, micro(*numbered)), None
-
-        zeros = jax.tree.map(
-            jnp.zeros_like, (params, dict.fromkeys(("loss", "correct", "count"), jnp.float32(0)))
+        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), layout)
+        return _over_micro_steps(
+            micro, batch, (zeros, no_sums | ({"square": jnp.float32(0)} if with_square else {}))
         )
-        zeros = (jax.lax.with_sharding_constraint(zeros[0], layout), zeros[1])
-        return jax.lax.scan(add, zeros, (jnp.arange(micro_steps), batch))[0]
+
+    def parts(params: dict, batch: dict, step: jax.Array) -> dict:
+        return _over_micro_steps(
+            lambda number, micro_batch: loss(params, step, number, micro_batch)[1], batch, no_sums
+        )
+
+    return gradients, parts
+
+
+def _train_step(config, model, optimizer, schedule, layout) -> Callable:
+    """The train step: one optimizer update from G accumulated micro-steps."""
+    gradients, parts = _sums(config, model, layout)
+
+    def mean_gradient(params: dict, batch: dict, step: jax.Array) -> tuple[dict, dict]:
+        grads, sums = gradients(params, batch, step)
+        return jax.tree.map(lambda g: g / sums["count"], grads), sums
+
+    def measure(state: TrainState, batch: dict, grads: dict, updates: dict, sums: dict, good: jax.Array):
+        """Diagnostics of this step, and what is kept for the next one."""
+
+        def loss_at(params: dict) -> jax.Array:
+            there = parts(params, batch, state.step)
+            return there["loss"] / there["count"]
+
+        micro_steps, rows = batch["lengths"].shape
+        now = diagnostics.Now(
+            params=state.params,
+            gradients=grads,
+            updates=updates,
+            loss=sums["loss"] / sums["count"],
+            loss_at=loss_at,
+            micro_square=sums["square"] / micro_steps if "square" in sums else None,
+            batches=(rows, micro_steps * rows),
+            factor=optimizers.logged(state.opt_state).get("optimizer/random_scaling"),
+        )
+        return diagnostics.measure(config.diagnostics, state.diagnostics, now, state.step + 1, good)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        grads, sums = gradients(state.params, batch, state.step)
-        grads = jax.tree.map(lambda g: g / sums["count"], grads)
+        def gradient_at(params: dict) -> dict:
+            config_lib.require(
+                jax.tree.structure(params) == jax.tree.structure(state.params),
+                f"optimizer.name={config.optimizer.name}: gradients elsewhere are those of all parameters; "
+                f"it cannot be the optimizer of some in parameter_groups",
+            )
+            return mean_gradient(params, batch, state.step)[0]
+
+        grads, sums = mean_gradient(state.params, batch, state.step)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, step=state.step, gradient_at=gradient_at
+        )
         update_norm = optax.tree.norm(updates)
         good = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
 
         def if_good(new, old):
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
+        measured, kept = {}, {}
+        if config.diagnostics.every_steps:
+            measured, kept = measure(state, batch, grads, updates, sums, good)
         bad = (~good).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
@@ -204,8 +276,9 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
             opt_state=if_good(opt_state, state.opt_state),
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+            diagnostics=kept,
         )
-        metrics = {
+        return new_state, {
             "train/loss": sums["loss"] / sums["count"],
             "train/accuracy": sums["correct"] / sums["count"],
             "train/grad_norm": grad_norm,
@@ -213,8 +286,9 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
             "train/learning_rate": schedule(state.step),
             "train/skipped": new_state.skipped,
             "skipped_in_a_row": new_state.skipped_in_a_row,
+            "diagnostics": measured,
+            **optimizers.logged(new_state.opt_state),
         }
-        return new_state, metrics
 
     return train_step
 

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import logging
 
-from trainit import __version__, distributed, metrics, sharding, sources, step
+from trainit import __version__, diagnostics, distributed, metrics, sharding, sources, step
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints, check_same_run, due
 from trainit.config import Config, ConfigError
@@ -90,8 +90,10 @@ class Run:
             f"{rows // (sizes['data'] * sizes['fsdp'])} on each device",
             "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
             f"schedule {c.schedule.name}",
+            "statistics": diagnostics.describe(c.diagnostics, self.steps.abstract_state.diagnostics),
         }.items():
-            logging.info("%-10s %s", topic, text)
+            if text:
+                logging.info("%-10s %s", topic, text)
         if len(validation.subsets) > MOST_SUBSETS:
             logging.info("%-10s %d are too many to validate apart", "subsets", len(validation.subsets))
         if jax.process_count() > 1:
@@ -106,12 +108,7 @@ class Run:
     def _describe_processes(self):
         """One line a process: its host, its devices and where they are in the mesh."""
         for process, host in enumerate(distributed.gather_text(socket.gethostname())):
-            mine = [at for at, device in np.ndenumerate(self.mesh.devices) if device.process_index == process]
-            ranges = (
-                f"{axis} {min(at)}" + f"-{max(at)}" * (min(at) < max(at))
-                for axis, at in zip(config_lib.MESH_AXES, zip(*mine, strict=True), strict=True)
-            )
-            logging.info("process %-3d%s: %d devices, %s", process, host, len(mine), ", ".join(ranges))
+            logging.info("process %-3d%s: %s", process, host, sharding.place(self.mesh, process))
 
     def _begin(self) -> step.TrainState:
         """The state at the start: new, or from another run's checkpoint."""
@@ -131,7 +128,8 @@ class Run:
             logging.info("start      parameters of %s step %d, new optimizer", c.load_path, number)
             fresh = self.steps.init()
             layout = self.steps.abstract_state.params
-            return step.TrainState(**vars(fresh) | {"params": source.restore_params(number, layout)})
+            params = source.restore_params(number, layout)
+            return replace(fresh, params=params, diagnostics=self.steps.begin_diagnostics(params))
         if number >= self.config.steps:
             raise ConfigError(
                 f"checkpoint.load_path={c.load_path!r} is at step {number}, steps={self.config.steps}: "
@@ -139,14 +137,21 @@ class Run:
                 f"checkpoint.overwrite_optimizer=True"
             )
         logging.info("start      %s step %d", c.load_path, number)
-        return source.restore(number, self.steps.abstract_state)
+        return self._restore(source, number)
 
     def _resume(self, number: int) -> step.TrainState:
         """The state of this run's checkpoint."""
         meta = self._accept(self.checkpoints, number)
         self.wandb_id, self.postponed = meta["wandb_id"], meta["postponed"]
         logging.info("resume     at step %d of %d", number, self.config.steps)
-        return self.checkpoints.restore(number, self.steps.abstract_state)
+        return self._restore(self.checkpoints, number)
+
+    def _restore(self, source: Checkpoints, number: int) -> step.TrainState:
+        state = source.restore(number, self.steps.abstract_state)
+        if self.config.diagnostics.every_steps and not state.diagnostics:
+            logging.info("statistics begin here: the checkpoint has none of this kind")
+            state = replace(state, diagnostics=self.steps.begin_diagnostics(state.params))
+        return state
 
     def _accept(self, source: Checkpoints, number: int) -> dict:
         """The meta data of a checkpoint of this config and dataset; sets the position in the data."""
@@ -301,6 +306,10 @@ class Run:
         if pending is None:
             return {}
         number, on_device = pending
+        on_device, every = dict(on_device), self.config.diagnostics.every_steps
+        measured = on_device.pop("diagnostics")
+        if every and number % every == 0:  # the others are placeholders
+            on_device |= measured
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
         in_a_row = values.pop("skipped_in_a_row")
         record = {"step": number, "tokens": self._tokens(number)} | values | self.meter.step()

@@ -32,7 +32,8 @@ POSITIVE = """steps batch_size max_skipped cpu_devices model.dim model.num_heads
     dataset.streams dataset.window""".split()
 NOT_NEGATIVE = """seed max_minutes stall_seconds device_batch_size clip_norm model.num_kv_heads model.mlp_dim
     model.vocab_size model.logit_softcap dataset.workers eval.every_steps eval.sequences
-    checkpoint.keep schedule.final optimizer.learning_rate optimizer.weight_decay""".split()
+    checkpoint.keep diagnostics.every_steps schedule.final optimizer.learning_rate
+    optimizer.weight_decay""".split()
 
 
 def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
@@ -59,6 +60,7 @@ def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
         "checkpoint.save_steps": 5,
         "checkpoint.load_path": "",
         "log.every_steps": 1,
+        "diagnostics.every_steps": min(config.diagnostics.every_steps, 5),
         "wandb.project": "",
     }
     small |= {f"mesh.{axis}": 2 for axis, size in config.mesh.items() if size > 2}
@@ -117,6 +119,7 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
         _as_tuple(saves) and all(type(n) is int and n >= least for n in _as_tuple(saves)),
         f"checkpoint.save_steps={saves!r} must be a number of steps, or several separated by commas",
     )
+    _check_diagnostics(config.diagnostics)
     c = config.checkpoint
     for field, unset in (("load_step", -1), ("overwrite_optimizer", False)):
         require(
@@ -133,7 +136,7 @@ def check_ranges(values: Mapping, prefix: str = ""):
         values: {"optimizer.beta1": 0.9, ...}, some of a config's.
         prefix: of the message.
     """
-    if str(values.get("optimizer.name", "")).startswith("optax."):
+    if str(values.get("optimizer.name", "")).rpartition("+")[2].startswith("optax."):
         values = {f: v for f, v in values.items() if not f.startswith("optimizer.") or f in NOT_NEGATIVE}
     for field, value in values.items():
         if field in NOT_NEGATIVE:
@@ -190,6 +193,20 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int):
         m.vocab_size >= tokenizer_vocab_size,
         f"model.vocab_size={m.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}; 0 fits it",
     )
+
+
+def _check_diagnostics(d: ConfigDict):
+    for name in _as_tuple(d.norms_by):
+        there = ("kind", "layer", "parameter")
+        require(name in there, f"diagnostics.norms_by={d.norms_by!r}: {name!r} is none of {names(there)}")
+    require(
+        d.last_parameters or not d.last_loss,
+        "diagnostics.last_loss=True needs diagnostics.last_parameters=True",
+    )
+    try:
+        re.compile(d.spectra)
+    except re.error as error:
+        require(False, f"diagnostics.spectra={d.spectra!r} is no regular expression: {error}")
 
 
 def _check_schedule(config: ConfigDict):

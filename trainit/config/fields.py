@@ -57,6 +57,7 @@ def defaults() -> ConfigDict:
     c.checkpoint.load_step = -1  # which of its checkpoints; -1: the newest
     c.checkpoint.overwrite_config = False  # let this config rule where it differs from the checkpoint's
     c.checkpoint.overwrite_optimizer = False  # of load_path take the parameters and data position only
+    c.diagnostics = DIAGNOSTICS["none"]()
     c.wandb = ConfigDict()
     c.wandb.project = ""  # empty: no W&B
     c.wandb.name = ""  # of the run; empty: the run folder's
@@ -113,9 +114,26 @@ def jsonl(path: str = "pile/train", validation_path: str = "pile/val.jsonl.zst")
     d.validation_path = validation_path  # likewise; eval.sequences from its beginning are held in memory
     d.tokenizer = "gpt2"  # bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE
     d.text_field = "text"  # dotted path of the text in a line's JSON
+    d.subset_field = "meta.pile_set_name"  # dotted path of the subset by which validation is told apart
     d.streams = 16  # parts of the data, each read by one worker; a divisor of batch_size
     d.window = 256  # sequences of a stream that are shuffled among themselves; > 0
     d.workers = 2  # worker processes of each process of the job, as above
+    return d
+
+
+def diagnostics(every_steps: int = 1, **changes) -> ConfigDict:
+    """Statistics of the trajectory; by default all but the costly ones that need a choice."""
+    d = ConfigDict()
+    d.every_steps = every_steps  # steps between measurements; 0: none, and a step without their cost
+    d.norms = True  # l1, l2, max of parameters, gradients and updates, and the updates' ratio to parameters
+    d.norms_by = ("kind",)  # and also by kind, layer, parameter
+    d.last_gradient = True  # keeps a gradient: products and cosines with the one before
+    d.past_gradients = True  # keeps a sum of gradients: the same with all before
+    d.last_parameters = True  # keeps parameters: products and cosines with how they have moved
+    d.last_loss = True  # a forward pass: how much the loss of this batch has changed by the last update
+    d.spectra = ""  # pattern over whole paths of matrices: spectral norm, effective rank, by SVD; "": none
+    d.noise_scale = False  # gradient noise scale; needs two micro-steps
+    d.update(changes)
     return d
 
 
@@ -151,7 +169,13 @@ SCHEDULES = {
     ),
 }
 DATASETS = {"pile": lambda: dataset("data/pile"), "demo": lambda: dataset("demo"), "jsonl": jsonl}
-GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS}
+_NO_COPIES = dict.fromkeys(("last_gradient", "past_gradients", "last_parameters", "last_loss"), False)
+DIAGNOSTICS = {
+    "none": lambda: diagnostics(every_steps=0),
+    "norms": lambda: diagnostics(**_NO_COPIES),
+    "full": diagnostics,
+}
+GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS, "diagnostics": DIAGNOSTICS}
 DROPOUTS = ("gpt_dropout", "attn_dropout", "attn_linear_dropout", "transformer_dropout")
 
 
@@ -161,7 +185,7 @@ def choose(config: ConfigDict, arg: str, **groups: Mapping[str, Callable[[], Con
     Args:
         config: changed in place and returned.
         arg: what stands behind the config file's colon, such as "model=gpt2_medium,schedule=cosine".
-        **groups: groups beside model, schedule and dataset: each maps a choice to its sub-config's maker.
+        **groups: groups beside those of GROUPS: each maps a choice to its sub-config's maker.
 
     Raises:
         ConfigError: an unknown group or choice; the message lists what there is.

@@ -58,6 +58,11 @@ def check(config: Config, parameters: dict, micro_steps: int):
         )
 
 
+def is_due(config: Config, step: int) -> bool:
+    """Whether this step, the first being 1, is measured."""
+    return config.every_steps > 0 and step % config.every_steps == 0
+
+
 def _copies(config: Config) -> list[str]:
     """What is kept of the size of the parameters."""
     asked = {

@@ -250,8 +250,8 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
         def gradient_at(params: dict) -> dict:
             config_lib.require(
                 jax.tree.structure(params) == jax.tree.structure(state.params),
-                f"optimizer.name={config.optimizer.name}: gradients elsewhere are those of all parameters; "
-                f"it cannot be the optimizer of some in parameter_groups",
+                "parameter_groups: an optimizer that takes gradients elsewhere, as sam+NAME and sophia, must "
+                "have all parameters",
             )
             return mean_gradient(params, batch, state.step)[0]
 

@@ -306,10 +306,9 @@ class Run:
         if pending is None:
             return {}
         number, on_device = pending
-        on_device, every = dict(on_device), self.config.diagnostics.every_steps
-        measured = on_device.pop("diagnostics")
-        if every and number % every == 0:  # the others are placeholders
-            on_device |= measured
+        on_device = dict(on_device)
+        measured = on_device.pop("diagnostics")  # placeholders where they are not due
+        on_device |= measured if diagnostics.is_due(self.config.diagnostics, number) else {}
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
         in_a_row = values.pop("skipped_in_a_row")
         record = {"step": number, "tokens": self._tokens(number)} | values | self.meter.step()
@@ -335,6 +334,7 @@ class Run:
         if record:
             number = record["step"]
             write = number % self.config.log.every_steps == 0 or "valid/loss" in record
+            write = write or diagnostics.is_due(self.config.diagnostics, number)
             self.tracker.log(number, record, write)
 
     def _evaluate(self) -> dict[str, float] | None:

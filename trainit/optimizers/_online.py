@@ -15,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
+from trainit.optimizers._optax import decay_updates
 
 Learner = optax.GradientTransformationExtraArgs
 SCALINGS = "none", "exponential", "uniform"
@@ -53,7 +54,7 @@ def to_optimizer(learner: Learner, config, context, scaled: bool = False) -> opt
         f"optimizer.random_scaling={config.random_scaling!r} is none of {', '.join(SCALINGS)}",
     )
     weighs = config.importance_sampling and config.random_scaling == "uniform"
-    decay = context.decay()
+    decay = decay_updates(context)
 
     def init(params) -> OnlineState:
         one = jnp.float32(1)
@@ -66,9 +67,9 @@ def to_optimizer(learner: Learner, config, context, scaled: bool = False) -> opt
         weighed = jax.tree.map(lambda g: state.logged["importance_weight"] * g, gradients)
         point, inner_state = learner.update(weighed, state.learner, params, rate=rate)
         factor = draw(config.random_scaling, jax.random.fold_in(jax.random.wrap_key_data(context.key), step))
-        shrink, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
         length = factor * (rate if scaled else 1.0)
-        updates = jax.tree.map(lambda p, s: length * p - rate * s, point, shrink)
+        updates = jax.tree.map(lambda p: length * p, point)
+        updates, _ = decay.update(updates, (), params, step=step)
         logged = {
             "point_norm": optax.tree.norm(point),
             "random_scaling": factor,

@@ -68,19 +68,25 @@ class Job:
         return records[-1]["step"] if records else -1
 
     def wait(self, condition, seconds=240):
-        """Waits for a condition; a job that was put back starts at once rather than in two minutes."""
-        end = time.monotonic() + seconds
+        """Waits for a condition; a job that was put back starts in seconds rather than in two minutes.
+
+        Not at once: while its old script is being ended, Slurm would take that for the end of the new one.
+        """
+        end, put_back = time.monotonic() + seconds, None
         while not condition():
             assert time.monotonic() < end, self.text()
-            if self.field("JobState") == "PENDING":
+            if self.field("Reason") != "BeginTime":
+                put_back = None
+            elif put_back is None:
+                put_back = time.monotonic()
+            elif time.monotonic() - put_back > 6:
                 self.slurm("scontrol", "update", f"jobid={self.id}", "StartTime=now")
             time.sleep(0.5)
 
     def ended(self) -> bool:
-        """Whether it is over for good: while it is put back, Slurm calls it FAILED for some seconds."""
+        """Whether it is over for good: while it is put back, Slurm calls it FAILED for a moment."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        put_back = self.text().count("DUE TO JOB REQUEUE")
-        if self.field("JobState") not in over or put_back == self.text().count(", start "):
+        if self.field("JobState") not in over:
             return False
         time.sleep(3)
         return self.field("JobState") in over

@@ -98,7 +98,7 @@ def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
     job.wait(lambda: job.step() >= 3)
     job.kill(3, signal.SIGUSR1)
     job.wait(lambda: job.starts() >= 2)
-    job.wait(job.over, 900)
+    job.wait(job.over, 1500)
     assert "done       all 200 steps" in job.text(), job.text()
     assert f"place      Grid Engine job {job.id}: process 0 of 4, coordinator n" in job.text()
     assert "process 3  n" in job.text()

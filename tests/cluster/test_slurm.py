@@ -15,7 +15,7 @@ from processes import ROOT, SMOOTH, assert_same_but_for_rounding, metrics
 from trainit.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
-STEPS = 300  # more than its time limit lets a job do at once
+STEPS = 240  # more than its time limit lets a job do at once
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm):
     job.wait(lambda: job.step() >= 3)
     slurm("scancel", "--signal=USR1", job.id)
     job.wait(lambda: int(job.field("Restarts")) >= 1)
-    job.wait(job.ended, 900)
+    job.wait(job.ended, 1500)
     assert job.field("JobState") == "COMPLETED", job.text()
     assert "processes: 4" in job.text()
     assert "process 3  n2" in job.text()

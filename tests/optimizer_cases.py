@@ -58,6 +58,39 @@ def by_path(tree) -> dict:
     }
 
 
+def flat(tree: dict) -> np.ndarray:
+    """All parameters as one vector."""
+    return np.concatenate([leaf.ravel() for leaf in by_path(tree).values()])
+
+
+def unflat(vector: np.ndarray, like: dict) -> dict:
+    """{path: array}"""
+    arrays = by_path(like)
+    ends = np.cumsum([leaf.size for leaf in arrays.values()])[:-1]
+    parts = np.split(vector, ends)
+    return {path: part.reshape(leaf.shape) for (path, leaf), part in zip(arrays.items(), parts, strict=True)}
+
+
+def decay_mask(tree: dict) -> np.ndarray:
+    """Of `flat`: where weights decay."""
+    return np.concatenate([np.full(leaf.size, decays(path)) for path, leaf in by_path(tree).items()])
+
+
+class Adam:
+    """Kingma & Ba 2014, algorithm 1, of one array; `square` is what the second moment averages."""
+
+    def __init__(self, beta1, beta2, eps):
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.m = self.v = self.t = 0
+
+    def __call__(self, g, square=None):
+        self.t += 1
+        self.m = self.beta1 * self.m + (1 - self.beta1) * g
+        self.v = self.beta2 * self.v + (1 - self.beta2) * (g**2 if square is None else square)
+        mean, square = self.m / (1 - self.beta1**self.t), self.v / (1 - self.beta2**self.t)
+        return mean / (np.sqrt(square) + self.eps)
+
+
 def draw(shapes: dict, seed: int, scale: float = 1.0) -> dict:
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda s: (scale * rng.standard_normal(s.shape)).astype(np.float32), shapes)

@@ -10,26 +10,20 @@ from optimizer_cases import (
     build,
     by_path,
     compare,
+    decay_mask,
     decays,
     draw,
     draw_gradients,
+    flat,
     run,
     some_shapes,
+    unflat,
 )
 
-from trainit.optimizers import _online
+from trainit.config import choose, defaults, resolve
+from trainit.optimizers import _online, choices
 
 PLAIN = {"random_scaling": "none"}
-
-
-def flat(tree: dict) -> np.ndarray:
-    return np.concatenate([leaf.ravel() for leaf in by_path(tree).values()])
-
-
-def unflat(vector: np.ndarray, like: dict) -> dict:
-    arrays = by_path(like)
-    parts = np.split(vector, np.cumsum([leaf.size for leaf in arrays.values()])[:-1])
-    return {path: part.reshape(leaf.shape) for (path, leaf), part in zip(arrays.items(), parts, strict=True)}
 
 
 def check(name: str, changes: dict, learner, scaled: bool = False, rtol: float = 1e-4, late: int = 0):
@@ -40,7 +34,7 @@ def check(name: str, changes: dict, learner, scaled: bool = False, rtol: float =
     shapes = some_shapes()
     parameters, gradients = draw(shapes, 41), draw_gradients(shapes)
     got = run(build(name, PLAIN | changes, 0.3, 40.0), parameters, gradients)
-    mask = np.concatenate([np.full(leaf.size, decays(path)) for path, leaf in by_path(parameters).items()])
+    mask = decay_mask(parameters)
     x, expected = flat(parameters), []
     for step, gradient in zip(STEPS, map(flat, gradients), strict=True):
         rate = RATES[step]
@@ -80,7 +74,7 @@ def test_ogd_with_mirror_descent():
         point = 0.9 * (point / rate - g) / (1 / rate + 3.0)
         return point
 
-    check("ogd_md", {"beta": 0.9, "mu": 3.0}, learner)
+    check("ogd_md", {"discount": 0.9, "mu": 3.0}, learner)
 
 
 @pytest.mark.parametrize("radius", [0.0, 1.5])
@@ -92,7 +86,7 @@ def test_ftrl(radius):
         losses = sum(0.8**age * g for age, g in enumerate(reversed(seen)))
         return into_ball(-rate * losses, radius)
 
-    check("ftrl", {"beta": 0.8, "radius": radius}, learner)
+    check("ftrl", {"discount": 0.8, "radius": radius}, learner)
 
 
 def test_adaptive_ftrl_is_the_leader_of_growing_losses():
@@ -203,7 +197,7 @@ def test_blackbox(magnitude, beta):
         w = -mean / np.linalg.norm(mean)
         return z * w
 
-    fields = {"magnitude": magnitude, "eps": 0.3, "lipschitz": 50.0, "beta": beta, "regularization": 0.2}
+    fields = {"magnitude": magnitude, "eps": 0.3, "lipschitz": 50.0, "discount": beta, "regularization": 0.2}
     check("blackbox", fields, learner, scaled=True, rtol=1e-3, late=1)
 
 
@@ -236,7 +230,7 @@ def test_normalized_blackbox(per_layer):
             point[part] = sign(totals[i]) * z * past[part] / np.linalg.norm(past[part])
         return point
 
-    fields = {"eps": 0.3, "lipschitz": 20.0, "beta": 0.8, "regularization": 0.2, "per_layer": per_layer}
+    fields = {"eps": 0.3, "lipschitz": 20.0, "discount": 0.8, "regularization": 0.2, "per_layer": per_layer}
     check("normalized_blackbox", fields, learner, scaled=True, rtol=1e-3)
 
 
@@ -257,7 +251,7 @@ def test_imperfect_hints():
         hint = g / np.linalg.norm(g)
         return leader - (1 - leader @ leader) / (2 * np.sqrt(trust)) * hint
 
-    check("imperfect_hints", {"mu": 2.0, "beta": 0.9}, learner, scaled=True)
+    check("imperfect_hints", {"mu": 2.0, "discount": 0.9}, learner, scaled=True)
 
 
 @pytest.mark.parametrize("scaling", ["exponential", "uniform"])
@@ -266,7 +260,7 @@ def test_random_scaling(scaling, weighs):
     """All of a change is multiplied by one factor; of the uniform one, the next gradient by 2 less it."""
     shapes = some_shapes()
     gradients = draw_gradients(shapes)
-    fields = {"random_scaling": scaling, "importance_sampling": weighs, "beta": 0.5, "mu": 0.0}
+    fields = {"random_scaling": scaling, "importance_sampling": weighs, "discount": 0.5, "mu": 0.0}
     got = run(build("ogd_md", fields), draw(shapes, 42), gradients)
     point, weight, factors = 0.0, 1.0, []
     for step, update, gradient in zip(STEPS, map(flat, got), map(flat, gradients), strict=True):
@@ -298,7 +292,7 @@ def test_factors_are_of_mean_one(scaling, variance):
             "random_scaling='normal' is none of none, exponential, uniform",
         ),
         ("ogd", {"radius": -1.0}, "radius=-1.0 must not be below 0"),
-        ("ogd_md", {"beta": 0.0}, r"beta=0.0 must lie in \(0, 1\]"),
+        ("ogd_md", {"discount": 0.0}, r"discount=0.0 must lie in \(0, 1\]"),
         ("ada_ftrl", {"scale_exponential": True}, "grows without bound for beta2=0.999 above beta1.2=0.81"),
         ("kt_bettor", {"lipschitz": 0.0}, "lipschitz=0.0 must be above 0"),
         ("mirror_descent", {"num_grids": 0}, "num_grids=0 must be above 0"),
@@ -308,3 +302,12 @@ def test_factors_are_of_mean_one(scaling, variance):
 def test_what_they_refuse(name, changes, message):
     with pytest.raises(ValueError, match=message):
         build(name, changes)
+
+
+@pytest.mark.parametrize("name", ["ogd_md", "ftrl", "imperfect_hints", "blackbox", "normalized_blackbox"])
+def test_a_discount_of_1_is_a_config(name):
+    """Unlike a beta, whose name alone keeps it below 1."""
+    config = choose(defaults(), f"optimizer={name}", optimizer=choices())
+    config.optimizer.discount = 1.0
+    assert resolve(config, 257).optimizer.discount == 1.0
+    build(name, {"discount": 1.0})

@@ -59,8 +59,8 @@ def _load(name: str):
         require(
             wrapper in there, f"optimizer={name}: unknown wrapper {wrapper!r}: there are {', '.join(there)}"
         )
-        _load(base)  # which must be there, too
-        return _Wrapped(wrapper, importlib.import_module(f"{wrappers.__name__}.{wrapper}"), base)
+        module = importlib.import_module(f"{wrappers.__name__}.{wrapper}")
+        return _Wrapped(wrapper, module, base, _load(base))
     if name.endswith(".py"):
         return _own.load(name)
     if name.startswith("optax."):
@@ -77,6 +77,7 @@ class _Wrapped:
     wrapper: str
     module: ModuleType
     base: str
+    loaded: Any  # the other's two functions
 
     def get_config(self) -> ConfigDict:
         return self.module.get_config(_config(self.base))
@@ -86,7 +87,7 @@ class _Wrapped:
         base = Config(own | {"name": self.base})
 
         def make_base(context: Context) -> optax.GradientTransformationExtraArgs:
-            return optax.with_extra_args_support(_load(self.base).make(base, context))
+            return optax.with_extra_args_support(self.loaded.make(base, context))
 
         return self.module.wrap(config[self.wrapper], context, make_base)
 

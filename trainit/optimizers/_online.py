@@ -117,7 +117,12 @@ def unit(tree: dict) -> dict:
     return jax.tree.map(lambda x: inverse * x, tree)
 
 
-def check_not_below_0(config, *fields: str):
-    """Raises ConfigError if one of the fields is negative."""
-    for field in fields:
-        require(config[field] >= 0, f"optimizer.{field}={config[field]} must not be below 0")
+def check_discount(config):
+    """Raises ConfigError if the field `discount`, which unlike a beta may be 1, is out of bounds."""
+    require(0 < config.discount <= 1, f"optimizer.discount={config.discount} must lie in (0, 1]")
+
+
+def mean_weights(config) -> tuple[float, float]:
+    """What the past and a new gradient weigh in their mean; of discount 1 in their sum."""
+    check_discount(config)
+    return (config.discount, 1 - config.discount) if config.discount < 1 else (1.0, 1.0)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from trainit.config import require
 from trainit.metrics import inner
 from trainit.optimizers import _online, kt_bettor, mirror_descent
+from trainit.optimizers._bounds import above_0, not_below_0
 
 MAGNITUDES = {"kt_bettor": kt_bettor.bettor, "mirror_descent": mirror_descent.learner}
 
@@ -22,7 +23,7 @@ def get_config() -> ConfigDict:
     config.magnitude = "kt_bettor"  # learner of the length: kt_bettor, mirror_descent
     config.eps = 1.0  # its wealth or scale before any gradient is seen; > 0
     config.lipschitz = 10.0  # bound G of its gradients, to which larger ones are clipped; > 0
-    config.beta = 0.9  # decay of the mean gradient that gives the direction; 1: the sum; in (0, 1]
+    config.discount = 0.9  # decay of the mean gradient that gives the direction; 1: the sum; in (0, 1]
     config.regularization = 0.0  # lambda: adds lambda/2 |Delta|^2 to each loss; >= 0
     return config
 
@@ -36,8 +37,8 @@ class BlackboxState(NamedTuple):
 def make(config, context):
     """Delta = z w: w the unit vector of the leader, z of the magnitude's learner for gradients <g, w>."""
     magnitude = magnitude_learner(config)
-    _online.check_not_below_0(config, "regularization")
-    beta = config.beta
+    not_below_0(config, "regularization")
+    keep, add = _online.mean_weights(config)
 
     def init(params) -> BlackboxState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -48,7 +49,6 @@ def make(config, context):
         pull = config.regularization * z
         along = inner(gradients, w) + pull
         length, of_magnitude = magnitude.update(along, state.magnitude, rate=rate)
-        keep, add = (1.0, 1.0) if beta == 1 else (beta, 1 - beta)
         leader = jax.tree.map(lambda m, g, w: keep * m - add * (g + pull * w), state.leader, gradients, w)
         point = jax.tree.map(lambda u: length * u, _online.unit(leader))
         return point, BlackboxState(of_magnitude, length, leader)
@@ -62,7 +62,5 @@ def magnitude_learner(config) -> _online.Learner:
         config.magnitude in MAGNITUDES,
         f"optimizer.magnitude={config.magnitude!r} is none of {', '.join(MAGNITUDES)}",
     )
-    for field in ("eps", "lipschitz"):
-        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
-    require(0 < config.beta <= 1, f"optimizer.beta={config.beta} must lie in (0, 1]")
+    above_0(config, "eps", "lipschitz")
     return MAGNITUDES[config.magnitude](config.eps, config.lipschitz)

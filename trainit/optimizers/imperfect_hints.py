@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from trainit.config import require
 from trainit.metrics import inner
 from trainit.optimizers import _online
+from trainit.optimizers._bounds import not_below_0
 
 
 def get_config() -> ConfigDict:
     config = _online.get_config("imperfect_hints", learning_rate=0.1)
     config.mu = 1.0  # strength of the losses' curvature that hints bring; >= 0
-    config.beta = 0.95  # discount of the past; in (0, 1]
+    config.discount = 0.95  # discount of the past; in (0, 1]
     return config
 
 
@@ -35,9 +35,9 @@ def make(config, context):
 
     y is -sum(g) / (sum(sigma) + root of sum(|g|^2)), in the unit ball.
     """
-    _online.check_not_below_0(config, "mu")
-    require(0 < config.beta <= 1, f"optimizer.beta={config.beta} must lie in (0, 1]")
-    beta = config.beta
+    not_below_0(config, "mu")
+    _online.check_discount(config)
+    discount = config.discount
 
     def init(params) -> HintState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -46,10 +46,10 @@ def make(config, context):
     def update(gradients, state: HintState, rate):
         del rate
         along = inner(gradients, state.hint)
-        curvature = beta * state.curvature + config.mu * jnp.abs(along) / jnp.sqrt(state.trust)
+        curvature = discount * state.curvature + config.mu * jnp.abs(along) / jnp.sqrt(state.trust)
         trust = state.trust + jnp.maximum(-along, 0.0)
-        squares = beta**2 * state.squares + inner(gradients, gradients)
-        total = jax.tree.map(lambda s, g: beta * s + g, state.total, gradients)
+        squares = discount**2 * state.squares + inner(gradients, gradients)
+        total = jax.tree.map(lambda s, g: discount * s + g, state.total, gradients)
         weight = jnp.maximum(curvature + jnp.sqrt(squares), jnp.finfo(jnp.float32).tiny)
         leader = _online.project(jax.tree.map(lambda s: -s / weight, total), 1.0)
         hint = _online.unit(gradients)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.config import require
 from trainit.metrics import inner
+from trainit.optimizers._bounds import above_0, not_below_0
 from trainit.optimizers._moments import scale_by_moments
 
 
@@ -40,9 +40,8 @@ def make(config, context) -> optax.GradientTransformation:
 
     In a jump x moves to x + d x/|x|, where d is Adam's step for the gradient <g, x/|x|> of the length.
     """
-    for field in ("normal_steps", "jump_steps"):
-        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
-    require(config.jump_rate >= 0, f"optimizer.jump_rate={config.jump_rate} must not be below 0")
+    above_0(config, "normal_steps", "jump_steps")
+    not_below_0(config, "jump_rate")
     adam = scale_by_moments(config.beta1, config.beta2, config.eps)
     decay = context.decay()
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from trainit.config import require
 from trainit.optimizers import _online
+from trainit.optimizers._bounds import above_0
 
 
 def get_config() -> ConfigDict:
@@ -54,6 +54,6 @@ def bettor(eps: float, lipschitz: float) -> _online.Learner:
 
 def make(config, context):
     """The learning rate multiplies the point: 1 leaves it as it is."""
-    require(config.lipschitz > 0, f"optimizer.lipschitz={config.lipschitz} must be above 0")
+    above_0(config, "lipschitz")
     learner = bettor(config.eps, config.lipschitz)
     return _online.to_optimizer(learner, config, context, scaled=True)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from trainit import sharding
 from trainit.config import require
+from trainit.optimizers._bounds import above_0, not_below_0
 from trainit.optimizers._moments import map_layers, norm, scale_by_moments
 from trainit.optimizers._orthogonal import orthogonalize, spectral_norm
 from trainit.sharding import matrix_shape
@@ -78,8 +79,7 @@ def make(config, context) -> optax.GradientTransformation:
         config.ns_precision in ("bfloat16", "float32"),
         f"optimizer.ns_precision={config.ns_precision!r} is none of 'bfloat16', 'float32'",
     )
-    for field in ("ns_steps", "scale_floor"):
-        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
+    above_0(config, "ns_steps", "scale_floor")
     directions = {name: _direction(name, config, context) for name in KINDS}
     direction = optax.partition(directions, context.by_path(lambda path, _: kind(path)))
     offset = _add_mean(config.offset_beta) if config.offset_beta else optax.identity()
@@ -91,7 +91,7 @@ def _direction(name: str, config, context) -> optax.GradientTransformation:
     for field, choices in (("normalize", NORMALIZE), ("scale", SCALE)):
         known = ", ".join(choices)
         require(c[field] in choices, f"optimizer.{name}.{field}={c[field]!r} is none of {known}")
-    require(c.rate >= 0, f"optimizer.{name}.rate={c.rate} must not be below 0")
+    not_below_0(c, "rate", within=f"optimizer.{name}")
     power, flat = c.scale_power, name in ("attention_bias", "scale", "bias")
     for field, matrices_only in (("normalize", "ns"), ("scale", "op")):
         require(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.config import require
+from trainit.optimizers._bounds import not_below_0
 from trainit.optimizers._moments import scale_by_moments
 
 
@@ -37,7 +37,7 @@ def make(config, context) -> optax.GradientTransformation:
 
     g_last is the last step's gradient, or exactly that of this batch at the last step's parameters.
     """
-    require(config.gamma >= 0, f"optimizer.gamma={config.gamma} must not be below 0")
+    not_below_0(config, "gamma")
     moments = scale_by_moments(config.beta1, config.beta2, config.eps)
     factor = config.gamma * config.beta1 / (1 - config.beta1)
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.config import require
 from trainit.metrics import inner
 from trainit.optimizers import _online
+from trainit.optimizers._bounds import above_0
 
 
 def get_config() -> ConfigDict:
@@ -69,7 +69,6 @@ def learner(eps: float, lipschitz: float, num_grids: int = 1) -> _online.Learner
 
 def make(config, context):
     """The learning rate multiplies the point: 1 leaves it as it is."""
-    for field in ("eps", "lipschitz", "num_grids"):
-        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
+    above_0(config, "eps", "lipschitz", "num_grids")
     whole = learner(config.eps, config.lipschitz, config.num_grids)
     return _online.to_optimizer(whole, config, context, scaled=True)

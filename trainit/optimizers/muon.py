@@ -4,6 +4,7 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
+from trainit.optimizers._bounds import above_0, not_below_0
 from trainit.optimizers._moments import scale_by_laprop, scale_by_moments
 from trainit.optimizers._orthogonal import scale_by_newton_schulz
 
@@ -38,8 +39,8 @@ def by_kind(config, context, kinds: set[str]) -> optax.GradientTransformation:
         f"optimizer.ns_precision={config.ns_precision!r} is none of 'bfloat16', 'float32'",
     )
     require(config.rest in rests, f"optimizer.rest={config.rest!r} is none of 'adamw', 'laprop'")
-    require(config.ns_steps > 0, f"optimizer.ns_steps={config.ns_steps} must be above 0")
-    require(config.rest_rate >= 0, f"optimizer.rest_rate={config.rest_rate} must not be below 0")
+    above_0(config, "ns_steps")
+    not_below_0(config, "rest_rate")
     muon = optax.chain(
         optax.trace(config.momentum, config.nesterov),
         scale_by_newton_schulz(

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.config import require
 from trainit.metrics import inner
 from trainit.optimizers import _online, kt_bettor
+from trainit.optimizers._bounds import above_0, not_below_0
 from trainit.optimizers._moments import map_layers
 
 
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config = _online.get_config("normalized_blackbox", learning_rate=1.0)
     config.eps = 1.0  # the bettor's wealth at the beginning, of each length; > 0
     config.lipschitz = 10.0  # bound G of its gradients, to which larger ones are clipped; > 0
-    config.beta = 0.9  # decay of the mean gradient that gives the direction; 1: the sum; in (0, 1]
+    config.discount = 0.9  # decay of the mean gradient that gives the direction; 1: the sum; in (0, 1]
     config.regularization = 0.0  # lambda: adds lambda/2 |Delta|^2 to each loss; >= 0
     config.per_layer = False  # a length for each array of each layer, or one for all parameters
     return config
@@ -36,44 +36,40 @@ class NormalizedState(NamedTuple):
 
 def make(config, context):
     """Delta = sign(sum s) z G / |G|: G of past gradients, z the bettor's for s = sign(sum s) <g, G / |G|>."""
-    for field in ("eps", "lipschitz"):
-        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
-    _online.check_not_below_0(config, "regularization")
-    require(0 < config.beta <= 1, f"optimizer.beta={config.beta} must lie in (0, 1]")
+    above_0(config, "eps", "lipschitz")
+    not_below_0(config, "regularization")
+    keep, add = _online.mean_weights(config)
     bettor = kt_bettor.bettor(config.eps, config.lipschitz)
-    keep, add = (1.0, 1.0) if config.beta == 1 else (config.beta, 1 - config.beta)
 
-    def lengths(function, one: dict, other: dict) -> dict:
-        """function(array, array) of each array of each layer, or the same of all together."""
+    def inners(one: dict, other: dict) -> dict:
+        """The inner product of each array of each layer, or that of all together for each."""
         if config.per_layer:
-            return map_layers(lambda path, a, b: function(a, b).reshape([1] * a.ndim), one, other)
-        whole = function(one, other)
+            return map_layers(lambda path, a, b: inner(a, b).reshape([1] * a.ndim), one, other)
+        whole = inner(one, other)
         return jax.tree.map(lambda a: whole.reshape([1] * a.ndim), one)
+
+    def units(tree: dict) -> dict:
+        """The tree divided by its norms; 0 where these are."""
+        tiny = jnp.finfo(jnp.float32).tiny
+        return jax.tree.map(
+            lambda x, square: x / jnp.maximum(jnp.sqrt(square), tiny), tree, inners(tree, tree)
+        )
 
     def init(params) -> NormalizedState:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        scalars = lengths(inner, zeros, zeros)
+        scalars = inners(zeros, zeros)
         return NormalizedState(bettor.init(scalars), scalars, zeros, zeros)
 
     def update(gradients, state: NormalizedState, rate):
         g = jax.tree.map(lambda g, d: g + config.regularization * d, gradients, state.point)
-        seen = lengths(inner, state.past, state.past)
+        seen = inners(state.past, state.past)
         direction = jax.tree.map(lambda p, g, n: jnp.where(n > 0, p, g), state.past, g, seen)
-        size = lengths(lambda a, b: jnp.sqrt(inner(a, b)), direction, direction)
-        tiny = jnp.finfo(jnp.float32).tiny
-        s = jax.tree.map(
-            lambda product, size, total: _sign(total) * product / jnp.maximum(size, tiny),
-            lengths(inner, g, direction),
-            size,
-            state.total,
-        )
+        along = inners(g, units(direction))
+        s = jax.tree.map(lambda total, product: _sign(total) * product, state.total, along)
         z, of_bettor = bettor.update(s, state.bettor, rate=rate)
         total = jax.tree.map(jnp.add, state.total, s)
         past = jax.tree.map(lambda p, g: keep * p + add * g, state.past, g)
-        size = lengths(lambda a, b: jnp.sqrt(inner(a, b)), past, past)
-        point = jax.tree.map(
-            lambda p, z, total, size: _sign(total) * z * p / jnp.maximum(size, tiny), past, z, total, size
-        )
+        point = jax.tree.map(lambda total, z, unit: _sign(total) * z * unit, total, z, units(past))
         return point, NormalizedState(of_bettor, total, past, point)
 
     return _online.to_optimizer(_online.stateful(init, update), config, context, scaled=True)

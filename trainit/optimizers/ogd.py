@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from trainit.optimizers import _online
+from trainit.optimizers._bounds import not_below_0
 
 
 def get_config() -> ConfigDict:
@@ -19,7 +20,7 @@ def make(config, context):
 
     With 1 - rate * shrinkage as momentum and no radius it is SGD with momentum.
     """
-    _online.check_not_below_0(config, "shrinkage", "radius")
+    not_below_0(config, "shrinkage", "radius")
 
     def update(gradients, point, rate):
         point = jax.tree.map(lambda d, g: d - rate * (g + config.shrinkage * d), point, gradients)

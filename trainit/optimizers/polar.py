@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.config import require
 from trainit.metrics import inner
+from trainit.optimizers._bounds import not_below_0
 from trainit.optimizers._moments import scale_by_moments
 
 
@@ -38,7 +38,7 @@ def make(config, context) -> optax.GradientTransformation:
 
     dw and dr are Adam's steps for the gradients r g and <g, w>.
     """
-    require(config.radius_rate >= 0, f"optimizer.radius_rate={config.radius_rate} must not be below 0")
+    not_below_0(config, "radius_rate")
     adam = scale_by_moments(config.beta1, config.beta2, config.eps)
 
     def init(params) -> PolarState:

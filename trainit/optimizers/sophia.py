@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.config import require
+from trainit.optimizers._bounds import above_0
 
 
 def get_config() -> ConfigDict:
@@ -37,8 +37,7 @@ def make(config, context) -> optax.GradientTransformation:
 
     z is drawn from the normal distribution; H z is the derivative of this batch's gradient along it.
     """
-    for field in ("gamma", "every_steps"):
-        require(config[field] > 0, f"optimizer.{field}={config[field]} must be above 0")
+    above_0(config, "gamma", "every_steps")
 
     def draw(params: dict, step) -> dict:
         key = jax.random.fold_in(jax.random.wrap_key_data(context.key), step)

@@ -7,7 +7,7 @@ import optax
 import optax.contrib
 from ml_collections import ConfigDict
 
-from trainit.config import require
+from trainit.optimizers._bounds import above_0, not_below_0
 
 
 def get_config(base: ConfigDict) -> ConfigDict:
@@ -24,9 +24,8 @@ def get_config(base: ConfigDict) -> ConfigDict:
 
 def wrap(config, context, make_base) -> optax.GradientTransformation:
     """x_0 + s times what the other optimizer has done until now, the scale s being learned."""
-    for field in ("start", "num_betas"):
-        require(config[field] > 0, f"optimizer.mechanic.{field}={config[field]} must be above 0")
-    require(config.decay >= 0, f"optimizer.mechanic.decay={config.decay} must not be below 0")
+    above_0(config, "start", "num_betas", within="optimizer.mechanic")
+    not_below_0(config, "decay", within="optimizer.mechanic")
     return optax.contrib.mechanize(
         make_base(context), config.decay, config.eps, config.start, config.num_betas
     )

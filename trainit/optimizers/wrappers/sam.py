@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.config import require
+from trainit.optimizers._bounds import above_0
 
 
 def get_config(base: ConfigDict) -> ConfigDict:
@@ -20,7 +20,7 @@ def get_config(base: ConfigDict) -> ConfigDict:
 
 def wrap(config, context, make_base) -> optax.GradientTransformation:
     """The other optimizer for the gradient at x + e, e = rho g / |g|; adaptive: rho x^2 g / |x g|."""
-    require(config.rho > 0, f"optimizer.sam.rho={config.rho} must be above 0")
+    above_0(config, "rho", within="optimizer.sam")
     base = make_base(context)
 
     def update(gradients, state, params, *, step, gradient_at, **extra_args):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from optimizer_cases import by_path, flat
 
 from trainit import config as config_lib
 from trainit import sharding, step
@@ -56,14 +57,6 @@ def loss_and_gradient(config):
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     return jax.jit(jax.value_and_grad(loss))
-
-
-def by_path(tree) -> dict[str, np.ndarray]:
-    return {sharding.path_name(p): np.asarray(x, np.float64) for p, x in jax.tree.leaves_with_path(tree)}
-
-
-def flat(tree) -> np.ndarray:
-    return np.concatenate([leaf.ravel() for leaf in by_path(tree).values()])
 
 
 def cosine(a, b) -> float:

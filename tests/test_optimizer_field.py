@@ -11,16 +11,19 @@ from optimizer_cases import (
     CURVATURE,
     RATES,
     STEPS,
+    Adam,
     build,
     by_path,
     compare,
-    decays,
+    decay_mask,
     draw,
     draw_gradients,
+    flat,
     jitted,
     numpy_updates,
     run,
     some_shapes,
+    unflat,
 )
 
 from trainit import config as config_lib
@@ -35,36 +38,11 @@ def inputs():
     return draw(some_shapes(), 51), draw_gradients(some_shapes())
 
 
-def flat(tree) -> np.ndarray:
-    return np.concatenate([leaf.ravel() for leaf in by_path(tree).values()])
-
-
-class Adam:
-    """Kingma & Ba 2014, algorithm 1, of one array; `square` is what the second moment averages."""
-
-    def __init__(self, beta1, beta2, eps):
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.m = self.v = self.t = 0
-
-    def __call__(self, g, square=None):
-        self.t += 1
-        self.m = self.beta1 * self.m + (1 - self.beta1) * g
-        self.v = self.beta2 * self.v + (1 - self.beta2) * (g**2 if square is None else square)
-        mean, square = self.m / (1 - self.beta1**self.t), self.v / (1 - self.beta2**self.t)
-        return mean / (np.sqrt(square) + self.eps)
-
-
-def unflat(vector: np.ndarray, like: dict) -> dict:
-    arrays = by_path(like)
-    parts = np.split(vector, np.cumsum([leaf.size for leaf in arrays.values()])[:-1])
-    return {path: part.reshape(leaf.shape) for (path, leaf), part in zip(arrays.items(), parts, strict=True)}
-
-
 @pytest.mark.parametrize("exact", [False, True])
 def test_mars(exact):
     parameters, gradients = inputs()
     got = run(build("mars", ADAM | {"gamma": 0.1, "exact": exact}, 0.3, 40.0), parameters, gradients)
-    mask = np.concatenate([np.full(leaf.size, decays(path)) for path, leaf in by_path(parameters).items()])
+    mask = decay_mask(parameters)
     x, adam, expected = flat(parameters), Adam(**ADAM), []
     before, last = x, 0.0
     for number, (at, tree) in enumerate(zip(STEPS, gradients, strict=True)):

@@ -5,47 +5,22 @@ import pytest
 from optimizer_cases import (
     RATES,
     STEPS,
+    Adam,
     build,
-    by_path,
     compare,
-    decays,
+    decay_mask,
     draw,
     draw_gradients,
+    flat,
     run,
     some_shapes,
+    unflat,
 )
-
-
-class Adam:
-    """Kingma & Ba 2014, algorithm 1, of one array."""
-
-    def __init__(self, beta1, beta2, eps):
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.m = self.v = self.t = 0
-
-    def __call__(self, g):
-        self.t += 1
-        self.m = self.beta1 * self.m + (1 - self.beta1) * g
-        self.v = self.beta2 * self.v + (1 - self.beta2) * g**2
-        mean, square = self.m / (1 - self.beta1**self.t), self.v / (1 - self.beta2**self.t)
-        return mean / (np.sqrt(square) + self.eps)
-
-
-def flat(tree: dict) -> np.ndarray:
-    return np.concatenate([leaf.ravel() for leaf in by_path(tree).values()])
 
 
 def clipped(gradient: dict) -> np.ndarray:
     g = flat(gradient)
     return g * min(1.0, 40.0 / np.linalg.norm(g))
-
-
-def unflat(vector: np.ndarray, like: dict) -> dict:
-    """{path: array}"""
-    arrays = by_path(like)
-    ends = np.cumsum([leaf.size for leaf in arrays.values()])[:-1]
-    parts = np.split(vector, ends)
-    return {path: part.reshape(leaf.shape) for (path, leaf), part in zip(arrays.items(), parts, strict=True)}
 
 
 FIELDS = {"beta1": 0.8, "beta2": 0.97, "eps": 1e-3}
@@ -72,7 +47,7 @@ def test_jump():
     parameters, gradients = draw(some_shapes(), 32), draw_gradients(some_shapes())
     fields = FIELDS | {"normal_steps": 2, "jump_steps": 2, "jump_rate": 3.0}
     got = run(build("jump", fields, 0.3, 40.0), parameters, gradients)
-    mask = np.concatenate([np.full(leaf.size, decays(path)) for path, leaf in by_path(parameters).items()])
+    mask = decay_mask(parameters)
     x, expected = flat(parameters), []
     for number, (step, g) in enumerate(zip(STEPS, map(clipped, gradients), strict=True)):
         if number in (0, 4):

@@ -86,22 +86,24 @@ def _seconds_to_first(path: str, tokens: int, first_row: int) -> float:
 
 def _cold_rates(path: str, tokens: int) -> tuple[float, float]:
     """Tokens per second from the disk: of the loader, and of the same rows read one after another."""
-    source, rates = _shuffled(path, tokens), []
-    row = np.empty(LOADER_LENGTH + 1, np.uint16)
+    row, rates = np.empty(LOADER_LENGTH + 1, np.uint16), []
 
-    def one_by_one(positions: np.ndarray):
+    def together(source: Ordered, positions: np.ndarray):
+        source.read(positions, LOADER_LENGTH)
+
+    def one_by_one(source: Ordered, positions: np.ndarray):
         for sequence in source.order(positions).tolist():
             source.split.copy(row, min(sequence * LOADER_LENGTH, tokens - len(row)))
 
-    for read in (lambda positions: source.read(positions, LOADER_LENGTH), one_by_one):
+    for read in (together, one_by_one):
+        source = _shuffled(path, tokens)  # anew, since pages that are mapped stay
         with Path(path).open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         start = time.perf_counter()
         for batch in range(20):
-            read(np.arange(batch * LOADER_BATCH, (batch + 1) * LOADER_BATCH))
+            read(source, np.arange(batch * LOADER_BATCH, (batch + 1) * LOADER_BATCH))
         rates.append(20 * LOADER_BATCH * LOADER_LENGTH / (time.perf_counter() - start))
-        source.split.__dict__.pop("_shards")  # mapped pages stay
     return tuple(rates)
 
 

@@ -58,7 +58,7 @@ def check(config: Config, parameters: dict, micro_steps: int):
         )
 
 
-def is_due(config: Config, step: int) -> bool:
+def is_due(config: Config, step: int | jax.Array) -> bool | jax.Array:
     """Whether this step, the first being 1, is measured."""
     return config.every_steps > 0 and step % config.every_steps == 0
 
@@ -128,7 +128,7 @@ def measure(
         shapes, _ = jax.eval_shape(measured)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), state["sums"]
 
-    values, sums = jax.lax.cond(step % config.every_steps == 0, measured, nothing)
+    values, sums = jax.lax.cond(is_due(config, step), measured, nothing)
     new = {"sums": sums, "last_gradient": now.gradients, "last_parameters": now.params}
     if "past_gradients" in state:
         new["past_gradients"] = jax.tree.map(jnp.add, state["past_gradients"], now.gradients)
@@ -189,9 +189,7 @@ def _cosine(a: dict, b: dict) -> jax.Array:
 def _norms(tree: dict, groupings: tuple[str, ...]) -> dict[str, jax.Array]:
     """{"l2": ..., "l1/matrix": ..., "max/layer_0": ...}: l1, l2, and max, the largest absolute value."""
     groups: dict[str, list] = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        name = sharding.path_name(path)
-        layers = leaf if sharding.is_stacked(name) else leaf[None]
+    for name, layers in _layers(tree):
         axes = tuple(range(1, layers.ndim))
         size = jnp.abs(layers)
         parts = jnp.sum(size * size, axes), jnp.sum(size, axes), jnp.max(size, axes)
@@ -205,17 +203,28 @@ def _norms(tree: dict, groupings: tuple[str, ...]) -> dict[str, jax.Array]:
     return values
 
 
+def _layers(tree: dict) -> Iterator[tuple[str, jax.Array]]:
+    """The path of each parameter and its layers (n, ...); of one that is not stacked, n is 1."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = sharding.path_name(path)
+        yield name, leaf if sharding.is_stacked(name) else leaf[None]
+
+
+def _end(path: str, layer: int) -> str:
+    """What ends the name of a metric of one parameter in one layer."""
+    return f"/{path}/{layer}" if sharding.is_stacked(path) else f"/{path}"
+
+
 def _groups(path: str, layers: int, groupings: tuple[str, ...]) -> Iterator[tuple[str, slice]]:
     """The groups to which layers of a parameter belong: the end of the metric's name, and which layers."""
     yield "", slice(None)
     if "kind" in groupings:
         yield f"/{sharding.kind(path)}", slice(None)
-    stacked = sharding.is_stacked(path)
     for layer in range(layers):
-        if "layer" in groupings and stacked:
+        if "layer" in groupings and sharding.is_stacked(path):
             yield f"/layer_{layer}", slice(layer, layer + 1)
         if "parameter" in groupings:
-            yield f"/{path}" + f"/{layer}" * stacked, slice(layer, layer + 1)
+            yield _end(path, layer), slice(layer, layer + 1)
 
 
 def _is_chosen(config: Config, path: str) -> bool:
@@ -228,12 +237,9 @@ def _spectra(config: Config, params: dict) -> dict[str, jax.Array]:
     The effective rank is exp of the entropy of the singular values over their sum: Roy & Vetterli 2007.
     """
     values = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
-        name = sharding.path_name(path)
+    for name, layers in _layers(params):
         if not _is_chosen(config, name):
             continue
-        stacked = sharding.is_stacked(name)
-        layers = leaf if stacked else leaf[None]
         shape = sharding.matrix_shape(name, layers.shape[1:])
 
         def one(matrix, shape=shape):
@@ -243,8 +249,8 @@ def _spectra(config: Config, params: dict) -> dict[str, jax.Array]:
 
         norms, ranks = jax.lax.map(one, layers)
         for layer in range(len(layers)):
-            end = name + f"/{layer}" * stacked
-            values[f"spectral/norm/{end}"], values[f"spectral/rank/{end}"] = norms[layer], ranks[layer]
+            end = _end(name, layer)
+            values[f"spectral/norm{end}"], values[f"spectral/rank{end}"] = norms[layer], ranks[layer]
     return values
 
 

@@ -119,11 +119,8 @@ def documents(
             file, line and reason.
         OSError: the file is gone.
     """
-    path, name, fields = (
-        Path(corpus.paths[file]),
-        corpus.names[file],
-        (corpus.text_field, corpus.subset_field),
-    )
+    path, name = Path(corpus.paths[file]), corpus.names[file]
+    fields = corpus.text_field, corpus.subset_field
     size = path.stat().st_size
     if size != corpus.sizes[file]:
         raise BrokenInputError(f"{name} has {size} bytes; when the run began it had {corpus.sizes[file]}")

@@ -21,11 +21,15 @@
 #   TRAINIT_ACTIVATE             what to run first on each host, as in "source ~/venv/bin/activate"
 #   TRAINIT_PROCESSES_PER_NODE   processes of a host, as in 1: one for all its GPUs
 #   TRAINIT_MODULE               what to run instead of trainit.main, as in trainit.doctor
+#   TRAINIT_ARRAY                folder in which a file for each task of an array job has its arguments
 #   TRAINIT_MARGIN               seconds before the time limit at which the run is to stop; 300
 #
 # Grid Engine passes variables on with: qsub -v TRAINIT_ACTIVATE="source ~/venv/bin/activate" ...
 set -uo pipefail
-work=$PWD/.trainit-$JOB_ID # all hosts see it
+[ -z "${TRAINIT_ARRAY:-}" ] || eval "set -- $(cat "$TRAINIT_ARRAY/$SGE_TASK_ID")"
+task=${SGE_TASK_ID/undefined/}
+me=$JOB_ID${task:+.$task}
+work=$PWD/.trainit-$me # all hosts see it
 rm -rf "$work"
 mkdir "$work" || exit 1
 trap 'rm -rf "$work"' EXIT
@@ -41,8 +45,8 @@ here=${TRAINIT_PROCESSES_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 hosts=("$HOSTNAME")
 # A host may stand there in several lines, one for each queue.
 [ -z "${PE_HOSTFILE:-}" ] || mapfile -t hosts < <(awk 'NF && !seen[$1]++ { print $1 }' "$PE_HOSTFILE")
-export TRAINIT_JOB="Grid Engine job $JOB_ID" TRAINIT_NUM_PROCESSES=$((${#hosts[@]} * here))
-export TRAINIT_LOCAL_PROCESSES=$here TRAINIT_COORDINATOR=${hosts[0]}:$((61440 + JOB_ID % 4096))
+export TRAINIT_JOB="Grid Engine job $me" TRAINIT_NUM_PROCESSES=$((${#hosts[@]} * here))
+export TRAINIT_LOCAL_PROCESSES=$here TRAINIT_COORDINATOR=${hosts[0]}:$((61440 + (JOB_ID + ${task:-0}) % 4096))
 # Schedulers lose exit codes; what counts is what the processes leave here: see trainit/main.py.
 export TRAINIT_MARKER=$work/marker
 # What is asked of Grid Engine too late is ignored: the run is to stop by itself, in good time.
@@ -92,7 +96,7 @@ done
 [ -z "${watch:-}" ] || kill "$watch" 2>/dev/null
 HOST
 
-echo "$(date '+%F %T') job $JOB_ID, start ${RESTARTED:-0}, $here processes on each of ${hosts[*]}"
+echo "$(date '+%F %T') job $me, start ${RESTARTED:-0}, $here processes on each of ${hosts[*]}"
 calls=()
 for i in "${!hosts[@]}"; do
   part=(/bin/bash "$work/host.sh" "$work" $((i * here)) "$PWD")
@@ -133,6 +137,6 @@ done
 echo "$(date '+%F %T') ended with $worst${ended:+ after it was told to end}"
 if [ "$worst" = 75 ] && [ -e "$TRAINIT_MARKER" ] && [ ! -e "$TRAINIT_MARKER.failed" ] && [ -z "$ended" ]; then
   # After exit code 99, a job of several hosts may be kept off those that it had before.
-  [ ${#hosts[@]} -gt 1 ] && qresub "$JOB_ID" || worst=99
+  [ ${#hosts[@]} -gt 1 ] && qresub "$me" || worst=99
 fi
 exit "$worst"

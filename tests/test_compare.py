@@ -1,56 +1,239 @@
-"""Reading run folders and drawing their curves."""
+"""Run folders read and put together, what is said of them, and how it is shown."""
 
 import json
+import math
+import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 from processes import ROOT
+from scipy import stats
 
-from trainit import compare
+from trainit.compare import measures, report, runs
+from trainit.compare.__main__ import compare
+from trainit.config import ConfigError
 
-
-@pytest.fixture
-def run_folder(tmp_path):
-    lines = ['{"step": 0, "tokens": 0, "valid/loss": 5.0, "valid/bits_per_byte": 2.0}']
-    for n in range(1, 10):
-        rate = {"throughput/tokens_per_second": 100 + n}
-        lines.append(json.dumps({"step": n, "tokens": 8 * n, "train/loss": 5 / n} | rate))
-    lines += ['{"step": 10, "tokens": 80, "train/loss": null, "valid/loss": 4.0, "valid/bits_per_byte": 1.5}']
-    lines += ['{"step": 11, "tok']  # a crash in the middle of a line
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    return tmp_path
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_series_has_the_finite_points(run_folder):
-    records = compare.read_metrics(run_folder)
-    assert [r["step"] for r in records] == list(range(11))
-    assert compare.series(records, "step", "train/loss")[0] == list(range(1, 10))
-    assert compare.series(records, "tokens", "valid/loss") == ([0, 80], [5.0, 4.0])
+def write(folder, losses, seconds=0.5, steps=None, **config):
+    """A run that validates every 10 steps with these losses, and trains one loss lower."""
+    folder.mkdir(parents=True)
+    fields = {"name": "adamw", "learning_rate": 0.01} | config
+    seed = fields.pop("seed", 1)
+    top = {name: fields.pop(name) for name in ("batch_size", "mesh") if name in fields}
+    end = 10 * (len(losses) - 1)
+    about = {"seed": seed, "steps": steps or end, "optimizer": fields, **top}
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "run.json").write_text(
+        json.dumps({"flops_per_token": 6.0, "optimizer_bytes": 2**20, "devices": "1 × cpu", "versions": "T"})
+    )
+    records = []
+    for step in range(end + 1):
+        record = {"step": step, "tokens": 8 * step}
+        if step:
+            record |= {"train/loss": 4.0 - step / 100, "throughput/tokens_per_second": 16.0}
+        if step % 10 == 0:
+            record |= {"valid/loss": losses[step // 10], "valid/bits_per_byte": 1.5}
+        if step > 1 and step % 10 != 1:  # the first steps of all, and behind a validation, are not timed
+            record["time/step_seconds"] = seconds
+        records.append(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("\n".join(records) + '\n{"step": 11, "tok')  # a crash in a line
+    return runs.read(folder)
+
+
+def test_curves_have_the_finite_points(tmp_path):
+    run = write(tmp_path / "a", [5.0, None, 3.0], seconds=0.25)
+    assert run.curve("step", "valid/loss") == ([0, 20], [5.0, 3.0])
+    assert run.curve("tokens", "valid/loss")[0] == [0, 160]
+    assert run.curve("flops", "valid/loss")[0] == [0, 960]
+    assert run.curve("seconds", "valid/loss")[0] == [0, 5.0]  # what was not timed counts as usual
+    assert run.curve("step", "train/loss")[0] == list(range(1, 21))
+    assert (run.finished, run.final) == (True, 3.0)
+
+
+def test_seconds_between_lines_that_are_not_logged(tmp_path):
+    lines = [{"step": 0, "tokens": 0}, {"step": 1, "tokens": 8}]
+    lines += [{"step": n, "tokens": 8 * n, "time/step_seconds": 2.0} for n in (4, 8)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert runs.read(tmp_path).seconds() == [0, 2, 8, 16]
+
+
+def test_what_did_not_end_has_failed(tmp_path):
+    assert math.isinf(write(tmp_path / "a", [5.0, 4.0], steps=50).final)
+    assert math.isinf(write(tmp_path / "b", [5.0, None]).final)
+    assert report.unfinished(runs.find([tmp_path]))[0].endswith(
+        "a: ended at step 10 of 50; counted as failed"
+    )
+
+
+def test_runs_are_put_together_by_what_they_mean(tmp_path):
+    """By seed, by rate, by optimizer and its fields; where it ran tells nothing apart."""
+    for rate in (0.01, 0.02):
+        for seed in (1, 2):
+            write(tmp_path / f"adamw{rate}{seed}", [5, 4 + rate], learning_rate=rate, seed=seed, b1=0.9)
+    write(tmp_path / "other mesh", [5, 4], learning_rate=0.01, seed=3, b1=0.9, mesh={"data": 8})
+    write(tmp_path / "beta", [5, 4], learning_rate=0.01, b1=0.95)
+    write(tmp_path / "sgdm", [5, 4], learning_rate=1.0, name="sgdm", momentum=0.9)
+    methods = {m.name: m for m in runs.group(runs.find([tmp_path]))}
+    assert set(methods) == {"adamw, b1 0.9", "adamw, b1 0.95", "sgdm"}
+    settings = methods["adamw, b1 0.9"].settings
+    assert [(s.rate, sorted(r.seed for r in s.runs)) for s in settings] == [(0.01, [1, 2, 3]), (0.02, [1, 2])]
+    assert methods["adamw, b1 0.9"].best.rate == 0.01
+    assert settings[1].name == "adamw, b1 0.9, learning_rate 0.02"
+
+
+def test_what_chose_a_rate_does_not_judge_it(tmp_path):
+    """The tuning seed's loss decides between rates, and is left out of the mean."""
+    for rate, lucky, other in ((0.01, 3.0, 3.6), (0.02, 3.1, 3.5)):
+        write(tmp_path / f"{rate}0", [5, lucky], learning_rate=rate, seed=0)
+        write(tmp_path / f"{rate}1", [5, other], learning_rate=rate, seed=1)
+    (method,) = runs.group(runs.find([tmp_path]), tuning_seeds=[0])
+    assert method.best.rate == 0.01
+    assert method.best.finals == {1: 3.6}
+    (method,) = runs.group(runs.find([tmp_path]))
+    assert method.best.rate in (0.01, 0.02)
+    assert method.best.finals == {0: 3.0, 1: 3.6} or method.best.finals == {0: 3.1, 1: 3.5}
+
+
+def test_the_same_run_twice_is_two(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, [5, 4])
+    assert [m.name for m in runs.group(runs.find([tmp_path]))] == [str(tmp_path / name) for name in "ab"]
+
+
+def test_interval_of_a_mean():
+    values = np.random.default_rng(0).normal(3, 0.1, 5)
+    result = measures.mean(list(values))
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose([result.value, result.low, result.high], [values.mean(), low, high])
+    assert math.isnan(measures.mean([3.0]).low)
+
+
+@pytest.mark.parametrize("seeds", [(1, 2, 3, 4), (5, 6, 7)])
+def test_difference_is_paired_by_seed_or_after_welch(seeds):
+    draw = np.random.default_rng(1)
+    a = dict(zip((1, 2, 3, 4), draw.normal(3, 0.1, 4), strict=True))
+    b = dict(zip(seeds, draw.normal(3.1, 0.3, len(seeds)), strict=True))
+    result = measures.difference(a, b)
+    x, y = list(a.values()), list(b.values())
+    oracle = stats.ttest_rel(x, y) if len(x) == len(y) else stats.ttest_ind(x, y, equal_var=False)
+    low, high = oracle.confidence_interval(0.95)
+    np.testing.assert_allclose([result.low, result.high, result.p], [low, high, oracle.pvalue])
+    np.testing.assert_allclose(result.value, np.mean(x) - np.mean(y))
+
+
+def test_speed_up_is_a_ratio_of_geometric_means():
+    base, fast = {1: 100.0, 2: 110.0, 3: 120.0}, {1: 52.0, 2: 54.0, 3: 60.0}
+    result = measures.speed_up(base, fast)
+    oracle = stats.ttest_rel(np.log(list(base.values())), np.log(list(fast.values())))
+    low, high = np.exp(oracle.confidence_interval(0.95))
+    np.testing.assert_allclose(
+        result.value, stats.gmean(list(base.values())) / stats.gmean(list(fast.values()))
+    )
+    np.testing.assert_allclose([result.low, result.high, result.p], [low, high, oracle.pvalue])
+
+
+def test_cost_to_a_loss_lies_on_the_line_between_validations(tmp_path):
+    run = write(tmp_path / "a", [6.0, 5.0, 4.0, 4.5, 3.0])
+    assert measures.cost(run, 4.25, "step") == pytest.approx(17.5)  # the first time, although it rises again
+    assert measures.cost(run, 4.25, "tokens") == pytest.approx(140)
+    assert measures.cost(run, 4.25, "seconds") == pytest.approx(8.75)
+    assert measures.cost(run, 6.0, "step") == 0
+    assert measures.cost(run, 2.9, "step") is None
+
+
+def test_how_wide_the_valley_of_rates_is(tmp_path):
+    """Losses 1 + log2(rate / 8)^2 / 100 at powers of two, of which the tops lie between the ones tried."""
+    for power in range(6):
+        rate = 2.0**power
+        write(tmp_path / str(power), [5, 1 + (power - 3) ** 2 / 50], learning_rate=rate)
+    (method,) = runs.group(runs.find([tmp_path]))
+    low, high, low_open, high_open = measures.nearly_best(method)
+    # 1 % above the best is half-way, on a straight line, to the neighbours at 2 %.
+    np.testing.assert_allclose([low, high], [2**2.5, 2**3.5])
+    assert (low_open, high_open, measures.at_edge(method)) == (False, False, False)
+    write(tmp_path / "6", [5, 0.9], learning_rate=64.0)
+    (method,) = runs.group(runs.find([tmp_path]))
+    assert measures.at_edge(method)
+    assert measures.nearly_best(method)[3]
 
 
 def test_smooth_is_the_weighted_mean():
     values = np.random.default_rng(0).normal(size=50)
     weights = 0.9 ** np.arange(50)
     expected = [np.average(values[: n + 1][::-1], weights=weights[: n + 1]) for n in range(50)]
-    np.testing.assert_allclose(compare.smooth(list(values), 10), expected)
+    np.testing.assert_allclose(measures.smooth(list(values), 10), expected)
 
 
-def test_command_prints_a_table_and_draws(run_folder, tmp_path):
-    command = [sys.executable, "-m", "trainit.compare", run_folder, run_folder, f"--output={tmp_path}/c.png"]
+@pytest.fixture
+def two_methods(tmp_path):
+    """Three seeds of two optimizers, of which the second takes half the steps, and a third that breaks."""
+    for seed, noise in ((1, 0.0), (2, 0.02), (3, 0.05)):
+        write(tmp_path / f"adamw/{seed}", [5, 4.5, 4 + noise, 3.5 + noise, 3 + noise], seed=seed)
+        fast = [5, 4 + noise, 3 + noise, 2.8 + noise, 2.7 + noise]
+        write(tmp_path / f"muon/{seed}", fast, 1.0, seed=seed, name="muon")
+        write(tmp_path / f"sgdm/{seed}", [5, 4], 0.5, 40, seed=seed, name="sgdm")
+    write(tmp_path / "muon/high", [5, 4, 4, 4, 4], name="muon", learning_rate=0.02)
+    return tmp_path
+
+
+def test_table_of_methods(two_methods):
+    found = runs.find([two_methods])
+    text = compare(found, "adamw")
+    rows = [re.split(r"  +", line.strip()) for line in text.splitlines()]
+    assert rows[1][:6] == ["muon", "0.01", "3", "40", "320", "2.7233 ± 0.0625"]
+    assert rows[2][:2] == ["adamw", "0.01"]
+    assert rows[2][5].startswith("3.0233")
+    assert rows[3][5] == "failed"
+    way = next(row for row in rows if row[:2] == ["muon", "3 of 3"])
+    # To 3.05, adamw's worst: adamw 39, 39.4, 40 steps; muon 19.5, 19.7, 20: half, each at twice the cost.
+    assert float(way[2]) == pytest.approx(19.73, abs=0.01)
+    assert way[6] == "2 (2 to 2)"
+    assert way[8] == "1 (1 to 1)"
+    assert next(row for row in rows if row[:2] == ["sgdm", "0 of 3"])[2:6] == ["-"] * 4
+    assert text.count("counted as failed") == 3
+
+
+def test_picture_and_page(two_methods):
+    """Whatever is drawn stands in the page, which needs no other file."""
+    found = runs.find([two_methods])
+    compare(found, "adamw", None, (), two_methods / "c.png", two_methods / "c.html", "the command <&>")
+    assert (two_methods / "c.png").read_bytes()[:8] == PNG
+    page = (two_methods / "c.html").read_text()
+    pictures = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(pictures) == 6
+    for picture in pictures:
+        ET.fromstring(picture)
+    assert not re.search(r"(src|href)=\"(?!#)(?!http://www.w3.org)", page)
+    assert "the command &lt;&amp;&gt;" in page
+    assert page.count("<table>") == 3
+    assert "ended at step 10 of 40" in page
+
+
+def test_a_baseline_that_is_not_there(two_methods):
+    with pytest.raises(ConfigError, match=r"--baseline=lion: there are 'adamw', 'muon', 'sgdm'"):
+        compare(runs.find([two_methods]), "lion")
+
+
+def test_command(tmp_path):
+    """One run, drawn as it was trained."""
+    write(tmp_path / "run", [5.0, 4.0])
+    command = [sys.executable, "-m", "trainit.compare", tmp_path / "run", f"--output={tmp_path}/c.png"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     header, row = result.stdout.splitlines()[:2]
-    assert header.split() == ["run", "steps", "tokens", "valid/loss", "best", "bits/byte", "tokens/s"]
-    assert row.split()[1:] == ["10", "80", "4.0000", "4.0000", "1.5000", "105"]
-    assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert header.split()[:6] == ["method", "rate", "seeds", "steps", "tokens", "valid/loss"]
+    assert row.split()[1:] == ["0.01", "1", "10", "80", "4.0000", "1.5000", "16", "1"]
+    assert (tmp_path / "c.png").read_bytes()[:8] == PNG
 
 
 def test_what_is_no_run_folder(tmp_path):
     command = [sys.executable, "-m", "trainit.compare", tmp_path / "none"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert (
-        result.stderr.strip()
-        == f"trainit: error: {tmp_path}/none is no run folder: No such file or directory"
+    assert result.stderr.strip() == (
+        f"trainit: error: {tmp_path}/none: no metrics.jsonl: it is no run folder, and none is in it"
     )

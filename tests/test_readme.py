@@ -56,6 +56,11 @@ def folder(tmp_path_factory):
     with contextlib.chdir(folder):
         exec(compile(code("write_text"), "README.md", "exec"), {})
     (folder / "signum.py").write_text(code("Signum"))
+    sweep = code("get_sweep")
+    for long, short in (("5e-4, 1e-3, 2e-3", "1e-3"), ("1, 2, 3", "1, 2"), ('"steps": 100', '"steps": 3')):
+        assert long in sweep
+        sweep = sweep.replace(long, short)
+    (folder / "rates.py").write_text(sweep)
     return folder
 
 

@@ -33,6 +33,7 @@ FLOORS = {
     "optimizers": 2,
     "diagnostics": 2,
     "saves": 2,
+    "sweep": 2,
     "command_line": 2,
     "step": 3,
     "evaluate": 4,
@@ -93,7 +94,7 @@ def test_files_are_short():
 def test_nothing_prints():
     """Messages go through absl.logging; only commands have output."""
     for path in FILES:
-        commands = ("command_line", "compare", "benchmark", "doctor")
+        commands = ("command_line", "compare", "sweep", "benchmark", "doctor")
         if room(path) in commands or path.name == "prepare.py":
             continue
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]

@@ -4,7 +4,6 @@ Checkpoints are Orbax's: each process writes its own shards in the background, a
 folder appears under its name only when it is complete.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from trainit import distributed
-from trainit.config import ConfigError, flatten
+from trainit.config import FREE, ConfigError, flatten
 
-# A resume may change these without saying so: they are where and how a run runs, not what it computes.
-FREE = re.compile(
-    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|platform|cpu_devices)$"
-    r"|model\.(attention|remat|scan_layers)$"
-    r"|dataset\.(path|validation_path|subset_field|tokenizer|workers|prefetch)$"  # it has a fingerprint
-    r"|(mesh|eval|log|checkpoint|diagnostics|wandb)\."
-)
 TIMEOUT_SECONDS = 600  # for the other processes to finish their parts of a save
 
 

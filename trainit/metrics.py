@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainit import __version__
 from trainit.config import Config
 
 # Dense bfloat16 (V100, T4: float16) TFLOP/s of one device without sparsity, from the vendors' data
@@ -45,6 +46,27 @@ def peak_flops(device_kind: str) -> float | None:
 def parameter_count(parameters: dict) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parameters))
+
+
+def facts(model: Config, state) -> dict:
+    """What a run is made of, for its run.json and those who compare runs.
+
+    Args:
+        model: the sub-config.
+        state: the train state's arrays, or their shapes.
+    """
+    return {
+        "parameters": parameter_count(state.params),
+        "flops_per_token": flops_per_token(model),
+        "parameters_bytes": _size(state.params),
+        "optimizer_bytes": _size(state.opt_state),  # on all devices together, replicas counted once
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "versions": f"Trainit {__version__}, JAX {jax.__version__}",
+    }
+
+
+def _size(tree) -> int:
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def inner(a: dict, b: dict) -> jax.Array:

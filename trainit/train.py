@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from trainit import __version__, diagnostics, distributed, metrics, sharding, sources, step
+from trainit import __version__, diagnostics, distributed, metrics, sharding, sources, step, workdir
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints, check_same_run, due
 from trainit.config import Config, ConfigError
@@ -192,7 +192,7 @@ class Run:
                 f"the run ended at step {self.step} after {int(self.state.skipped_in_a_row)} steps in a row "
                 f"that were not finite; raise max_skipped={c.max_skipped}, or load_path an earlier checkpoint"
             )
-        self._write_config()
+        self._write_config_and_facts()
         keep = self.step - (self.postponed is not None) if self.resumed else -1
         lead = distributed.is_lead()
         self.tracker = Trackers(lead, self.workdir, c.to_dict(), self.step, keep, self.wandb_id)
@@ -393,8 +393,8 @@ class Run:
             states |= json.loads(text)
         return [states[number] for number in sorted(states, key=int)]
 
-    def _write_config(self):
+    def _write_config_and_facts(self):
         if distributed.is_lead():
-            unfinished = self.workdir / "config.json.tmp"
-            unfinished.write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
-            unfinished.rename(self.workdir / "config.json")
+            facts = metrics.facts(self.config.model, self.steps.abstract_state)
+            workdir.write_json(self.workdir / "config.json", self.config.to_dict())
+            workdir.write_json(self.workdir / "run.json", facts)

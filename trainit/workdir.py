@@ -33,6 +33,13 @@ def make(folder: Path, process: int) -> Path:
     return folder
 
 
+def write_json(path: Path, value: dict):
+    """Writes a file that is whole or not there."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.rename(path)
+
+
 class Lock:
     """WORKDIR/lock.json says which job writes here. Its holder touches it as long as it lives."""
 

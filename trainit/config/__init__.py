@@ -10,6 +10,7 @@ from trainit.config.checks import check_mesh, check_ranges, resolve, shrink
 from trainit.config.fields import (
     DATASETS,
     DROPOUTS,
+    FREE,
     GROUPS,
     MESH_AXES,
     MODELS,
@@ -30,6 +31,7 @@ from trainit.config.fields import (
 __all__ = [
     "DATASETS",
     "DROPOUTS",
+    "FREE",
     "GROUPS",
     "MESH_AXES",
     "MODELS",

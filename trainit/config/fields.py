@@ -176,6 +176,13 @@ DIAGNOSTICS = {
     "full": diagnostics,
 }
 GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS, "diagnostics": DIAGNOSTICS}
+# Fields that say where and how a run runs, and not what it is: they may change at a resume.
+FREE = re.compile(
+    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|platform|cpu_devices)$"
+    r"|model\.(attention|remat|scan_layers)$"
+    r"|dataset\.(path|validation_path|subset_field|tokenizer|workers|prefetch)$"  # it has a fingerprint
+    r"|(mesh|eval|log|checkpoint|diagnostics|wandb)\."
+)
 DROPOUTS = ("gpt_dropout", "attn_dropout", "attn_linear_dropout", "transformer_dropout")
 
 

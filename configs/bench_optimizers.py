@@ -1,0 +1,83 @@
+"""The optimizers beside each other, each at its best learning rate, over several seeds.
+
+    python -m trainit.sweep configs/bench_optimizers.py:small    an hour on two CPU cores
+    python -m trainit.sweep configs/bench_optimizers.py:medium   on a GPU each: --sbatch="--gpus-per-node=1"
+    python -m trainit.sweep configs/bench_optimizers.py:full     GPT-2 124M; --sbatch="--gpus-per-node=8"
+
+The learning rate is chosen with a seed that counts for nothing else, from a grid that grows until the best
+is not its last. Everything else of an optimizer is as its authors propose.
+"""
+
+# Each grid is around what its authors propose, a factor of two between its values.
+RATES = {
+    "adamw": (2e-3, 4e-3, 8e-3),
+    "sgdm": (0.5, 1.0, 2.0),
+    "normalized_sgdm": (0.1, 0.2, 0.4),
+    "optax.lion": (2.5e-4, 5e-4, 1e-3),
+    "adam_mini": (2e-3, 4e-3, 8e-3),
+    "mars": (2e-3, 4e-3, 8e-3),
+    "cautious+adamw": (2e-3, 4e-3, 8e-3),
+    "muon": (1e-2, 2e-2, 4e-2),
+    "mango": (1e-2, 2e-2, 4e-2),
+    "sophia": (5e-4, 1e-3, 2e-3),
+}
+SIZES = {
+    "small": {
+        "config": "configs/debug.py",
+        "fields": {
+            "steps": 250,
+            "batch_size": 16,
+            "model.dim": 128,
+            "model.num_heads": 4,
+            "model.num_blocks": 2,
+            "model.context_length": 64,
+            "cpu_devices": 1,
+            "mesh.data": 1,
+            "mesh.fsdp": 1,
+            "mesh.tensor": 1,
+            "eval.every_steps": 20,
+            "eval.sequences": 512,
+            "checkpoint.save_steps": 0,
+        },
+    },
+    "medium": {
+        "config": "configs/pile_gpt.py",
+        "fields": {
+            "steps": 4_000,
+            "batch_size": 128,
+            "device_batch_size": 32,
+            "model.dim": 512,
+            "model.num_heads": 8,
+            "model.num_blocks": 6,
+            "model.context_length": 512,
+            "eval.every_steps": 250,
+            "checkpoint.keep": 1,
+        },
+    },
+    "full": {
+        "config": "configs/pile_gpt.py",
+        "target": 3.28,  # of the modded-nanoGPT optimization track, on FineWeb in GPT-2's tokens
+        "fields": {
+            "steps": 10_000,
+            "batch_size": 512,  # 524,288 tokens
+            "device_batch_size": 32,
+            "eval.every_steps": 125,
+            "eval.sequences": 10_240,
+            "checkpoint.keep": 1,
+        },
+    },
+}
+
+
+def get_sweep(size: str = ""):
+    return {
+        **SIZES[size or "small"],
+        "variants": {
+            name: {"groups": f"optimizer={name}", "grid": {"optimizer.learning_rate": rates}}
+            for name, rates in RATES.items()
+        },
+        "tuning_seeds": [0],
+        "extend": True,
+        "seeds": [1, 2, 3],
+        "baseline": "adamw",
+    }

@@ -1,0 +1,1 @@
+"""Many runs beside each other: reads their folders, compares what they reach, draws it."""

@@ -134,3 +134,18 @@ def test_groups_and_overrides_reach_the_run(random_dataset, tmp_path):
     # Two steps up, then 0.5; over the last 20 % down: steps 8 and 9 of 0-based 10.
     assert rates == pytest.approx({2: 0.25, 4: 0.5, 6: 0.5, 8: 0.5, 10: 0.25})
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 10]
+
+
+def test_a_run_goes_on_with_the_optimizer_file_that_it_began_with(random_dataset, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("from trainit.optimizers.sgdm import get_config, make  # noqa: F401\n")
+    command = (
+        f"{TINY}:optimizer={own}",
+        f"--config.dataset.path={random_dataset}",
+        f"--workdir={tmp_path}/run",
+    )
+    small = ("--config.steps=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=1", "--config.cpu_devices=2")
+    run(*command, *small)
+    own.write_text(own.read_text() + "# another\n")
+    line = error_of(*command, *small)
+    assert "was made with another config (optimizer_files: '" in line

@@ -270,3 +270,28 @@ def test_a_part_of_a_step(value):
     with pytest.raises(trainit.config.ConfigError, match="not a whole number of steps") as error:
         trainit.config.duration(value, steps=2000, tokens_per_step=64)
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("at", [(20, 60), ("20%", "3840 tokens")])
+def test_warm_up_begins_again(at):
+    """At each of the steps a straight line from 0 to where the schedule would be; elsewhere, itself."""
+    plain = rates(build("cosine", 100, warmup=5), 100)
+    factor = np.ones(106)
+    for start in (20, 60):
+        factor[start : start + 10] = np.arange(10) / 10
+    again = rates(build("cosine", 100, warmup=5, rewarm_at=at, rewarm=10), 100)
+    np.testing.assert_allclose(again, factor * plain, rtol=1e-6, atol=1e-9)
+    assert again[20] == again[60] == 0 < again[19]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rewarm_at": (0,)}, r"schedule.rewarm_at=\(0,\) must be above 0"),
+        ({"rewarm_at": (20, 25), "rewarm": 10}, r"rise by at least rewarm=10 steps"),
+        ({"rewarm_at": (20,), "rewarm": 0}, r"rewarm=0 steps, which must be above 0"),
+    ],
+)
+def test_warm_ups_that_cannot_be(fields, message):
+    with pytest.raises(trainit.config.ConfigError, match=message):
+        build("linear", 100, **fields)

@@ -56,7 +56,7 @@ def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
         "Trainit": __version__,
         "JAX": jax.__version__,
         "a config of hash": hashlib.sha256(text.encode()).hexdigest()[:8],
-        "optimizer files of hash": optimizers.own_files_hash(config.optimizer, config.parameter_groups),
+        "optimizer files of hash": config.optimizer_files,
         "dataset": dataset.fingerprint,
         "workdir": str(folder.absolute()),
     }
@@ -65,6 +65,8 @@ def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
 def _run(place: distributed.Place, peers: Peers, leave: _Exit, started: float) -> int:
     """The run, from reading its config to its exit code."""
     config, dataset = command_line.read()
+    own_files = optimizers.own_files_hash(config.optimizer, config.parameter_groups)
+    config = Config({**config.to_dict(), "optimizer_files": own_files})
     folder = workdir.make(command_line.workdir(), place.process_id)
     log = folder / "logs" / f"process_{place.process_id}.log"
     trackers.log_to_file(log)

@@ -23,6 +23,9 @@ def build(config: Mapping, peak: float, steps: int, tokens_per_step: int) -> Sch
       (Hägele et al. 2024, arXiv 2405.18392; also called WSD).
     - piecewise_linear: straight lines between `boundaries`, at which the rate is `values` * peak.
 
+    From each step of `rewarm_at` on, as where a run goes on with other data or a new optimizer, the rate
+    begins at 0 again and is back on its way `rewarm` steps later (Ibrahim et al. 2024, arXiv 2403.08763).
+
     Args:
         config: the sub-config `schedule`, checked by `config.resolve`.
         peak: `optimizer.learning_rate`.
@@ -36,6 +39,13 @@ def build(config: Mapping, peak: float, steps: int, tokens_per_step: int) -> Sch
     def length(value) -> int:
         return duration(value, steps, tokens_per_step)
 
+    starts = config["rewarm_at"]
+    starts = [length(at) for at in (starts if isinstance(starts, tuple | list) else (starts,))]
+    return _rewarm(_shape(config, peak, steps, length), starts, length(config["rewarm"]))
+
+
+def _shape(config: Mapping, peak: float, steps: int, length: Callable[[int | str], int]) -> Schedule:
+    """The rate without what `rewarm_at` does to it; `length` is that of a duration in steps."""
     warmup = length(config["warmup"])
     match config["name"]:
         case "constant":
@@ -79,6 +89,16 @@ def _power(exponent: float, warmup: int, steps: int, decay: int, final: float) -
         return jnp.where(step > steps - decay, cooling, power(step)) if decay else power(step)
 
     return shape
+
+
+def _rewarm(schedule: Schedule, starts: list[int], rise: int) -> Schedule:
+    def rewarmed(step):
+        rate = schedule(step)
+        for start in starts:
+            rate *= jnp.where(step >= start, jnp.minimum(1.0, (step - start) / rise), 1.0)
+        return rate
+
+    return rewarmed if starts else schedule
 
 
 def _warm_up(shape: Schedule, warmup: int, peak: float) -> Schedule:

@@ -66,12 +66,13 @@ def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
     small |= {f"mesh.{axis}": 2 for axis, size in config.mesh.items() if size > 2}
     small |= {
         f"schedule.{name}": "10%"
-        for name in ("warmup", "constant", "decay")
+        for name in ("warmup", "constant", "decay", "rewarm")
         if name in config.schedule and "%" not in str(config.schedule[name])
     }
-    if "boundaries" in config.schedule:
-        parts = len(_as_tuple(config.schedule.boundaries))
-        small["schedule.boundaries"] = tuple(f"{100 * i // parts}%" for i in range(1, parts + 1))
+    for name in {"boundaries", "rewarm_at"} & set(config.schedule):
+        parts = len(_as_tuple(config.schedule[name]))
+        last = parts if name == "boundaries" else parts + 1
+        small[f"schedule.{name}"] = tuple(f"{100 * i // last}%" for i in range(1, parts + 1))
     config.update_from_flattened_dict({k: v for k, v in small.items() if k not in set(keep)})
     return config
 
@@ -227,6 +228,13 @@ def _check_schedule(config: ConfigDict):
         total <= steps,
         f"schedule={schedule.name}: warm-up and what follows last {total} steps, more than steps={steps}; "
         f"give them in percent or raise steps",
+    )
+    starts = [length("rewarm_at", at) for at in _as_tuple(schedule.rewarm_at)]
+    rise = length("rewarm", schedule.rewarm)
+    require(
+        not starts or (rise > 0 and starts[0] > 0 and all(b - a >= rise for a, b in pairwise(starts))),
+        f"schedule.rewarm_at={schedule.rewarm_at} must be above 0 and rise by at least rewarm={rise} steps, "
+        f"which must be above 0",
     )
     for field in {"cycles", "exponent"} & set(schedule):
         require(schedule[field] > 0, f"schedule.{field}={schedule[field]} must be above 0")

@@ -42,6 +42,7 @@ def defaults() -> ConfigDict:
     c.mesh.tensor = 1  # heads, MLP width and vocabulary are split
     c.mesh.context = 1  # sequence length is split; 1 is all that works yet
     c.model = model()
+    c.optimizer_files = ""  # hash of the optimizers' files outside the package; filled when the run starts
     c.parameter_groups = ()  # lines "PATTERN FIELD=VALUE ...": optimizer settings by parameters' paths
     c.schedule = SCHEDULES["linear"]()
     c.dataset = dataset("data/pile")
@@ -138,6 +139,7 @@ def diagnostics(every_steps: int = 1, **changes) -> ConfigDict:
 
 
 def _schedule(name: str, **fields) -> Callable[[], ConfigDict]:
+    fields |= {"rewarm_at": (), "rewarm": "1%"}  # where the rate begins anew at 0, and how long it then rises
     return lambda: ConfigDict(
         {"name": name, **{k: v if isinstance(v, float) else _any(v) for k, v in fields.items()}}
     )

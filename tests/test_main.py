@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_the_optimizer_file_that_it_began_with(random_dataset
         f"--workdir={tmp_path}/run",
     )
     small = ("--config.steps=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=1", "--config.cpu_devices=2")
-    run(*command, *small)
+    run_imported(*command, *small)
     own.write_text(own.read_text() + "# another\n")
     line = error_of(*command, *small)
     assert "was made with another config (optimizer_files: '" in line

@@ -37,3 +37,26 @@ def activate(tmp_path_factory) -> str:
         "Split.read = slowly\n"
     )
     return f"export XLA_FLAGS= PYTHONPATH={folder}:{ROOT} PATH={Path(sys.executable).parent}:$PATH"
+
+
+@pytest.fixture
+def sweep(random_dataset, tmp_path):
+    """What goes behind trainit.sweep for two seeds of three steps; and what has become of them."""
+    fields = {"dataset.path": str(random_dataset), "steps": 3, "cpu_devices": 1}
+    fields |= {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
+    asked = {"config": f"{ROOT}/tests/tiny.py", "fields": fields, "seeds": [1, 2]}
+    (tmp_path / "pair.py").write_text(f"def get_sweep(arg):\n    return {asked!r}\n")
+
+    def check(output: str, devices: int):
+        """Both runs are done, each by a job of so many devices, and compared."""
+        for seed in (1, 2):
+            assert [r["step"] for r in metrics(tmp_path / f"out/seed_{seed}")] == [0, 1, 2, 3]
+            assert (
+                f"devices    {devices} × cpu"
+                in (tmp_path / f"out/seed_{seed}/logs/process_0.log").read_text()
+            )
+        assert "not finished" not in output
+        assert "page in" in output
+        assert not list(ROOT.glob(".trainit-*"))
+
+    return [f"{tmp_path}/pair.py", f"--output={tmp_path}/out"], check

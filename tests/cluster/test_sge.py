@@ -6,8 +6,10 @@ that needs root, and without it these tests are skipped.
 
 import os
 import re
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -142,3 +144,15 @@ def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
     assert job.over()
     assert job.starts() == 1
     assert "is gone: it was killed or has crashed" in job.text(), job.text()
+
+
+def test_a_sweep_is_an_array_job(on_head, sweep, activate, tmp_path):
+    arguments, check = sweep
+    variables = f"TRAINIT_ACTIVATE={activate}", f"TRAINIT_CACHE={os.environ['TRAINIT_CACHE']}"
+    options = shlex.join(
+        ["-o", str(tmp_path), *TWO_NODES, "-v", ",".join((*variables, "TRAINIT_PROCESSES_PER_NODE=2"))]
+    )
+    check(
+        on_head(sys.executable, "-m", "trainit.sweep", *arguments, f"--qsub={options}", check=False),
+        devices=4,
+    )

@@ -6,6 +6,7 @@ that needs root, and without it these tests are skipped.
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -139,3 +140,10 @@ def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
     assert time.monotonic() - killed < 60
     assert job.field("JobState") == "FAILED", job.text()
     assert job.field("Restarts") == "0"
+
+
+def test_a_sweep_is_an_array_job(slurm, sweep, activate, tmp_path):
+    arguments, check = sweep
+    os.environ["TRAINIT_ACTIVATE"] = activate
+    options = f"--sbatch=--nodes=1 --gpus-per-node=2 --output={tmp_path}/job-%a"
+    check(slurm(sys.executable, "-m", "trainit.sweep", *arguments, options), devices=2)

@@ -198,3 +198,40 @@ def test_pile_gpt_is_the_benchmark():
     assert not m.tied_embeddings
     assert not m.head_bias
     assert m.vocab_size == 50304
+
+
+def test_batch_sizes_of_every_step():
+    """Against a list of them."""
+    config = resolve(make(batch_size=8, steps=20, batch_schedule="25%: 16; 12: 32"), 50257)
+    sizes = config_lib.batch_sizes(config)
+    listed = [8] * 5 + [16] * 7 + [32] * 8
+    assert [sizes.at(step) for step in range(20)] == listed
+    assert [sizes.rows(steps) for steps in range(21)] == [sum(listed[:n]) for n in range(21)]
+    for step in range(21):
+        left = [size for size, count in sizes.stages(step, 20) for _ in range(count)]
+        assert left == listed[step:]
+    assert config_lib.batch_sizes(resolve(make(batch_size=8), 50257)).stages(3, 5) == [(8, 2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_schedule": "16"}, r"batch_schedule='16': '16' is no 'WHEN: SIZE'"),
+        ({"batch_schedule": "10%: 0"}, r"is no 'WHEN: SIZE'"),
+        (
+            {"batch_schedule": "10%: 16; 5%: 32"},
+            r"begins at the steps \[10, 5\], which must be above 0 and rise",
+        ),
+        (
+            {"batch_schedule": "10%: 12", "mesh.fsdp": 8},
+            r"batch_schedule's size 12 is not a multiple of mesh",
+        ),
+        (
+            {"batch_schedule": "10%: 16", "schedule.warmup": "1e6 tokens"},
+            r"durations are in steps or percent",
+        ),
+    ],
+)
+def test_batch_schedules_that_cannot_be(changes, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        resolve(make(batch_size=8, steps=100, **changes), 50257)

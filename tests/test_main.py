@@ -149,3 +149,31 @@ def test_a_run_goes_on_with_the_optimizer_file_that_it_began_with(random_dataset
     own.write_text(own.read_text() + "# another\n")
     line = error_of(*command, *small)
     assert "was made with another config (optimizer_files: '" in line
+
+
+def test_a_batch_that_grows_is_the_run_gone_on_with_a_larger_one(random_dataset, tmp_path):
+    """Bit for bit the run that was resumed with the other size; and it goes on from within a stage."""
+    command = [
+        f"{TINY}:schedule=constant",
+        f"--config.dataset.path={random_dataset}",
+        "--config.batch_size=8",
+    ]
+    command += ["--config.schedule.warmup=2", "--config.eval.every_steps=0", "--config.eval.sequences=8"]
+    grown = [*command, "--config.steps=6", "--config.batch_schedule=3: 16", f"--workdir={tmp_path}/grown"]
+    output = run_imported(*grown, "--config.checkpoint.save_steps=4")
+    assert "from step 3 on 16: 2 × 2" in output
+    assert "batch      16 sequences from step 3 on" in output
+    by_hand = [*command, f"--workdir={tmp_path}/by_hand"]
+    run_imported(*by_hand, "--config.steps=3")
+    larger = ["--config.batch_size=16", "--config.checkpoint.overwrite_config=True"]
+    run_imported(*by_hand, "--config.steps=6", *larger)
+
+    def losses(folder):
+        return [(r["step"], r["tokens"], r["train/loss"]) for r in metrics(tmp_path / folder)]
+
+    once = losses("grown")
+    assert [tokens for _, tokens, _ in once] == [32 * n for n in (8, 16, 24, 40, 56, 72)]
+    assert once == losses("by_hand")
+    shutil.rmtree(tmp_path / "grown/checkpoints/6")
+    assert "resume     at step 4" in run_imported(*grown)
+    assert losses("grown") == once

@@ -38,9 +38,10 @@ FLOORS = {
     "step": 3,
     "evaluate": 4,
     "benchmark": 4,
+    "describe": 5,
     "doctor": 4,
-    "train": 5,
-    "main": 6,
+    "train": 6,
+    "main": 7,
 }
 HOMES = {
     "wandb": {"trackers"},
@@ -115,7 +116,7 @@ def test_every_config_field_is_read():
     read = set(config_lib.MESH_AXES)  # read in loops over the axes
     for path in FILES:
         tree = ast.parse(path.read_text())
-        if room(path) == "config":
+        if room(path) == "config" and path.name != "batches.py":
             uses = ("_resolve_model", "shrink")
             tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in uses]
         for node in ast.walk(tree):

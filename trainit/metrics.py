@@ -93,9 +93,8 @@ class Meter:
     The first step, which compiles, counts for nothing, nor does time given to `pause`.
     """
 
-    def __init__(self, tokens_per_step: int, model: Config):
-        self._tokens = tokens_per_step
-        self._flops = flops_per_token(model) * tokens_per_step
+    def __init__(self, model: Config):
+        self._length, self._flops = model.context_length, flops_per_token(model)
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
         self._last: float | None = None
@@ -108,19 +107,19 @@ class Meter:
         """Something other than a step has taken time: the next step's time is not measured."""
         self._last = None
 
-    def step(self) -> dict[str, float]:
-        """To be called when a step has finished; its metrics since the step before."""
+    def step(self, batch_size: int) -> dict[str, float]:
+        """To be called when a step of so many sequences has finished; its metrics since the step before."""
         now, last, data = time.perf_counter(), self._last, self._data
         self._last, self._data = now, 0.0
         metrics = {"memory/peak_gib": peak_memory() / 2**30}
         if last is None:
             return metrics
-        seconds = now - last
+        seconds, tokens = now - last, batch_size * self._length
         metrics["time/step_seconds"] = seconds
         metrics["time/data_fraction"] = min(data / seconds, 1.0)
-        metrics["throughput/tokens_per_second"] = self._tokens / seconds
+        metrics["throughput/tokens_per_second"] = tokens / seconds
         if self._peak:
-            metrics["throughput/mfu"] = self._flops / seconds / self._peak
+            metrics["throughput/mfu"] = self._flops * tokens / seconds / self._peak
         return metrics
 
 

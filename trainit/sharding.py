@@ -78,17 +78,23 @@ def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dic
     return sizes
 
 
-def micro_steps(config: Config, sizes: Mapping[str, int]) -> int:
+def micro_steps(config: Config, sizes: Mapping[str, int], batch_size: int = 0) -> int:
     """Micro-steps that accumulate one gradient: the fewest that keep to `device_batch_size`."""
-    share = config.batch_size // (sizes["data"] * sizes["fsdp"])
+    share = (batch_size or config.batch_size) // (sizes["data"] * sizes["fsdp"])
     bound = config.device_batch_size or share
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= bound)
 
 
-def batch_shape(config: Config, sizes: Mapping[str, int]) -> tuple[int, int, int]:
-    """Of a global batch: micro-steps G, rows of one, length L."""
-    count = micro_steps(config, sizes)
-    return count, config.batch_size // count, config.model.context_length
+def batch_shape(config: Config, sizes: Mapping[str, int], batch_size: int = 0) -> tuple[int, int, int]:
+    """Of a global batch: micro-steps G, rows of one, length L.
+
+    Args:
+        config: resolved.
+        sizes: of the mesh.
+        batch_size: sequences; 0: those of `batch_size`.
+    """
+    count = micro_steps(config, sizes, batch_size)
+    return count, (batch_size or config.batch_size) // count, config.model.context_length
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:

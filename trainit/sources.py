@@ -105,15 +105,16 @@ def _open_part(name: str, dataset: Dataset) -> Dataset:
     return other
 
 
-def _stages(text: str, steps: int, batch_size: int, length: int) -> list[tuple[int, dict[str, Fraction]]]:
-    """`dataset.mixture` as [(first row, {part: weight}), ...]."""
-    stages = []
+def _stages(text: str, config: Mapping) -> list[tuple[int, dict[str, Fraction]]]:
+    """`dataset.mixture` as [(first row, {part: weight}), ...]; the whole config says where steps begin."""
+    stages, sizes = [], config_lib.batch_sizes(config)
     for begin, parts in parse(text):
-        step = config_lib.duration(begin, steps, batch_size * length, "dataset.mixture")
+        per_step = config_lib.tokens_per_step(config)
+        step = config_lib.duration(begin, config["steps"], per_step, "dataset.mixture")
         weights: dict[str, Fraction] = {}
         for name, weight in parts:
             weights[name] = weights.get(name, Fraction(0)) + weight
-        stages.append((step * batch_size, weights))
+        stages.append((sizes.rows(step), weights))
     starts = [start for start, _ in stages]
     if starts != sorted(set(starts)):
         raise ConfigError(f"dataset.mixture={text!r}: its stages must begin one after another")
@@ -132,18 +133,19 @@ def check_history(config: Config, before: Mapping, rows: int, step: int):
     Raises:
         ConfigError: the rows are not those of so many steps, or another past would have been.
     """
-    d, length = config.dataset, config.model.context_length
+    d = config.dataset
     old_text = before["dataset"].get("mixture", "")
     if not d.mixture or ";" not in d.mixture + old_text:
         return
-    if rows != step * config.batch_size:
+    planned = config_lib.batch_sizes(config).rows(step)
+    if rows != planned:
         raise ConfigError(
             f"dataset.mixture={d.mixture!r} changes at steps of batch_size={config.batch_size}, but at step "
-            f"{step} {rows} sequences are consumed: give the weights that hold from here on alone"
+            f"{step} {rows} sequences are consumed, not {planned}: give the weights that hold from here on "
+            f"alone"
         )
-    old_length = before["model"]["context_length"]
-    old = _stages(old_text, before["steps"], before["batch_size"], old_length) if old_text else []
-    new = _stages(d.mixture, config.steps, config.batch_size, length)
+    old = _stages(old_text, {"batch_schedule": "", **before}) if old_text else []
+    new = _stages(d.mixture, config)
     past = [[stage for stage in stages if stage[0] < rows] for stages in (old, new)]
     if past[0] != past[1]:
         raise ConfigError(
@@ -169,7 +171,7 @@ def training(config: Config, dataset: Dataset) -> Ordered | Mixture:
         return ordered(dataset.splits["train"], config.seed)
     stages = [
         mixture.stage(start, [weights.get(name, Fraction(0)) for name in dataset.parts])
-        for start, weights in _stages(d.mixture, config.steps, config.batch_size, length)
+        for start, weights in _stages(d.mixture, config)
     ]
     parts = [
         ordered(split, (config.seed + zlib.crc32(name.encode())) % 2**32)  # whatever parts there are beside

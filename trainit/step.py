@@ -76,7 +76,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
         config.schedule,
         config.optimizer.learning_rate,
         config.steps,
-        config.batch_size * config.model.context_length,
+        config_lib.tokens_per_step(config),
     )
     optimizer = optimizers.build(
         config.optimizer,
@@ -144,14 +144,14 @@ def _together(name: str, jitted: Callable) -> Callable:
     """
     if jax.process_count() == 1:
         return jitted
-    compiled = False
+    compiled = set()
 
     def call(*args):
-        nonlocal compiled
-        if not compiled:
+        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(args[1:]))  # behind the state
+        if shapes not in compiled:
             jitted.lower(*args).compile()  # which `jitted` takes up
             distributed.barrier(f"compiled {name}", COMPILE_SECONDS)
-            compiled = True
+            compiled.add(shapes)
         return jitted(*args)
 
     return call

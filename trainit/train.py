@@ -2,27 +2,29 @@
 
 import json
 import secrets
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import jax
 from absl import logging
 
-from trainit import __version__, diagnostics, distributed, metrics, sharding, sources, step, workdir
+from trainit import __version__, diagnostics, distributed, metrics, sharding, sources, step
 from trainit import config as config_lib
+from trainit import workdir as folders
 from trainit.checkpoint import Checkpoints, check_same_run, due
 from trainit.config import Config, ConfigError
 from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset
-from trainit.evaluate import MOST_SUBSETS, evaluate
+from trainit.describe import describe
+from trainit.evaluate import evaluate
 from trainit.peers import Peers
 from trainit.saves import Saves
-from trainit.trackers import Trackers, quantity
+from trainit.trackers import Trackers
 
 DONE, STOPPED = 0, 75  # exit codes
 
@@ -51,11 +53,11 @@ class Run:
         self.config, self.dataset, self.workdir, self.peers = config, dataset, workdir, peers
         self.token_bytes = dataset.tokenizer.token_bytes()
         sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
-        self.batch_shape = sharding.batch_shape(config, sizes)
+        self.batch_sizes = config_lib.batch_sizes(config)
         self.mesh = sharding.make_mesh(sizes)
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         self.steps = step.build(config, self.mesh)
-        self._describe(sizes)
+        describe(config, self.steps, self.mesh, dataset, workdir)
         self.rows, self.wandb_id = 0, secrets.token_hex(4)  # rows of the training data consumed
         self.streams: list[list[int]] | None = None  # where its streams are at the start
         self.trained_as: dict | None = None  # config of the checkpoint that the run starts from
@@ -70,45 +72,6 @@ class Run:
         self.evaluated = False  # by this process, so that the program is compiled
         self.saves = Saves(self.checkpoints, peers, self._start_save)
         self.pending: tuple[int, dict] | None = None  # the newest step's metrics, still on the device
-
-    def _describe(self, sizes: dict[str, int]):
-        c, devices = self.config, jax.devices()
-        micro_steps, rows, length = self.batch_shape
-        parameters = metrics.parameter_count(self.steps.abstract_state.params)
-        validation = self.dataset.splits["validation"]
-        for topic, text in {
-            "run": self.workdir,
-            "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
-            f"Trainit {__version__}, JAX {jax.__version__}",
-            "mesh": " × ".join(f"{axis} {sizes[axis]}" for axis in config_lib.MESH_AXES),
-            "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
-            f"{c.model.dim}, attention {self.steps.attention}, precision {c.precision}",
-            "dataset": f"{self.dataset.folder}: {self._describe_training()} to train, "
-            f"{quantity(validation.tokens)} to validate",
-            "tokenizer": f"{self.dataset.tokenizer.name}, vocabulary {self.dataset.vocab_size}",
-            "batch": f"{c.batch_size} sequences of {length} tokens; {micro_steps} × "
-            f"{rows // (sizes['data'] * sizes['fsdp'])} on each device",
-            "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
-            f"schedule {c.schedule.name}",
-            "statistics": diagnostics.describe(c.diagnostics, self.steps.abstract_state.diagnostics),
-        }.items():
-            if text:
-                logging.info("%-10s %s", topic, text)
-        if len(validation.subsets) > MOST_SUBSETS:
-            logging.info("%-10s %d are too many to validate apart", "subsets", len(validation.subsets))
-        if jax.process_count() > 1:
-            self._describe_processes()
-
-    def _describe_training(self) -> str:
-        if isinstance(self.dataset, Streamed):
-            return self.dataset.describe()
-        layout = self.dataset.layout(self.config.model.context_length)
-        return f"{layout}, {quantity(self.dataset.splits['train'].tokens)} tokens"
-
-    def _describe_processes(self):
-        """One line a process: its host, its devices and where they are in the mesh."""
-        for process, host in enumerate(distributed.gather_text(socket.gethostname())):
-            logging.info("process %-3d%s: %s", process, host, sharding.place(self.mesh, process))
 
     def _begin(self) -> step.TrainState:
         """The state at the start: new, or from another run's checkpoint."""
@@ -196,7 +159,7 @@ class Run:
         keep = self.step - (self.postponed is not None) if self.resumed else -1
         lead = distributed.is_lead()
         self.tracker = Trackers(lead, self.workdir, c.to_dict(), self.step, keep, self.wandb_id)
-        self.meter = metrics.Meter(c.batch_size * c.model.context_length, c.model)
+        self.meter = metrics.Meter(c.model)
         code = 1
         try:
             reason = self._loop()
@@ -239,18 +202,30 @@ class Run:
                 self._log(self._read_pending())
                 self._save()
                 return reason
-            self.state, on_device = self.steps.train(self.state, batch)
+            self.state, on_device = self._train(batch)
             following = ahead.submit(next, batches)
-            self.step, self.rows = self.step + 1, self.rows + c.batch_size
+            self.step, self.rows = self.step + 1, self.rows + self.batch_sizes.at(self.step)
             before, self.pending = self.pending, (self.step, on_device)
             self._log(self._read(before))  # while this step runs
             self.saves.check()
 
+    def _train(self, batch: dict[str, jax.Array]) -> tuple[step.TrainState, dict]:
+        """A step. The first one with batches of another size is compiled before it runs."""
+        grown = self.step > 0 and self.step in self.batch_sizes.starts
+        if grown:
+            logging.info("batch      %d sequences from step %d on", self.batch_sizes.at(self.step), self.step)
+        with self.peers.pace.patiently("compiling for another batch size") if grown else nullcontext():
+            return self.steps.train(self.state, batch)
+
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
         """The training data from where this run is."""
-        c, layout = self.config, sharding.batch_sharding(self.mesh)
-        self.reader = sources.reader(c, self.dataset, self.batch_shape, layout, self.rows, self.streams)
-        return self.reader.batches(c.steps - self.step)
+        c, layout, rows, readers = self.config, sharding.batch_sharding(self.mesh), self.rows, []
+        for size, count in self.batch_sizes.stages(self.step, c.steps) or [(c.batch_size, 0)]:
+            shape = sharding.batch_shape(c, self.mesh.shape, size)
+            readers.append((sources.reader(c, self.dataset, shape, layout, rows, self.streams), count))
+            rows += size * count
+        self.reader = readers[0][0]  # a streamed dataset's only one
+        return chain.from_iterable(reader.batches(count) for reader, count in readers)
 
     def _wait_for(self, following: Future) -> dict[str, jax.Array] | None:
         """The next batch; None if it is still to come when all stop here."""
@@ -293,7 +268,7 @@ class Run:
 
     def _tokens(self, number: int) -> int:
         """Tokens trained on by the end of step `number`: rows consumed times the context length."""
-        rows = self.rows - (self.step - number) * self.config.batch_size
+        rows = self.rows - self.batch_sizes.rows(self.step) + self.batch_sizes.rows(number)
         return rows * self.config.model.context_length
 
     def _read_pending(self) -> dict:
@@ -311,7 +286,11 @@ class Run:
         on_device |= measured if diagnostics.is_due(self.config.diagnostics, number) else {}
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
         in_a_row = values.pop("skipped_in_a_row")
-        record = {"step": number, "tokens": self._tokens(number)} | values | self.meter.step()
+        record = (
+            {"step": number, "tokens": self._tokens(number)}
+            | values
+            | self.meter.step(self.batch_sizes.at(number - 1))
+        )
         self.peers.trained()
         if in_a_row == self.config.max_skipped:
             self._give_up(record)
@@ -339,7 +318,7 @@ class Run:
 
     def _evaluate(self) -> dict[str, float] | None:
         """Validation metrics; None if the run is to stop before they are complete."""
-        _, rows, length = self.batch_shape
+        _, rows, length = sharding.batch_shape(self.config, self.mesh.shape)
         pace, self.evaluated, first = self.peers.pace, True, not self.evaluated
         with pace.patiently("compiling the evaluation") if first else nullcontext():
             result = evaluate(
@@ -396,5 +375,5 @@ class Run:
     def _write_config_and_facts(self):
         if distributed.is_lead():
             facts = metrics.facts(self.config.model, self.steps.abstract_state)
-            workdir.write_json(self.workdir / "config.json", self.config.to_dict())
-            workdir.write_json(self.workdir / "run.json", facts)
+            folders.write_json(self.workdir / "config.json", self.config.to_dict())
+            folders.write_json(self.workdir / "run.json", facts)

@@ -6,6 +6,7 @@ experiment is about, and ends with `choose(config, arg, ...)`, which picks whole
 everything across fields and freezes the result. All of it happens before a device is touched.
 """
 
+from trainit.config.batches import BatchSizes, batch_sizes, tokens_per_step
 from trainit.config.checks import check_mesh, check_ranges, resolve, shrink
 from trainit.config.fields import (
     DATASETS,
@@ -37,8 +38,10 @@ __all__ = [
     "MODELS",
     "SCHEDULES",
     "VOCABULARY_MULTIPLE",
+    "BatchSizes",
     "Config",
     "ConfigError",
+    "batch_sizes",
     "check_mesh",
     "check_ranges",
     "choose",
@@ -51,4 +54,5 @@ __all__ = [
     "require",
     "resolve",
     "shrink",
+    "tokens_per_step",
 ]

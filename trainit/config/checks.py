@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from ml_collections import ConfigDict
 
+from trainit.config.batches import batch_sizes, tokens_per_step
 from trainit.config.fields import (
     SCHEDULES,
     VOCABULARY_MULTIPLE,
@@ -105,6 +106,10 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
     check_mesh(config.mesh, config)
     _check_schedule(config)
     streams = values.get("dataset.streams", 1)
+    require(
+        "dataset.streams" not in values or not config.batch_schedule,
+        f"batch_schedule={config.batch_schedule!r} needs a prepared dataset; leave it empty",
+    )
     require(
         config.batch_size % streams == 0,
         f"batch_size={config.batch_size} is not a multiple of dataset.streams={streams}",
@@ -220,8 +225,7 @@ def _check_schedule(config: ConfigDict):
     )
 
     def length(name, value) -> int:
-        tokens_per_step = config.batch_size * config.model.context_length
-        return duration(value, steps, tokens_per_step, f"schedule.{name}")
+        return duration(value, steps, tokens_per_step(config), f"schedule.{name}")
 
     total = sum(length(name, schedule[name]) for name in ("warmup", "constant", "decay") if name in schedule)
     require(
@@ -266,7 +270,6 @@ def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
     for axis, field, value in split:
         require(value % sizes[axis] == 0, f"{field}={value} is not a multiple of mesh.{axis}={sizes[axis]}")
     shares = abs(sizes["data"] * sizes["fsdp"])
-    require(
-        config.batch_size % shares == 0,
-        f"batch_size={config.batch_size} is not a multiple of mesh.data*mesh.fsdp={shares}",
-    )
+    for number, size in enumerate(batch_sizes(config).sizes):
+        field = "batch_schedule's size " if number else "batch_size="
+        require(size % shares == 0, f"{field}{size} is not a multiple of mesh.data*mesh.fsdp={shares}")

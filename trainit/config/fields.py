@@ -29,6 +29,7 @@ def defaults() -> ConfigDict:
     c.steps = 50_000  # optimizer steps of the whole run; > 0
     c.max_minutes = 0.0  # save and exit 75 so many minutes after the process began; 0: no limit
     c.batch_size = 128  # sequences per optimizer step over the whole job; multiple of data * fsdp
+    c.batch_schedule = ""  # other batch sizes from given steps on, as in "20%: 256; 50%: 512"; empty: none
     c.device_batch_size = 16  # sequences per device in a micro-step at most; 0: no bound
     c.clip_norm = 10.0  # global l2 norm of the gradient at most; 0: no clipping
     c.stall_seconds = 300.0  # without a step in so long, or in 20 usual step times, end the run; 0: never
@@ -216,7 +217,10 @@ def names(choices: Iterable[str]) -> str:
 
 
 def duration(value: int | str, steps: int, tokens_per_step: int, field: str = "duration") -> int:
-    """A duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens". Errors name `field`."""
+    """A duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens". Errors name `field`.
+
+    `tokens_per_step` 0 means that it changes, so that there is no duration in tokens.
+    """
     match = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(%|tokens)?\s*", str(value))
     try:
         number = float(match[1])
@@ -225,7 +229,11 @@ def duration(value: int | str, steps: int, tokens_per_step: int, field: str = "d
     require(number < 1e18, f"{field}={value!r} is too long")
     whole = match[2] is not None or number == int(number)
     require(whole, f"{field}={value!r} is not a whole number of steps")
-    return round(number * {None: 1, "%": steps / 100, "tokens": 1 / tokens_per_step}[match[2]])
+    require(
+        match[2] != "tokens" or tokens_per_step > 0,
+        f"{field}={value!r}: with a batch_schedule durations are in steps or percent",
+    )
+    return round(number * {None: 1, "%": steps / 100, "tokens": 1 / max(tokens_per_step, 1)}[match[2]])
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict:

@@ -51,7 +51,9 @@ WHOLE_TREE = {
     *("polar", "jump", "mirror_descent", "blackbox", "normalized_blackbox", "imperfect_hints", "mars"),
     "sophia",  # whose random vectors are drawn for all layers at once
 }
-LATE = {"blackbox"}  # whose first update is 0, by definition
+LATE = {"blackbox", "soap"}  # whose first update is 0, by definition
+# Whose first directions are signs of sums, some of which nearly cancel.
+ROUNDING = {"soap": 1e-3}
 EXACT = {"ns_precision": "float32"}  # where an optimizer computes in bfloat16
 
 
@@ -254,7 +256,7 @@ def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, t
         return jax.device_put(tree, sharding.state_shardings(tree, shapes, mesh))
 
     eight, state = run(name, parameters, gradients, mesh=mesh, put=put)
-    same(eight, one, 1e-4)
+    same(eight, one, ROUNDING.get(name, 1e-4))
     large = 2 * 16 * 16  # entries of a block's smallest matrices; whatever has so many is split
     for path, leaf in jax.tree.leaves_with_path(state):
         assert leaf.size < large or not leaf.sharding.is_fully_replicated, sharding.path_name(path)

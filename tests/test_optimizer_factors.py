@@ -25,21 +25,21 @@ FIELDS = {"beta1": 0.8, "beta2": 0.7, "shampoo_beta": 0.6, "precondition_every":
 MAX_SIZE = 32
 
 
-def sides(path: str, shape: tuple) -> tuple[int, int, bool, bool]:
+def sides(path: str, shape: tuple, max_size: int) -> tuple[int, int, bool, bool]:
     """Rows and columns of one layer's matrix, and which of them have a factor."""
     inputs = 1 if path.endswith(("query/kernel", "up/kernel", "head/kernel")) else len(shape) - 1
     rows, columns = int(np.prod(shape[:inputs])), int(np.prod(shape[inputs:]))
-    left = rows <= MAX_SIZE and not path.endswith("embedding")
-    return rows, columns, left, columns <= MAX_SIZE and path != "head/kernel"
+    left = rows <= max_size and not path.endswith("embedding")
+    return rows, columns, left, columns <= max_size and path != "head/kernel"
 
 
-def by_matrix(make_one):
+def by_matrix(make_one, max_size=MAX_SIZE):
     """A direction from one of single matrices; `make_one`() makes one for each layer of each parameter."""
     ones = {}
 
     def direction(path, g, t):
         def matrix(name, x, layer):
-            rows, columns, left, right = sides(name, x.shape)
+            rows, columns, left, right = sides(name, x.shape, max_size)
             one = ones.setdefault((path, layer), make_one())
             return one(x.reshape(rows, columns), left, right, t).reshape(x.shape)
 
@@ -116,3 +116,57 @@ def test_a_device_has_one_layers_squares_at_a_time():
     text = update.lower(*arguments).compile().as_text()
     largest = max(int(np.prod(list(map(int, s.split(","))))) for s in re.findall(r"f32\[([\d,]+)\]", text))
     assert largest == 8 * 128 * 128 // 8
+
+
+def numpy_shampoo(graft):
+    """Gupta et al. with means, roots at every second gradient, and the length of another direction."""
+
+    class Shampoo:
+        def __init__(self):
+            self.m = 0.0
+            self.factors = [0.0, 0.0]
+            self.adam = Adam(0.8, 0.7, 0.03)
+
+        def vector(self, g, t):
+            return self.adam(g)
+
+        def __call__(self, g, left, right, t):
+            self.m = 0.8 * self.m + 0.2 * g
+            mean = self.m / (1 - 0.8**t)
+            self.factors = [0.6 * f + 0.4 * p for f, p in zip(self.factors, (g @ g.T, g.T @ g), strict=True)]
+            if t % 2:
+                self.roots = [np.eye(len(f)) for f in self.factors]
+                for axis, there in enumerate((left, right)):
+                    if there:
+                        values, vectors = np.linalg.eigh(self.factors[axis] / (1 - 0.6**t))
+                        raised = (values + 0.01 * values.max()) ** (-1 / (2 * (left + right)))
+                        self.roots[axis] = vectors @ np.diag(raised) @ vectors.T
+            direction = self.roots[0] @ mean @ self.roots[1]
+            other = {"adam": self.adam(g), "sgd": mean, "none": direction}[graft]
+            return direction * np.linalg.norm(other) / np.linalg.norm(direction)
+
+    return Shampoo
+
+
+@pytest.mark.parametrize("graft", ["adam", "sgd", "none"])
+def test_shampoo(graft):
+    parameters, gradients = draw(some_shapes(), 62), draw_gradients(some_shapes())
+    max_size = MAX_SIZE if graft == "adam" else 64  # roots do not depend on which eigenvectors are taken
+    fields = FIELDS | {"eps": 0.03, "ridge": 0.01, "graft": graft, "max_size": max_size}
+    got = run(build("shampoo", fields, 0.3, 40.0), parameters, gradients)
+    direction = by_matrix(numpy_shampoo(graft), max_size)
+    want = numpy_updates(direction, parameters, gradients, 0.3, 40.0)
+    compare(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("shampoo", {"graft": "lion"}, "optimizer.graft='lion' is none of adam, sgd, none"),
+        ("shampoo", {"ridge": 0.0}, "optimizer.ridge=0.0 must be above 0"),
+        ("soap", {"precondition_every": 0}, "optimizer.precondition_every=0 must be above 0"),
+    ],
+)
+def test_refusals(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, changes)

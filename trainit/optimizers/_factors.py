@@ -41,6 +41,13 @@ def add(factors: list, g: jax.Array, beta: float) -> list:
     ]
 
 
+def between(squares: list, x: jax.Array) -> jax.Array:
+    """left^T x right, of the sides that there are."""
+    left, right = squares
+    x = x if left is None else left.T @ x
+    return x if right is None else x @ right
+
+
 def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dict]) -> tuple[list, list]:
     """function(matrices, squares) -> matrices, squares: lists, of one matrix of one parameter at a time.
 

@@ -87,10 +87,12 @@ def _soap(config, mesh) -> optax.GradientTransformation:
         def one(matrices, squares):
             g, mu, nu = matrices
             factors, bases = squares[:2], squares[2:]
+            back = [None if basis is None else basis.T for basis in bases]
+            rotated = _factors.between(bases, g)
             mu = jnp.where(first, mu, config.beta1 * mu + (1 - config.beta1) * g)
-            nu = jnp.where(first, nu, config.beta2 * nu + (1 - config.beta2) * _into(bases, g) ** 2)
-            mean, root = _into(bases, mu) / (1 - config.beta1**t), jnp.sqrt(nu / (1 - config.beta2**t))
-            direction = _out_of(bases, mean / (root + config.eps))
+            nu = jnp.where(first, nu, config.beta2 * nu + (1 - config.beta2) * rotated * rotated)
+            mean, square = _factors.between(bases, mu) / (1 - config.beta1**t), nu / (1 - config.beta2**t)
+            direction = _factors.between(back, mean / (jnp.sqrt(square) + config.eps))
             factors = _factors.add(factors, g, config.shampoo_beta)
             for axis, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
                 if basis is not None:
@@ -105,24 +107,10 @@ def _soap(config, mesh) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _into(bases, x: jax.Array) -> jax.Array:
-    """Q_L^T x Q_R."""
-    left, right = bases
-    x = x if left is None else left.T @ x
-    return x if right is None else x @ right
-
-
-def _out_of(bases, x: jax.Array) -> jax.Array:
-    """Q_L x Q_R^T."""
-    left, right = bases
-    x = x if left is None else left @ x
-    return x if right is None else x @ right.T
-
-
 def _turn(turn: jax.Array, factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The basis after KEEP, ITERATE or DECOMPOSE, and the order in which it takes the old one's vectors.
 
-    ITERATE is a step of power iteration (algorithm 4), which needs those of large eigenvalues first to keep them apart.
+    ITERATE is a step of power iteration (algorithm 4), for which large eigenvalues have to come first.
     """
     as_is = jnp.arange(len(basis))
 

@@ -45,7 +45,7 @@ def make(config, context):
     return context.descend(optax.GradientTransformation(init, update))
 """
 IN_PACKAGE = sorted(optimizers.choices())
-NAMES = [*IN_PACKAGE, "own.py", "optax.lion"]
+NAMES = [*IN_PACKAGE, "own.py", "optax.lion", "schedule_free+adamw"]
 # Of which a layer's update depends on the other layers, by definition.
 WHOLE_TREE = {
     *("polar", "jump", "mirror_descent", "blackbox", "normalized_blackbox", "imperfect_hints", "mars"),

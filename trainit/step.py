@@ -3,7 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -255,7 +255,8 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
             )
             return mean_gradient(params, batch, state.step)[0]
 
-        grads, sums = mean_gradient(state.params, batch, state.step)
+        at = optimizers.training_point(state.opt_state, state.params)
+        grads, sums = mean_gradient(at, batch, state.step)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, step=state.step, gradient_at=gradient_at
@@ -268,7 +269,7 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
 
         measured, kept = {}, {}
         if config.diagnostics.every_steps:
-            measured, kept = measure(state, batch, grads, updates, sums, good)
+            measured, kept = measure(replace(state, params=at), batch, grads, updates, sums, good)
         bad = (~good).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,

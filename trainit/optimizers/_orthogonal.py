@@ -47,7 +47,7 @@ def spectral_norm(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x @ (v / jnp.maximum(jnp.linalg.norm(v), jnp.finfo(x.dtype).tiny)))
 
 
-def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, **options) -> jax.Array:
+def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, blocks: int = 1, **options) -> jax.Array:
     """`newton_schulz` of a parameter's matrix, times sqrt(max(1, fan_out / fan_in)).
 
     An embedding counts as its table is stored: its rows over its width. Of stacked layers each device has
@@ -57,15 +57,21 @@ def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, **options) -> jax.
         path: of a parameter that is no vector.
         x: shaped as the parameter, layers axis included.
         mesh: over whose devices the layers are dealt out; None: one device.
+        blocks: of the columns, each of which is a matrix by itself.
         options: of `newton_schulz`.
     """
     rows, columns = matrix_shape(path, x.shape[1:] if is_stacked(path) else x.shape)
-    ratio = rows / columns if sharding.kind(path) == "embedding" else columns / rows
+    ratio = rows / columns if sharding.kind(path) == "embedding" else columns / blocks / rows
+
+    def one(matrix):
+        parts = jnp.moveaxis(matrix.reshape(rows, blocks, -1), 1, 0)
+        done = jax.vmap(lambda part: newton_schulz(part, **options))(parts)
+        return jnp.moveaxis(done, 0, 1).reshape(rows, columns)
+
     if is_stacked(path):
-        stack = x.reshape(-1, rows, columns)
-        done = _whole.map_layers(path, mesh, lambda matrix: newton_schulz(matrix, **options), stack)
+        done = _whole.map_layers(path, mesh, one, x.reshape(-1, rows, columns))
     else:
-        done = newton_schulz(_whole.constrain(x.reshape(rows, columns), mesh, PartitionSpec()), **options)
+        done = one(_whole.constrain(x.reshape(rows, columns), mesh, PartitionSpec()))
     return _whole.as_parameter(path, done * math.sqrt(max(1.0, ratio)), x.shape, mesh)
 
 

@@ -229,11 +229,33 @@ MANGO = {  # every normalization, every scaling and every way to keep moments
 }
 
 
-@pytest.mark.parametrize("offset_beta", [0.0, 0.8])
-def test_mango(offset_beta):
+def numpy_split(path, u, name):
+    """Queries' kernels (inputs, heads, size) or biases (heads, size), head by head."""
+    heads = np.moveaxis(u, -2, 0)
+    if name == "ns_split":
+        return np.moveaxis(np.stack([numpy_newton_schulz(head, 4, 1e-3) for head in heads]), 0, -2)
+    if name == "l2_split":
+        sizes = [np.sqrt((head**2).sum()) for head in heads]
+    else:
+        sizes = [np.abs(head).sum(0).max() if head.ndim == 2 else np.abs(head).max() for head in heads]
+    return u / (np.array(sizes)[:, None] + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("offset_beta", "split"), [(0.0, None), (0.8, None), (0.0, "l2"), (0.0, "inf"), (0.0, "ns")]
+)
+def test_mango(offset_beta, split):
     parameters, gradients = draw(some_shapes(), 23), draw_gradients(some_shapes())
     parameters["head"]["bias"] *= 0  # moves by the floor
-    fields = FLOAT32 | {"offset_beta": offset_beta, "eps": 1e-3, "scale_floor": 0.2, "ns_steps": 4} | MANGO
+    fields = FLOAT32 | {"offset_beta": offset_beta, "eps": 1e-3, "scale_floor": 0.2, "ns_steps": 4}
+    kinds = dict(MANGO)
+    if split:
+        kinds["attention_kernel"] = MANGO["attention_kernel"] | {"normalize": f"{split}_split"}
+        kinds["attention_bias"] = {
+            "normalize": "inf_split" if split == "inf" else "l2_split",
+            "scale": "none",
+        }
+    fields |= kinds
     updates = run(build("mango", fields, 0.3, 40.0), parameters, gradients)
     v, o, x, moments = {}, {}, by_path(parameters), {}
 
@@ -248,7 +270,7 @@ def test_mango(offset_beta):
             "rate": 1.0,
             "scale_power": 1.0,
         }
-        c |= MANGO[mango_kind(path)]
+        c |= kinds[mango_kind(path)]
         if c["use_adam"]:
             adam = moments.setdefault(path, numpy_adam(c["beta1"], c["beta2"], 1e-3, c["nesterov"]))
             u = adam(path, g, t)
@@ -257,7 +279,9 @@ def test_mango(offset_beta):
                 v[path] = c["beta2"] * v.get(path, 0.0) + g**2
                 g = g / (np.sqrt(v[path]) + 1e-3)
             u = moments.setdefault(path, numpy_momentum(c["beta1"], c["nesterov"]))(path, g, t)
-        if c["normalize"] == "ns":
+        if c["normalize"].endswith("split"):
+            u = by_layer(lambda p, u: numpy_split(p, u, c["normalize"]), path, u)
+        elif c["normalize"] == "ns":
             u = numpy_muon(path, u, steps=4)
         elif c["normalize"] != "none":
             u = by_layer(lambda p, u: u / (numpy_size(p, u, c["normalize"]) + 1e-3), path, u)
@@ -293,6 +317,8 @@ def test_spectral_norm():
             r"optimizer.matrix.normalize='l3' is none of none, l2, l2_row",
         ),
         ({"bias": {"normalize": "ns"}}, r"optimizer.bias.normalize=ns is for matrices"),
+        ({"attention_bias": {"normalize": "ns_split"}}, r"normalize=ns_split is for matrices"),
+        ({"matrix": {"normalize": "l2_split"}}, r"l2_split is for attention's queries, keys and values"),
         ({"head": {"rate": -1.0}}, r"optimizer.head.rate=-1.0 must not be below 0"),
         ({"scale_floor": 0.0}, r"optimizer.scale_floor=0.0 must be above 0"),
     ],

@@ -164,11 +164,27 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(RULES.get(axis) for axis in axes))
 
 
+def matrix_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How matrices that belong to a parameter are split: as its own rows and columns, where that divides.
+
+    Args:
+        path: of a parameter that is no vector.
+        shape: ([layers,] rows, columns): of its own matrices, or of others such as products of these.
+        mesh: with axes `MESH_AXES`.
+    """
+    axes = [axis for axis in logical_axes(path) if axis != "layers"]
+    own = RULES.get(axes[0]), RULES.get(axes[1 if axes[0] == "embed" else -1])
+    sizes = zip(own, shape[-2:], strict=True)
+    fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in sizes)
+    return PartitionSpec(*[None] * (len(shape) - 2), *fits)
+
+
 def state_shardings(state, parameters: Mapping, mesh: Mesh):
     """A sharding for every leaf of a train state.
 
     A leaf is split as the parameter whose path is the leaf's suffix and whose shape is its own:
-    the parameter itself, its moments, its gradient's sum. Any other leaf is replicated.
+    the parameter itself, its moments, its gradient's sum. A square matrix for each of a parameter's own,
+    under its path, is split as far as `matrix_spec` can. Any other leaf is replicated.
 
     Args:
         state: a tree of arrays or of their shapes.
@@ -183,9 +199,15 @@ def state_shardings(state, parameters: Mapping, mesh: Mesh):
             suffix = "/".join(keys[start:])
             if shapes.get(suffix) == leaf.shape:
                 return NamedSharding(mesh, spec(logical_axes(suffix)))
+            if suffix in shapes and _is_square(suffix, leaf.shape):
+                return NamedSharding(mesh, matrix_spec(suffix, leaf.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map_with_path(sharding, state)
+
+
+def _is_square(path: str, shape: tuple[int, ...]) -> bool:
+    return kind(path) != "vector" and len(shape) == 2 + is_stacked(path) and shape[-1] == shape[-2]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -3,7 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -164,10 +164,20 @@ def _inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Ar
     return tokens[:, :-1], tokens[:, 1:], mask_BL
 
 
-def _loss(model: GPT, params: dict, micro_batch: dict, key: jax.Array | None, first_row: jax.Array | int):
+def _loss(model: GPT, params, micro_batch, key: jax.Array | None, first_row, sampling: jax.Array | None):
     inputs_BL, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
+    if sampling is not None:
+        targets_BL = _draw(
+            jax.lax.stop_gradient(model(params, inputs_BL, key, first_row)), sampling, first_row
+        )
     sums = losses.cross_entropy(model(params, inputs_BL, key, first_row), targets_BL, mask_BL)
     return sums["loss"], sums
+
+
+def _draw(logits_BLV: jax.Array, key: jax.Array, first_row: jax.Array | int) -> jax.Array:
+    """Targets (B, L) from the model's own distribution, each row's with a key of its own."""
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(first_row + jnp.arange(len(logits_BLV)))
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BLV.astype(jnp.float32))
 
 
 def _over_micro_steps(function: Callable[[int, dict], tuple], batch: dict, zeros):
@@ -186,20 +196,23 @@ def _sums(config, model, layout) -> tuple[Callable, Callable]:
     """Functions of (params, batch, step), for one and the same dropout: sums over all micro-steps.
 
     The first gives the loss's gradient (float32, laid out as params) and the loss's parts, and where the
-    noise scale is asked for also "square", the sum of squares of the micro-steps' mean gradients. The second
-    gives the loss's parts alone.
+    noise scale is asked for also "square", the sum of squares of the micro-steps' mean gradients. With a key
+    for it, targets are drawn from the model instead of taken from the batch. The second gives the loss's
+    parts alone.
     """
     uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
     with_square = config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
     no_sums = dict.fromkeys(("loss", "correct", "count"), jnp.float32(0))
 
-    def loss(params, step, number, micro_batch):
+    def loss(params, step, number, micro_batch, sampling=None):
         key = jax.random.fold_in(named_key(config.seed, "dropout"), step) if uses_dropout else None
-        return _loss(model, params, micro_batch, key, number * micro_batch["lengths"].shape[0])
+        return _loss(model, params, micro_batch, key, number * micro_batch["lengths"].shape[0], sampling)
 
-    def gradients(params: dict, batch: dict, step: jax.Array) -> tuple[dict, dict]:
+    def gradients(params: dict, batch: dict, step: jax.Array, sampling=None) -> tuple[dict, dict]:
         def micro(number, micro_batch):
-            grads, sums = jax.grad(lambda p: loss(p, step, number, micro_batch), has_aux=True)(params)
+            grads, sums = jax.grad(lambda p: loss(p, step, number, micro_batch, sampling), has_aux=True)(
+                params
+            )
             grads = jax.lax.with_sharding_constraint(grads, layout)
             if with_square:
                 sums["square"] = metrics.inner(grads, grads) / sums["count"] ** 2
@@ -222,8 +235,8 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
     """The train step: one optimizer update from G accumulated micro-steps."""
     gradients, parts = _sums(config, model, layout)
 
-    def mean_gradient(params: dict, batch: dict, step: jax.Array) -> tuple[dict, dict]:
-        grads, sums = gradients(params, batch, step)
+    def mean_gradient(params: dict, batch: dict, step: jax.Array, sampling=None) -> tuple[dict, dict]:
+        grads, sums = gradients(params, batch, step, sampling)
         return jax.tree.map(lambda g: g / sums["count"], grads), sums
 
     def measure(state: TrainState, batch: dict, grads: dict, updates: dict, sums: dict, good: jax.Array):
@@ -247,18 +260,31 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
         return diagnostics.measure(config.diagnostics, state.diagnostics, now, state.step + 1, good)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        def gradient_at(params: dict) -> dict:
+        def elsewhere(params: dict, sampling: jax.Array | None = None) -> tuple[dict, dict]:
             config_lib.require(
                 jax.tree.structure(params) == jax.tree.structure(state.params),
                 "parameter_groups: an optimizer that takes gradients elsewhere, as sam+NAME and sophia, must "
                 "have all parameters",
             )
-            return mean_gradient(params, batch, state.step)[0]
+            return mean_gradient(params, batch, state.step, sampling)
 
-        grads, sums = mean_gradient(state.params, batch, state.step)
+        def gradient_at(params: dict) -> dict:
+            return elsewhere(params)[0]
+
+        def sampled_gradient_at(params: dict, key: jax.Array) -> tuple[dict, jax.Array]:
+            grads, sums = elsewhere(params, key)
+            return grads, sums["count"]
+
+        at = optimizers.training_point(state.opt_state, state.params)
+        grads, sums = mean_gradient(at, batch, state.step)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, step=state.step, gradient_at=gradient_at
+            grads,
+            state.opt_state,
+            state.params,
+            step=state.step,
+            gradient_at=gradient_at,
+            sampled_gradient_at=sampled_gradient_at,
         )
         update_norm = optax.tree.norm(updates)
         good = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
@@ -268,7 +294,7 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
 
         measured, kept = {}, {}
         if config.diagnostics.every_steps:
-            measured, kept = measure(state, batch, grads, updates, sums, good)
+            measured, kept = measure(replace(state, params=at), batch, grads, updates, sums, good)
         bad = (~good).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,

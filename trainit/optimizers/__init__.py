@@ -59,6 +59,10 @@ def _load(name: str):
         require(
             wrapper in there, f"optimizer={name}: unknown wrapper {wrapper!r}: there are {', '.join(there)}"
         )
+        require(
+            "schedule_free" not in base.split("+"),
+            f"optimizer={name}: schedule_free averages what parameters do, and so must come first",
+        )
         module = importlib.import_module(f"{wrappers.__name__}.{wrapper}")
         return _Wrapped(wrapper, module, base, _load(base))
     if name.endswith(".py"):
@@ -204,6 +208,18 @@ def logged(opt_state: optax.OptState) -> dict[str, jax.Array]:
             group = names[names.index("inner_states") + 1 :][:1] if "inner_states" in names else []
             found["/".join(["optimizer", *group, names[-1]])] = leaf
     return found
+
+
+def training_point(opt_state: optax.OptState, params: dict) -> dict:
+    """Where the next gradient is to be taken: at the parameters, unless a state has a method that says where.
+
+    Args:
+        opt_state: of the whole run.
+        params: that the model has, and is validated at.
+    """
+    for state in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, "training_point")):
+        params = state.training_point(params) if hasattr(state, "training_point") else params
+    return params
 
 
 def build(

@@ -21,8 +21,9 @@ from trainit.config import ConfigError, require
 LEARNING_RATE = 1e-3  # where the function has no default
 MASKS = {"mask", "weight_decay_mask"}  # parameters that say what decays: our mask
 REFUSED = {
+    "optax.adafactor": "it takes stacked layers for one array; take optimizer=adafactor",
     "optax.contrib.muon": "it takes stacked layers for something else than matrices; take optimizer=muon",
-    "optax.contrib.schedule_free": "it wants validation at other parameters than it trains, which is to come",
+    "optax.contrib.schedule_free": "it wants validation elsewhere; take optimizer=schedule_free+NAME",
 }
 
 

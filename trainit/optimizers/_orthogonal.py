@@ -1,13 +1,14 @@
-"""Newton-Schulz on the matrices that parameters are, and the layout in which it runs."""
+"""Newton-Schulz on the matrices that parameters are, and their largest singular value."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from trainit import sharding
+from trainit.optimizers import _whole
 from trainit.sharding import is_stacked, matrix_shape
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at 0, singular values end in about [0.7, 1.2]
@@ -46,70 +47,32 @@ def spectral_norm(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x @ (v / jnp.maximum(jnp.linalg.norm(v), jnp.finfo(x.dtype).tiny)))
 
 
-def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, **options) -> jax.Array:
+def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, blocks: int = 1, **options) -> jax.Array:
     """`newton_schulz` of a parameter's matrix, times sqrt(max(1, fan_out / fan_in)).
 
-    An embedding counts as its table is stored: its rows over its width. Of stacked layers each device
-    has one whole matrix at a time; when all have done theirs, the next ones follow. Replicas share the
-    work as far as there are layers for them, and else do the same.
+    An embedding counts as its table is stored: its rows over its width. Of stacked layers each device has
+    one whole matrix at a time (`_whole`).
 
     Args:
         path: of a parameter that is no vector.
         x: shaped as the parameter, layers axis included.
         mesh: over whose devices the layers are dealt out; None: one device.
+        blocks: of the columns, each of which is a matrix by itself.
         options: of `newton_schulz`.
     """
-    shape = x.shape[1:] if is_stacked(path) else x.shape
-    rows, columns = matrix_shape(path, shape)
-    ratio = rows / columns if sharding.kind(path) == "embedding" else columns / rows
-    matrices = x.reshape(-1, rows, columns)
-    layouts, devices = _layouts(path, mesh, len(matrices)) if is_stacked(path) else ([PartitionSpec()], 1)
+    rows, columns = matrix_shape(path, x.shape[1:] if is_stacked(path) else x.shape)
+    ratio = rows / columns if sharding.kind(path) == "embedding" else columns / blocks / rows
 
-    def one_each(batch):
-        for layout in layouts:
-            batch = _constrain(batch, mesh, layout)
-        batch = jax.vmap(lambda matrix: newton_schulz(matrix, **options))(batch)
-        for layout in reversed(layouts):
-            batch = _constrain(batch, mesh, layout)
-        return batch
+    def one(matrix):
+        parts = jnp.moveaxis(matrix.reshape(rows, blocks, -1), 1, 0)
+        done = jax.vmap(lambda part: newton_schulz(part, **options))(parts)
+        return jnp.moveaxis(done, 0, 1).reshape(rows, columns)
 
     if is_stacked(path):
-        rounds = -(-len(matrices) // devices)
-        padded = jnp.pad(matrices, ((0, rounds * devices - len(matrices)), (0, 0), (0, 0)))
-        done = jax.lax.map(one_each, padded.reshape(rounds, devices, rows, columns))
-        done = done.reshape(-1, rows, columns)[: len(matrices)]
+        done = _whole.map_layers(path, mesh, one, x.reshape(-1, rows, columns))
     else:
-        done = one_each(matrices)
-    done = done.reshape(x.shape) * math.sqrt(max(1.0, ratio))
-    return _constrain(done, mesh, sharding.spec(sharding.logical_axes(path)))
-
-
-def _layouts(path: str, mesh: Mesh | None, layers: int) -> tuple[list[PartitionSpec], int]:
-    """Of as many matrices as devices: from each split over rows and columns to one whole on each device.
-
-    And the number of these devices: those that hold parts of a matrix, times replicas up to `layers`.
-
-    One axis of the mesh moves at a time, which is an exchange among its devices; XLA would gather all
-    matrices everywhere if asked for both at once.
-    """
-    if mesh is None:
-        return [], 1
-    axes = sharding.spec(sharding.logical_axes(path)[1:])
-    inputs = 1 if sharding.logical_axes(path)[1] == "embed" else len(axes) - 1
-    rows, columns = axes[0], axes[inputs]
-    owners = [axis for axis in (rows, columns) if axis is not None]
-    devices = math.prod(mesh.shape[axis] for axis in owners)
-    for axis in mesh.axis_names:
-        if axis not in owners and devices * mesh.shape[axis] <= layers:
-            owners.append(axis)
-            devices *= mesh.shape[axis]
-    layouts = [
-        PartitionSpec(None, rows, columns),
-        PartitionSpec(rows, None, columns),
-        PartitionSpec(tuple(axis for axis in (rows, columns) if axis is not None)),
-        PartitionSpec(tuple(owners)),
-    ]
-    return layouts, devices
+        done = one(_whole.constrain(x.reshape(rows, columns), mesh, PartitionSpec()))
+    return _whole.as_parameter(path, done * math.sqrt(max(1.0, ratio)), x.shape, mesh)
 
 
 def scale_by_newton_schulz(mesh: Mesh | None, **options) -> optax.GradientTransformation:
@@ -122,7 +85,3 @@ def scale_by_newton_schulz(mesh: Mesh | None, **options) -> optax.GradientTransf
         )
 
     return optax.stateless(update)
-
-
-def _constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec | None) -> jax.Array:
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

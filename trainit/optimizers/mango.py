@@ -20,7 +20,7 @@ from trainit.optimizers._moments import map_layers, norm, scale_by_moments
 from trainit.optimizers._orthogonal import orthogonalize, spectral_norm
 from trainit.sharding import matrix_shape
 
-NORMALIZE = ("none", "l2", "l2_row", "inf", "inf_row", "ns")
+NORMALIZE = ("none", "l2", "l2_row", "l2_split", "inf", "inf_row", "inf_split", "ns", "ns_split")
 SCALE = ("none", "l2", "l2_row", "inf", "inf_row", "op")
 # What each kind is normalized and scaled by; `kind` says which parameters it has.
 KINDS = {
@@ -56,7 +56,9 @@ def _kind_config(normalize: str, scale: str) -> ConfigDict:
     config.beta2 = 0.95  # decay of the squared gradients; in [0, 1), 0: no division
     config.nesterov = True  # the momentum looks one step ahead
     config.use_adam = False  # both moments as Adam has them: means, debiased, divided at the end
-    config.normalize = normalize  # none, l2, inf: the whole; l2_row, inf_row: each unit; ns: Newton-Schulz
+    # none; l2, inf: of the whole; l2_row, inf_row: of each unit; ns: Newton-Schulz; attention's queries, keys
+    # and values also l2_split, inf_split, ns_split: of each head.
+    config.normalize = normalize
     config.scale = scale  # by the weight's norm: none, l2, inf, op; l2_row, inf_row: each unit by its own
     config.scale_power = 1.0  # of that norm
     return config
@@ -93,19 +95,25 @@ def _direction(name: str, config, context) -> optax.GradientTransformation:
         require(c[field] in choices, f"optimizer.{name}.{field}={c[field]!r} is none of {known}")
     not_below_0(c, "rate", within=f"optimizer.{name}")
     power, flat = c.scale_power, name in ("attention_bias", "scale", "bias")
-    for field, matrices_only in (("normalize", "ns"), ("scale", "op")):
+    for field, ns in (("normalize", c.normalize.startswith("ns")), ("scale", c.scale == "op")):
         require(
-            not flat or c[field] != matrices_only,
-            f"optimizer.{name}.{field}={matrices_only} is for matrices, which {name} is not",
+            not (flat and ns), f"optimizer.{name}.{field}={c[field]} is for matrices, which {name} is not"
         )
+    require(
+        not c.normalize.endswith("split") or name.startswith("attention"),
+        f"optimizer.{name}.normalize={c.normalize} is for attention's queries, keys and values",
+    )
 
     def normalize(updates, params):
         del params
-        if c.normalize == "ns":
+        if c.normalize.startswith("ns"):
             options = {"steps": config.ns_steps, "dtype": config.ns_precision, "eps": config.eps}
-            return jax.tree.map_with_path(
-                lambda path, u: orthogonalize(sharding.path_name(path), u, context.mesh, **options), updates
-            )
+
+            def one(path, u):
+                blocks = u.shape[-2] if c.normalize == "ns_split" else 1
+                return orthogonalize(sharding.path_name(path), u, context.mesh, blocks, **options)
+
+            return jax.tree.map_with_path(one, updates)
         return map_layers(lambda path, u: u / (size(path, u, c.normalize) + config.eps), updates)
 
     def scale(updates, params):
@@ -143,8 +151,12 @@ def size(path: str, x: jax.Array, name: str) -> jax.Array:
         path: of the parameter.
         x: without a layers axis.
         name: l2, l2_row; inf, the largest sum of a unit's absolute entries; inf_row, a unit's largest
-            absolute entry; op, the spectral norm.
+            absolute entry; op, the spectral norm; l2_split, inf_split, those of each head.
     """
+    if name.endswith("split"):  # x: ([embed,] heads, head size)
+        heads = jnp.moveaxis(x, -2, 0).reshape(x.shape[-2], -1, x.shape[-1])
+        largest = jnp.max(jnp.sum(jnp.abs(heads), 1), 1)
+        return (largest if name == "inf_split" else jax.vmap(norm)(heads))[:, None]
     if sharding.kind(path) == "vector":
         own, whole = jnp.abs(x), {"l2": norm(x), "inf": jnp.max(jnp.abs(x))}
         return whole.get(name, own)

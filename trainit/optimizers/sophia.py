@@ -1,6 +1,6 @@
-"""Sophia-H: the mean gradient over the Hessian's diagonal, entry by entry at most 1.
+"""Sophia: the mean gradient over the Hessian's diagonal, entry by entry at most 1.
 
-Liu et al. 2023, arXiv 2305.14342, algorithm 3, with Hutchinson's estimate (algorithm 1).
+Liu et al. 2023, arXiv 2305.14342, algorithm 3, with either of its estimates of the diagonal.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from trainit.config import require
 from trainit.optimizers._bounds import above_0
 
 
@@ -22,6 +23,7 @@ def get_config() -> ConfigDict:
     config.beta2 = 0.99  # decay of the mean of the Hessian's diagonals; in [0, 1)
     config.gamma = 0.01  # share of the diagonal that the mean gradient is divided by; > 0
     config.eps = 1e-12  # it is at least that; > 0
+    config.estimator = "hutchinson"  # Sophia-H; gnb: Sophia-G, for which its authors take gamma 0.05
     config.every_steps = 10  # updates between estimates, each of which costs about two gradients; > 0
     return config
 
@@ -33,31 +35,24 @@ class SophiaState(NamedTuple):
 
 
 def make(config, context) -> optax.GradientTransformation:
-    """m / max(gamma h, eps), clipped to [-1, 1]; every few updates h <- beta2 h + (1 - beta2) z * (H z).
-
-    z is drawn from the normal distribution; H z is the derivative of this batch's gradient along it.
-    """
+    """m / max(gamma h, eps), clipped to [-1, 1]; every few updates h <- beta2 h + (1 - beta2) estimate."""
     above_0(config, "gamma", "every_steps")
-
-    def draw(params: dict, step) -> dict:
-        key = jax.random.fold_in(jax.random.wrap_key_data(context.key), step)
-        leaves, structure = jax.tree.flatten(params)
-        return structure.unflatten(
-            [jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)]
-        )
+    estimates = {"hutchinson": _hutchinson, "gnb": _gauss_newton_bartlett}
+    require(
+        config.estimator in estimates,
+        f"optimizer.estimator={config.estimator!r} is none of {', '.join(map(repr, estimates))}",
+    )
 
     def init(params) -> SophiaState:
         zeros = jax.tree.map(jnp.zeros_like, params)
         return SophiaState(jnp.int32(0), zeros, zeros)
 
-    def update(gradients, state: SophiaState, params, *, step, gradient_at, **extra_args):
-        del extra_args
+    def update(gradients, state: SophiaState, params, *, step, **extra_args):
         mu = optax.tree.update_moment(gradients, state.mu, config.beta1, 1)
 
         def estimate() -> dict:
-            z = draw(params, step)
-            _, product = jax.jvp(gradient_at, (params,), (z,))
-            diagonal = jax.tree.map(jnp.multiply, z, product)
+            key = jax.random.fold_in(jax.random.wrap_key_data(context.key), step)
+            diagonal = estimates[config.estimator](params, key, **extra_args)
             return optax.tree.update_moment(diagonal, state.hessian, config.beta2, 1)
 
         is_due = state.count % config.every_steps == 0
@@ -68,3 +63,23 @@ def make(config, context) -> optax.GradientTransformation:
         return direction, SophiaState(state.count + 1, mu, hessian)
 
     return context.descend(optax.GradientTransformationExtraArgs(init, update))
+
+
+def _hutchinson(params: dict, key: jax.Array, *, gradient_at, **extra_args) -> dict:
+    """z * (H z), z being drawn from the normal distribution (algorithm 1).
+
+    H z is the derivative of this batch's gradient along z.
+    """
+    del extra_args
+    leaves, structure = jax.tree.flatten(params)
+    normals = [jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)]
+    z = structure.unflatten(normals)
+    _, product = jax.jvp(gradient_at, (params,), (z,))
+    return jax.tree.map(jnp.multiply, z, product)
+
+
+def _gauss_newton_bartlett(params: dict, key: jax.Array, *, sampled_gradient_at, **extra_args) -> dict:
+    """B g * g with g the mean gradient over B tokens, whose targets the model draws itself (algorithm 2)."""
+    del extra_args
+    gradient, count = sampled_gradient_at(params, key)
+    return jax.tree.map(lambda g: count * g * g, gradient)

@@ -1,0 +1,79 @@
+"""The factors of Shampoo and SOAP, of which a matrix G has two: running means of G G^T and of G^T G."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from trainit import sharding
+from trainit.optimizers import _whole
+from trainit.sharding import is_stacked, matrix_shape
+
+
+def squares(params: dict, max_size: int, fill: Callable[[int], jax.Array]) -> tuple[dict, dict]:
+    """A square for each matrix's left side and one for its right, nested as the parameters.
+
+    Args:
+        params: without vectors.
+        max_size: larger sides have none, and neither have the vocabulary's and the positions'.
+        fill: size -> square.
+    """
+
+    def side(number: int) -> dict:
+        def one(path, p):
+            name = sharding.path_name(path)
+            size = matrix_shape(name, p.shape[1:] if is_stacked(name) else p.shape)[number]
+            if size > max_size or {"embedding": 0, "head": 1}.get(sharding.kind(name)) == number:
+                return None
+            return jnp.broadcast_to(fill(size), (*p.shape[: is_stacked(name)], size, size))
+
+        return jax.tree.map_with_path(one, params)
+
+    return side(0), side(1)
+
+
+def add(factors: list, g: jax.Array, beta: float) -> list:
+    """One matrix's factors with one more gradient."""
+    products = (lambda: g @ g.T), (lambda: g.T @ g)
+    return [
+        factor if factor is None else beta * factor + (1 - beta) * product()
+        for factor, product in zip(factors, products, strict=True)
+    ]
+
+
+def between(squares: list, x: jax.Array) -> jax.Array:
+    """left^T x right, of the sides that there are."""
+    left, right = squares
+    x = x if left is None else left.T @ x
+    return x if right is None else x @ right
+
+
+def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dict]) -> tuple[list, list]:
+    """function(matrices, squares) -> matrices, squares: lists, of one matrix of one parameter at a time.
+
+    Args:
+        function: its matrices are (rows, columns) each, its squares (rows, rows) or (columns, columns).
+        mesh: over whose devices the stacked layers are dealt out.
+        arrays: trees of parameters' shapes, without vectors.
+        squares: nested alike, of squares or None.
+
+    Returns:
+        Lists of trees.
+    """
+
+    def one(path, *all_of_it):
+        name, (first, *_) = sharding.path_name(path), all_of_it
+        stack = first.shape[: is_stacked(name)]
+        shape = (*stack, *matrix_shape(name, first.shape[len(stack) :]))
+        own, sides = [x.reshape(shape) for x in all_of_it[: len(arrays)]], list(all_of_it[len(arrays) :])
+        own, sides = _whole.map_layers(name, mesh, function, own, sides) if stack else function(own, sides)
+        return [_whole.as_parameter(name, x, first.shape, mesh) for x in own], sides
+
+    done = jax.tree.map_with_path(one, *arrays, *squares)
+
+    def trees(part: int) -> list:
+        picked = jax.tree.map(lambda _, d: d[part], arrays[0], done)
+        count = len(jax.tree.leaves(picked, is_leaf=lambda x: isinstance(x, list))[0])
+        return [jax.tree.map(lambda _, d, i=i: d[i], arrays[0], picked) for i in range(count)]
+
+    return trees(0), trees(1)

@@ -1,0 +1,96 @@
+"""Adafactor: Shazeer & Stern 2018, arXiv 1804.04235, algorithms 4 and 5."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit import sharding
+from trainit.optimizers._bounds import above_0
+from trainit.optimizers._moments import map_layers, norm
+from trainit.sharding import is_stacked, matrix_shape
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "adafactor"
+    config.learning_rate = 1e-2  # peak of the schedule, times each array's root mean square; >= 0
+    config.weight_decay = 0.0  # decoupled, times the learning rate; >= 0
+    config.beta1 = 0.0  # decay of the mean direction, which costs as much as a gradient; in [0, 1), 0: none
+    config.decay_power = 0.8  # of t in 1 - t^-power, the decay of the mean squared gradients; > 0
+    config.eps = 1e-30  # added to squared gradients; > 0
+    config.threshold = 1.0  # a direction's root mean square is at most that; > 0
+    config.scale_floor = 1e-3  # an array's root mean square counts as this at least, so that zeros move; > 0
+    return config
+
+
+class AdafactorState(NamedTuple):
+    """Nested as the parameters, None where there is none."""
+
+    count: jax.Array  # int32: updates done
+    mu: dict | None  # mean direction
+    rows: dict  # of matrices: mean squared gradient of each row
+    columns: dict  # and of each column
+    nu: dict  # of vectors: mean squared gradient
+
+
+def make(config, context) -> optax.GradientTransformation:
+    """The gradient over the root of a mean square that is told by rows and columns, clipped and scaled."""
+    above_0(config, "decay_power", "threshold", "scale_floor")
+
+    def init(params) -> AdafactorState:
+        def of_matrices(axis: int):
+            def zeros(path, p):
+                name = sharding.path_name(path)
+                if sharding.kind(name) == "vector":
+                    return None
+                stack = p.shape[: is_stacked(name)]
+                return jnp.zeros((*stack, matrix_shape(name, p.shape[len(stack) :])[axis]))
+
+            return jax.tree.map_with_path(zeros, params)
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        nu = jax.tree.map_with_path(
+            lambda path, z: z if sharding.kind(sharding.path_name(path)) == "vector" else None, zeros
+        )
+        return AdafactorState(
+            jnp.int32(0), zeros if config.beta1 else None, of_matrices(0), of_matrices(1), nu
+        )
+
+    def update(gradients, state: AdafactorState, params):
+        count = state.count + 1
+        beta2 = 1 - count.astype(jnp.float32) ** -config.decay_power
+
+        def mean(old, new):
+            return beta2 * old + (1 - beta2) * new
+
+        def one(path, g, x, rows, columns, nu):
+            square = g * g + config.eps
+            if nu is not None:
+                nu = mean(nu, square)
+                direction = g / jnp.sqrt(nu)
+            else:
+                matrix, square = (a.reshape(matrix_shape(path, g.shape)) for a in (g, square))
+                rows, columns = mean(rows, square.mean(1)), mean(columns, square.mean(0))
+                # Not the root of their product, which may be too small for a float.
+                direction = matrix * jax.lax.rsqrt(rows / rows.mean())[:, None] * jax.lax.rsqrt(columns)
+                direction = direction.reshape(g.shape)
+            direction = direction / jnp.maximum(1.0, _root_mean_square(direction) / config.threshold)
+            return jnp.maximum(_root_mean_square(x), config.scale_floor) * direction, rows, columns, nu
+
+        done = map_layers(one, gradients, params, state.rows, state.columns, state.nu)
+        direction, rows, columns, nu = (
+            jax.tree.map(lambda _, d, i=i: d[i], gradients, done) for i in range(4)
+        )
+        mu = state.mu
+        if config.beta1:
+            direction = mu = optax.tree.update_moment(direction, mu, config.beta1, 1)
+        return direction, AdafactorState(count, mu, rows, columns, nu)
+
+    return context.descend(optax.GradientTransformation(init, update))
+
+
+def _root_mean_square(x: jax.Array) -> jax.Array:
+    return norm(x) / x.size**0.5

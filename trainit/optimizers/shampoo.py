@@ -1,0 +1,113 @@
+"""Shampoo: Gupta et al. 2018, arXiv 1802.09568, with the changes that made it practical.
+
+Roots that are taken now and then, and grafting: Anil et al. 2020, arXiv 2002.09018. Means instead of sums,
+and the mean gradient in the place of the gradient: Shi et al. 2023, arXiv 2309.06497.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit.config import require
+from trainit.optimizers import _factors
+from trainit.optimizers._bounds import above_0
+from trainit.optimizers._moments import norm, scale_by_moments
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "shampoo"
+    config.learning_rate = 1e-3  # peak of the schedule; >= 0
+    config.weight_decay = 0.1  # decoupled, times the learning rate; >= 0
+    config.beta1 = 0.9  # decay of the mean gradient; in [0, 1)
+    config.beta2 = 0.95  # decay of the mean squared gradient, of vectors and for graft=adam; in [0, 1)
+    config.shampoo_beta = 0.95  # decay of the factors, the means of G G^T and G^T G; in [0, 1)
+    config.eps = 1e-8  # added to the root of the mean square; > 0
+    config.ridge = 1e-6  # of a factor's largest eigenvalue: added to all of them; > 0
+    config.precondition_every = 10  # updates between roots, each an eigendecomposition; > 0
+    config.max_size = 10000  # sides of matrices above it have no factor
+    config.graft = "adam"  # whose length a matrix's direction takes: adam, sgd (the mean gradient), none
+    return config
+
+
+class ShampooState(NamedTuple):
+    """Of `_shampoo`. Squares are nested as the parameters, None where a side has no factor."""
+
+    count: jax.Array  # int32: updates done
+    mu: dict  # mean gradient
+    nu: dict | None  # mean squared gradient, for graft=adam
+    left: dict  # mean of G G^T
+    right: dict  # mean of G^T G
+    left_root: dict  # the inverse roots that it is multiplied by
+    right_root: dict
+
+
+def make(config, context) -> optax.GradientTransformation:
+    """L^(-1/4) M R^(-1/4) for matrices, AdamW for vectors.
+
+    The side of the vocabulary or the positions has no factor, as any beyond max_size; the other's root is
+    then L^(-1/2).
+    """
+    above_0(config, "ridge", "precondition_every", "max_size")
+    grafts = ("adam", "sgd", "none")
+    require(config.graft in grafts, f"optimizer.graft={config.graft!r} is none of {', '.join(grafts)}")
+    adam = scale_by_moments(config.beta1, config.beta2, config.eps)
+    labels = context.by_path(lambda path, kind: "rest" if kind == "vector" else "shampoo")
+    return context.descend(optax.partition({"shampoo": _shampoo(config, context.mesh), "rest": adam}, labels))
+
+
+def _shampoo(config, mesh) -> optax.GradientTransformation:
+    def init(params) -> ShampooState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        factors = _factors.squares(params, config.max_size, lambda size: jnp.zeros((size, size)))
+        roots = _factors.squares(params, config.max_size, jnp.eye)
+        return ShampooState(jnp.int32(0), zeros, zeros if config.graft == "adam" else None, *factors, *roots)
+
+    def update(gradients, state: ShampooState, params=None):
+        del params
+        t = (state.count + 1).astype(jnp.float32)
+        is_due = state.count % config.precondition_every == 0
+
+        def one(matrices, squares):
+            g, mu, *nu = matrices
+            factors = _factors.add(squares[:2], g, config.shampoo_beta)
+            sides = sum(factor is not None for factor in factors)
+
+            def root(factor, old):
+                mean = factor / (1 - config.shampoo_beta**t)
+                return jax.lax.cond(is_due, lambda: _inverse_root(mean, 2 * sides, config.ridge), lambda: old)
+
+            before = zip(factors, squares[2:], strict=True)
+            roots = [None if factor is None else root(factor, last) for factor, last in before]
+            mu = config.beta1 * mu + (1 - config.beta1) * g
+            mean = mu / (1 - config.beta1**t)
+            direction = _factors.between(roots, mean)
+            if config.graft == "adam":
+                nu = [config.beta2 * nu[0] + (1 - config.beta2) * g * g]
+                mean = mean / (jnp.sqrt(nu[0] / (1 - config.beta2**t)) + config.eps)
+            if config.graft != "none":
+                direction *= norm(mean) / jnp.maximum(norm(direction), jnp.finfo(jnp.float32).tiny)
+            return [direction, mu, *nu], [*factors, *roots]
+
+        arrays = [gradients, state.mu, *([] if state.nu is None else [state.nu])]
+        (direction, mu, *nu), squares = _factors.map_matrices(one, mesh, arrays, list(state[3:]))
+        return direction, ShampooState(state.count + 1, mu, nu[0] if nu else None, *squares)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _inverse_root(factor: jax.Array, power: int, ridge: float) -> jax.Array:
+    """factor^(-1/power) of a positive semidefinite matrix, of zeros the identity.
+
+    Args:
+        factor: (size, size).
+        power: of the root.
+        ridge: this share of the largest eigenvalue is added to all of them.
+    """
+    values, vectors = jnp.linalg.eigh(factor)
+    largest = values[-1]
+    raised = jnp.where(largest > 0, jnp.maximum(values, 0) + ridge * largest, 1.0)
+    return (vectors * raised ** (-1 / power)) @ vectors.T

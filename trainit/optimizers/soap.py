@@ -1,0 +1,125 @@
+"""SOAP, Adam in the eigenbasis of Shampoo's factors: Vyas et al. 2024, arXiv 2409.11321, algorithm 3."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit.optimizers import _factors
+from trainit.optimizers._bounds import above_0
+from trainit.optimizers._moments import scale_by_moments
+
+KEEP, ITERATE, DECOMPOSE = range(3)  # what is done with a basis
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "soap"
+    config.learning_rate = 3e-3  # peak of the schedule; >= 0
+    config.weight_decay = 0.1  # decoupled, times the learning rate; >= 0
+    config.beta1 = 0.95  # decay of the mean gradient; in [0, 1)
+    config.beta2 = 0.95  # decay of the mean squared gradient; in [0, 1)
+    config.shampoo_beta = 0.95  # decay of the factors, the means of G G^T and G^T G; in [0, 1)
+    config.eps = 1e-8  # added to the root of the mean square; > 0
+    config.precondition_every = 10  # updates between turns of the bases, each a QR decomposition; > 0
+    config.max_size = 10000  # sides of matrices above it keep their own basis
+    return config
+
+
+class SoapState(NamedTuple):
+    """Of `_soap`. Squares are nested as the parameters, None where a side keeps its own basis."""
+
+    count: jax.Array  # int32: updates seen
+    mu: dict  # mean gradient
+    nu: dict  # mean squared gradient in the bases
+    left: dict  # mean of G G^T
+    right: dict  # mean of G^T G
+    left_basis: dict  # its eigenvectors, nearly: columns, those of large eigenvalues first
+    right_basis: dict
+
+
+def make(config, context) -> optax.GradientTransformation:
+    """SOAP for matrices, AdamW for vectors.
+
+    As its authors do it, the first gradient only sets the bases. The side of the vocabulary or the positions
+    keeps its own basis, as any beyond max_size does.
+    """
+    above_0(config, "precondition_every", "max_size")
+    adam = scale_by_moments(config.beta1, config.beta2, config.eps)
+    labels = context.by_path(lambda path, kind: "rest" if kind == "vector" else "soap")
+    return context.descend(
+        optax.partition({"soap": _soap(config, context.mesh), "rest": _but_the_first(adam)}, labels)
+    )
+
+
+def _but_the_first(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The first gradient does nothing."""
+
+    def init(params):
+        return jnp.bool(True), inner.init(params)
+
+    def update(gradients, state, params=None):
+        first, old = state
+        new = inner.update(gradients, old, params)
+        still = jax.tree.map(jnp.zeros_like, gradients), old
+        direction, kept = jax.tree.map(lambda n, o: jnp.where(first, o, n), new, still)
+        return direction, (jnp.bool(False), kept)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _soap(config, mesh) -> optax.GradientTransformation:
+    def init(params) -> SoapState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        factors = _factors.squares(params, config.max_size, lambda size: jnp.zeros((size, size)))
+        bases = _factors.squares(params, config.max_size, jnp.eye)
+        return SoapState(jnp.int32(0), zeros, zeros, *factors, *bases)
+
+    def update(gradients, state: SoapState, params=None):
+        del params
+        first = state.count == 0
+        t = jnp.maximum(state.count, 1).astype(jnp.float32)
+        due = jnp.where(state.count % config.precondition_every == 0, ITERATE, KEEP)
+        turn = jnp.where(first, DECOMPOSE, due)
+
+        def one(matrices, squares):
+            g, mu, nu = matrices
+            factors, bases = squares[:2], squares[2:]
+            back = [None if basis is None else basis.T for basis in bases]
+            rotated = _factors.between(bases, g)
+            mu = jnp.where(first, mu, config.beta1 * mu + (1 - config.beta1) * g)
+            nu = jnp.where(first, nu, config.beta2 * nu + (1 - config.beta2) * rotated * rotated)
+            mean, square = _factors.between(bases, mu) / (1 - config.beta1**t), nu / (1 - config.beta2**t)
+            direction = _factors.between(back, mean / (jnp.sqrt(square) + config.eps))
+            factors = _factors.add(factors, g, config.shampoo_beta)
+            for axis, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
+                if basis is not None:
+                    bases[axis], order = _turn(turn, factor, basis)
+                    nu = jnp.take(nu, order, axis)
+            return [direction, mu, nu], [*factors, *bases]
+
+        arrays = [gradients, state.mu, state.nu]
+        (direction, *moments), squares = _factors.map_matrices(one, mesh, arrays, list(state[3:]))
+        return direction, SoapState(state.count + 1, *moments, *squares)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _turn(turn: jax.Array, factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The basis after KEEP, ITERATE or DECOMPOSE, and the order in which it takes the old one's vectors.
+
+    ITERATE is a step of power iteration (algorithm 4), for which large eigenvalues have to come first.
+    """
+    as_is = jnp.arange(len(basis))
+
+    def iterate():
+        product = factor @ basis
+        order = jnp.argsort(-jnp.sum(basis * product, 0))
+        return jnp.linalg.qr(product[:, order])[0], order
+
+    def decompose():
+        return jnp.flip(jnp.linalg.eigh(factor)[1], 1), as_is
+
+    return jax.lax.switch(turn, [lambda: (basis, as_is), iterate, decompose])

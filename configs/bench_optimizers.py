@@ -8,19 +8,21 @@ The learning rate is chosen with a seed that counts for nothing else, from a gri
 is not its last. Everything else of an optimizer is as its authors propose.
 """
 
-# Each grid is around what its authors propose, a factor of two between its values.
+# Each grid begins around what its authors propose, a factor of two between its values.
 RATES = {
     "adamw": (2e-3, 4e-3, 8e-3),
     "sgdm": (0.5, 1.0, 2.0),
-    "normalized_sgdm": (0.1, 0.2, 0.4),
     "optax.lion": (2.5e-4, 5e-4, 1e-3),
     "adam_mini": (2e-3, 4e-3, 8e-3),
-    "mars": (2e-3, 4e-3, 8e-3),
     "cautious+adamw": (2e-3, 4e-3, 8e-3),
+    "mars": (2e-3, 4e-3, 8e-3),
+    "schedule_free+adamw": (4e-3, 8e-3, 1.6e-2),
+    "sophia": (5e-4, 1e-3, 2e-3),
+    "soap": (2e-3, 4e-3, 8e-3),
     "muon": (1e-2, 2e-2, 4e-2),
     "mango": (1e-2, 2e-2, 4e-2),
-    "sophia": (5e-4, 1e-3, 2e-3),
 }
+GROUPS = {"schedule_free+adamw": ",schedule=constant"}  # the averaging is its schedule
 SIZES = {
     "small": {
         "config": "configs/debug.py",
@@ -73,7 +75,10 @@ def get_sweep(size: str = ""):
     return {
         **SIZES[size or "small"],
         "variants": {
-            name: {"groups": f"optimizer={name}", "grid": {"optimizer.learning_rate": rates}}
+            name: {
+                "groups": f"optimizer={name}" + GROUPS.get(name, ""),
+                "grid": {"optimizer.learning_rate": rates},
+            }
             for name, rates in RATES.items()
         },
         "tuning_seeds": [0],

@@ -1,6 +1,6 @@
-"""Measures the data loader, the train step, how long a save blocks the loop, what processes cost.
+"""Measures the loader, the train step, how long a save blocks the loop, what processes and optimizers cost.
 
-    python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save,processes]
+    python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save,processes,optimizer]
     python -m trainit.benchmark --only=prepare --corpus=FILES
 
 Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
@@ -22,7 +22,17 @@ import jax
 import numpy as np
 from absl import flags
 
-from trainit import command_line, distributed, metrics, rendezvous, sharding, sources, step, trackers
+from trainit import (
+    command_line,
+    distributed,
+    metrics,
+    optimizers,
+    rendezvous,
+    sharding,
+    sources,
+    step,
+    trackers,
+)
 from trainit import config as config_lib
 from trainit.checkpoint import Checkpoints
 from trainit.config import Config, ConfigError
@@ -32,7 +42,7 @@ from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset, DatasetError, Split
 from trainit.peers import Peers
 
-PARTS = ("loader", "step", "save", "processes")
+PARTS = ("loader", "step", "save", "processes", "optimizer")
 _ONLY = flags.DEFINE_list("only", list(PARTS[:3]), f"which of {', '.join(PARTS)} to measure")
 _TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
 _CORPUS = flags.DEFINE_string("corpus", "", "files of documents to prepare, for --only=prepare")
@@ -269,6 +279,38 @@ def measure_processes():
     print(f"process {100 * (time.perf_counter() - start):7.1f} µs  a step to hear if the run should stop")
 
 
+def measure_optimizer(config: Config):
+    """Step time and state of the config's optimizer against AdamW's, in turn, on ids drawn at random."""
+    name = config.optimizer.name
+    adamw = Config(
+        {**config.to_dict(), "optimizer": optimizers.choices()["adamw"]().to_dict(), "parameter_groups": ()}
+    )
+    if name == "adamw" and not config.parameter_groups:
+        raise ConfigError("--only=optimizer compares with adamw: choose another one, as :optimizer=muon")
+    built, states, times, sizes = {}, {}, {}, {}
+    for label, c in ((name, config), ("adamw", adamw)):
+        built[label], shape, mesh = _build(c)
+        states[label] = built[label].init()
+        sizes[label] = metrics.facts(c.model, states[label])["optimizer_bytes"] / 2**20
+        times[label] = []
+    micro_steps, rows, length = shape
+    ids = np.random.default_rng(0).integers(0, 256, (micro_steps, rows, length + 1)).astype(np.uint16)
+    batch = {"tokens": ids, "lengths": np.full((micro_steps, rows), length, np.int32)}
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    for _ in range(_STEPS.value + 2):
+        for label, steps in built.items():
+            start = time.perf_counter()
+            states[label], result = steps.train(states[label], batch)
+            jax.block_until_ready(result)
+            times[label].append(time.perf_counter() - start)
+    mine, base = (statistics.median(times[label][2:]) for label in (name, "adamw"))
+    print(
+        f"optimizer {mine / base - 1:+.1%} of a step with {name} instead of adamw: {1e3 * mine:.1f} ms "
+        f"against {1e3 * base:.1f} ms (medians of {_STEPS.value}, in turn); state {sizes[name]:.1f} MiB "
+        f"against {sizes['adamw']:.1f}"
+    )
+
+
 def measure_prepare() -> int:
     """Preparing beside the bare tokenizers, without a config and without JAX; the exit code."""
     if _ONLY.value != ["prepare"] or not _CORPUS.value:
@@ -302,6 +344,8 @@ def main() -> int:
             measure_save(config)
         if "processes" in _ONLY.value:
             measure_processes()
+        if "optimizer" in _ONLY.value:
+            measure_optimizer(config)
     except (ConfigError, DatasetError) as error:
         command_line.say(error)
         return command_line.USAGE_ERROR

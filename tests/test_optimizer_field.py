@@ -164,6 +164,21 @@ def test_cautious():
     assert 0.1 < np.mean(left_out) < 0.6
 
 
+def test_offset_adds_the_mean_of_the_changes():
+    """At rates that differ, whose past is not in the mean; decay is spared."""
+    parameters, gradients = inputs()
+    adams = {path: Adam(**ADAM) for path in by_path(parameters)}
+    means = dict.fromkeys(adams, 0.0)
+
+    def direction(path, g, t):
+        u = adams[path](g)
+        means[path] = 0.7 * means[path] + 0.3 * u
+        return u + means[path]
+
+    got = run(build("offset+adamw", ADAM | {"offset": {"beta": 0.7}}, 0.3, 40.0), parameters, gradients)
+    compare(got, numpy_updates(direction, parameters, gradients, 0.3, 40.0))
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_sam(adaptive):
     parameters, gradients = inputs()
@@ -270,7 +285,9 @@ def test_a_wrapper_is_a_choice(tmp_path, monkeypatch):
     }
     assert choice("mechanic+sam+optax.lion").sam.rho == 0.05
     assert choice("mechanic+sgdm").learning_rate == 1.0
-    with pytest.raises(ConfigError, match=r"unknown wrapper 'careful': there are cautious, mechanic, sam"):
+    with pytest.raises(
+        ConfigError, match=r"unknown wrapper 'careful': there are cautious, mechanic, offset, sam"
+    ):
         choice("careful+adamw")
     with pytest.raises(ConfigError, match=r"unknown optimizer 'sam\+adamv': there are ada_ftrl"):
         choice("sam+adamv")

@@ -107,14 +107,15 @@ def test_other_sizes_go_on_with_the_same_run(command, undisturbed, tmp_path):
     workdir = f"--workdir={tmp_path}"
     _run_until(20, tmp_path, *command, workdir)
     mesh = [f"--config.mesh.{axis}=1" for axis in ("data", "tensor")]
-    _run_until(30, tmp_path, *command, workdir, "--config.cpu_devices=4", "--config.mesh.data=1")
-    run(*command, workdir, "--config.cpu_devices=1", *mesh, "--config.mesh.fsdp=1")
+    four = *command, workdir, "--config.cpu_devices=4", "--config.mesh.data=1"
+    _run_until(30, tmp_path, *four, XLA_FLAGS=FAST)
+    run(*command, workdir, "--config.cpu_devices=1", *mesh, "--config.mesh.fsdp=1", XLA_FLAGS=FAST)
     assert_same_but_for_rounding(metrics(tmp_path), undisturbed)
 
 
-def _run_until(step, workdir, *args):
+def _run_until(step, workdir, *args, **environment):
     """Asks the run to stop when it has reached a step, and checks that it saved and left with 75."""
-    process = start(*args)
+    process = start(*args, **environment)
     wait_for(process, lambda: last_step(workdir) >= step)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)

@@ -7,8 +7,9 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TRAINIT_CACHE"] = tempfile.mkdtemp(prefix="trainit-tests-")
 
-# In this process programs run briefly: compile them fast. Processes that tests start compile as users' do.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+from processes import FAST
+
+os.environ["XLA_FLAGS"] = FAST
 
 import atexit
 import json
@@ -31,7 +32,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TRAINIT_CACHE"], ignore_errors=True)
 
 
-LONG = ("test_train", "test_readme", "test_step", "test_checkpoint", "test_optimizers", "test_prepare_files")
+LONG = (
+    *("test_train", "test_step", "test_optimizers", "test_loader", "test_checkpoint", "test_main"),
+    *("test_streaming", "test_model", "test_optimizer_field", "test_diagnostics", "test_document_mask"),
+    *("test_prepare_files", "test_sources", "test_foreign", "test_trackers", "test_distributed"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,6 @@
 """The benchmark runs and measures what it says; its times are for people, not for tests.
 
-All parts of a run are measured in tests/test_readme.py.
+All parts of a run are measured in tests/commands/test_commands.py.
 """
 
 import json

@@ -47,11 +47,10 @@ def saved(tmp_path_factory):
 
 def test_a_save_is_of_the_state_as_it_was_when_training_goes_on(tmp_path):
     """Steps that take over the state's memory while it is being written do not reach the checkpoint."""
-    steps = build(
-        model__dim=256, model__vocab_size=16384, model__attn_dropout=0.0
-    )  # 100 MB: seconds to write
+    size = {"model__dim": 256, "model__vocab_size": 8192}  # 70 MB: longer to write than steps take
+    steps = build(**size, model__context_length=4, model__attn_dropout=0.0)
     mesh = steps.abstract_state.step.sharding.mesh
-    batch = {"tokens": np.ones((2, 8, 33), np.uint16), "lengths": np.full((2, 8), 32, np.int32)}
+    batch = {"tokens": np.ones((2, 8, 5), np.uint16), "lengths": np.full((2, 8), 4, np.int32)}
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     state, _ = steps.train(steps.init(), batch)
     state, _ = steps.train(state, batch)

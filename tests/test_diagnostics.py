@@ -20,6 +20,7 @@ SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 LENGTH, ROWS = 32, 16
 
 
+@functools.cache
 def build(mesh=None, arg="diagnostics=full,optimizer=ogd_md", **changes):
     config = tiny.get_config(arg)
     config.model.attn_dropout = 0.0

@@ -169,16 +169,16 @@ def test_a_run_on_a_mixture_with_a_document_mask(subset_dataset, tmp_path):
     arguments = (
         f"--config={tiny.__file__}",
         f"--config.dataset.path={subset_dataset}",
-        "--config.dataset.mixture=Alpha 0.5, Gamma 0.5; 20: Beta (1) 1",
+        "--config.dataset.mixture=Alpha 0.5, Gamma 0.5; 12: Beta (1) 1",
         *("--config.dataset.order=blocks", "--config.dataset.block_tokens=320"),
-        *("--config.model.document_mask=True", "--config.schedule.warmup=2", "--config.steps=40"),
+        *("--config.model.document_mask=True", "--config.schedule.warmup=2", "--config.steps=24"),
     )
     run(*arguments, f"--workdir={tmp_path}/whole")
     process = start(*arguments, f"--workdir={tmp_path}/parts")
     assert wait_for(process, lambda: last_step(tmp_path / "parts") >= 3)
     process.terminate()
     assert process.wait(60) == 75
-    assert last_step(tmp_path / "parts") < 40
+    assert last_step(tmp_path / "parts") < 24
     run(*arguments, f"--workdir={tmp_path}/parts")
     whole, parts = (metrics(tmp_path / name) for name in ("whole", "parts"))
     assert [record["train/loss"] for record in whole[1:]] == [record["train/loss"] for record in parts[1:]]

@@ -95,16 +95,19 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
     )
     # Cosine with 10 % of 40 steps of warm-up, written out.
     rates = [0.01 * min(k / 4, 0.5 * (1 + np.cos(np.pi * max(k - 4, 0) / 36))) for k in range(3)]
+
+    @jax.jit
+    def loss_and_gradient(params, ids):
+        def mean_loss(p):
+            return optax.softmax_cross_entropy_with_integer_labels(model(p, ids[:, :-1]), ids[:, 1:]).mean()
+
+        return jax.value_and_grad(mean_loss)(params)
+
     params, moments = steps.init().params, None
     for k in range(3):
         ids, lengths = split.read(order(np.arange(16 * k, 16 * k + 16)), 32)
         assert (lengths == 32).all()
-
-        def mean_loss(p, ids=ids):
-            ids = ids.astype(np.int32)
-            return optax.softmax_cross_entropy_with_integer_labels(model(p, ids[:, :-1]), ids[:, 1:]).mean()
-
-        loss, grads = jax.value_and_grad(mean_loss)(params)
+        loss, grads = loss_and_gradient(params, ids.astype(np.int32))
         np.testing.assert_allclose(curve[k, :2], [loss, optax.tree.norm(grads)], rtol=2e-4)
         optimizer = optax.chain(
             optax.clip_by_global_norm(0.5), optax.adamw(rates[k], weight_decay=0.1, mask=mask)

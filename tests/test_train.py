@@ -1,5 +1,6 @@
 """Runs from start to end, killed, stopped, resumed, moved and broken: as processes."""
 
+import functools
 import os
 import random
 import signal
@@ -7,17 +8,17 @@ import time
 
 import jax
 import numpy as np
+import processes
 import pytest
 import tiny
 from processes import (
+    FAST,
     ROOT,
     assert_same_but_for_rounding,
     exact,
     last_step,
     metrics,
-    run,
     saving,
-    start,
     wait_for,
 )
 
@@ -26,6 +27,9 @@ from trainit import sharding, step
 from trainit.checkpoint import Checkpoints
 
 KILLS = 10
+# One program, compiled as users' are, for most runs here; others, with which one run is made, are given FAST.
+run = functools.partial(processes.run, XLA_FLAGS="")
+start = functools.partial(processes.start, XLA_FLAGS="")
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +38,17 @@ def command(random_dataset):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(command, tmp_path_factory):
-    """The metrics of a run that nothing disturbs."""
+def whole(command, tmp_path_factory):
+    """The folder of a run that nothing disturbs."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     run(*command, f"--workdir={workdir}")
-    return metrics(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def undisturbed(whole):
+    """Its metrics."""
+    return metrics(whole)
 
 
 def test_undisturbed_run(undisturbed):
@@ -97,14 +107,15 @@ def test_other_sizes_go_on_with_the_same_run(command, undisturbed, tmp_path):
     workdir = f"--workdir={tmp_path}"
     _run_until(20, tmp_path, *command, workdir)
     mesh = [f"--config.mesh.{axis}=1" for axis in ("data", "tensor")]
-    _run_until(30, tmp_path, *command, workdir, "--config.cpu_devices=4", "--config.mesh.data=1")
-    run(*command, workdir, "--config.cpu_devices=1", *mesh, "--config.mesh.fsdp=1")
+    four = *command, workdir, "--config.cpu_devices=4", "--config.mesh.data=1"
+    _run_until(30, tmp_path, *four, XLA_FLAGS=FAST)
+    run(*command, workdir, "--config.cpu_devices=1", *mesh, "--config.mesh.fsdp=1", XLA_FLAGS=FAST)
     assert_same_but_for_rounding(metrics(tmp_path), undisturbed)
 
 
-def _run_until(step, workdir, *args):
+def _run_until(step, workdir, *args, **environment):
     """Asks the run to stop when it has reached a step, and checks that it saved and left with 75."""
-    process = start(*args)
+    process = start(*args, **environment)
     wait_for(process, lambda: last_step(workdir) >= step)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -160,13 +171,13 @@ def test_time_limit_resume_and_complete(command, undisturbed, tmp_path):
 
 def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, random_dataset, tmp_path):
     """A learning rate beyond all bounds: the updates overflow, are skipped, and the run gives up."""
-    rate = "--config.optimizer.learning_rate=1e39"
-    output = run(*command, f"--workdir={tmp_path}", rate, "--config.max_skipped=4", expect=1)
+    command = *command, f"--workdir={tmp_path}", "--config.optimizer.learning_rate=1e39"
+    output = run(*command, "--config.max_skipped=4", expect=1, XLA_FLAGS=FAST)
     assert "not finite in 4 steps in a row" in output
     records = metrics(tmp_path)
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 5]  # 5 was under way when the fourth was seen
     assert [r["train/skipped"] for r in records[1:]] == [1, 2, 3, 4, 5]
-    output = run(*command, f"--workdir={tmp_path}", rate, "--config.max_skipped=4", expect=1)
+    output = run(*command, "--config.max_skipped=4", expect=1, XLA_FLAGS=FAST)
     assert "ended at step 5 after 5 steps in a row" in output  # it does not go on by being started again
 
     config = tiny.get_config()
@@ -187,17 +198,16 @@ def test_a_postponed_validation_that_is_no_longer_asked_for(command, tmp_path):
     workdir = tmp_path / "run"
     _run_until_ten(tmp_path, *command, f"--workdir={workdir}")
     more = "--config.eval.every_steps=0", "--config.steps=12", "--config.checkpoint.overwrite_config=True"
-    run(*command, f"--workdir={workdir}", *more)
+    run(*command, f"--workdir={workdir}", *more, XLA_FLAGS=FAST)
     records = metrics(workdir)
     assert [r["step"] for r in records] == list(range(13))
     assert "train/loss" in records[10]
     assert "valid/loss" not in records[10]
 
 
-def test_load_path(command, undisturbed, tmp_path):
-    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    run(*command, f"--workdir={first}")
-    load = f"--config.checkpoint.load_path={first}"
+def test_load_path(command, whole, undisturbed, tmp_path):
+    second, third = tmp_path / "second", tmp_path / "third"
+    load = f"--config.checkpoint.load_path={whole}"
 
     # The whole state of another run's step, and the same steps from there.
     run(*command, f"--workdir={second}", load, "--config.checkpoint.load_step=36")
@@ -212,7 +222,8 @@ def test_load_path(command, undisturbed, tmp_path):
 
     # The parameters with a new optimizer: steps and schedule begin, the data goes on where it was.
     fresh = "--config.checkpoint.overwrite_config=True", "--config.checkpoint.overwrite_optimizer=True"
-    run(command[0] + ":optimizer=sgdm", command[1], f"--workdir={third}", load, *fresh, "--config.steps=20")
+    sgdm = f"{command[0]}:optimizer=sgdm", command[1], "--config.steps=20"
+    run(*sgdm, f"--workdir={third}", load, *fresh, XLA_FLAGS=FAST)
     records = metrics(third)
     assert [r["step"] for r in records] == list(range(21))
     assert records[0]["valid/loss"] == pytest.approx(undisturbed[40]["valid/loss"], rel=1e-6)

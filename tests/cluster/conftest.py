@@ -17,6 +17,7 @@ def calm(random_dataset, tmp_path_factory):
             f"--config={ROOT}/tests/tiny.py",
             *(f"--config.dataset.path={random_dataset}", f"--workdir={workdir}", f"--config.steps={steps}"),
             *("--config.cpu_devices=4", "--config.mesh.data=1", SMOOTH),
+            XLA_FLAGS="",  # as in `activate`
         )
         return metrics(workdir)
 

@@ -114,7 +114,9 @@ def test_a_device_has_one_layers_squares_at_a_time():
             leaf.shape[2] // 4,
         )
     update = jax.jit(lambda g, s, p: optimizer.update(g, s, p, step=1), out_shardings=layout[:2])
-    text = update.lower(*arguments).compile().as_text()
+    lowered = update.lower(*arguments)
+    assert lowered.as_text().count("dot_general") == lowered.as_text().count("[HIGHEST, HIGHEST]") > 0
+    text = lowered.compile().as_text()
     largest = max(int(np.prod(list(map(int, s.split(","))))) for s in re.findall(r"f32\[([\d,]+)\]", text))
     assert largest == 8 * 128 * 128 // 8
 

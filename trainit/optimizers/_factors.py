@@ -63,7 +63,11 @@ def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dic
         stack = first.shape[: is_stacked(name)]
         shape = (*stack, *matrix_shape(name, first.shape[len(stack) :]))
         own, sides = [x.reshape(shape) for x in leaves[: len(arrays)]], list(leaves[len(arrays) :])
-        own, sides = _whole.map_layers(name, mesh, function, own, sides) if stack else function(own, sides)
+        with jax.default_matmul_precision("float32"):  # GPUs' TF32 would drown small eigenvalues
+            if stack:
+                own, sides = _whole.map_layers(name, mesh, function, own, sides)
+            else:
+                own, sides = function(own, sides)
         return [_whole.as_parameter(name, x, first.shape, mesh) for x in own], sides
 
     done = jax.tree.map_with_path(one, *arrays, *squares)

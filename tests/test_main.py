@@ -42,7 +42,7 @@ def error_of(*args) -> str:
         ((DEBUG, "--config.dataset.path=data/none"), ("data/none", "does not exist")),
         ((DEBUG, "--config.model.attention=cudnn"), ("model.attention=cudnn", "platform=cpu")),
         ((DEBUG, "--config.optimizer.name=sgdm"), ("optimizer.name=sgdm", "FILE:optimizer=sgdm")),
-        ((DEBUG, "--config.optimizer.name=nope"), ("optimizer.name='nope'", "ada_ftrl, adam")),
+        ((DEBUG, "--config.optimizer.name=nope"), ("optimizer.name='nope'", "ada_ftrl, adafactor")),
         ((DEBUG, "--config.platform=cuda"), ("platform='cuda' cannot be used here",)),
         ((DEBUG, "--config.checkpoint.load_path=runs/none"), ("load_path='runs/none'", "there are none")),
     ],

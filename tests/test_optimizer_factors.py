@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from optimizer_cases import (
     Adam,
     build,
@@ -113,7 +114,9 @@ def test_a_device_has_one_layers_squares_at_a_time():
             leaf.shape[2] // 4,
         )
     update = jax.jit(lambda g, s, p: optimizer.update(g, s, p, step=1), out_shardings=layout[:2])
-    text = update.lower(*arguments).compile().as_text()
+    lowered = update.lower(*arguments)
+    assert lowered.as_text().count("dot_general") == lowered.as_text().count("[HIGHEST, HIGHEST]") > 0
+    text = lowered.compile().as_text()
     largest = max(int(np.prod(list(map(int, s.split(","))))) for s in re.findall(r"f32\[([\d,]+)\]", text))
     assert largest == 8 * 128 * 128 // 8
 
@@ -170,3 +173,13 @@ def test_shampoo(graft):
 def test_refusals(name, changes, message):
     with pytest.raises(ValueError, match=message):
         build(name, changes)
+
+
+def test_squares_are_split_where_that_divides():
+    """A side of 6 is not split over 4 devices, and a square that belongs to no parameter not at all."""
+    shapes = {"blocks": {"mlp": {"down": {"kernel": jax.ShapeDtypeStruct((3, 6, 8), jnp.float32)}}}}
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
+    left, right = ({"blocks": {"mlp": {"down": {"kernel": jnp.zeros((3, n, n))}}}} for n in (6, 8))
+    layout = sharding.state_shardings((left, right, jnp.zeros((3, 8, 8))), shapes, mesh)
+    specs = [s.spec for s in jax.tree.leaves(layout)]
+    assert specs == [P(None, "tensor", None), P(None, "tensor", "fsdp"), P()]

@@ -82,7 +82,7 @@ def test_state_is_laid_out_as_the_parameters_and_the_assignment_is_said(caplog):
     ("groups", "message"),
     [
         (("head/.*",), "'head/.*' must be a pattern and settings"),
-        (("head/.* optimizer=adamv",), "unknown optimizer 'adamv': there are ada_ftrl, adam, "),
+        (("head/.* optimizer=adamv",), "unknown optimizer 'adamv': there are ada_ftrl, adafactor, "),
         (("head/.* momentum=0.5",), "adamw has no field 'momentum', but beta1, beta2, eps"),
         (("head/.* beta1=1.5",), r"'head/.* beta1=1.5': optimizer.beta1=1.5 must lie in \[0, 1\)"),
         (("head/.* beta1=high",), "beta1=high cannot be set"),

@@ -49,31 +49,30 @@ def between(squares: list, x: jax.Array) -> jax.Array:
 
 
 def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dict]) -> tuple[list, list]:
-    """function(matrices, squares) -> matrices, squares: lists, of one matrix of one parameter at a time.
+    """function(matrices, squares) -> as many matrices and squares, of one matrix of a parameter at a time.
 
     Args:
-        function: its matrices are (rows, columns) each, its squares (rows, rows) or (columns, columns).
+        function: of lists; matrices are (rows, columns), squares (rows, rows), (columns, columns) or None.
         mesh: over whose devices the stacked layers are dealt out.
         arrays: trees of parameters' shapes, without vectors.
-        squares: nested alike, of squares or None.
-
-    Returns:
-        Lists of trees.
+        squares: trees nested alike.
     """
 
-    def one(path, *all_of_it):
-        name, (first, *_) = sharding.path_name(path), all_of_it
+    def one(path, *leaves):
+        name, first = sharding.path_name(path), leaves[0]
         stack = first.shape[: is_stacked(name)]
         shape = (*stack, *matrix_shape(name, first.shape[len(stack) :]))
-        own, sides = [x.reshape(shape) for x in all_of_it[: len(arrays)]], list(all_of_it[len(arrays) :])
-        own, sides = _whole.map_layers(name, mesh, function, own, sides) if stack else function(own, sides)
+        own, sides = [x.reshape(shape) for x in leaves[: len(arrays)]], list(leaves[len(arrays) :])
+        with jax.default_matmul_precision("float32"):  # GPUs' TF32 would drown small eigenvalues
+            if stack:
+                own, sides = _whole.map_layers(name, mesh, function, own, sides)
+            else:
+                own, sides = function(own, sides)
         return [_whole.as_parameter(name, x, first.shape, mesh) for x in own], sides
 
     done = jax.tree.map_with_path(one, *arrays, *squares)
 
-    def trees(part: int) -> list:
-        picked = jax.tree.map(lambda _, d: d[part], arrays[0], done)
-        count = len(jax.tree.leaves(picked, is_leaf=lambda x: isinstance(x, list))[0])
-        return [jax.tree.map(lambda _, d, i=i: d[i], arrays[0], picked) for i in range(count)]
+    def pick(part: int, i: int) -> dict:
+        return jax.tree.map(lambda _, results: results[part][i], arrays[0], done)
 
-    return trees(0), trees(1)
+    return [pick(0, i) for i in range(len(arrays))], [pick(1, i) for i in range(len(squares))]

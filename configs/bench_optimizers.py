@@ -10,24 +10,21 @@ is not its last. Everything else of an optimizer is as its authors propose.
 
 # Each grid begins around what its authors propose, a factor of two between its values.
 RATES = {
-    "adamw": (2e-3, 4e-3, 8e-3),
-    "sgdm": (0.5, 1.0, 2.0),
-    "optax.lion": (2.5e-4, 5e-4, 1e-3),
-    "adam_mini": (2e-3, 4e-3, 8e-3),
-    "cautious+adamw": (2e-3, 4e-3, 8e-3),
-    "mars": (2e-3, 4e-3, 8e-3),
-    "schedule_free+adamw": (4e-3, 8e-3, 1.6e-2),
+    "adamw": (1e-3, 2e-3, 4e-3),
+    "sgdm": (0.25, 0.5, 1.0),
+    "optax.lion": (2e-4, 4e-4, 8e-4),
+    "schedule_free+adamw": (2e-3, 4e-3, 8e-3),
     "sophia": (5e-4, 1e-3, 2e-3),
-    "soap": (2e-3, 4e-3, 8e-3),
-    "muon": (1e-2, 2e-2, 4e-2),
-    "mango": (1e-2, 2e-2, 4e-2),
+    "soap": (1e-3, 2e-3, 4e-3),
+    "muon": (5e-3, 1e-2, 2e-2),
+    "mango": (5e-3, 1e-2, 2e-2),
 }
 GROUPS = {"schedule_free+adamw": ",schedule=constant"}  # the averaging is its schedule
 SIZES = {
     "small": {
         "config": "configs/debug.py",
         "fields": {
-            "steps": 250,
+            "steps": 200,
             "batch_size": 16,
             "model.dim": 128,
             "model.num_heads": 4,

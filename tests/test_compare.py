@@ -237,3 +237,10 @@ def test_what_is_no_run_folder(tmp_path):
     assert result.stderr.strip() == (
         f"trainit: error: {tmp_path}/none: no metrics.jsonl: it is no run folder, and none is in it"
     )
+
+
+def test_a_baseline_that_has_failed(two_methods):
+    """The others are still told; there is no loss to reach."""
+    text = compare(runs.find([two_methods]), "sgdm")
+    assert "2.7233 ± 0.0625" in text
+    assert "reached by" not in text

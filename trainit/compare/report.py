@@ -121,7 +121,7 @@ def tables(rows: Sequence[Row], baseline: Method, target: float) -> list[Table]:
             rows,
         )
     ]
-    if several and any(row.reached for row in rows):
+    if several and math.isfinite(target) and any(row.reached for row in rows):
         columns = _way(baseline)
         found.append(_table(f"The way to a loss of {target:.4f}", WAY.format(target), columns, rows))
     spans = {row.method.name: measures.nearly_best(row.method) for row in rows}

@@ -18,7 +18,7 @@ from trainit.config import ConfigError, flatten
 
 # A resume may change these without saying so: they are where and how a run runs, not what it computes.
 FREE = re.compile(
-    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|platform|cpu_devices)$"
+    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|logits_mib|platform|cpu_devices)$"
     r"|model\.(attention|remat|scan_layers)$"
     r"|dataset\.(path|validation_path|subset_field|tokenizer|workers|prefetch)$"  # it has a fingerprint
     r"|(mesh|eval|log|checkpoint|diagnostics|wandb)\."

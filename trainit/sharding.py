@@ -158,6 +158,12 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(RULES.get(axis) for axis in axes))
 
 
+def mesh_axes(*axes: str | None) -> tuple[str, ...]:
+    """All mesh axes over which arrays with these logical axes are split."""
+    split = (RULES.get(axis) or () for axis in axes)
+    return tuple(axis for one in split for axis in ((one,) if isinstance(one, str) else one))
+
+
 def state_shardings(state, parameters: Mapping, mesh: Mesh):
     """A sharding for every leaf of a train state.
 

@@ -87,7 +87,7 @@ class Run:
             f"{quantity(validation.tokens)} to validate",
             "tokenizer": f"{self.dataset.tokenizer.name}, vocabulary {self.dataset.vocab_size}",
             "batch": f"{c.batch_size} sequences of {length} tokens; {micro_steps} × "
-            f"{rows // (sizes['data'] * sizes['fsdp'])} on each device",
+            f"{rows // (sizes['data'] * sizes['fsdp'])} on a device, logits of {self.steps.logits} at once",
             "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
             f"schedule {c.schedule.name}",
             "statistics": diagnostics.describe(c.diagnostics, self.steps.abstract_state.diagnostics),

@@ -30,6 +30,8 @@ def defaults() -> ConfigDict:
     c.max_minutes = 0.0  # save and exit 75 so many minutes after the process began; 0: no limit
     c.batch_size = 128  # sequences per optimizer step over the whole job; multiple of data * fsdp
     c.device_batch_size = 16  # sequences per device in a micro-step at most; 0: no bound
+    c.logits_mib = 256.0  # MiB of float32 logits that a device has in memory at once; 0: no bound
+    c.z_loss = 0.0  # weight of log(softmax's denominator)^2 in what is minimized; 0: none
     c.clip_norm = 10.0  # global l2 norm of the gradient at most; 0: no clipping
     c.stall_seconds = 300.0  # without a step in so long, or in 20 usual step times, end the run; 0: never
     c.max_skipped = 15  # non-finite steps in a row that stop the run; > 0

@@ -15,7 +15,10 @@ def test_unknown_part(random_dataset):
     process = start(*args, module="trainit.benchmark")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert output.strip() == "trainit: error: --only=loder: there are loader, step, save, processes, prepare"
+    assert (
+        output.strip()
+        == "trainit: error: --only=loder: there are loader, step, save, processes, loss, prepare"
+    )
 
 
 def test_preparing_reports(tmp_path):

@@ -32,8 +32,11 @@ def make_config(path, arg="", **changes):
     return config_lib.resolve(config, 257)
 
 
-def train(config, sizes, path, count):
-    """Runs `count` steps; their losses, gradient norms and the state behind them."""
+NAMES = ("train/loss", "train/grad_norm", "train/accuracy")
+
+
+def train(config, sizes, path, count, names=NAMES):
+    """Runs `count` steps; their metrics of these names, and the state behind them."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     mesh = sharding.make_mesh(sizes, devices)
@@ -47,7 +50,7 @@ def train(config, sizes, path, count):
     state, curve = steps.init(), []
     for _ in range(count):
         state, metrics = steps.train(state, next(batches))
-        curve.append((metrics["train/loss"], metrics["train/grad_norm"], metrics["train/accuracy"]))
+        curve.append([metrics[name] for name in names])
     return np.array(jax.device_get(curve)), state
 
 
@@ -72,18 +75,20 @@ def test_every_split_of_the_mesh_gives_the_same_run(sizes, random_dataset, one_d
 
 
 def test_accumulation_is_one_large_batch(random_dataset, one_device):
-    """One to sixteen micro-steps; the sums are the same."""
+    """One to sixteen micro-steps; the sums are the same. In the first, four chunks of logits."""
     for bound, micro_steps in ((0, 1), (8, 2), (5, 4), (1, 16)):
-        config = make_config(random_dataset, device_batch_size=bound)
+        config = make_config(random_dataset, device_batch_size=bound, logits_mib=0.2)
         assert sharding.micro_steps(config, {"data": 1, "fsdp": 1}) == micro_steps
         curve, _ = train(config, {}, random_dataset, 5)
         np.testing.assert_allclose(curve, one_device[0][:5], rtol=5e-5)
 
 
 def test_gradient_is_of_the_mean_over_tokens(random_dataset):
-    """The step against value_and_grad, clipping and AdamW of optax on the plain mean loss."""
-    config = make_config(random_dataset, clip_norm=0.5, model__attn_dropout=0.0, model__gpt_dropout=0.0)
-    curve, state = train(config, {"data": 2, "fsdp": 2, "tensor": 2}, random_dataset, 3)
+    """The step against value_and_grad, clipping and AdamW of optax on the plain mean loss and z-loss."""
+    off = {"model__attn_dropout": 0.0, "model__gpt_dropout": 0.0}
+    config = make_config(random_dataset, clip_norm=0.5, z_loss=0.01, **off)
+    names = ("train/loss", "train/z_loss", "train/grad_norm")
+    curve, state = train(config, {"data": 2, "fsdp": 2, "tensor": 2}, random_dataset, 3, names)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     steps = step.build(config, mesh)
     model = step.GPT(config.model)
@@ -97,18 +102,21 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
     rates = [0.01 * min(k / 4, 0.5 * (1 + np.cos(np.pi * max(k - 4, 0) / 36))) for k in range(3)]
 
     @jax.jit
-    def loss_and_gradient(params, ids):
+    def gradient(params, ids):
         def mean_loss(p):
-            return optax.softmax_cross_entropy_with_integer_labels(model(p, ids[:, :-1]), ids[:, 1:]).mean()
+            logits = model(p, ids[:, :-1])
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+            z_loss = 0.01 * (jax.nn.logsumexp(logits, axis=-1) ** 2).mean()
+            return loss + z_loss, (loss, z_loss)
 
-        return jax.value_and_grad(mean_loss)(params)
+        return jax.grad(mean_loss, has_aux=True)(params)
 
     params, moments = steps.init().params, None
     for k in range(3):
         ids, lengths = split.read(order(np.arange(16 * k, 16 * k + 16)), 32)
         assert (lengths == 32).all()
-        loss, grads = loss_and_gradient(params, ids.astype(np.int32))
-        np.testing.assert_allclose(curve[k, :2], [loss, optax.tree.norm(grads)], rtol=2e-4)
+        grads, parts = gradient(params, ids.astype(np.int32))
+        np.testing.assert_allclose(curve[k], [*parts, optax.tree.norm(grads)], rtol=2e-4)
         optimizer = optax.chain(
             optax.clip_by_global_norm(0.5), optax.adamw(rates[k], weight_decay=0.1, mask=mask)
         )

@@ -1,6 +1,6 @@
-"""Measures the loader, the train step, how long a save blocks the loop, what processes and optimizers cost.
+"""Measures the loader, the train step, blocking saves, and what processes, optimizers and logits cost.
 
-    python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save,processes,optimizer]
+    python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save,processes,optimizer,loss]
     python -m trainit.benchmark --only=prepare --corpus=FILES
 
 Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
@@ -19,12 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 
 from trainit import (
     command_line,
     distributed,
+    losses,
     metrics,
     optimizers,
     rendezvous,
@@ -40,13 +43,14 @@ from trainit.data import loader, speed
 from trainit.data.order import Ordered, Shuffled
 from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset, DatasetError, Split
+from trainit.model import Head
 from trainit.peers import Peers
 
-PARTS = ("loader", "step", "save", "processes", "optimizer")
+PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
 _ONLY = flags.DEFINE_list("only", list(PARTS[:3]), f"which of {', '.join(PARTS)} to measure")
 _TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
 _CORPUS = flags.DEFINE_string("corpus", "", "files of documents to prepare, for --only=prepare")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of preparing and of the bare tokenizer", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of what prepare and loss compare", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "train steps that are timed", lower_bound=3)
 
 LOADER_BATCH, LOADER_LENGTH, LOADER_SECONDS = 64, 1024, 1.5
@@ -311,6 +315,41 @@ def measure_optimizer(config: Config):
     )
 
 
+def measure_loss(config: Config):
+    """GPT-2's head, loss and gradient in float32 on a device: as a step does it, and optax on all logits."""
+    mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
+    ours = losses.CrossEntropy(mesh, config.logits_mib)
+
+    def plain(head, x_BLD, targets_BL, mask_BL):
+        losses_BL = optax.softmax_cross_entropy_with_integer_labels(head(x_BLD), targets_BL)
+        return jnp.sum(losses_BL * mask_BL), None
+
+    draw = np.random.default_rng(0)
+    x_BLD, kernel_DV = (draw.standard_normal(shape, np.float32) for shape in ((4, 1024, 768), (768, 50304)))
+    targets_BL = draw.integers(0, 50304, (4, 1024), np.int32)
+    arguments = jax.device_put(
+        (Head(0.02 * kernel_DV, None, 0.0), x_BLD, targets_BL, targets_BL >= 0), mesh.devices.flat[0]
+    )
+    compiled = [
+        jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*arguments).compile()
+        for loss in (ours.sums, plain)
+    ]
+    times = [[], []]
+    for turn in range(_ROUNDS.value + 1):
+        for function, seconds in zip(compiled, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            if turn:
+                seconds.append(time.perf_counter() - start)
+    chunks, whole = map(statistics.median, times)
+    print(
+        f"loss    {chunks / whole:7.2f} of the time of optax's loss on all logits, with gradients: "
+        f"{chunks:.3f} s against {whole:.3f} s (medians of {_ROUNDS.value}, in turn)"
+    )
+    less, more = (function.memory_analysis().temp_size_in_bytes / 2**20 for function in compiled)
+    print(f"loss    {less:7.0f} MiB  of temporaries, against {more:.0f}; logits_mib={config.logits_mib:g}")
+
+
 def measure_prepare() -> int:
     """Preparing beside the bare tokenizers, without a config and without JAX; the exit code."""
     if _ONLY.value != ["prepare"] or not _CORPUS.value:
@@ -346,6 +385,8 @@ def main() -> int:
             measure_processes()
         if "optimizer" in _ONLY.value:
             measure_optimizer(config)
+        if "loss" in _ONLY.value:
+            measure_loss(config)
     except (ConfigError, DatasetError) as error:
         command_line.say(error)
         return command_line.USAGE_ERROR

@@ -33,7 +33,7 @@ def describe(
         "dataset": f"{dataset.folder}: {_training(config, dataset)} to train, "
         f"{quantity(validation.tokens)} to validate",
         "tokenizer": f"{dataset.tokenizer.name}, vocabulary {dataset.vocab_size}",
-        "batch": _batch(config, mesh),
+        "batch": _batch(config, mesh, steps.logits),
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
         f"schedule {c.schedule.name}",
         "statistics": diagnostics.describe(c.diagnostics, steps.abstract_state.diagnostics),
@@ -54,12 +54,12 @@ def _training(config: Config, dataset: Dataset | Streamed) -> str:
     return f"{layout}, {quantity(dataset.splits['train'].tokens)} tokens"
 
 
-def _batch(config: Config, mesh: jax.sharding.Mesh) -> str:
+def _batch(config: Config, mesh: jax.sharding.Mesh, logits: str) -> str:
     """How many sequences a step has, and how they are shared; the same for each size to come."""
     planned, texts = config_lib.batch_sizes(config), []
     for start, size in zip(planned.starts, planned.sizes, strict=True):
         micro_steps, rows, length = sharding.batch_shape(config, mesh.shape, size)
         share = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
-        text = f"{size} sequences of {length} tokens; {micro_steps} × {share} on each device"
+        text = f"{size} sequences of {length} tokens; {micro_steps} × {share} on a device"
         texts.append(text if start == 0 else f"from step {start} on {size}: {micro_steps} × {share}")
-    return "; ".join(texts)
+    return f"{'; '.join(texts)}, logits of {logits} at once"

@@ -237,6 +237,27 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(std(rngs.params(), (rows, dim)))
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["kernel_DV", "bias_V"], meta_fields=["softcap"]
+)
+@dataclass(frozen=True)
+class Head:
+    """From last hidden states to logits; `losses` takes it apart."""
+
+    kernel_DV: jax.Array
+    bias_V: jax.Array | None
+    softcap: float  # logits pass through cap * tanh(logits / cap); 0: none
+
+    def replace(self, kernel_DV, bias_V) -> "Head":
+        return Head(kernel_DV, bias_V, self.softcap)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) -> float32 logits (..., V)."""
+        logits = jnp.matmul(x, self.kernel_DV.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = logits if self.bias_V is None else logits + self.bias_V
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+
 class Network(nnx.Module):
     """The modules, each parameter declared where it is used; `GPT` is the way in."""
 
@@ -254,7 +275,7 @@ class Network(nnx.Module):
             Linear((c.dim,), (c.vocab_size,), c.head_bias, STANDARD_DEVIATION, rngs) if own_head else None
         )
 
-    def __call__(self, tokens_BL: jax.Array, key: jax.Array | None, first_row: int) -> jax.Array:
+    def __call__(self, tokens_BL: jax.Array, key: jax.Array | None, first_row: int) -> tuple[jax.Array, Head]:
         c = self.c
         if key is not None:  # one a row
             key = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(tokens_BL)))
@@ -278,16 +299,13 @@ class Network(nnx.Module):
             block = jax.checkpoint(block, prevent_cse=not c.scan_layers)
         unroll = 1 if c.scan_layers else c.num_blocks
         x_BLD, _ = jax.lax.scan(block, x_BLD, (jnp.arange(c.num_blocks), layers), unroll=unroll)
-        x_BLD = self.final_norm(x_BLD)
-        logits_BLV = self._head(x_BLD, embedding_VD)
-        if c.logit_softcap:
-            logits_BLV = c.logit_softcap * jnp.tanh(logits_BLV / c.logit_softcap)
-        return self.constrain(logits_BLV, "batch", "length", "vocab")
+        return self.final_norm(x_BLD), self._head()
 
-    def _head(self, x_BLD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
-        kernel_DV = embedding_VD.T if self.head is None else self.head.kernel[...]
-        logits_BLV = jnp.matmul(x_BLD, kernel_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
-        return logits_BLV if self.head is None or self.head.bias is None else logits_BLV + self.head.bias[...]
+    def _head(self) -> Head:
+        if self.head is None:
+            return Head(self.token_embedding.embedding[...].T, None, self.c.logit_softcap)
+        bias = self.head.bias
+        return Head(self.head.kernel[...], None if bias is None else bias[...], self.c.logit_softcap)
 
 
 class GPT:
@@ -308,6 +326,7 @@ class GPT:
             constrain: lays out intermediate arrays, from `sharding.constrainer`.
         """
         dtype = jnp.dtype(precision)
+        self._constrain = constrain
         self._build = lambda key: Network(config, dtype, attention, constrain, nnx.Rngs(params=key))
         self._graph, _ = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
@@ -315,10 +334,10 @@ class GPT:
         """Float32 parameters: N(0, 0.02), residual outputs N(0, 0.02 / sqrt(2 N)), biases 0, scales 1."""
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
-    def __call__(
+    def hidden(
         self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row: int = 0
-    ) -> jax.Array:
-        """Float32 logits (B, L, V) of the next token.
+    ) -> tuple[jax.Array, Head]:
+        """The last hidden states (B, L, D) in the precision's type, and the head that they go to.
 
         Args:
             parameters: from `init`.
@@ -327,3 +346,10 @@ class GPT:
             first_row: where these rows stand in the global batch: dropout follows the row.
         """
         return nnx.merge(self._graph, parameters)(tokens_BL.astype(jnp.int32), key, first_row)
+
+    def __call__(
+        self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row: int = 0
+    ) -> jax.Array:
+        """Float32 logits (B, L, V) of the next token, all in memory; arguments as for `hidden`."""
+        x_BLD, head = self.hidden(parameters, tokens_BL, key, first_row)
+        return self._constrain(head(x_BLD), "batch", "length", "vocab")

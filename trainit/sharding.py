@@ -179,6 +179,12 @@ def matrix_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*[None] * (len(shape) - 2), *fits)
 
 
+def mesh_axes(*axes: str | None) -> tuple[str, ...]:
+    """All mesh axes over which arrays with these logical axes are split."""
+    split = (RULES.get(axis) or () for axis in axes)
+    return tuple(axis for one in split for axis in ((one,) if isinstance(one, str) else one))
+
+
 def state_shardings(state, parameters: Mapping, mesh: Mesh):
     """A sharding for every leaf of a train state.
 

@@ -45,6 +45,7 @@ class Steps:
     train: Callable[[TrainState, dict], tuple[TrainState, dict]]  # gives its state's memory away
     evaluate: Callable[[dict, dict, jax.Array, int], dict]  # (params, batch, token_bytes, subsets) -> sums
     attention: str  # the kernel that was chosen
+    logits: int  # positions whose logits a device has in memory at once
 
 
 def named_key(seed: int, name: str) -> jax.Array:
@@ -71,6 +72,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
     model = GPT(config.model, config.precision, attention, sharding.constrainer(mesh))
+    cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
         config.schedule,
@@ -92,7 +94,8 @@ def build(config: Config, mesh: Mesh) -> Steps:
         config.parameter_groups,
     )
 
-    micro_steps = sharding.micro_steps(config, mesh.shape)
+    micro_steps, rows, length = sharding.batch_shape(config, mesh.shape)
+    positions = rows // (mesh.shape["data"] * mesh.shape["fsdp"]) * length
     diagnostics.check(config.diagnostics, shapes, micro_steps)
 
     def init() -> TrainState:
@@ -124,16 +127,23 @@ def build(config: Config, mesh: Mesh) -> Steps:
         train=_together(
             "train",
             jax.jit(
-                _train_step(config, model, optimizer, schedule, layout.params),
+                _train_step(config, model, cross_entropy, optimizer, schedule, layout.params),
                 donate_argnums=0,
                 out_shardings=(layout, replicated),
             ),
         ),
         evaluate=_together(
             "evaluate",
-            jax.jit(functools.partial(_eval_step, model), static_argnums=3, out_shardings=replicated),
+            jax.jit(
+                functools.partial(_eval_step, model, cross_entropy),
+                static_argnums=3,
+                out_shardings=replicated,
+            ),
         ),
         attention=attention,
+        logits=losses.chunk_size(
+            positions, config.model.vocab_size // mesh.shape["tensor"], config.logits_mib
+        ),
     )
 
 
@@ -164,16 +174,6 @@ def _inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Ar
     return tokens[:, :-1], tokens[:, 1:], mask_BL
 
 
-def _loss(model: GPT, params, micro_batch, key: jax.Array | None, first_row, sampling: jax.Array | None):
-    inputs_BL, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
-    if sampling is not None:
-        targets_BL = _draw(
-            jax.lax.stop_gradient(model(params, inputs_BL, key, first_row)), sampling, first_row
-        )
-    sums = losses.cross_entropy(model(params, inputs_BL, key, first_row), targets_BL, mask_BL)
-    return sums["loss"], sums
-
-
 def _draw(logits_BLV: jax.Array, key: jax.Array, first_row: jax.Array | int) -> jax.Array:
     """Targets (B, L) from the model's own distribution, each row's with a key of its own."""
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(first_row + jnp.arange(len(logits_BLV)))
@@ -192,7 +192,7 @@ def _over_micro_steps(function: Callable[[int, dict], tuple], batch: dict, zeros
     return jax.lax.scan(add, zeros, (jnp.arange(micro_steps), batch))[0]
 
 
-def _sums(config, model, layout) -> tuple[Callable, Callable]:
+def _sums(config, model, cross_entropy, layout) -> tuple[Callable, Callable]:
     """Functions of (params, batch, step), for one and the same dropout: sums over all micro-steps.
 
     The first gives the loss's gradient (float32, laid out as params) and the loss's parts, and where the
@@ -202,11 +202,17 @@ def _sums(config, model, layout) -> tuple[Callable, Callable]:
     """
     uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
     with_square = config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
-    no_sums = dict.fromkeys(("loss", "correct", "count"), jnp.float32(0))
+    names = ("loss", "correct", "count", "z_loss") if config.z_loss else ("loss", "correct", "count")
+    no_sums = dict.fromkeys(names, jnp.float32(0))
 
     def loss(params, step, number, micro_batch, sampling=None):
         key = jax.random.fold_in(named_key(config.seed, "dropout"), step) if uses_dropout else None
-        return _loss(model, params, micro_batch, key, number * micro_batch["lengths"].shape[0], sampling)
+        inputs_BL, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
+        first_row = number * len(inputs_BL)
+        x_BLD, head = model.hidden(params, inputs_BL, key, first_row)
+        if sampling is not None:
+            targets_BL = _draw(jax.lax.stop_gradient(head(x_BLD)), sampling, first_row)
+        return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL)
 
     def gradients(params: dict, batch: dict, step: jax.Array, sampling=None) -> tuple[dict, dict]:
         def micro(number, micro_batch):
@@ -231,9 +237,9 @@ def _sums(config, model, layout) -> tuple[Callable, Callable]:
     return gradients, parts
 
 
-def _train_step(config, model, optimizer, schedule, layout) -> Callable:
+def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Callable:
     """The train step: one optimizer update from G accumulated micro-steps."""
-    gradients, parts = _sums(config, model, layout)
+    gradients, parts = _sums(config, model, cross_entropy, layout)
 
     def mean_gradient(params: dict, batch: dict, step: jax.Array, sampling=None) -> tuple[dict, dict]:
         grads, sums = gradients(params, batch, step, sampling)
@@ -307,6 +313,7 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
         return new_state, {
             "train/loss": sums["loss"] / sums["count"],
             "train/accuracy": sums["correct"] / sums["count"],
+            **({"train/z_loss": sums["z_loss"] / sums["count"]} if config.z_loss else {}),
             "train/grad_norm": grad_norm,
             "train/update_norm": update_norm,
             "train/learning_rate": schedule(state.step),
@@ -319,16 +326,18 @@ def _train_step(config, model, optimizer, schedule, layout) -> Callable:
     return train_step
 
 
-def _eval_step(model: GPT, params: dict, batch: dict, token_bytes_V: jax.Array, subsets: int) -> dict:
+def _eval_step(model, cross_entropy, params: dict, batch: dict, token_bytes_V, subsets: int) -> dict:
     """Sums over one batch of a single micro-step: "loss", "correct", "count" and "bytes" of the targets.
 
     Each is float32 (subsets,): one sum for each subset that batch["subsets"] numbers; without it, of all.
     """
     micro_batch = jax.tree.map(lambda x: x[0], batch)
     inputs_BL, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
-    loss_BL, correct_BL = losses.token_losses(model(params, inputs_BL), targets_BL)
+    x_BLD, head = model.hidden(params, inputs_BL)
+    tokens = cross_entropy.tokens(head, x_BLD, targets_BL)
     number_BL = micro_batch["subsets"] if "subsets" in micro_batch else jnp.zeros(targets_BL.shape, jnp.int32)
-    values = {"loss": loss_BL, "correct": correct_BL, "count": 1.0, "bytes": token_bytes_V[targets_BL]}
+    values = {"count": 1.0, "bytes": token_bytes_V[targets_BL]}
+    values |= {name: tokens[name] for name in ("loss", "correct")}
 
     def sums(k):
         return {

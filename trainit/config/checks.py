@@ -32,7 +32,7 @@ POSITIVE = """steps batch_size max_skipped cpu_devices model.dim model.num_heads
     model.context_length model.rope_theta log.every_steps dataset.prefetch dataset.block_tokens
     dataset.streams dataset.window""".split()
 NOT_NEGATIVE = """seed max_minutes stall_seconds device_batch_size clip_norm model.num_kv_heads model.mlp_dim
-    model.vocab_size model.logit_softcap dataset.workers eval.every_steps eval.sequences
+    model.vocab_size model.logit_softcap logits_mib z_loss dataset.workers eval.every_steps eval.sequences
     checkpoint.keep diagnostics.every_steps schedule.final optimizer.learning_rate
     optimizer.weight_decay""".split()
 

@@ -31,6 +31,8 @@ def defaults() -> ConfigDict:
     c.batch_size = 128  # sequences per optimizer step over the whole job; multiple of data * fsdp
     c.batch_schedule = ""  # other batch sizes from given steps on, as in "20%: 256; 50%: 512"; empty: none
     c.device_batch_size = 16  # sequences per device in a micro-step at most; 0: no bound
+    c.logits_mib = 256.0  # MiB of float32 logits that a device has in memory at once; 0: no bound
+    c.z_loss = 0.0  # weight of log(softmax's denominator)^2 in what is minimized; 0: none
     c.clip_norm = 10.0  # global l2 norm of the gradient at most; 0: no clipping
     c.stall_seconds = 300.0  # without a step in so long, or in 20 usual step times, end the run; 0: never
     c.max_skipped = 15  # non-finite steps in a row that stop the run; > 0
@@ -181,7 +183,7 @@ DIAGNOSTICS = {
 GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS, "diagnostics": DIAGNOSTICS}
 # Fields that say where and how a run runs, and not what it is: they may change at a resume.
 FREE = re.compile(
-    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|platform|cpu_devices)$"
+    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|logits_mib|platform|cpu_devices)$"
     r"|model\.(attention|remat|scan_layers)$"
     r"|dataset\.(path|validation_path|subset_field|tokenizer|workers|prefetch)$"  # it has a fingerprint
     r"|(mesh|eval|log|checkpoint|diagnostics|wandb)\."

@@ -1,4 +1,4 @@
-"""Measures the data loader, the train step, how long a save blocks the loop, what processes and logits cost.
+"""Measures the data loader, the train step, how long a save blocks the loop, what processes and loss cost.
 
     python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save,processes,loss]
     python -m trainit.benchmark --only=prepare --corpus=FILES
@@ -273,7 +273,7 @@ def measure_processes():
 
 
 def measure_loss(config: Config):
-    """GPT-2's head, loss and gradient in float32 on one device: as a step does it, and optax on all logits."""
+    """GPT-2's head, loss and gradient in float32 on one device: as a step does it, and optax's."""
     mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
     ours = losses.CrossEntropy(mesh, config.logits_mib)
 

@@ -185,9 +185,9 @@ class CrossEntropy:
         if self.z_loss:
             d_RV = d_RV * (1 + 2 * self.z_loss * tokens["log_total"])[:, None]
         d_RV = d_RV - (jnp.arange(d_RV.shape[1]) == column_R[:, None])
-        d_RV = jnp.where(mask_R[:, None], d_RV, 0.0)
         if head.softcap:
             d_RV = d_RV * (1 - (logits_RV / head.softcap) ** 2)  # the slope of cap * tanh(x / cap)
+        d_RV = jnp.where(mask_R[:, None], d_RV, 0.0)
         bias_V = None if total.bias_V is None else total.bias_V + jnp.sum(d_RV, axis=0)
         d_RV = d_RV.astype(x_RD.dtype)
         product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)

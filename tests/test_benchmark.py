@@ -17,7 +17,7 @@ def test_unknown_part(random_dataset):
     assert process.returncode == 2
     assert (
         output.strip()
-        == "trainit: error: --only=loder: there are loader, step, save, processes, loss, prepare"
+        == "trainit: error: --only=loder: there are loader, step, save, processes, optimizer, loss, prepare"
     )
 
 

@@ -248,7 +248,9 @@ def real(tmp_path, random_dataset):
 def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     """Stopped at its first run, and gone on with; what broke is named, and it exits with 1."""
     arguments = (f"{real}/sweep.py", f"--output={real}/out")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which a child inherits
     process = start(*arguments, module="trainit.sweep")
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     first = real / "out/a/batch_size=4/seed_1"
     try:
         while not (first / "arguments.txt").exists():

@@ -68,8 +68,10 @@ class Here:
     def __init__(self):
         self._child: subprocess.Popen | None = None
         self._asked = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        for number in numbers:
             signal.signal(number, self._ask)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # whoever has started this may have blocked them
 
     def _ask(self, number, frame):
         """Passes the wish to stop on, unless the terminal has sent it to both."""
@@ -89,6 +91,8 @@ class Here:
             with (job.folder / "output.txt").open("w") as output:
                 command = [sys.executable, "-m", "trainit.main", *job.arguments]
                 self._child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+                if self._asked:  # just before there was somebody to pass it on to
+                    self._child.terminate()
                 code = self._child.wait()
             self._child = None
             took = time.monotonic() - begin

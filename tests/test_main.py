@@ -159,9 +159,10 @@ def test_a_batch_that_grows_is_the_run_gone_on_with_a_larger_one(random_dataset,
         "--config.batch_size=8",
     ]
     command += ["--config.schedule.warmup=2", "--config.eval.every_steps=0", "--config.eval.sequences=8"]
+    command += ["--config.cpu_devices=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]
     grown = [*command, "--config.steps=6", "--config.batch_schedule=3: 16", f"--workdir={tmp_path}/grown"]
     output = run_imported(*grown, "--config.checkpoint.save_steps=4")
-    assert "from step 3 on 16: 2 × 2" in output
+    assert "from step 3 on 16: 4 × 2" in output
     assert "batch      16 sequences from step 3 on" in output
     by_hand = [*command, f"--workdir={tmp_path}/by_hand"]
     run_imported(*by_hand, "--config.steps=3")

@@ -24,7 +24,7 @@ def write(folder, losses, seconds=0.5, steps=None, **config):
     folder.mkdir(parents=True)
     fields = {"name": "adamw", "learning_rate": 0.01} | config
     seed = fields.pop("seed", 1)
-    top = {name: fields.pop(name) for name in ("batch_size", "mesh") if name in fields}
+    top = {name: fields.pop(name) for name in ("batch_size", "mesh", "schedule") if name in fields}
     end = 10 * (len(losses) - 1)
     about = {"seed": seed, "steps": steps or end, "optimizer": fields, **top}
     (folder / "config.json").write_text(json.dumps(about))
@@ -244,3 +244,18 @@ def test_a_baseline_that_has_failed(two_methods):
     text = compare(runs.find([two_methods]), "sgdm")
     assert "2.7233 ± 0.0625" in text
     assert "reached by" not in text
+
+
+def test_schedules_tell_methods_apart_by_their_name_and_their_own_fields(tmp_path):
+    constant, linear = {"name": "constant", "warmup": "5%"}, {"name": "linear", "warmup": "10%", "final": 0.0}
+    write(tmp_path / "a", [5, 4], schedule=constant)
+    write(tmp_path / "b", [5, 4], schedule=linear)
+    names = [method.name for method in runs.group(runs.find([tmp_path]))]
+    assert names == ["adamw, schedule constant", "adamw, schedule linear"]
+    write(tmp_path / "c", [5, 4], schedule=linear | {"final": 0.1})
+    names = [method.name for method in runs.group(runs.find([tmp_path]))]
+    assert names == ["adamw, schedule constant", "adamw, final 0", "adamw, final 0.1"]
+    write(tmp_path / "d", [5, 4], schedule=linear, name="muon")
+    write(tmp_path / "e", [5, 4], schedule=linear, name="sgdm")
+    names = [method.name for method in runs.group(runs.find([tmp_path]))]
+    assert names == ["adamw, schedule constant", "adamw", "adamw, final 0.1", "muon", "sgdm"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from trainit.compare import measures
 from trainit.compare.measures import Row
@@ -60,6 +61,7 @@ def curves(axes: Axes, rows: Sequence[Row], x: str, color: dict[str, str]):
         bottom = min([low for low in lows if math.isfinite(low)] + ends)
         axes.set_ylim(max(bottom, min(ends) - 0.5 * room) - 0.05 * room, max(early) + 0.05 * room)
     axes.set_xlabel(LABELS[x])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_ylabel(LOSS)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
@@ -126,7 +128,7 @@ def finals(axes: Axes, rows: Sequence[Row], color: dict[str, str]):
         axes.plot(values, [place] * len(values), "o", color=mine, markersize=4, alpha=0.6)
         axes.plot([row.loss.low, row.loss.high], [place] * 2, color=mine, linewidth=2)
         axes.plot(row.loss.value, place, "|", color=mine, markersize=14, markeredgewidth=2)
-    axes.set_yticks(range(len(shown)), [row.method.name for row in reversed(shown)])
+    axes.set_yticks(range(len(shown)), [_short(row.method.name) for row in reversed(shown)], fontsize=8)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel(f"final {LOSS}")
     axes.grid(alpha=0.3, axis="x")
@@ -142,10 +144,15 @@ def speed_ups(axes: Axes, rows: Sequence[Row], baseline: Method, color: dict[str
                 axes.plot([gain.low, gain.high], at, color=mine, linewidth=2 if fill == "full" else 1)
                 axes.plot(gain.value, at[0], "o", color=mine, fillstyle=fill, markersize=6)
     axes.axvline(1, color="gray", linewidth=1)
-    axes.set_yticks(range(len(shown)), [row.method.name for row in reversed(shown)])
+    axes.set_yticks(range(len(shown)), [_short(row.method.name) for row in reversed(shown)], fontsize=8)
     axes.set_ylim(-0.6, len(shown) - 0.4)
-    axes.set_xlabel(f"speed-up over {baseline.name} to the target: steps ●, seconds ○")
+    axes.set_xlabel(f"speed-up over {baseline.name} (steps ●, seconds ○)")
     axes.grid(alpha=0.3, axis="x")
+
+
+def _short(name: str) -> str:
+    """A name of many fields in several lines."""
+    return name.replace(", ", ",\n")
 
 
 def panels(rows: Sequence[Row], methods: Sequence[Method], baseline: Method) -> dict:
@@ -180,7 +187,8 @@ def png(parts: dict, path: Path):
         axes.axis("off")
     if "one" not in parts:
         handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        columns = min(len(labels), columns)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     figure.savefig(path)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from trainit.config import FREE, flatten
 
 RATE = "optimizer.learning_rate"
+NAMED = ("optimizer", "schedule")  # parts of a config whose fields go with their name
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def find(paths: Iterable[Path]) -> list[Run]:
 def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Method]:
     """Methods and settings, in the order in which their first runs stand.
 
-    They are named by the optimizer and by the fields in which they differ; runs that have no config, or
-    do not differ in it, by their folders.
+    They are named by the optimizer and by the fields in which they differ, but for what most of them have;
+    runs that have no config, or do not differ in it, by their folders.
 
     Args:
         runs: as they were read.
@@ -174,12 +176,13 @@ def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Metho
         settings.setdefault(key, []).append(run)
     groups = list(settings.values())
     differing = _differing([members[0].config for members in groups])
-    named = [_name(members[0].config, differing) for members in groups]
+    usual = _usual([members[0].config for members in groups], differing)
+    named = [_name(members[0].config, differing, usual) for members in groups]
     methods: dict[str, Method] = {}
     for members, name in zip(groups, named, strict=True):
         config, folder = members[0].config, str(members[0].path)
         by_folder = not name or named.count(name) > 1 or len(groups) == 1
-        method = folder if by_folder else _name(config, [f for f in differing if f != RATE])
+        method = folder if by_folder else _name(config, [f for f in differing if f != RATE], usual)
         setting = Setting(folder if by_folder else name, method, config, *_split(members, tuning_seeds))
         methods.setdefault(method, Method(method)).settings.append(setting)
     for method in methods.values():
@@ -198,28 +201,40 @@ def _tells_apart(name: str) -> bool:
 
 
 def _differing(configs: Sequence[dict]) -> list[str]:
-    """The fields that tell configs apart; those of an optimizer, among configs of the same optimizer."""
+    """The fields that tell configs apart; those of an optimizer or a schedule, among others of its name."""
 
     def differ(names: Iterable[str], among: Sequence[dict]) -> set[str]:
         return {n for n in names if _tells_apart(n) and len({str(c.get(n)) for c in among}) > 1}
 
     names = {name for config in configs for name in config}
-    found = differ((n for n in names if not n.startswith("optimizer.")), configs)
-    for optimizer in {c["optimizer.name"] for c in configs if c}:
-        same = [c for c in configs if c and c["optimizer.name"] == optimizer]
-        found |= differ((n for n in names if n.startswith("optimizer.")), same)
-    return sorted(found)
+    found = differ((n for n in names if n.partition(".")[0] not in NAMED), configs)
+    for part in NAMED:
+        own, which = [n for n in names if n.startswith(f"{part}.")], f"{part}.name"
+        kinds = {c[which] for c in configs if which in c}
+        found |= {which} if len(kinds) > 1 else set()
+        for kind in kinds:
+            found |= differ(own, [c for c in configs if which in c and c[which] == kind])
+    return sorted(found - {"optimizer.name"})  # which stands first anyway
 
 
-def _name(config: dict, fields: Sequence[str]) -> str:
+def _usual(configs: Sequence[dict], fields: Sequence[str]) -> dict[str, str]:
+    """What more than half of the configs have in fields that are not the optimizer's."""
+    usual = {}
+    for name in fields:
+        value, count = Counter(str(c[name]) for c in configs if name in c).most_common(1)[0]
+        if count > len(configs) / 2 and not name.startswith("optimizer."):
+            usual[name] = value
+    return usual
+
+
+def _name(config: dict, fields: Sequence[str], usual: dict[str, str]) -> str:
     if not config:
         return ""
     optimizer = str(config["optimizer.name"])
     parts = [Path(optimizer).name if optimizer.endswith(".py") else optimizer]
     for name in fields:
-        if name in config:
+        if name in config and usual.get(name) != str(config[name]):
             value = config[name]
-            short = re.sub(r"^(optimizer|model|schedule|dataset)\.", "", name)
-            short = name if short == "name" else short
+            short = re.sub(r"^(optimizer|model|schedule|dataset)\.(?!name$)|\.name$", "", name)
             parts.append(f"{short} {value:g}" if isinstance(value, float) else f"{short} {value}")
     return ", ".join(parts)

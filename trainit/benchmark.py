@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -283,6 +284,17 @@ def measure_processes():
     print(f"process {100 * (time.perf_counter() - start):7.1f} µs  a step to hear if the run should stop")
 
 
+def _in_turn(calls: list[Callable], rounds: int) -> list[float]:
+    """Median seconds of each call, all made in turn `rounds` times behind two that do not count."""
+    times = [[] for _ in calls]
+    for _ in range(rounds + 2):
+        for call, seconds in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds[2:]) for seconds in times]
+
+
 def measure_optimizer(config: Config):
     """Step time and state of the config's optimizer against AdamW's, in turn, on ids drawn at random."""
     name = config.optimizer.name
@@ -291,23 +303,21 @@ def measure_optimizer(config: Config):
     )
     if name == "adamw" and not config.parameter_groups:
         raise ConfigError("--only=optimizer compares with adamw: choose another one, as :optimizer=muon")
-    built, states, times, sizes = {}, {}, {}, {}
+    built, states, sizes = {}, {}, {}
     for label, c in ((name, config), ("adamw", adamw)):
         built[label], shape, mesh = _build(c)
         states[label] = built[label].init()
         sizes[label] = metrics.facts(c.model, states[label])["optimizer_bytes"] / 2**20
-        times[label] = []
     micro_steps, rows, length = shape
     ids = np.random.default_rng(0).integers(0, 256, (micro_steps, rows, length + 1)).astype(np.uint16)
     batch = {"tokens": ids, "lengths": np.full((micro_steps, rows), length, np.int32)}
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    for _ in range(_STEPS.value + 2):
-        for label, steps in built.items():
-            start = time.perf_counter()
-            states[label], result = steps.train(states[label], batch)
-            jax.block_until_ready(result)
-            times[label].append(time.perf_counter() - start)
-    mine, base = (statistics.median(times[label][2:]) for label in (name, "adamw"))
+
+    def train(label: str) -> dict:
+        states[label], result = built[label].train(states[label], batch)
+        return result
+
+    mine, base = _in_turn([partial(train, label) for label in built], _STEPS.value)
     print(
         f"optimizer {mine / base - 1:+.1%} of a step with {name} instead of adamw: {1e3 * mine:.1f} ms "
         f"against {1e3 * base:.1f} ms (medians of {_STEPS.value}, in turn); state {sizes[name]:.1f} MiB "
@@ -334,14 +344,7 @@ def measure_loss(config: Config):
         jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*arguments).compile()
         for loss in (ours.sums, plain)
     ]
-    times = [[], []]
-    for turn in range(_ROUNDS.value + 1):
-        for function, seconds in zip(compiled, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            if turn:
-                seconds.append(time.perf_counter() - start)
-    chunks, whole = map(statistics.median, times)
+    chunks, whole = _in_turn([partial(function, *arguments) for function in compiled], _ROUNDS.value)
     print(
         f"loss    {chunks / whole:7.2f} of the time of optax's loss on all logits, with gradients: "
         f"{chunks:.3f} s against {whole:.3f} s (medians of {_ROUNDS.value}, in turn)"

@@ -45,7 +45,7 @@ def compare(
     target = measures.default_target(base.best) if target is None else target
     rows = measures.table(methods, base, target)
     tables = report.tables(rows, base, target)
-    text = "\n\n".join(f"{table.text()}" for table in tables)
+    text = "\n\n".join(table.text() for table in tables)
     for line in report.unfinished(runs):
         text += f"\nnot finished  {line}"
     if output or page:

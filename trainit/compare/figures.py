@@ -128,10 +128,8 @@ def finals(axes: Axes, rows: Sequence[Row], color: dict[str, str]):
         axes.plot(values, [place] * len(values), "o", color=mine, markersize=4, alpha=0.6)
         axes.plot([row.loss.low, row.loss.high], [place] * 2, color=mine, linewidth=2)
         axes.plot(row.loss.value, place, "|", color=mine, markersize=14, markeredgewidth=2)
-    axes.set_yticks(range(len(shown)), [_short(row.method.name) for row in reversed(shown)], fontsize=8)
-    axes.set_ylim(-0.6, len(shown) - 0.4)
+    _name_lines(axes, shown)
     axes.set_xlabel(f"final {LOSS}")
-    axes.grid(alpha=0.3, axis="x")
 
 
 def speed_ups(axes: Axes, rows: Sequence[Row], baseline: Method, color: dict[str, str]):
@@ -144,15 +142,16 @@ def speed_ups(axes: Axes, rows: Sequence[Row], baseline: Method, color: dict[str
                 axes.plot([gain.low, gain.high], at, color=mine, linewidth=2 if fill == "full" else 1)
                 axes.plot(gain.value, at[0], "o", color=mine, fillstyle=fill, markersize=6)
     axes.axvline(1, color="gray", linewidth=1)
-    axes.set_yticks(range(len(shown)), [_short(row.method.name) for row in reversed(shown)], fontsize=8)
-    axes.set_ylim(-0.6, len(shown) - 0.4)
+    _name_lines(axes, shown)
     axes.set_xlabel(f"speed-up over {baseline.name} (steps ●, seconds ○)")
+
+
+def _name_lines(axes: Axes, rows: Sequence[Row]):
+    """A line of the picture for each row, the first at the top; a name of many fields is broken."""
+    names = [row.method.name.replace(", ", ",\n") for row in reversed(rows)]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(alpha=0.3, axis="x")
-
-
-def _short(name: str) -> str:
-    """A name of many fields in several lines."""
-    return name.replace(", ", ",\n")
 
 
 def panels(rows: Sequence[Row], methods: Sequence[Method], baseline: Method) -> dict:

@@ -100,7 +100,7 @@ def interval(estimate: Estimate, form: str = ".4f") -> str:
 
 
 def ratio(estimate: Estimate) -> str:
-    """ "1.32 (1.28 to 1.36)", with stars by significance."""
+    """ "1.32 (1.28 to 1.36)"."""
     if math.isnan(estimate.low):
         return f"{estimate.value:.3g}"
     return f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})"

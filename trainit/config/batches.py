@@ -17,24 +17,18 @@ class BatchSizes:
 
     def at(self, step: int) -> int:
         """Sequences of the step behind `step` others."""
-        return next(size for start, size in self._backwards() if step >= start)
+        stages = zip(reversed(self.starts), reversed(self.sizes), strict=True)
+        return next(size for start, size in stages if step >= start)
 
     def rows(self, steps: int) -> int:
         """Sequences of the first `steps` steps."""
-        ends = [*self.starts[1:], steps]
-        return sum(
-            size * max(min(end, steps) - start, 0)
-            for start, end, size in zip(self.starts, ends, self.sizes, strict=True)
-        )
+        return sum(size * count for size, count in self.stages(0, steps))
 
     def stages(self, step: int, steps: int) -> list[tuple[int, int]]:
         """What is left from `step` until `steps` are done: [(size, number of steps), ...]."""
         ends = [*self.starts[1:], steps]
         left = [min(end, steps) - max(start, step) for start, end in zip(self.starts, ends, strict=True)]
         return [(size, count) for size, count in zip(self.sizes, left, strict=True) if count > 0]
-
-    def _backwards(self):
-        return zip(reversed(self.starts), reversed(self.sizes), strict=True)
 
 
 def batch_sizes(config: Mapping) -> BatchSizes:

@@ -17,7 +17,7 @@ from absl import logging
 
 from trainit import trackers
 from trainit.compare.__main__ import compare
-from trainit.compare.runs import find, group, read
+from trainit.compare.runs import find, group
 from trainit.config import ConfigError
 from trainit.sweep import greedy, plan, start
 from trainit.sweep.plan import Job, Sweep
@@ -28,7 +28,8 @@ def _search(sweep: Sweep, runner) -> list[Job]:
     tried: set[Job] = set()
 
     def loss(job: Job) -> float | None:
-        return read(job.folder).final if start.finished(job) else math.inf if job in tried else None
+        known = start.loss(job)
+        return math.inf if known is None and job in tried else known
 
     while True:
         jobs = sweep.wanted(loss)
@@ -75,7 +76,7 @@ def main() -> int:
     try:
         sweep = plan.read(arguments.sweep, arguments.output)
         if arguments.dry_run:
-            jobs = sweep.wanted(lambda job: read(job.folder).final if start.finished(job) else None)
+            jobs = sweep.wanted(start.loss)
             print(*(plan.command(job) for job in jobs if not start.finished(job)), sep="\n")
             return 0
         chosen = [

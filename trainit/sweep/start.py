@@ -23,15 +23,15 @@ class StoppedError(Exception):
     """The sweep was asked to stop; everything is saved."""
 
 
-def finished(job: Job) -> bool:
-    """Whether a run is done.
+def loss(job: Job) -> float | None:
+    """The final validation loss of a run; None until it is done.
 
     Raises:
         ConfigError: its folder holds a run that was started with other arguments.
     """
     record = job.folder / "arguments.txt"
     if not record.exists():
-        return False
+        return None
     before, now = record.read_text().splitlines(), list(job.arguments)
     if before != now:
         differ = [f"{a} -> {b}" for a, b in zip(before, now, strict=False) if a != b]
@@ -41,9 +41,15 @@ def finished(job: Job) -> bool:
             f"delete it"
         )
     try:
-        return read(job.folder).finished
+        run = read(job.folder)
     except OSError:
-        return False
+        return None
+    return run.final if run.finished else None
+
+
+def finished(job: Job) -> bool:
+    """Whether a run is done; raises as `loss`."""
+    return loss(job) is not None
 
 
 def failure(job: Job) -> str:

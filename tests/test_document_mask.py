@@ -81,4 +81,4 @@ def test_the_mask_needs_an_id_and_a_kernel_that_has_it():
     with pytest.raises(ConfigError, match=r"cudnn cannot do model\.document_mask=True"):
         model_config(document_mask=True, end_of_text=END, attention="cudnn")
     c = model_config(document_mask=True, end_of_text=END, dim=64, num_heads=1)
-    assert choose_attention(c, "cuda", "bfloat16") == "plain"
+    assert choose_attention(c, "cuda", "bfloat16") == "blockwise"

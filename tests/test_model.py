@@ -9,7 +9,8 @@ import pytest
 
 import trainit.config
 from trainit import optimizers, sharding
-from trainit.model import GPT, choose_attention, dropout, plain_attention
+from trainit.attention import dropout, plain
+from trainit.model import GPT, choose_attention
 
 MODERN = {
     "norm": "rmsnorm",
@@ -246,8 +247,8 @@ def is_without_gradient(c, path: str) -> bool:
 @pytest.mark.parametrize(
     "changes, others",
     [
-        ({}, [(False, "none"), (True, "block")]),
-        (MODERN | {"num_kv_heads": 2} | dict.fromkeys(DROPOUTS, 0.2), [(False, "block")]),
+        ({}, [(False, "none"), (True, "block"), (True, "dots"), (True, "attention"), (True, "offload")]),
+        (MODERN | {"num_kv_heads": 2} | dict.fromkeys(DROPOUTS, 0.2), [(False, "block"), (False, "dots")]),
     ],
     ids=["gpt2", "modern_dropout"],
 )
@@ -270,17 +271,23 @@ def test_scan_and_remat_change_nothing(changes, others):
             np.testing.assert_allclose(got[path], want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=path)
 
 
-def test_remat_recomputes():
-    """The block's forward pass appears once more in the gradient's program."""
+def test_remat_recomputes_what_it_says():
+    """How often a block's activation, softmax and products appear in the gradient's program."""
     tokens_BL = random_tokens((1, 8), seed=10)
 
-    def activations(remat):
+    def counts(remat):
         model = GPT(model_config(remat=remat))
         gradient = jax.grad(lambda p: model(p, tokens_BL).sum())
         shapes = jax.eval_shape(model.init, jax.random.key(0))
-        return str(jax.make_jaxpr(gradient)(shapes)).count(" tanh ")
+        program = str(jax.make_jaxpr(gradient)(shapes))
+        return tuple(program.count(f" {operation}") for operation in ("tanh ", "exp ", "dot_general["))
 
-    assert (activations("none"), activations("block")) == (1, 2)
+    products = counts("none")[2]
+    # The block's own: query, key, value, scores, weighted values, out and up; down's result is not needed.
+    assert counts("none")[:2] == (1, 1)
+    assert counts("block") == (2, 2, products + 7)
+    assert counts("attention") == (1, 2, products + 1)
+    assert counts("dots") == counts("offload") == (2, 2, products + 1)
 
 
 def expected_shapes(c) -> dict:
@@ -436,8 +443,8 @@ def test_attention_dropout_acts_on_the_weights():
     rng = np.random.default_rng(19)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 4, heads, 6)), jnp.float32) for heads in (4, 2, 2))
     keys = jax.random.split(jax.random.key(20), 1000)
-    dropped = np.asarray(jax.jit(jax.vmap(lambda key: plain_attention(q, k, v, 0.4, key)))(keys))
-    whole = np.asarray(plain_attention(q, k, v))
+    dropped = np.asarray(jax.jit(jax.vmap(lambda key: plain(q, k, v, key_BJ=key, rate=0.4)))(keys))
+    whole = np.asarray(plain(q, k, v))
     # The first position attends to itself alone: its one weight is dropped or scaled up.
     first = dropped[:, 0, 0]  # draws, heads, head size
     value = np.repeat(np.asarray(v)[0, 0], 2, axis=0)
@@ -546,14 +553,15 @@ def test_bfloat16_keeps_norms_and_softmax_in_float32():
 @pytest.mark.parametrize(
     "asked, platform, precision, attn_dropout, expected",
     [
-        ("auto", "cpu", "float32", 0.0, "plain"),
-        ("auto", "cpu", "bfloat16", 0.0, "plain"),
-        ("auto", "tpu", "bfloat16", 0.0, "plain"),
+        ("auto", "cpu", "float32", 0.0, "blockwise"),
+        ("auto", "cpu", "bfloat16", 0.0, "blockwise"),
+        ("auto", "tpu", "bfloat16", 0.0, "blockwise"),
         ("auto", "cuda", "bfloat16", 0.0, "cudnn"),
-        ("auto", "gpu", "bfloat16", 0.0, "plain"),  # not NVIDIA's
-        ("auto", "cuda", "float32", 0.0, "plain"),
-        ("auto", "cuda", "bfloat16", 0.1, "plain"),
+        ("auto", "gpu", "bfloat16", 0.0, "blockwise"),  # not NVIDIA's
+        ("auto", "cuda", "float32", 0.0, "blockwise"),
+        ("auto", "cuda", "bfloat16", 0.1, "blockwise"),
         ("plain", "cuda", "bfloat16", 0.0, "plain"),
+        ("blockwise", "cuda", "bfloat16", 0.0, "blockwise"),
         ("cudnn", "cuda", "bfloat16", 0.0, "cudnn"),
     ],
 )
@@ -562,7 +570,9 @@ def test_choose_attention(asked, platform, precision, attn_dropout, expected):
     assert choose_attention(c, platform, precision) == expected
 
 
-@pytest.mark.parametrize(("dim", "expected"), [(36, "plain"), (72, "cudnn"), (128, "cudnn"), (192, "plain")])
+@pytest.mark.parametrize(
+    ("dim", "expected"), [(36, "blockwise"), (72, "cudnn"), (128, "cudnn"), (192, "blockwise")]
+)
 def test_cudnn_needs_a_head_size_that_it_has(dim, expected):
     assert choose_attention(model_config(dim=dim, num_heads=1), "cuda", "bfloat16") == expected
 

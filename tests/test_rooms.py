@@ -20,6 +20,7 @@ FLOORS = {
     "pace": 0,
     "trackers": 0,
     "data": 0,
+    "attention": 0,
     "schedules": 1,
     "sharding": 1,
     "model": 1,
@@ -47,7 +48,7 @@ HOMES = {
     "wandb": {"trackers"},
     "orbax": {"checkpoint"},
     "grain": {"data"},
-    "flax": {"model"},
+    "flax": {"model", "benchmark"},  # there as others use it
     "ml_collections": {"config", "command_line", "optimizers"},
     "matplotlib": {"compare"},
     "pyarrow": {"data"},
@@ -56,7 +57,8 @@ HOMES = {
     "pandas": set(),
     "tiktoken": {"data"},
     "tokenizers": {"data"},
-    "torch": set(),
+    "torch": {"benchmark"},
+    "transformers": {"benchmark"},
     "zstandard": {"data"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

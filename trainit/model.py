@@ -17,26 +17,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from trainit.attention import PRODUCT, dropout, plain
 from trainit.config import Config
 
 Constrain = Callable[..., jax.Array]
+Attend = Callable[..., jax.Array]
 NORM_EPSILON = 1e-5
 STANDARD_DEVIATION = 0.02  # of GPT-2's weights; of those that write to the residual, over sqrt(2 N)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: int) -> jax.Array:
-    """Zeroes entries with probability `rate` and scales up the rest; without a key, nothing.
-
-    A key serves several dropout sites, told apart by their numbers. It is one key, or one for each of
-    x's rows: what a row loses then does not depend on the rows that it is computed with.
-    """
-    if not rate or key is None:
-        return x
-    if key.ndim:
-        return jax.vmap(lambda row, row_key: dropout(row, rate, row_key, site))(x, key)
-    keep = jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 class Linear(nnx.Module):
@@ -49,7 +38,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.inputs)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), PRODUCT)
 
 
 class Norm(nnx.Module):
@@ -103,39 +92,6 @@ def rope(x_BLHK: jax.Array, theta: float, position_BL: jax.Array | None = None) 
     return turned.astype(x_BLHK.dtype)
 
 
-def plain_attention(
-    q_BLHK,
-    k_BSJK,
-    v_BSJK,
-    rate: float = 0.0,
-    key: jax.Array | None = None,
-    document_BL: jax.Array | None = None,
-) -> jax.Array:
-    """Causal softmax attention with scale 1/sqrt(K), all scores in memory; query heads share J key heads.
-
-    Args:
-        q_BLHK: queries; H is a multiple of J.
-        k_BSJK: keys.
-        v_BSJK: values.
-        rate: dropout on the attention weights.
-        key: of the dropout; None: no dropout.
-        document_BL: number of each token's document, beyond which it does not look; None: all are one.
-
-    Returns:
-        (B, L, H, K) in the queries' type.
-    """
-    B, L, H, K = q_BLHK.shape
-    S, J = k_BSJK.shape[1:3]
-    q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
-    scores = jnp.einsum("bljrk,bsjk->bjrls", q_BLJRK, k_BSJK, preferred_element_type=jnp.float32)
-    visible = jnp.arange(L)[:, None] >= jnp.arange(S)
-    if document_BL is not None:
-        visible = visible & (document_BL[:, None, None, :, None] == document_BL[:, None, None, None, :])
-    scores = jnp.where(visible, scores / math.sqrt(K), -jnp.inf)
-    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key, 0).astype(v_BSJK.dtype)
-    return jnp.einsum("bjrls,bsjk->bljrk", weights, v_BSJK).reshape(B, L, H, K)
-
-
 def choose_attention(config: Config, platform: str, precision: str) -> str:
     """The kernel that `model.attention` stands for on this platform.
 
@@ -160,13 +116,23 @@ def choose_attention(config: Config, platform: str, precision: str) -> str:
             f"to 128, no document mask; here are platform={platform}, precision={precision}, head size "
             f"{size} and document_mask={config.document_mask}; take model.attention=auto"
         )
-    return "cudnn" if possible and config.attention != "plain" else "plain"
+    if config.attention != "auto":
+        return config.attention
+    return "cudnn" if possible else "blockwise"
+
+
+def _for_heads(key_B: jax.Array, heads: int) -> jax.Array:
+    """A key of dropout on attention's weights for each row and head (B, heads): site 0 of the layer."""
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, 0)
+    return jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(heads)))(
+        keys_B
+    )
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: Config, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, c: Config, attend: Attend, constrain: Constrain, rngs: nnx.Rngs):
         size, residual_std = c.dim // c.num_heads, STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
-        self.c, self.kernel, self.constrain = c, kernel, constrain
+        self.c, self.attend, self.constrain = c, attend, constrain
         self.query = Linear((c.dim,), (c.num_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
         self.key = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
         self.value = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
@@ -184,12 +150,10 @@ class Attention(nnx.Module):
             q_BLHK, k_BLJK = self.query_norm(q_BLHK), self.key_norm(k_BLJK)
         if c.positions == "rope":
             q_BLHK, k_BLJK = (rope(x, c.rope_theta, position_BL) for x in (q_BLHK, k_BLJK))
-        if self.kernel == "cudnn":
-            y_BLHK = jax.nn.dot_product_attention(
-                q_BLHK, k_BLJK, v_BLJK, is_causal=True, implementation="cudnn"
-            )
-        else:
-            y_BLHK = plain_attention(q_BLHK, k_BLJK, v_BLJK, c.attn_dropout, key, number_BL)
+        attend = functools.partial(self.attend, rate=c.attn_dropout)
+        attend = jax.checkpoint(attend) if c.remat == "attention" else attend
+        keys_BJ = _for_heads(key, c.num_kv_heads) if key is not None and c.attn_dropout else None
+        y_BLHK = checkpoint_name(attend(q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BJ), PRODUCT)
         y_BLD = self.out(self.constrain(y_BLHK, "batch", "length", "heads", None))
         return dropout(y_BLD, c.attn_linear_dropout, key, 1)
 
@@ -217,11 +181,24 @@ class MLP(nnx.Module):
         return dropout(self.down(h_BLF), self.c.transformer_dropout, key, 2)
 
 
+# What a block keeps for its gradient beside its input, by model.remat; the rest is computed once more.
+POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[PRODUCT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
 class Block(nnx.Module):
-    def __init__(self, c: Config, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, c: Config, attend: Attend, constrain: Constrain, rngs: nnx.Rngs):
         self.constrain = constrain
         self.attention_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
-        self.attention = Attention(c, kernel, constrain, rngs)
+        self.attention = Attention(c, attend, constrain, rngs)
         self.mlp_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
         self.mlp = MLP(c, constrain, rngs)
 
@@ -261,12 +238,12 @@ class Head:
 class Network(nnx.Module):
     """The modules, each parameter declared where it is used; `GPT` is the way in."""
 
-    def __init__(self, c: Config, dtype, kernel: str, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, c: Config, dtype, attend: Attend, constrain: Constrain, rngs: nnx.Rngs):
         self.c, self.dtype, self.constrain = c, dtype, constrain
         self.token_embedding = Embedding(c.vocab_size, c.dim, rngs)
         learned = c.positions == "learned"
         self.position_embedding = Embedding(c.context_length, c.dim, rngs) if learned else None
-        self.blocks = nnx.vmap(lambda key: Block(c, kernel, constrain, nnx.Rngs(params=key)))(
+        self.blocks = nnx.vmap(lambda key: Block(c, attend, constrain, nnx.Rngs(params=key)))(
             jax.random.split(rngs.params(), c.num_blocks)
         )
         self.final_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
@@ -295,8 +272,8 @@ class Network(nnx.Module):
             layer_key = None if key is None else jax.vmap(jax.random.fold_in, (0, None))(key, number + 1)
             return nnx.merge(graph, parameters)(x_BLD, layer_key, documents), None
 
-        if c.remat == "block":
-            block = jax.checkpoint(block, prevent_cse=not c.scan_layers)
+        if c.remat in POLICIES:
+            block = jax.checkpoint(block, prevent_cse=not c.scan_layers, policy=POLICIES[c.remat])
         unroll = 1 if c.scan_layers else c.num_blocks
         x_BLD, _ = jax.lax.scan(block, x_BLD, (jnp.arange(c.num_blocks), layers), unroll=unroll)
         return self.final_norm(x_BLD), self._head()
@@ -315,19 +292,19 @@ class GPT:
         self,
         config: Config,
         precision: str = "float32",
-        attention: str = "plain",
+        attend: Attend = plain,
         constrain: Constrain = lambda array, *axes: array,
     ):
         """
         Args:
             config: the resolved sub-config `model`.
             precision: of matrix products and activations: "float32" or "bfloat16".
-            attention: "plain" or "cudnn", from `choose_attention`.
+            attend: attention's kernel, which takes and gives what `plain` does.
             constrain: lays out intermediate arrays, from `sharding.constrainer`.
         """
         dtype = jnp.dtype(precision)
         self._constrain = constrain
-        self._build = lambda key: Network(config, dtype, attention, constrain, nnx.Rngs(params=key))
+        self._build = lambda key: Network(config, dtype, attend, constrain, nnx.Rngs(params=key))
         self._graph, _ = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
     def init(self, key: jax.Array) -> dict:

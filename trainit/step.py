@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from trainit import attention as kernels
 from trainit import config as config_lib
 from trainit import diagnostics, distributed, losses, metrics, optimizers, schedules, sharding
 from trainit.config import Config
@@ -71,7 +72,8 @@ def build(config: Config, mesh: Mesh) -> Steps:
         attention = choose_attention(config.model, platform, config.precision)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
-    model = GPT(config.model, config.precision, attention, sharding.constrainer(mesh))
+    attend = _attention(attention, device.platform, mesh)
+    model = GPT(config.model, config.precision, attend, sharding.constrainer(mesh))
     cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
@@ -145,6 +147,20 @@ def build(config: Config, mesh: Mesh) -> Steps:
             positions, config.model.vocab_size // mesh.shape["tensor"], config.logits_mib
         ),
     )
+
+
+def _attention(name: str, platform: str, mesh: Mesh) -> Callable:
+    """Attention's kernel of this name, each device working on its own rows and heads."""
+    kernel = {"plain": kernels.plain, "blockwise": kernels.blockwise, "cudnn": kernels.cudnn}[name]
+    if name == "blockwise" and platform != "cpu":  # which want much to do at once
+        kernel = functools.partial(kernel, scores_mib=kernels.SCORES_MIB_OF_GPUS)
+    queries, keys = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+    inputs = (queries, keys, keys, ("batch", "length"), ("batch", "kv_heads"))
+
+    def attend(*arrays, rate: float) -> jax.Array:
+        return sharding.on_devices(functools.partial(kernel, rate=rate), mesh, inputs, queries)(*arrays)
+
+    return attend
 
 
 def _together(name: str, jitted: Callable) -> Callable:

@@ -23,8 +23,8 @@ ONE_OF = {
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "swiglu", "relu2"),
     "model.positions": ("learned", "rope"),
-    "model.attention": ("auto", "plain", "cudnn"),
-    "model.remat": ("none", "block"),
+    "model.attention": ("auto", "plain", "blockwise", "cudnn"),
+    "model.remat": ("none", "attention", "dots", "block", "offload"),
     "schedule.name": tuple(SCHEDULES),
     "dataset.order": ("shuffled", "blocks", "sequential"),
 }
@@ -181,7 +181,7 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int):
     )
     require(
         m.attention != "cudnn" or not m.attn_dropout,
-        f"model.attention=cudnn cannot do model.attn_dropout={m.attn_dropout}; take attention=plain",
+        f"model.attention=cudnn cannot do model.attn_dropout={m.attn_dropout}; take attention=auto",
     )
     require(
         m.attention != "cudnn" or not m.document_mask,

@@ -93,8 +93,10 @@ def model(**changes) -> ConfigDict:
     m.attn_dropout = 0.0  # on attention weights
     m.attn_linear_dropout = 0.0  # on attention's output
     m.transformer_dropout = 0.0  # on the MLP's output
-    m.attention = "auto"  # plain, cudnn; auto: cudnn on a GPU where it applies, else plain
-    m.remat = "none"  # none, block: recompute each block in the backward pass
+    m.attention = "auto"  # plain, blockwise (memory linear in length), cudnn; auto: cudnn or else blockwise
+    # remat: none; attention: all scores; dots: all but matrix products; block: all but its input; offload:
+    # as dots, and the products wait in the host's memory
+    m.remat = "none"  # what the backward pass computes once more instead of keeping it
     m.scan_layers = True  # one compiled block in a loop; False: unrolled
     m.update(changes)
     return m

@@ -1,0 +1,127 @@
+"""Attention's kernels against float64, forward and gradient; what blockwise saves, from compiled programs."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_model import model_config, random_parameters, random_tokens
+
+from trainit import attention
+from trainit.model import GPT
+
+BLOCK = 4
+LENGTHS = {"one": 1, "a_block": 4, "one_more": 5, "stages": 31, "blocks_in_stages": 70}
+
+
+def draw(B, L, H, J, K, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (B, L, H, K), (B, L, J, K), (B, L, J, K), (B, L, H, K)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def documents_of(B, L):
+    """Numbers that rise at random places."""
+    return np.cumsum(np.random.default_rng(1).random((B, L)) < 0.15, axis=1).astype(np.int32)
+
+
+def exact(q, k, v, g, document):
+    """Output and gradients of sum(output * g), float64, one query after another, derived by hand."""
+    q, k, v, g = (np.asarray(array, np.float64) for array in (q, k, v, g))
+    (B, L, H, K), J = q.shape, k.shape[2]
+    y, dq, dk, dv = (np.zeros_like(array) for array in (q, q, k, v))
+    for b, i, h in np.ndindex(B, L, H):
+        j = h // (H // J)
+        seen = np.arange(i + 1)
+        if document is not None:
+            seen = seen[document[b, seen] == document[b, i]]
+        weights = np.exp(k[b, seen, j] @ q[b, i, h] / np.sqrt(K))
+        weights /= weights.sum()
+        y[b, i, h] = weights @ v[b, seen, j]
+        dv[b, seen, j] += weights[:, None] * g[b, i, h]
+        d_weights = v[b, seen, j] @ g[b, i, h]
+        d_scores = weights * (d_weights - weights @ d_weights) / np.sqrt(K)
+        dq[b, i, h] = d_scores @ k[b, seen, j]
+        dk[b, seen, j] += d_scores[:, None] * q[b, i, h]
+    return y, dq, dk, dv
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "documents"])
+@pytest.mark.parametrize("L", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("kernel", [attention.plain, partial(attention.blockwise, block=BLOCK)])
+def test_kernels_equal_float64(kernel, L, masked, dtype):
+    *qkv, g = draw(2, L, 4, 2, 8, dtype)
+    document = documents_of(2, L) if masked else None
+
+    @jax.jit
+    def run(q, k, v):
+        y, pull = jax.vjp(lambda *qkv: kernel(*qkv, document_BL=document), q, k, v)
+        return y, *pull(g)
+
+    got, want = run(*qkv), exact(*qkv, g, document)
+    for name, mine, right in zip(("y", "dq", "dk", "dv"), got, want, strict=True):
+        assert mine.dtype == jnp.dtype(dtype)
+        # bfloat16 rounds weights, outputs and gradients to 8 bits; each is a sum of few.
+        tolerance = (1e-5 if dtype == "float32" else 3e-2) * np.abs(right).max() + 1e-7
+        np.testing.assert_allclose(np.asarray(mine, np.float64), right, rtol=0, atol=tolerance, err_msg=name)
+
+
+def compiled(kernel, L):
+    *qkv, g = draw(1, L, 2, 2, 16)
+    gradient = jax.grad(lambda q, k, v: jnp.sum(kernel(q, k, v) * g), argnums=(0, 1, 2))
+    return jax.jit(gradient).lower(*qkv).compile()
+
+
+def test_blockwise_is_linear_in_memory_and_spares_products():
+    sizes = {
+        kernel: [compiled(kernel, L).memory_analysis().temp_size_in_bytes for L in (1024, 4096)]
+        for kernel in (attention.plain, attention.blockwise)
+    }
+    assert sizes[attention.plain][1] > 2 * 4 * 4096**2  # two heads' scores
+    assert sizes[attention.blockwise][1] < 5 * sizes[attention.blockwise][0]
+    assert sizes[attention.blockwise][1] < sizes[attention.plain][1] / 10
+    # Of 8 stages, each looks at the keys up to its own end: 36 of 64 parts; scores are made twice.
+    flops = [compiled(kernel, 1024).cost_analysis()["flops"] for kernel in sizes]
+    assert flops[1] < 0.72 * flops[0]
+
+
+def test_blockwise_drops_in_every_block_and_alike_in_the_gradient():
+    """Weights are drawn anew for every position, row and head; the gradient is that of the same draw."""
+    q, k, v, g = draw(2, 24, 4, 2, 8)
+    keys = jax.random.split(jax.random.key(3), (2, 2))
+
+    @jax.jit
+    def run(q, k, v):
+        return attention.blockwise(q, k, v, key_BJ=keys, rate=0.5, block=BLOCK)
+
+    ones = run(q, k, jnp.ones_like(v))[..., 0]  # sums of the weights that stay, doubled
+    assert abs(float(ones.mean()) - 1) < 0.1
+    assert np.all(np.std(np.asarray(ones), axis=(0, 2)) > 0.05)
+    assert len(np.unique(np.asarray(ones[:, 4:]).round(5))) > 0.95 * ones[:, 4:].size
+    # The output is linear in the values, and in queries and keys it is smooth: central differences.
+    gradients = jax.grad(lambda *qkv: jnp.sum(run(*qkv) * g), argnums=(0, 1, 2))(q, k, v)
+    for argument, gradient in enumerate(gradients):
+        direction = jnp.asarray(np.random.default_rng(argument).standard_normal(gradient.shape), jnp.float32)
+        moved = [
+            float(
+                jnp.sum(
+                    run(*[x + s * direction if i == argument else x for i, x in enumerate((q, k, v))]) * g
+                )
+            )
+            for s in (1e-2, -1e-2)
+        ]
+        slope = float(jnp.sum(gradient * direction))
+        assert abs((moved[0] - moved[1]) / 2e-2 - slope) < 5e-3 * max(1.0, abs(slope)), argument
+
+
+@pytest.mark.parametrize("changes", [{}, {"document_mask": True, "end_of_text": 3}], ids=["all", "documents"])
+def test_a_model_is_the_same_with_either_kernel(changes):
+    c = model_config(**changes, num_kv_heads=2, context_length=attention.BLOCK + 32)
+    parameters = random_parameters(GPT(c), seed=5)
+    tokens_BL = random_tokens((2, c.context_length), seed=6)
+    logits = [
+        GPT(c, attend=kernel)(parameters, tokens_BL) for kernel in (attention.plain, attention.blockwise)
+    ]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-5 * np.abs(logits[0]).max())

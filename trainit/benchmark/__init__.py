@@ -1,0 +1,1 @@
+"""What a run costs: speed and memory, measured."""

@@ -1,0 +1,72 @@
+"""Measures the loader, the train step, blocking saves, and what processes, optimizers and logits cost.
+
+    python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save,processes,optimizer,loss]
+    python -m trainit.benchmark --only=prepare --corpus=FILES
+
+Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
+"""
+
+import os
+import sys
+
+import jax
+from absl import flags
+
+from trainit import command_line, distributed, trackers
+from trainit.benchmark import costs, loader, step
+from trainit.config import ConfigError
+from trainit.data import speed
+from trainit.data.tokens import DatasetError
+
+PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
+_ONLY = flags.DEFINE_list("only", list(PARTS[:3]), f"which of {', '.join(PARTS)} to measure")
+_TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
+_CORPUS = flags.DEFINE_string("corpus", "", "files of documents to prepare, for --only=prepare")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of what prepare and loss compare", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 20, "train steps that are timed", lower_bound=3)
+
+
+def measure_prepare() -> int:
+    """Preparing beside the bare tokenizers, without a config and without JAX; the exit code."""
+    if _ONLY.value != ["prepare"] or not _CORPUS.value:
+        raise ConfigError("--only=prepare stands alone and needs --corpus=FILES")
+    try:
+        for line in speed.measure(_CORPUS.value, rounds=_ROUNDS.value):
+            print(line, flush=True)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    return 0
+
+
+def main() -> int:
+    try:
+        unknown = set(_ONLY.value) - {*PARTS, "prepare"}
+        if unknown:
+            raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}, prepare")
+        if "prepare" in _ONLY.value:
+            return measure_prepare()
+        trackers.log_to_terminal(lead=True)
+        config, dataset = command_line.read()
+        distributed.configure(config.platform, config.cpu_devices, command_line.cache())
+        distributed.initialize(config.platform, distributed.Place("alone"))
+        device = jax.devices()[0]
+        print(f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}")
+        measures = {
+            "loader": lambda: loader.measure(_TOKENS.value),
+            "step": lambda: step.measure(config, dataset, _STEPS.value),
+            "save": lambda: costs.measure_save(config),
+            "processes": lambda: costs.measure_processes(_STEPS.value),
+            "optimizer": lambda: costs.measure_optimizer(config, _STEPS.value),
+            "loss": lambda: costs.measure_loss(config, _ROUNDS.value),
+        }
+        for part in PARTS:
+            if part in _ONLY.value:
+                measures[part]()
+    except (ConfigError, DatasetError) as error:
+        command_line.say(error)
+        return command_line.USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main, needs_config="--only=prepare" not in sys.argv)

@@ -287,7 +287,7 @@ def test_remat_recomputes_what_it_says():
     assert counts("none")[:2] == (1, 1)
     assert counts("block") == (2, 2, products + 7)
     assert counts("attention") == (1, 2, products + 1)
-    assert counts("dots") == counts("offload") == (2, 2, products + 1)
+    assert counts("dots") == counts("offload") == (2, 2, products + 2)  # scores and out
 
 
 def expected_shapes(c) -> dict:

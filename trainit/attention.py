@@ -59,14 +59,16 @@ def plain(
         visible = visible & (document_BL[:, None, None, :, None] == document_BL[:, None, None, None, :])
     scores = jnp.where(visible, scores / math.sqrt(K), -jnp.inf)
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key_BJ, 0).astype(v_BSJK.dtype)
-    return jnp.einsum("bjrls,bsjk->bljrk", weights, v_BSJK).reshape(B, L, H, K)
+    y_BLHK = jnp.einsum("bjrls,bsjk->bljrk", weights, v_BSJK).reshape(B, L, H, K)
+    return checkpoint_name(y_BLHK, PRODUCT)
 
 
 def cudnn(
     q_BLHK, k_BLJK, v_BLJK, document_BL: None = None, key_BJ: None = None, rate: float = 0.0
 ) -> jax.Array:
     """What `plain` gives, by cuDNN's kernel, without documents and dropout."""
-    return jax.nn.dot_product_attention(q_BLHK, k_BLJK, v_BLJK, is_causal=True, implementation="cudnn")
+    y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLJK, v_BLJK, is_causal=True, implementation="cudnn")
+    return checkpoint_name(y_BLHK, PRODUCT)
 
 
 def blockwise(

@@ -38,7 +38,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.inputs)
-        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), PRODUCT)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Norm(nnx.Module):
@@ -143,9 +143,9 @@ class Attention(nnx.Module):
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
         c = self.c
         number_BL, position_BL = (documents.number_BL, documents.position_BL) if documents else (None, None)
-        q_BLHK = self.constrain(self.query(x_BLD), "batch", "length", "heads", None)
-        k_BLJK = self.constrain(self.key(x_BLD), "batch", "length", "kv_heads", None)
-        v_BLJK = self.constrain(self.value(x_BLD), "batch", "length", "kv_heads", None)
+        q_BLHK = self._product(self.query, x_BLD, "heads")
+        k_BLJK = self._product(self.key, x_BLD, "kv_heads")
+        v_BLJK = self._product(self.value, x_BLD, "kv_heads")
         if c.qk_norm:
             q_BLHK, k_BLJK = self.query_norm(q_BLHK), self.key_norm(k_BLJK)
         if c.positions == "rope":
@@ -153,9 +153,12 @@ class Attention(nnx.Module):
         attend = functools.partial(self.attend, rate=c.attn_dropout)
         attend = jax.checkpoint(attend) if c.remat == "attention" else attend
         keys_BJ = _for_heads(key, c.num_kv_heads) if key is not None and c.attn_dropout else None
-        y_BLHK = checkpoint_name(attend(q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BJ), PRODUCT)
+        y_BLHK = attend(q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BJ)
         y_BLD = self.out(self.constrain(y_BLHK, "batch", "length", "heads", None))
         return dropout(y_BLD, c.attn_linear_dropout, key, 1)
+
+    def _product(self, linear: Linear, x_BLD: jax.Array, heads: str) -> jax.Array:
+        return checkpoint_name(self.constrain(linear(x_BLD), "batch", "length", heads, None), PRODUCT)
 
 
 class MLP(nnx.Module):
@@ -170,21 +173,24 @@ class MLP(nnx.Module):
         self.down = Linear((c.mlp_dim,), (c.dim,), c.use_bias, residual_std, rngs)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
-        h_BLF = self.constrain(self.up(x_BLD), "batch", "length", "mlp")
+        h_BLF = self._product(self.up, x_BLD)
         match self.c.activation:
             case "gelu":
                 h_BLF = jax.nn.gelu(h_BLF, approximate=True)
             case "relu2":
                 h_BLF = jnp.square(jax.nn.relu(h_BLF))
             case "swiglu":
-                h_BLF = h_BLF * jax.nn.silu(self.constrain(self.gate(x_BLD), "batch", "length", "mlp"))
+                h_BLF = h_BLF * jax.nn.silu(self._product(self.gate, x_BLD))
         return dropout(self.down(h_BLF), self.c.transformer_dropout, key, 2)
+
+    def _product(self, linear: Linear, x_BLD: jax.Array) -> jax.Array:
+        return checkpoint_name(self.constrain(linear(x_BLD), "batch", "length", "mlp"), PRODUCT)
 
 
 # What a block keeps for its gradient beside its input, by model.remat; the rest is computed once more.
 POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # but for attention's output projection
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[PRODUCT],

@@ -209,12 +209,12 @@ def _over_micro_steps(function: Callable[[int, dict], tuple], batch: dict, zeros
 
 
 def _sums(config, model, cross_entropy, layout) -> tuple[Callable, Callable]:
-    """Functions of (params, batch, step), for one and the same dropout: sums over all micro-steps.
+    """Functions of (params, batch, step), for one and the same dropout, over all micro-steps.
 
-    The first gives the loss's gradient (float32, laid out as params) and the loss's parts, and where the
-    noise scale is asked for also "square", the sum of squares of the micro-steps' mean gradients. With a key
-    for it, targets are drawn from the model instead of taken from the batch. The second gives the loss's
-    parts alone.
+    The first gives the mean loss's gradient (float32, laid out as params) and sums of the loss's parts, and
+    where the noise scale is asked for also "square", the sum of squares of the micro-steps' mean gradients.
+    With a key for it, targets are drawn from the model instead of taken from the batch. The second gives the
+    loss's parts alone.
     """
     uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
     with_square = config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
@@ -231,13 +231,17 @@ def _sums(config, model, cross_entropy, layout) -> tuple[Callable, Callable]:
         return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL)
 
     def gradients(params: dict, batch: dict, step: jax.Array, sampling=None) -> tuple[dict, dict]:
+        count = jnp.sum(batch["lengths"].astype(jnp.float32))  # of targets: nothing is divided by it later
+
         def micro(number, micro_batch):
-            grads, sums = jax.grad(lambda p: loss(p, step, number, micro_batch, sampling), has_aux=True)(
-                params
-            )
+            def share(params):
+                total, sums = loss(params, step, number, micro_batch, sampling)
+                return total / count, sums
+
+            grads, sums = jax.grad(share, has_aux=True)(params)
             grads = jax.lax.with_sharding_constraint(grads, layout)
             if with_square:
-                sums["square"] = metrics.inner(grads, grads) / sums["count"] ** 2
+                sums["square"] = metrics.inner(grads, grads) * (count / sums["count"]) ** 2
             return grads, sums
 
         zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), layout)
@@ -256,10 +260,6 @@ def _sums(config, model, cross_entropy, layout) -> tuple[Callable, Callable]:
 def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Callable:
     """The train step: one optimizer update from G accumulated micro-steps."""
     gradients, parts = _sums(config, model, cross_entropy, layout)
-
-    def mean_gradient(params: dict, batch: dict, step: jax.Array, sampling=None) -> tuple[dict, dict]:
-        grads, sums = gradients(params, batch, step, sampling)
-        return jax.tree.map(lambda g: g / sums["count"], grads), sums
 
     def measure(state: TrainState, batch: dict, grads: dict, updates: dict, sums: dict, good: jax.Array):
         """Diagnostics of this step, and what is kept for the next one."""
@@ -288,7 +288,7 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
                 "parameter_groups: an optimizer that takes gradients elsewhere, as sam+NAME and sophia, must "
                 "have all parameters",
             )
-            return mean_gradient(params, batch, state.step, sampling)
+            return gradients(params, batch, state.step, sampling)
 
         def gradient_at(params: dict) -> dict:
             return elsewhere(params)[0]
@@ -298,18 +298,23 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
             return grads, sums["count"]
 
         at = optimizers.training_point(state.opt_state, state.params)
-        grads, sums = mean_gradient(at, batch, state.step)
+        grads, sums = gradients(at, batch, state.step)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(
-            grads,
-            state.opt_state,
-            state.params,
-            step=state.step,
-            gradient_at=gradient_at,
-            sampled_gradient_at=sampled_gradient_at,
-        )
-        update_norm = optax.tree.norm(updates)
-        good = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+
+        def update():
+            return optimizer.update(
+                grads,
+                state.opt_state,
+                state.params,
+                step=state.step,
+                gradient_at=gradient_at,
+                sampled_gradient_at=sampled_gradient_at,
+            )
+
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+        updates, opt_state = update()
+        update_norm = _norm_apart(updates, lambda: update()[0], finite)
+        good = finite & jnp.isfinite(update_norm)
 
         def if_good(new, old):
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
@@ -340,6 +345,18 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
         }
 
     return train_step
+
+
+def _norm_apart(updates: dict, update: Callable[[], dict], finite: jax.Array) -> jax.Array:
+    """The global norm of updates, which may be NaN if not `finite`.
+
+    Whether a step is good is known when this norm is, and nothing of the state can be overwritten before.
+    All that is new would wait in memory until then. So an update without matrix products, which is cheap, is
+    made once more in a branch of its own, where it is summed up as it arises.
+    """
+    if "dot_general" in str(jax.make_jaxpr(update)()):
+        return optax.tree.norm(updates)
+    return jax.lax.cond(finite, lambda: optax.tree.norm(update()), lambda: jnp.float32(jnp.nan))
 
 
 def _eval_step(model, cross_entropy, params: dict, batch: dict, token_bytes_V, subsets: int) -> dict:

@@ -142,7 +142,7 @@ class Context:
 
     def clip(self) -> optax.GradientTransformation:
         """The gradient, clipped by its global norm: what comes first."""
-        return optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+        return _clip(self.clip_norm) if self.clip_norm else optax.identity()
 
     def decay(self) -> optax.GradientTransformation:
         """Adds weight_decay * parameters where `decay_mask` says so, for all parameters or some."""
@@ -167,6 +167,17 @@ class Context:
             "own": (direction,),
         }
         return optax.chain(self.clip(), *order[decay], scale_by_minus(self.schedule))
+
+
+def _clip(most: float) -> optax.GradientTransformation:
+    """As optax.clip_by_global_norm, by a factor: a choice between two gradients would keep both in memory."""
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, most / optax.tree.norm(updates))
+        return jax.tree.map(lambda u: (factor * u.astype(jnp.float32)).astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def _by_path(function: Callable[[str, str], Any], tree: dict) -> dict:

@@ -77,10 +77,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
     cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
-        config.schedule,
-        config.optimizer.learning_rate,
-        config.steps,
-        config_lib.tokens_per_step(config),
+        config.schedule, config.optimizer.learning_rate, config_lib.batch_sizes(config)
     )
     optimizer = optimizers.build(
         config.optimizer,

@@ -105,14 +105,7 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
     check_mesh(config.mesh, config)
     _check_schedule(config)
     streams = values.get("dataset.streams", 1)
-    require(
-        "dataset.streams" not in values or not config.batch_schedule,
-        f"batch_schedule={config.batch_schedule!r} needs a prepared dataset; leave it empty",
-    )
-    require(
-        config.batch_size % streams == 0,
-        f"batch_size={config.batch_size} is not a multiple of dataset.streams={streams}",
-    )
+    _check_batches(config, streams, f"dataset.streams={streams}")
     for field, plain in (("mixture", ""), ("order", "shuffled")):
         require(
             "dataset.streams" not in values or config.dataset[field] == plain,
@@ -274,6 +267,11 @@ def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
     for axis, field, value in split:
         require(value % sizes[axis] == 0, f"{field}={value} is not a multiple of mesh.{axis}={sizes[axis]}")
     shares = abs(sizes["data"] * sizes["fsdp"])
+    _check_batches(config, shares, f"mesh.data*mesh.fsdp={shares}")
+
+
+def _check_batches(config: ConfigDict | Config, divisor: int, text: str):
+    """Raises ConfigError unless `divisor`, which `text` says, divides the batch size of every step."""
     for number, size in enumerate(batch_sizes(config).sizes):
         field = "batch_schedule's size " if number else "batch_size="
-        require(size % shares == 0, f"{field}{size} is not a multiple of mesh.data*mesh.fsdp={shares}")
+        require(size % divisor == 0, f"{field}{size} is not a multiple of {text}")

@@ -121,7 +121,7 @@ def jsonl(path: str = "pile/train", validation_path: str = "pile/val.jsonl.zst")
     d.tokenizer = "gpt2"  # bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE
     d.text_field = "text"  # dotted path of the text in a line's JSON
     d.subset_field = "meta.pile_set_name"  # dotted path of the subset by which validation is told apart
-    d.streams = 16  # parts of the data, each read by one worker; a divisor of batch_size
+    d.streams = 16  # parts of the data, each read by one worker; a divisor of all batch sizes
     d.window = 256  # sequences of a stream that are shuffled among themselves; > 0
     d.workers = 2  # worker processes of each process of the job, as above
     return d

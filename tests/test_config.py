@@ -1,5 +1,6 @@
 """Configs: groups, filling, checks that name fields and values, meshes, durations."""
 
+import numpy as np
 import pytest
 
 from trainit import config as config_lib
@@ -193,7 +194,7 @@ def test_pile_gpt_is_the_benchmark():
     assert (config.optimizer.weight_decay, config.clip_norm) == (0.1, 10.0)
     assert config.schedule.name == "linear"
     assert config.steps == 50_000
-    assert config_lib.duration(config.schedule.warmup, config.steps, 1) == 5_000
+    assert config_lib.batch_sizes(config).duration(config.schedule.warmup) == 5_000
     assert [m[field] for field in config_lib.DROPOUTS] == [0, 0, 0, 0]
     assert not m.tied_embeddings
     assert not m.head_bias
@@ -213,6 +214,24 @@ def test_batch_sizes_of_every_step():
     assert config_lib.batch_sizes(resolve(make(batch_size=8), 50257)).stages(3, 5) == [(8, 2)]
 
 
+def test_durations_in_tokens_are_as_long_as_it_takes_to_see_them():
+    """Against sums over a list of steps; those of the batch schedule count what is before them."""
+    length = 1024
+    text = f"{8 * 5 * length} tokens: 16; 12: 32; {990 * length} tokens: 4"
+    config = resolve(make(batch_size=8, steps=60, batch_schedule=text), 50257)
+    sizes = config_lib.batch_sizes(config)
+    listed = np.array([8] * 5 + [16] * 7 + [32] * 26 + [4] * 22)  # 40 + 112 + 26.2 * 32 rows are 990
+    assert [sizes.at(step) for step in range(60)] == listed.tolist()
+    seen = np.concatenate([[0], np.cumsum(listed)]) * length
+    for tokens in np.random.default_rng(0).integers(0, seen[-1], 50):
+        for begin in (0, 3, 11, 30):
+            end = np.interp(seen[begin] + tokens, seen, np.arange(61))
+            if seen[begin] + tokens <= seen[-1]:
+                assert abs(sizes.duration(f"{tokens} tokens", begin=begin) - (end - begin)) <= 0.5
+        last = 60 - np.interp(seen[-1] - tokens, seen, np.arange(61))
+        assert abs(sizes.duration(f"{tokens} tokens", last=True) - last) <= 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -226,9 +245,14 @@ def test_batch_sizes_of_every_step():
             {"batch_schedule": "10%: 12", "mesh.fsdp": 8},
             r"batch_schedule's size 12 is not a multiple of mesh",
         ),
+        ({"batch_schedule": "ten: 16"}, r"batch_schedule='ten' is not a duration"),
         (
-            {"batch_schedule": "10%: 16", "schedule.warmup": "1e6 tokens"},
-            r"durations are in steps or percent",
+            {"batch_schedule": "1e4 tokens: 16; 1 tokens: 32"},
+            r"begins at the steps \[1, 0\], which must be above 0 and rise",
+        ),
+        (  # 10 steps of 8 rows, then 16
+            {"batch_schedule": "10: 16", "schedule.warmup": f"{(80 + 91 * 16) * 1024} tokens"},
+            r"warm-up and what follows last 101 steps, more than steps=100",
         ),
     ],
 )

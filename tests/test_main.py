@@ -8,6 +8,7 @@ from processes import ROOT, metrics, run, run_imported
 
 DEBUG = "--config=configs/debug.py"
 TINY = f"--config={ROOT}/tests/tiny.py"
+CUDA = "--config.platform=cuda"  # there is none here
 
 
 def error_of(*args) -> str:
@@ -44,6 +45,20 @@ def error_of(*args) -> str:
         ((DEBUG, "--config.optimizer.name=sgdm"), ("optimizer.name=sgdm", "FILE:optimizer=sgdm")),
         ((DEBUG, "--config.optimizer.name=nope"), ("optimizer.name='nope'", "ada_ftrl, adafactor")),
         ((DEBUG, "--config.platform=cuda"), ("platform='cuda' cannot be used here",)),
+        # Of the optimizer all is known before a device is asked for.
+        (
+            (f"{DEBUG}:optimizer=muon", "--config.optimizer.ns_steps=0", CUDA),
+            ("optimizer.ns_steps=0 must be",),
+        ),
+        ((f"{DEBUG}:optimizer=sgdm", "--config.optimizer.name=adam", CUDA), ("FILE:optimizer=adam",)),
+        (
+            (DEBUG, "--config.parameter_groups=('tail/.* beta1=0.5',)", CUDA),
+            ("no parameter is left for 'tail",),
+        ),
+        (
+            (DEBUG, "--config.parameter_groups=('blocks/.* optimizer=sophia',)", CUDA),
+            ("must have all parameters",),
+        ),
         ((DEBUG, "--config.checkpoint.load_path=runs/none"), ("load_path='runs/none'", "there are none")),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, tuple) else None,
@@ -119,7 +134,7 @@ def test_debug_runs_the_cluster_config_here_and_refuses_another_model(tmp_path):
 
 
 def test_groups_and_overrides_reach_the_run(random_dataset, tmp_path):
-    run(
+    output = run(
         f"{TINY}:optimizer=sgdm,schedule=trapezoid",
         f"--config.dataset.path={random_dataset}",
         f"--workdir={tmp_path}",
@@ -129,7 +144,10 @@ def test_groups_and_overrides_reach_the_run(random_dataset, tmp_path):
         "--config.checkpoint.save_steps=4,6",
         "--config.log.every_steps=2",
         "--config.dataset.workers=1",
+        "--config.parameter_groups=('head/.* optimizer=adamw learning_rate=0.1',)",
     )
+    assert "group      adamw, learning rate 0.1, weight decay 0.1: head/kernel\n" in output
+    assert "group      sgdm, learning rate 0.5, weight decay 0: blocks/attention/key/bias, " in output
     rates = {r["step"]: r["train/learning_rate"] for r in metrics(tmp_path) if r["step"]}
     # Two steps up, then 0.5; over the last 20 % down: steps 8 and 9 of 0-based 10.
     assert rates == pytest.approx({2: 0.25, 4: 0.5, 6: 0.5, 8: 0.5, 10: 0.25})

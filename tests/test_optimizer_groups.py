@@ -1,7 +1,6 @@
 """Parameters with an optimizer, a rate and a decay of their own: against each optimizer alone."""
 
 import json
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -59,13 +58,8 @@ def test_each_group_has_the_updates_of_its_optimizer():
             np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=path)
 
 
-def test_state_is_laid_out_as_the_parameters_and_the_assignment_is_said(caplog):
-    caplog.set_level(logging.INFO, logger="absl")
-    logging.getLogger("absl").propagate = True
+def test_state_is_laid_out_as_the_parameters():
     optimizer = build("adamw", ("head/.* optimizer=sgdm",))
-    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("group ")]
-    assert "sgdm, learning rate 0.1, weight decay 0: head/bias, head/kernel" in lines[0]
-    assert "adamw, learning rate 0.5, weight decay 0.1: blocks/" in lines[1] and "head" not in lines[1]
     state = jax.eval_shape(optimizer.init, some_shapes())
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
     layouts = sharding.state_shardings(state, some_shapes(), mesh)

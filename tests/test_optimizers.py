@@ -2,6 +2,8 @@
 
 import functools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from ml_collections import ConfigDict, FrozenConfigDict
 from optimizer_cases import (
     STEPS,
@@ -21,6 +24,7 @@ from optimizer_cases import (
     parameter_shapes,
     some_shapes,
 )
+from processes import ROOT
 
 from trainit import optimizers, sharding
 from trainit import step as step_lib
@@ -344,6 +348,43 @@ def test_what_cannot_be_an_optimizer(name, message):
 def test_an_optimizer_of_optax_that_needs_the_loss():
     with pytest.raises(ConfigError, match=r"optax.contrib.momo needs more than gradients and .*'value'"):
         build("optax.contrib.momo", {})
+
+
+def test_a_check_touches_no_device():
+    """Of any optimizer: JAX is told of a platform that does not exist, and would fail to begin with one."""
+    code = """
+import jax, tiny
+from trainit import optimizers
+from trainit.config import resolve
+for name in (*optimizers.choices(), "optax.lion", "schedule_free+cautious+sgdm", "mechanic+sam+adamw"):
+    config = tiny.get_config(f"optimizer={name}")
+    config.parameter_groups = ("head/.* optimizer=muon",) if name == "adamw" else ()
+    optimizers.check(resolve(config, 257))
+try:
+    jax.devices()
+except RuntimeError:
+    print("checked")
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "checked\n"
+
+
+def test_a_check_looks_at_the_state(own_file):
+    (own_file / "keyed.py").write_text(
+        OWN
+        + """
+import jax
+def make(config, context):
+    return optax.GradientTransformation(lambda p: {"key": jax.random.key(0)}, lambda g, s, p=None: (g, s))
+"""
+    )
+    config = tiny.get_config("optimizer=keyed.py")
+    with pytest.raises(
+        ConfigError, match=r"keyed.py: its state has key of type key<fry>, which no checkpoint"
+    ):
+        optimizers.check(resolve(config, 257))
 
 
 def test_a_changed_file_is_read_again(own_file):

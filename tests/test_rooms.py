@@ -35,7 +35,7 @@ FLOORS = {
     "diagnostics": 2,
     "saves": 2,
     "sweep": 2,
-    "command_line": 2,
+    "command_line": 3,
     "step": 3,
     "evaluate": 4,
     "benchmark": 4,

@@ -10,19 +10,19 @@ from trainit import optimizers, schedules
 
 PEAK = 0.3
 BATCH_SIZE, CONTEXT_LENGTH = 4, 16  # 64 tokens per step
+SIZES = trainit.config.BatchSizes((0,), (BATCH_SIZE,), 2000, CONTEXT_LENGTH)
 
 
-def build(name: str, steps: int, **fields) -> schedules.Schedule:
+def build(name: str, steps: int, batch_schedule: str = "", **fields) -> schedules.Schedule:
     """By the way of a run: the fields set in a choice of the group, checked and frozen."""
     config = trainit.config.defaults()
-    config.steps = steps
-    config.batch_size = BATCH_SIZE
+    config.update(steps=steps, batch_size=BATCH_SIZE, batch_schedule=batch_schedule)
     config.model = trainit.config.model(dim=32, num_heads=4, context_length=CONTEXT_LENGTH)
     config.optimizer = optimizers.choices()["adamw"]()
     config.schedule = trainit.config.SCHEDULES[name]()
     config.schedule.update(fields)
     resolved = trainit.config.resolve(config, 100)
-    return schedules.build(resolved.schedule, PEAK, steps, BATCH_SIZE * CONTEXT_LENGTH)
+    return schedules.build(resolved.schedule, PEAK, trainit.config.batch_sizes(resolved))
 
 
 def rates(schedule, steps: int) -> np.ndarray:
@@ -234,7 +234,7 @@ def test_long_runs_keep_their_precision():
     ],
 )
 def test_duration(value, expected):
-    length = trainit.config.duration(value, steps=2000, tokens_per_step=64)
+    length = SIZES.duration(value)
     assert isinstance(length, int)
     assert length == expected
 
@@ -261,14 +261,14 @@ def test_duration(value, expected):
 )
 def test_not_a_duration(value):
     with pytest.raises(trainit.config.ConfigError, match="is not a duration") as error:
-        trainit.config.duration(value, steps=2000, tokens_per_step=64)
+        SIZES.duration(value)
     assert repr(value) in str(error.value)
 
 
 @pytest.mark.parametrize("value", [0.5, "1.5", 99.9])
 def test_a_part_of_a_step(value):
     with pytest.raises(trainit.config.ConfigError, match="not a whole number of steps") as error:
-        trainit.config.duration(value, steps=2000, tokens_per_step=64)
+        SIZES.duration(value)
     assert repr(value) in str(error.value)
 
 
@@ -284,12 +284,46 @@ def test_warm_up_begins_again(at):
     assert again[20] == again[60] == 0 < again[19]
 
 
+GROWING = "20: 8; 60: 16"  # of 100 steps: 20 of 64 tokens, 40 of 128, 40 of 256
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "steps"),
+    [
+        ("cosine", {"warmup": "3840 tokens"}, {"warmup": 40}),  # 20 * 64 + 20 * 128
+        ("linear", {"warmup": "640 tokens", "constant": "3200 tokens"}, {"warmup": 10, "constant": 30}),
+        ("trapezoid", {"decay": "5120 tokens"}, {"decay": 20}),  # the last ones
+        ("trapezoid", {"decay": "12800 tokens"}, {"decay": 60}),
+        (
+            "piecewise_linear",
+            {"boundaries": (0, "1280 tokens", "6400 tokens", "11520 tokens"), "values": (0.0, 1.0, 0.5, 0.1)},
+            {"boundaries": (0, 20, 60, 80), "values": (0.0, 1.0, 0.5, 0.1)},
+        ),
+    ],
+)
+def test_tokens_of_batches_that_grow(name, tokens, steps):
+    """A duration in tokens is as many steps as it takes to see them where it lies."""
+    got = rates(build(name, 100, GROWING, **{"warmup": 0} | tokens), 100)
+    want = rates(build(name, 100, **{"warmup": 0} | steps), 100)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_tokens_of_batches_that_grow_in_a_new_warm_up():
+    """1280 tokens are 15 steps from step 10 on, and 5 from step 60 on."""
+    fields = {"rewarm_at": ("640 tokens", "6400 tokens"), "rewarm": "1280 tokens"}
+    k, want = np.arange(106), np.full(106, PEAK)
+    for start, rise in ((10, 15), (60, 5)):
+        want = np.where((k >= start) & (k < start + rise), PEAK * (k - start) / rise, want)
+    got = rates(build("constant", 100, GROWING, warmup=0, **fields), 100)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"rewarm_at": (0,)}, r"schedule.rewarm_at=\(0,\) must be above 0"),
-        ({"rewarm_at": (20, 25), "rewarm": 10}, r"rise by at least rewarm=10 steps"),
-        ({"rewarm_at": (20,), "rewarm": 0}, r"rewarm=0 steps, which must be above 0"),
+        ({"rewarm_at": (20, 25), "rewarm": 10}, r"rise by at least rewarm=10, that is 10 steps"),
+        ({"rewarm_at": (20,), "rewarm": 0}, r"rewarm=0, that is 0 steps, which must be above 0"),
     ],
 )
 def test_warm_ups_that_cannot_be(fields, message):

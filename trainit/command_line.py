@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from trainit import config as config_lib
-from trainit import distributed, sources
+from trainit import distributed, optimizers, sources
 from trainit.config import Config, ConfigError
 from trainit.data import foreign, prepare, streaming, tokens
 
@@ -119,7 +119,7 @@ def read() -> tuple[Config, tokens.Dataset | streaming.Streamed]:
                 f"dataset.path={path!r}: split {name} has {have}; it needs 2 tokens of some text"
             )
     _ = dataset.tokenizer  # what is wrong with it is better known now
-    resolved = config_lib.resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text)
+    resolved = _resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text)
     if d.mixture:
         try:
             dataset = sources.with_parts(dataset, d.mixture, cache())
@@ -129,9 +129,15 @@ def read() -> tuple[Config, tokens.Dataset | streaming.Streamed]:
     return resolved, dataset
 
 
+def _resolve(config: ConfigDict, vocab_size: int, end_of_text: int) -> Config:
+    resolved = config_lib.resolve(config, vocab_size, end_of_text)
+    optimizers.check(resolved)
+    return resolved
+
+
 def _read_streamed(config: ConfigDict) -> tuple[Config, streaming.Streamed]:
     tokenizer = streaming.find_tokenizer(config.dataset.tokenizer)
-    resolved = config_lib.resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
+    resolved = _resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
     length, sequences = resolved.model.context_length, resolved.eval.sequences
     dataset = streaming.open_files(resolved.dataset, tokenizer, resolved.seed, length, sequences)
     validation = dataset.splits["validation"]

@@ -1,12 +1,13 @@
 """What a run says of itself at its start: all that was chosen."""
 
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 from absl import logging
 
-from trainit import __version__, diagnostics, distributed, metrics, sharding
+from trainit import __version__, diagnostics, distributed, metrics, optimizers, sharding
 from trainit import config as config_lib
 from trainit.config import Config
 from trainit.data.streaming import Streamed
@@ -40,11 +41,28 @@ def describe(
     }.items():
         if text:
             logging.info("%-10s %s", topic, text)
+    for own, members in _groups(config, steps):
+        logging.info(
+            "%-10s %s, learning rate %g, weight decay %g: %s",
+            "group",
+            own.name,
+            own.learning_rate,
+            own.weight_decay,
+            ", ".join(members) or "nothing",
+        )
     if len(validation.subsets) > MOST_SUBSETS:
         logging.info("%-10s %d are too many to validate apart", "subsets", len(validation.subsets))
     if jax.process_count() > 1:
         for process, host in enumerate(distributed.gather_text(socket.gethostname())):
             logging.info("process %-3d%s: %s", process, host, sharding.place(mesh, process))
+
+
+def _groups(config: Config, steps: Steps) -> Iterable[tuple[Config, list[str]]]:
+    """Each group's optimizer and parameters."""
+    if not config.parameter_groups:
+        return ()
+    parameters = steps.abstract_state.params
+    return optimizers.assigned(config.optimizer, config.parameter_groups, parameters)[1].values()
 
 
 def _training(config: Config, dataset: Dataset | Streamed) -> str:

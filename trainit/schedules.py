@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 
-from trainit.config import duration
+from trainit.config import BatchSizes
 
 Schedule = Callable[[jnp.ndarray | int], jnp.ndarray]
 
 
-def build(config: Mapping, peak: float, steps: int, tokens_per_step: int) -> Schedule:
+def build(config: Mapping, peak: float, sizes: BatchSizes) -> Schedule:
     """The schedule of a run, with linear warm-up from 0 in front: the first step has rate 0.
 
     - constant: `peak`.
@@ -29,38 +29,37 @@ def build(config: Mapping, peak: float, steps: int, tokens_per_step: int) -> Sch
     Args:
         config: the sub-config `schedule`, checked by `config.resolve`.
         peak: `optimizer.learning_rate`.
-        steps: of the whole run; behind them the last value stays.
-        tokens_per_step: to turn durations in tokens into steps.
+        sizes: of the run's batches, which say how long durations are; behind its steps the last value stays.
 
     Returns:
         step (0-based, integer scalar) -> float32 scalar.
     """
 
-    def length(value) -> int:
-        return duration(value, steps, tokens_per_step)
-
     starts = config["rewarm_at"]
-    starts = [length(at) for at in (starts if isinstance(starts, tuple | list) else (starts,))]
-    return _rewarm(_shape(config, peak, steps, length), starts, length(config["rewarm"]))
+    starts = [sizes.duration(at) for at in (starts if isinstance(starts, tuple | list) else (starts,))]
+    rises = [sizes.duration(config["rewarm"], begin=at) for at in starts]
+    return _rewarm(_shape(config, peak, sizes), starts, rises)
 
 
-def _shape(config: Mapping, peak: float, steps: int, length: Callable[[int | str], int]) -> Schedule:
-    """The rate without what `rewarm_at` does to it; `length` is that of a duration in steps."""
-    warmup = length(config["warmup"])
+def _shape(config: Mapping, peak: float, sizes: BatchSizes) -> Schedule:
+    """The rate without what `rewarm_at` does to it."""
+    steps, warmup = sizes.run_steps, sizes.duration(config["warmup"])
+    decay = sizes.duration(config["decay"], last=True) if "decay" in config else 0
     match config["name"]:
         case "constant":
             points = [(warmup, 1.0)]
         case "linear":
-            points = [(warmup, 1.0), (warmup + length(config["constant"]), 1.0), (steps, config["final"])]
+            down = warmup + sizes.duration(config["constant"], begin=warmup)
+            points = [(warmup, 1.0), (down, 1.0), (steps, config["final"])]
         case "trapezoid":
-            points = [(warmup, 1.0), (steps - length(config["decay"]), 1.0), (steps, config["final"])]
+            points = [(warmup, 1.0), (steps - decay, 1.0), (steps, config["final"])]
         case "piecewise_linear":
-            points = list(zip(map(length, config["boundaries"]), config["values"], strict=True))
+            points = list(zip(map(sizes.duration, config["boundaries"]), config["values"], strict=True))
         case "cosine":
             return _warm_up(_cosine(warmup, steps, config["cycles"], config["final"]), warmup, peak)
         case "inverse_sqrt" | "power":
             exponent = config["exponent"] if config["name"] == "power" else 0.5
-            shape = _power(exponent, warmup, steps, length(config["decay"]), config["final"])
+            shape = _power(exponent, warmup, steps, decay, config["final"])
             return _warm_up(shape, warmup, peak)
     at, values = (jnp.array(column, jnp.float32) for column in zip(*points, strict=True))
     return _warm_up(lambda step: jnp.interp(step, at, values), warmup, peak)
@@ -91,10 +90,10 @@ def _power(exponent: float, warmup: int, steps: int, decay: int, final: float) -
     return shape
 
 
-def _rewarm(schedule: Schedule, starts: list[int], rise: int) -> Schedule:
+def _rewarm(schedule: Schedule, starts: list[int], rises: list[int]) -> Schedule:
     def rewarmed(step):
         rate = schedule(step)
-        for start in starts:
+        for start, rise in zip(starts, rises, strict=True):
             rate *= jnp.where(step >= start, jnp.minimum(1.0, (step - start) / rise), 1.0)
         return rate
 

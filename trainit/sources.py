@@ -109,8 +109,7 @@ def _stages(text: str, config: Mapping) -> list[tuple[int, dict[str, Fraction]]]
     """`dataset.mixture` as [(first row, {part: weight}), ...]; the whole config says where steps begin."""
     stages, sizes = [], config_lib.batch_sizes(config)
     for begin, parts in parse(text):
-        per_step = config_lib.tokens_per_step(config)
-        step = config_lib.duration(begin, config["steps"], per_step, "dataset.mixture")
+        step = sizes.duration(begin, "dataset.mixture")
         weights: dict[str, Fraction] = {}
         for name, weight in parts:
             weights[name] = weights.get(name, Fraction(0)) + weight

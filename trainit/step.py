@@ -77,24 +77,10 @@ def build(config: Config, mesh: Mesh) -> Steps:
     cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
-        config.schedule,
-        config.optimizer.learning_rate,
-        config.steps,
-        config_lib.tokens_per_step(config),
+        config.schedule, config.optimizer.learning_rate, config_lib.batch_sizes(config)
     )
-    optimizer = optimizers.build(
-        config.optimizer,
-        optimizers.Context(
-            schedule=schedule,
-            steps=config.steps,
-            parameters=shapes,
-            weight_decay=config.optimizer.weight_decay,
-            clip_norm=config.clip_norm,
-            key=jax.random.key_data(named_key(config.seed, "optimizer")),
-            mesh=mesh,
-        ),
-        config.parameter_groups,
-    )
+    key = jax.random.key_data(named_key(config.seed, "optimizer"))
+    optimizer = optimizers.of_run(config, schedule, shapes, key, mesh)
 
     micro_steps, rows, length = sharding.batch_shape(config, mesh.shape)
     positions = rows // (mesh.shape["data"] * mesh.shape["fsdp"]) * length
@@ -107,12 +93,6 @@ def build(config: Config, mesh: Mesh) -> Steps:
         return TrainState(zero, params, optimizer.init(params), zero, zero, kept)
 
     abstract = jax.eval_shape(init)
-    for path, leaf in jax.tree.leaves_with_path(abstract.opt_state):
-        config_lib.require(
-            not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended),
-            f"optimizer.name={config.optimizer.name}: its state has {sharding.path_name(path)} of type "
-            f"{leaf.dtype}, which no checkpoint can hold; keep jax.random.key_data of it",
-        )
     layout = sharding.state_shardings(abstract, shapes, mesh)
     replicated = sharding.replicated(mesh)
     return Steps(
@@ -282,19 +262,11 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
         return diagnostics.measure(config.diagnostics, state.diagnostics, now, state.step + 1, good)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        def elsewhere(params: dict, sampling: jax.Array | None = None) -> tuple[dict, dict]:
-            config_lib.require(
-                jax.tree.structure(params) == jax.tree.structure(state.params),
-                "parameter_groups: an optimizer that takes gradients elsewhere, as sam+NAME and sophia, must "
-                "have all parameters",
-            )
-            return gradients(params, batch, state.step, sampling)
-
         def gradient_at(params: dict) -> dict:
-            return elsewhere(params)[0]
+            return gradients(params, batch, state.step)[0]
 
         def sampled_gradient_at(params: dict, key: jax.Array) -> tuple[dict, jax.Array]:
-            grads, sums = elsewhere(params, key)
+            grads, sums = gradients(params, batch, state.step, key)
             return grads, sums["count"]
 
         at = optimizers.training_point(state.opt_state, state.params)

@@ -203,8 +203,11 @@ class Run:
                 self._save()
                 return reason
             self.state, on_device = self._train(batch)
-            following = ahead.submit(next, batches)
             self.step, self.rows = self.step + 1, self.rows + self.batch_sizes.at(self.step)
+            if isinstance(self.dataset, Streamed) and self.step in self.batch_sizes.starts:
+                self.streams = self._gather_streams()
+                batches = self._batches()
+            following = ahead.submit(next, batches)
             before, self.pending = self.pending, (self.step, on_device)
             self._log(self._read(before))  # while this step runs
             self.saves.check()
@@ -218,9 +221,13 @@ class Run:
             return self.steps.train(self.state, batch)
 
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
-        """The training data from where this run is."""
+        """The training data from where this run is; streamed ones as long as batches have one size.
+
+        Where streams go on with another size is known only when they have come so far.
+        """
         c, layout, rows, readers = self.config, sharding.batch_sharding(self.mesh), self.rows, []
-        for size, count in self.batch_sizes.stages(self.step, c.steps) or [(c.batch_size, 0)]:
+        stages = self.batch_sizes.stages(self.step, c.steps) or [(c.batch_size, 0)]
+        for size, count in stages[:1] if isinstance(self.dataset, Streamed) else stages:
             shape = sharding.batch_shape(c, self.mesh.shape, size)
             readers.append((sources.reader(c, self.dataset, shape, layout, rows, self.streams), count))
             rows += size * count

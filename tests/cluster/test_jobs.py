@@ -253,7 +253,10 @@ def test_other_numbers_of_processes_go_on_with_the_same_run(job, tmp_path):
 
 
 def test_streams_go_on_in_other_numbers_of_processes(tmp_path):
-    """Straight from .jsonl: stopped in 2 processes with a worker each, done by one."""
+    """Straight from .jsonl: stopped in 2 processes with a worker each, done by one.
+
+    At step 3 the batch grows, and with it the micro-steps: a process has streams that were another's.
+    """
     draw = np.random.default_rng(0)
     for name, count in (("train", 400), ("validation", 60)):
         sizes = draw.integers(20, 400, count)
@@ -273,8 +276,8 @@ def test_streams_go_on_in_other_numbers_of_processes(tmp_path):
                 f"--config.dataset.workers={workers}",
             ),
             *("--config.cpu_devices=1", "--config.mesh.data=1", "--config.mesh.fsdp=-1"),
-            *("--config.mesh.tensor=1", "--config.steps=24", "--config.device_batch_size=0"),
-            f"--workdir={workdir}",
+            *("--config.mesh.tensor=1", "--config.steps=20", "--config.device_batch_size=8"),
+            *("--config.batch_schedule=3: 32", f"--workdir={workdir}"),
         )
 
     process = begin(2, 1)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import zstandard
-from processes import ROOT, exact, last_step, metrics, run, start, wait_for
+from processes import ROOT, exact, last_step, metrics, run, run_imported, start, wait_for
 
 from trainit import sharding
 from trainit.config import ConfigError, jsonl, resolve
@@ -297,6 +297,10 @@ def test_what_cannot_work_is_said_before_the_run(tmp_path):
     ("changes", "message"),
     [
         ({"batch_size": 24}, "batch_size=24 is not a multiple of dataset.streams=16"),
+        (
+            {"batch_schedule": "10%: 256; 20%: 264"},
+            "batch_schedule's size 264 is not a multiple of dataset.streams=16",
+        ),
         ({"dataset.streams": 0}, "dataset.streams=0 must be above 0"),
         ({"dataset.window": 0}, "dataset.window=0 must be above 0"),
     ],
@@ -366,6 +370,26 @@ def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path):
         parts = [last[f"valid/{kind}/{name}"] for name in SETS]
         assert min(parts) <= last[f"valid/{kind}"] <= max(parts)
         assert last[f"valid/{kind}_macro"] == pytest.approx(np.mean(parts))
+
+
+def test_a_batch_that_grows_is_the_run_gone_on_with_a_larger_one(command, tmp_path):
+    """Bit for bit; streams go on from where they are, within a window."""
+    plain = [*command, "--config.cpu_devices=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]
+    plain += ["--config.batch_size=8", "--config.eval.every_steps=0", "--config.eval.sequences=8"]
+    plain[0] += ",schedule=constant"
+    plain += ["--config.schedule.warmup=1", "--config.dataset.workers=0"]
+    grown = "--config.steps=6", "--config.batch_schedule=3: 16", f"--workdir={tmp_path}/grown"
+    run_imported(*plain, *grown)
+    by_hand = [*plain, f"--workdir={tmp_path}/by_hand"]
+    run_imported(*by_hand, "--config.steps=3")
+    larger = "--config.batch_size=16", "--config.checkpoint.overwrite_config=True"
+    run_imported(*by_hand, "--config.steps=6", *larger)
+    once, twice = (
+        [(r["step"], r["tokens"], r["train/loss"]) for r in metrics(tmp_path / name)]
+        for name in ("grown", "by_hand")
+    )
+    assert [tokens for _, tokens, _ in once] == [32 * n for n in (8, 16, 24, 40, 56, 72)]
+    assert once == twice
 
 
 def test_broken_input_ends_a_run(command, folder, tmp_path):

@@ -6,7 +6,7 @@ experiment is about, and ends with `choose(config, arg, ...)`, which picks whole
 everything across fields and freezes the result. All of it happens before a device is touched.
 """
 
-from trainit.config.batches import BatchSizes, batch_sizes, tokens_per_step
+from trainit.config.batches import BatchSizes, batch_sizes
 from trainit.config.checks import check_mesh, check_ranges, resolve, shrink
 from trainit.config.fields import (
     DATASETS,
@@ -22,7 +22,6 @@ from trainit.config.fields import (
     choose,
     dataset,
     defaults,
-    duration,
     flatten,
     jsonl,
     model,
@@ -47,12 +46,10 @@ __all__ = [
     "choose",
     "dataset",
     "defaults",
-    "duration",
     "flatten",
     "jsonl",
     "model",
     "require",
     "resolve",
     "shrink",
-    "tokens_per_step",
 ]

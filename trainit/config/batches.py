@@ -1,4 +1,4 @@
-"""How many sequences each step has: `batch_size`, and from given steps on others."""
+"""How many sequences each step has, `batch_size` and from given steps on others, and durations in steps."""
 
 import re
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ class BatchSizes:
 
     starts: tuple[int, ...]  # steps from which on a size holds; the first is 0
     sizes: tuple[int, ...]
+    run_steps: int  # of the whole run
+    context_length: int  # tokens of a sequence
 
     def at(self, step: int) -> int:
         """Sequences of the step behind `step` others."""
@@ -30,9 +32,38 @@ class BatchSizes:
         left = [min(end, steps) - max(start, step) for start, end in zip(self.starts, ends, strict=True)]
         return [(size, count) for size, count in zip(self.sizes, left, strict=True) if count > 0]
 
+    def duration(self, value: int | str, field: str = "duration", begin: int = 0, last: bool = False) -> int:
+        """A duration in steps, as `fields.duration`. One in tokens is as long as it takes to see so many.
+
+        Args:
+            value: 500, "10%" or "2e9 tokens".
+            field: that errors name.
+            begin: step at which it begins.
+            last: it ends with the run instead.
+        """
+
+        def of_tokens(tokens: float) -> float:
+            stages = self.stages(0, self.run_steps)[::-1] if last else self.stages(begin, _NEVER)
+            return _steps(tokens / self.context_length, stages)
+
+        return duration(value, self.run_steps, of_tokens, field)
+
+
+_NEVER = 1 << 62  # a step that no run reaches
+
+
+def _steps(rows: float, stages: list[tuple[int, int]]) -> float:
+    """How many steps, not whole, have so many sequences; the last of the stages goes on."""
+    done = 0
+    for size, count in stages[:-1]:
+        if rows <= size * count:
+            return done + rows / size
+        done, rows = done + count, rows - size * count
+    return done + rows / stages[-1][0]
+
 
 def batch_sizes(config: Mapping) -> BatchSizes:
-    """Of a run: `batch_size`, and what `batch_schedule` says, as in "20%: 256; 50%: 512".
+    """Of a run: `batch_size`, and what `batch_schedule` says, as in "20%: 256; 2e9 tokens: 512".
 
     Args:
         config: whole, at least as long as `steps`.
@@ -41,23 +72,19 @@ def batch_sizes(config: Mapping) -> BatchSizes:
         ConfigError: it is written otherwise, or its steps do not rise.
     """
     text = config["batch_schedule"]
+    run = config["steps"], config["model"]["context_length"]
     starts, sizes = [0], [config["batch_size"]]
     for stage in filter(None, (part.strip() for part in text.split(";"))):
-        match = re.fullmatch(r"([\d.]+\s*%?)\s*:\s*(\d+)", stage)
+        when, _, size = (word.strip() for word in stage.partition(":"))
         require(
-            bool(match and int(match[2])),
-            f"batch_schedule={text!r}: {stage!r} is no 'WHEN: SIZE', as in '20%: 256; 50%: 512', WHEN in "
-            f"steps or percent",
+            bool(re.fullmatch(r"\d*[1-9]\d*", size)),
+            f"batch_schedule={text!r}: {stage!r} is no 'WHEN: SIZE', as in '20%: 256; 2e9 tokens: 512'",
         )
-        starts.append(duration(match[1], config["steps"], 0, "batch_schedule"))
-        sizes.append(int(match[2]))
+        before = BatchSizes(tuple(starts), tuple(sizes), *run)
+        starts.append(before.duration(when, "batch_schedule"))
+        sizes.append(int(size))
     require(
         all(a < b for a, b in pairwise(starts)),
         f"batch_schedule={text!r} begins at the steps {starts[1:]}, which must be above 0 and rise",
     )
-    return BatchSizes(tuple(starts), tuple(sizes))
-
-
-def tokens_per_step(config: Mapping) -> int:
-    """For durations in tokens; 0 where steps have different numbers, and there can be none."""
-    return 0 if config["batch_schedule"] else config["batch_size"] * config["model"]["context_length"]
+    return BatchSizes(tuple(starts), tuple(sizes), *run)

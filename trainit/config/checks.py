@@ -6,12 +6,11 @@ from itertools import pairwise
 
 from ml_collections import ConfigDict
 
-from trainit.config.batches import batch_sizes, tokens_per_step
+from trainit.config.batches import batch_sizes
 from trainit.config.fields import (
     SCHEDULES,
     VOCABULARY_MULTIPLE,
     Config,
-    duration,
     flatten,
     names,
     require,
@@ -106,14 +105,7 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
     check_mesh(config.mesh, config)
     _check_schedule(config)
     streams = values.get("dataset.streams", 1)
-    require(
-        "dataset.streams" not in values or not config.batch_schedule,
-        f"batch_schedule={config.batch_schedule!r} needs a prepared dataset; leave it empty",
-    )
-    require(
-        config.batch_size % streams == 0,
-        f"batch_size={config.batch_size} is not a multiple of dataset.streams={streams}",
-    )
+    _check_batches(config, streams, f"dataset.streams={streams}")
     for field, plain in (("mixture", ""), ("order", "shuffled")):
         require(
             "dataset.streams" not in values or config.dataset[field] == plain,
@@ -224,21 +216,26 @@ def _check_schedule(config: ConfigDict):
         f"as a group: --config=FILE:schedule={schedule.name}",
     )
 
-    def length(name, value) -> int:
-        return duration(value, steps, tokens_per_step(config), f"schedule.{name}")
+    sizes = batch_sizes(config)
 
-    total = sum(length(name, schedule[name]) for name in ("warmup", "constant", "decay") if name in schedule)
+    def length(name, value, **where) -> int:
+        return sizes.duration(value, f"schedule.{name}", **where)
+
+    total = warmup = length("warmup", schedule.warmup)
+    total += length("constant", schedule.constant, begin=warmup) if "constant" in schedule else 0
+    total += length("decay", schedule.decay, last=True) if "decay" in schedule else 0
     require(
         total <= steps,
         f"schedule={schedule.name}: warm-up and what follows last {total} steps, more than steps={steps}; "
         f"give them in percent or raise steps",
     )
     starts = [length("rewarm_at", at) for at in _as_tuple(schedule.rewarm_at)]
-    rise = length("rewarm", schedule.rewarm)
+    rises = [length("rewarm", schedule.rewarm, begin=at) for at in starts or [0]]
+    room = all(b - a >= rise for (a, b), rise in zip(pairwise(starts), rises, strict=False))
     require(
-        not starts or (rise > 0 and starts[0] > 0 and all(b - a >= rise for a, b in pairwise(starts))),
-        f"schedule.rewarm_at={schedule.rewarm_at} must be above 0 and rise by at least rewarm={rise} steps, "
-        f"which must be above 0",
+        not starts or (min(rises) > 0 and starts[0] > 0 and room),
+        f"schedule.rewarm_at={schedule.rewarm_at} must be above 0 and rise by at least "
+        f"rewarm={schedule.rewarm!r}, that is {max(rises)} steps, which must be above 0",
     )
     for field in {"cycles", "exponent"} & set(schedule):
         require(schedule[field] > 0, f"schedule.{field}={schedule[field]} must be above 0")
@@ -270,6 +267,11 @@ def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
     for axis, field, value in split:
         require(value % sizes[axis] == 0, f"{field}={value} is not a multiple of mesh.{axis}={sizes[axis]}")
     shares = abs(sizes["data"] * sizes["fsdp"])
+    _check_batches(config, shares, f"mesh.data*mesh.fsdp={shares}")
+
+
+def _check_batches(config: ConfigDict | Config, divisor: int, text: str):
+    """Raises ConfigError unless `divisor`, which `text` says, divides the batch size of every step."""
     for number, size in enumerate(batch_sizes(config).sizes):
         field = "batch_schedule's size " if number else "batch_size="
-        require(size % shares == 0, f"{field}{size} is not a multiple of mesh.data*mesh.fsdp={shares}")
+        require(size % divisor == 0, f"{field}{size} is not a multiple of {text}")

@@ -29,7 +29,7 @@ def defaults() -> ConfigDict:
     c.steps = 50_000  # optimizer steps of the whole run; > 0
     c.max_minutes = 0.0  # save and exit 75 so many minutes after the process began; 0: no limit
     c.batch_size = 128  # sequences per optimizer step over the whole job; multiple of data * fsdp
-    c.batch_schedule = ""  # other batch sizes from given steps on, as in "20%: 256; 50%: 512"; empty: none
+    c.batch_schedule = ""  # other batch sizes from given steps on: "20%: 256; 2e9 tokens: 512"; empty: none
     c.device_batch_size = 16  # sequences per device in a micro-step at most; 0: no bound
     c.logits_mib = 256.0  # MiB of float32 logits that a device has in memory at once; 0: no bound
     c.z_loss = 0.0  # weight of log(softmax's denominator)^2 in what is minimized; 0: none
@@ -121,7 +121,7 @@ def jsonl(path: str = "pile/train", validation_path: str = "pile/val.jsonl.zst")
     d.tokenizer = "gpt2"  # bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE
     d.text_field = "text"  # dotted path of the text in a line's JSON
     d.subset_field = "meta.pile_set_name"  # dotted path of the subset by which validation is told apart
-    d.streams = 16  # parts of the data, each read by one worker; a divisor of batch_size
+    d.streams = 16  # parts of the data, each read by one worker; a divisor of all batch sizes
     d.window = 256  # sequences of a stream that are shuffled among themselves; > 0
     d.workers = 2  # worker processes of each process of the job, as above
     return d
@@ -220,10 +220,10 @@ def names(choices: Iterable[str]) -> str:
     return ", ".join(sorted(choices))
 
 
-def duration(value: int | str, steps: int, tokens_per_step: int, field: str = "duration") -> int:
-    """A duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens". Errors name `field`.
+def duration(value: int | str, steps: int, of_tokens: Callable[[float], float], field: str) -> int:
+    """A duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens", which `of_tokens` turns into steps.
 
-    `tokens_per_step` 0 means that it changes, so that there is no duration in tokens.
+    Errors name `field`.
     """
     match = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(%|tokens)?\s*", str(value))
     try:
@@ -233,11 +233,7 @@ def duration(value: int | str, steps: int, tokens_per_step: int, field: str = "d
     require(number < 1e18, f"{field}={value!r} is too long")
     whole = match[2] is not None or number == int(number)
     require(whole, f"{field}={value!r} is not a whole number of steps")
-    require(
-        match[2] != "tokens" or tokens_per_step > 0,
-        f"{field}={value!r}: with a batch_schedule durations are in steps or percent",
-    )
-    return round(number * {None: 1, "%": steps / 100, "tokens": 1 / max(tokens_per_step, 1)}[match[2]])
+    return round(of_tokens(number) if match[2] == "tokens" else number * (steps / 100 if match[2] else 1))
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict:

@@ -21,12 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from trainit import sharding
-from trainit.config import Config, ConfigError, require
+from trainit import schedules, sharding
+from trainit.config import Config, ConfigError, batch_sizes, require
+from trainit.model import GPT
 from trainit.optimizers import _groups, _optax, _own, wrappers
 from trainit.schedules import Schedule
 
@@ -233,6 +233,89 @@ def training_point(opt_state: optax.OptState, params: dict) -> dict:
     return params
 
 
+def of_run(
+    config: Config, schedule: Schedule, parameters: dict, key: jax.Array, mesh: Mesh | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that a whole resolved config describes, as `build`; other arguments as in `Context`."""
+    context = Context(
+        schedule=schedule,
+        steps=config.steps,
+        parameters=parameters,
+        weight_decay=config.optimizer.weight_decay,
+        clip_norm=config.clip_norm,
+        key=key,
+        mesh=mesh,
+    )
+    return build(config.optimizer, context, config.parameter_groups)
+
+
+def check(config: Config):
+    """What is wrong with a run's optimizer or its groups, found out on shapes: no device is touched.
+
+    Args:
+        config: whole and resolved.
+
+    Raises:
+        ConfigError: as `build`; or its state has what no checkpoint can hold; or a group's optimizer takes
+            gradients elsewhere, for which it must have all parameters.
+    """
+    model = GPT(config.model)
+
+    def begin():
+        key = jax.random.key(0)
+        params = model.init(key)
+        schedule = schedules.build(config.schedule, config.optimizer.learning_rate, batch_sizes(config))
+        optimizer = of_run(config, schedule, jax.eval_shape(model.init, key), jax.random.key_data(key))
+        state = optimizer.init(params)
+        if config.parameter_groups:
+            elsewhere = functools.partial(_require_all, params)
+            optimizer.update(
+                params,
+                state,
+                params,
+                step=jnp.int32(0),
+                gradient_at=elsewhere,
+                sampled_gradient_at=lambda there, key: (elsewhere(there), 1.0),
+            )
+        return state
+
+    for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(begin)):
+        require(
+            not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended),
+            f"optimizer.name={config.optimizer.name}: its state has {sharding.path_name(path)} of type "
+            f"{leaf.dtype}, which no checkpoint can hold; keep jax.random.key_data of it",
+        )
+
+
+def _require_all(params: dict, there: dict) -> dict:
+    """`there`, unless it lacks some of the parameters."""
+    require(
+        jax.tree.structure(there) == jax.tree.structure(params),
+        "parameter_groups: an optimizer that takes gradients elsewhere, as sam+NAME and sophia, must have "
+        "all parameters",
+    )
+    return there
+
+
+def assigned(
+    config: Config, groups: Sequence[str], parameters: dict
+) -> tuple[dict, dict[str, tuple[Config, list[str]]]]:
+    """Which optimizer each parameter has.
+
+    Args:
+        config: the sub-config `optimizer`, for what matches no group.
+        groups: lines of `_groups`.
+        parameters: their shapes.
+
+    Returns:
+        A label for each parameter, and {label: (its optimizer's config, its parameters' paths)}.
+    """
+    patterns, configs = zip(*(_groups.read(line, config, choices()) for line in groups), strict=True)
+    labels = _groups.assign(patterns, parameters)
+    named = [*((str(i), c) for i, c in enumerate(configs)), (_groups.REST, config)]
+    return labels, {label: (own, _groups.paths(labels, label)) for label, own in named}
+
+
 def build(
     config: Config, context: Context, groups: Sequence[str] = ()
 ) -> optax.GradientTransformationExtraArgs:
@@ -249,20 +332,11 @@ def build(
     """
     if not groups:
         return _make(config, context)
-    patterns, configs = zip(*(_groups.read(line, config, choices()) for line in groups), strict=True)
-    labels = _groups.assign(patterns, context.parameters)
-    transforms = {}
-    for label, own in [*((str(i), c) for i, c in enumerate(configs)), (_groups.REST, config)]:
-        members = _groups.paths(labels, label)
-        logging.info(
-            "%-10s %s, learning rate %g, weight decay %g: %s",
-            "group",
-            own.name,
-            own.learning_rate,
-            own.weight_decay,
-            ", ".join(members) or "nothing",
-        )
-        transforms[label] = _make(own, _part(context, labels, label, own, config.learning_rate))
+    labels, own_configs = assigned(config, groups, context.parameters)
+    transforms = {
+        label: _make(own, _part(context, labels, label, own, config.learning_rate))
+        for label, (own, _) in own_configs.items()
+    }
     return optax.chain(context.clip(), optax.partition(transforms, labels))
 
 

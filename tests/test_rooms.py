@@ -17,6 +17,7 @@ FLOORS = {
     "config": 0,
     "distributed": 0,
     "rendezvous": 0,
+    "collectives": 0,
     "pace": 0,
     "trackers": 0,
     "data": 0,

@@ -15,6 +15,7 @@ from trainit import config as config_lib
 from trainit import diagnostics, distributed, losses, metrics, optimizers, schedules, sharding
 from trainit.config import Config
 from trainit.model import GPT, choose_attention
+from trainit.parallel import Parallel
 
 COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compiling than the fastest
 
@@ -73,7 +74,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
     attend = _attention(attention, device.platform, mesh)
-    model = GPT(config.model, config.precision, attend, sharding.constrainer(mesh))
+    model = GPT(config.model, config.precision, attend, Parallel(mesh))
     cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(

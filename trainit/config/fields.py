@@ -42,7 +42,7 @@ def defaults() -> ConfigDict:
     c.mesh = ConfigDict()  # devices along each axis; > 0, and one of them may be -1: what is left
     c.mesh.data = 1  # replicas
     c.mesh.fsdp = -1  # parameters and optimizer state are split
-    c.mesh.tensor = 1  # heads, MLP width and vocabulary are split
+    c.mesh.tensor = 1  # heads, MLP width, vocabulary, and the residual's length are split
     c.mesh.context = 1  # sequence length is split; 1 is all that works yet
     c.model = model()
     c.optimizer_files = ""  # hash of the optimizers' files outside the package; filled when the run starts
@@ -75,7 +75,7 @@ def model(**changes) -> ConfigDict:
     m.num_heads = 12  # query heads; multiple of mesh.tensor
     m.num_kv_heads = 0  # key and value heads, a divisor of num_heads; 0: num_heads
     m.num_blocks = 12  # layers; > 0
-    m.context_length = 1024  # tokens of a sequence; > 0
+    m.context_length = 1024  # tokens of a sequence; multiple of mesh.tensor, which splits the residual by it
     m.mlp_dim = 0  # hidden width of the MLP; 0: 4 * dim (swiglu: 8/3 * dim, up to a multiple of 64)
     m.vocab_size = 0  # rows of the embedding; 0: the tokenizer's, up to a multiple of 128
     m.norm = "layernorm"  # layernorm, rmsnorm

@@ -71,6 +71,19 @@ def test_loops_in_loops():
     assert sorted(found(lambda x: jax.lax.scan(outer, x, length=5)[0], (16, 8), P(), P())) == sorted(expected)
 
 
+def test_equal_ones_count_once():
+    """Two gathers of the same converted array, and one of another: two gathers of each type."""
+
+    def gathers(x):
+        def gather(y):
+            return jax.lax.all_gather(y.astype(jnp.bfloat16), "fsdp")
+
+        return gather(2 * x).sum() + gather(2 * x)[0].max() + gather(3 * x).sum()
+
+    expected = ("all-gather", "bf16", ("fsdp",), 2, 512, 1)
+    assert found(gathers, (16, 8), P(), P()) == [expected, expected]
+
+
 def test_what_the_partitioner_adds():
     """A product over a split dimension is a sum over its axis, written in another form than shard_map's."""
     mesh = sharding.make_mesh(SIZES)

@@ -2,7 +2,7 @@
 
 The text is the one after XLA has split the program over the devices: what follows is the platform's own (the
 CPU's then turns bfloat16 into float32). A program in it is several computations; a loop's body counts as
-often as it runs.
+often as it runs. Equal collectives of a computation count once, since XLA computes equal instructions once.
 """
 
 import functools
@@ -64,12 +64,12 @@ def total(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]]
 def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     """The compiled program, and its text after partitioning; always compiled anew."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partition"}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partition|call-inliner"}
         compiled = lowered.compile(compiler_options=options)
-        files = sorted(Path(folder).glob("*.after_spmd-partitioning.*.txt"))
-        if len(files) != 1:
-            raise RuntimeError(f"XLA wrote {len(files)} texts of the partitioned program instead of one")
-        return compiled, files[0].read_text()
+        files = sorted(Path(folder).glob("*.spmd-partitioner.after_*.txt"))
+        if not any("after_spmd-partitioning" in file.name for file in files):
+            raise RuntimeError("XLA has written no partitioned program: this version names it otherwise")
+        return compiled, files[-1].read_text()
 
 
 def read(text: str, sizes: Mapping[str, int]) -> list[Collective]:
@@ -88,7 +88,7 @@ def read(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     @functools.cache
     def collectives(name: str) -> tuple[Collective, ...]:
         found = []
-        for line in computations[name][1:]:
+        for line in _distinct(computations[name][1:]):
             _, result, operation, rest = _INSTRUCTION.match(line).groups()
             if operation in KINDS:
                 found.append(_collective(operation, result, rest, sizes))
@@ -115,6 +115,18 @@ def _computations(text: str) -> dict[str, list[str]]:
         elif line.startswith("  "):
             lines.append(line)
     return found
+
+
+def _distinct(lines: list[str]) -> list[str]:
+    """The instructions but for those that equal an earlier one; operands stand before what has them."""
+    numbers: dict[str, str] = {}  # of a name: the first one of its value
+    first: dict[tuple, str] = {}
+    for line in lines:
+        name, result, operation, rest = _INSTRUCTION.match(line).groups()
+        rest = re.sub(r", (metadata=\{.*?\}|channel_id=\d+)", "", rest)
+        key = result, operation, re.sub(r"%[\w.-]+", lambda found: numbers.get(found[0], found[0]), rest)
+        numbers[name] = first.setdefault(key, name) if operation != "parameter" else name
+    return [line for line in lines if (name := _INSTRUCTION.match(line)[1]) == numbers[name]]
 
 
 def _called(rest: str, role: str) -> str:

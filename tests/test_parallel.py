@@ -38,6 +38,28 @@ def close(found, expected, dtype, steps):
     )
 
 
+class Device:
+    """What a mesh asks of one."""
+
+    platform = device_kind = "fake"
+
+    def __init__(self, number: int, process: int):
+        self.id, self.process_index = number, process
+
+
+@pytest.mark.parametrize("per_process", [1, 8])
+def test_inner_axes_stay_inside_a_machine(per_process):
+    """On 4 machines of 8, of one process a device or a machine: fsdp × tensor on one, data across."""
+    devices = [Device(number, number // per_process) for number in range(32)]
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 4, "tensor": 2, "context": 1}, devices)
+    machines = np.vectorize(lambda device: device.id // 8)(mesh.devices)
+    assert [set(machines[at].ravel()) for at in range(4)] == [{0}, {1}, {2}, {3}]
+    expected = "8 devices, data 2, fsdp 0-3, tensor 0-1, context 0"
+    if per_process == 1:
+        expected = "1 devices, data 0, fsdp 1, tensor 0, context 0"
+    assert sharding.place(mesh, 2) == expected
+
+
 @SPLIT
 @TYPED
 def test_widen(sizes, dtype):

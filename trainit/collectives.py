@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
@@ -61,15 +62,37 @@ def total(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]]
     return sums
 
 
+def lines(collectives: Iterable[Collective]) -> list[str]:
+    """What they are and how many bytes, a line for each kind over each axes, largest first."""
+    found = sorted(total(collectives).items(), key=lambda one: -one[1])
+    return [
+        f"{kind} over {' × '.join(axes)}: {size / 2**20:.5g} MiB a device and step"
+        for (kind, axes), size in found
+    ]
+
+
 def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     """The compiled program, and its text after partitioning; always compiled anew."""
+    enabled = jax.config.jax_enable_compilation_cache
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partition|call-inliner"}
-        compiled = lowered.compile(compiler_options=options)
+        try:  # what comes from the cache of compiled programs has no text
+            _use_cache(False)
+            compiled = lowered.compile(compiler_options=options)
+        finally:
+            _use_cache(enabled)
+        first = next(Path(folder).glob("*.before_optimizations.txt")).read_text()
+        if "num_partitions" not in first.partition("\n")[0]:
+            return compiled, first  # a program for one device
         files = sorted(Path(folder).glob("*.spmd-partitioner.after_*.txt"))
         if not any("after_spmd-partitioning" in file.name for file in files):
             raise RuntimeError("XLA has written no partitioned program: this version names it otherwise")
         return compiled, files[-1].read_text()
+
+
+def _use_cache(enabled: bool):
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # which else remembers whether it is used
 
 
 def read(text: str, sizes: Mapping[str, int]) -> list[Collective]:

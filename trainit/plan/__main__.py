@@ -127,7 +127,7 @@ def tell(p: Planned, config: Config):
     print(
         f"time       {t.step:.4g} s on {_GPU.value}: computation {t.compute:.4g} at {_EFFICIENCY.value:g} of "
         f"the peak, exchanges {t.exposed:.4g} that it waits for and {t.hidden:.4g} beside it "
-        f"({t.unhidden:.4g} s with these behind it); MFU {t.mfu:.1%}",
+        f"({t.unhidden:.4g} s with these behind it); MFU {t.mfu:.1%} ({t.mfu * t.step / t.unhidden:.1%})",
         flush=True,
     )
 
@@ -135,17 +135,19 @@ def tell(p: Planned, config: Config):
 def table(plans: list[Planned]) -> str:
     """All of them, in Markdown."""
     lines = [
-        "| parameters | GPUs | mesh | state, GiB a device | exchanged, GiB a device and step | formula less "
-        "compiled | step, s | MFU |",
+        "| parameters | GPUs | mesh | state + rest, GiB a device | exchanged, GiB a device and "
+        "step | off by | step, s: exchanges beside computation, behind it | MFU |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for p in plans:
         mesh = " × ".join(f"{axis} {size}" for axis, size in p.sizes.items() if size > 1)
-        error = "not compiled" if math.isnan(p.error) else f"{p.error:+.2%}"
-        exchanged = sum(one.bytes for one in p.planned) / GIB
+        error = "not compiled" if math.isnan(p.error) else f"{abs(p.error):.2%}"
+        memory = " + ".join(f"{n / GIB:.1f}" for n in (p.state, p.temporaries) if not math.isnan(n))
+        exchanged, t = sum(one.bytes for one in p.planned) / GIB, p.times
         lines.append(
-            f"| {quantity(p.parameters)} | {math.prod(p.sizes.values())} | {mesh} | {p.state / GIB:.1f} | "
-            f"{exchanged:.2f} | {error} | {p.times.step:.3g} | {p.times.mfu:.0%} |"
+            f"| {quantity(p.parameters)} | {math.prod(p.sizes.values())} | {mesh} | {memory} | "
+            f"{exchanged:.2f} | {error} | {t.step:.3g}, {t.unhidden:.3g} | {t.mfu:.0%}, "
+            f"{t.mfu * t.step / t.unhidden:.0%} |"
         )
     return "\n".join(lines)
 

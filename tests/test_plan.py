@@ -16,11 +16,16 @@ from trainit.plan import hardware, traffic
 GQA = {"num_kv_heads": 4, "norm": "rmsnorm", "activation": "swiglu", "use_bias": False}
 MODERN = GQA | {"positions": "rope", "qk_norm": True, "tied_embeddings": True}
 DOCUMENTS = {"document_mask": True, "end_of_text": 5}
+DOTS = {"remat": "dots"}
 STEPS = {
     "hierarchical": ({"data": 2, "fsdp": 4}, {}, {}),
     "accumulated": ({"fsdp": 8}, {"remat": "block", **DOCUMENTS}, {"device_batch_size": 1}),
     "tensor": ({"fsdp": 2, "tensor": 4}, MODERN | {"remat": "block"}, {"logits_mib": 0.1}),
-    "all": ({"data": 2, "fsdp": 2, "tensor": 2}, MODERN | DOCUMENTS, {"precision": "float32"}),
+    "all": (
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        MODERN | DOCUMENTS | {"remat": "dots"},
+        {"precision": "float32"},
+    ),
     "unrolled": ({"fsdp": 4, "tensor": 2}, {"scan_layers": False, "head_bias": True}, {"z_loss": 0.1}),
 }
 

@@ -56,8 +56,10 @@ def _compute(config: Config) -> str:
 
 
 def _passes(config: Config) -> int:
-    """Times a kernel is gathered: unrolled layers are one program, whose backward pass finds it gathered."""
-    return 2 if config.model.scan_layers or config.model.remat != "none" else 1
+    """Times a kernel is gathered: unrolled layers are one program, whose backward pass finds it gathered,
+    unless what is computed anew stands apart."""
+    apart = config.model.scan_layers or config.model.remat not in ("none", "attention")
+    return 2 if apart else 1
 
 
 def _kernels(config: Config, sizes: Mapping[str, int], shapes: dict) -> Iterator[tuple]:

@@ -61,6 +61,10 @@ def test_resolve_fills_what_follows():
         ({"batch_size": 12, "mesh.fsdp": 8}, r"batch_size=12 is not a multiple of mesh.data\*mesh.fsdp=8"),
         ({"mesh.data": -1}, "mesh.data and mesh.fsdp are -1"),
         ({"mesh.tensor": 0}, "mesh.tensor=0 must be above 0"),
+        (
+            {"mesh.tensor": 2, "model.context_length": 33},
+            "model.context_length=33 is not a multiple of mesh.tensor=2",
+        ),
         ({"mesh.tensor": 5}, "model.num_heads=12 is not a multiple of mesh.tensor=5"),
         (
             {"mesh.tensor": 2, "model.num_kv_heads": 1},

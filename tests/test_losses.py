@@ -155,7 +155,7 @@ HEADS = {
 @functools.cache
 def case(bias=False, softcap=0.0, z_loss=0.0, dtype=jnp.float32):
     """Arrays of a loss whose positions are no whole number of chunks, and all that it should give."""
-    rows, length, dim, vocab = 8, 70, 16, 384
+    rows, length, dim, vocab = 8, 72, 16, 384
     rng = np.random.default_rng(7)
     x = np.asarray(jnp.asarray(rng.standard_normal((rows, length, dim)), dtype), np.float64)
     kernel_DV = rng.standard_normal((dim, vocab)).astype(np.float32) / 2

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from trainit.model import Head
-from trainit.sharding import mesh_axes
+from trainit.parallel import Parallel, gather, scatter_sum
 
 MULTIPLE = 128  # of a chunk's positions: matrix units like it
 
@@ -95,13 +95,12 @@ class CrossEntropy:
             zeros = jax.lax.pcast(zeros, self._axes("batch", "length", "vocab"), to="varying")
             step = functools.partial(self._add_gradient, head)
             d_head, (tokens, dx_nRD) = jax.lax.scan(step, zeros, chunks)
-            fsdp, positions = self._axes("embed"), self._axes("batch", "length")
-            d_kernel = jax.lax.psum_scatter(d_head.kernel_DV, fsdp, scatter_dimension=0, tiled=True)
-            d_kernel = jax.lax.psum(d_kernel, tuple(axis for axis in positions if axis not in fsdp))
-            d_head = d_head.replace(d_kernel, jax.lax.psum(d_head.bias_V, positions))
-            return join(tokens), d_head, jax.lax.psum(join(dx_nRD), self._axes("vocab"))
+            d_bias = self.parallel.sum(d_head.bias_V, self._axes("batch", "length"))
+            d_head = d_head.replace(self.parallel.sum_gradient(d_head.kernel_DV, 0), d_bias)
+            dx_BLD = scatter_sum(join(dx_nRD), self.parallel.tensor, 1)
+            return join(tokens), d_head, dx_BLD
 
-        outputs = (self._spec("batch", "length"), self._split(head), self._spec("batch", "length", None))
+        outputs = (self._spec("batch", "length"), self._split(head), self.parallel.residual)
         return self._on_devices(local, outputs, head, x_BLD, targets_BL, mask_BL)
 
     def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array) -> tuple[jax.Array, dict]:
@@ -116,13 +115,15 @@ class CrossEntropy:
         sums["z_loss"] = self.z_loss * over(tokens["log_total"] ** 2)
         return sums["loss"] + sums["z_loss"], sums
 
+    @functools.cached_property
+    def parallel(self) -> Parallel:
+        return Parallel(self.mesh)
+
     def _axes(self, *axes: str | None) -> tuple[str, ...]:
-        """The mesh axes over which logical axes are split, but for those of one device: XLA's exchanges over
-        these are copies."""
-        return tuple(axis for axis in mesh_axes(*axes) if self.mesh.shape[axis] > 1)
+        return self.parallel.axes(*axes)
 
     def _spec(self, *axes: str | None) -> PartitionSpec:
-        return PartitionSpec(*(self._axes(axis) for axis in axes))
+        return self.parallel.spec(*axes)
 
     def _split(self, head: Head) -> Head:
         """How the head lies on the mesh."""
@@ -135,10 +136,11 @@ class CrossEntropy:
 
         def local(head, x_BLD, *arrays_BL):
             kernel_DV = head.kernel_DV.astype(x_BLD.dtype)  # before it travels, and once for all chunks
-            kernel_DV = jax.lax.all_gather(kernel_DV, self._axes("embed"), axis=0, tiled=True)
+            kernel_DV = gather(kernel_DV, self._axes("embed"), 0)
+            x_BLD = gather(x_BLD, self.parallel.tensor, 1)
             return function(head.replace(kernel_DV, head.bias_V), x_BLD, *arrays_BL)
 
-        inputs = [self._split(head), self._spec("batch", "length", None)]
+        inputs = [self._split(head), self.parallel.residual]
         inputs += [self._spec("batch", "length")] * len(arrays_BL)
         mapped = jax.shard_map(local, mesh=self.mesh, in_specs=tuple(inputs), out_specs=outputs)
         return mapped(head, x_BLD, *arrays_BL)

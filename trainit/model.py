@@ -17,28 +17,26 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from trainit.attention import PRODUCT, dropout, plain
 from trainit.config import Config
+from trainit.parallel import ONE_DEVICE, Parallel
 
-Constrain = Callable[..., jax.Array]
 Attend = Callable[..., jax.Array]
 NORM_EPSILON = 1e-5
 STANDARD_DEVIATION = 0.02  # of GPT-2's weights; of those that write to the residual, over sqrt(2 N)
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias over several input and output axes at once."""
+    """The weights of x @ kernel + bias, over several input and output axes at once; `Parallel` multiplies."""
 
     def __init__(self, inputs: tuple, outputs: tuple, bias: bool, std: float, rngs: nnx.Rngs):
-        self.inputs, self.outputs = len(inputs), len(outputs)
         self.kernel = nnx.Param(jax.nn.initializers.normal(std)(rngs.params(), (*inputs, *outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.inputs)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    @property
+    def weights(self) -> tuple[jax.Array, jax.Array | None]:
+        return self.kernel[...], None if self.bias is None else self.bias[...]
 
 
 class Norm(nnx.Module):
@@ -130,9 +128,9 @@ def _for_heads(key_B: jax.Array, heads: int) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: Config, attend: Attend, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs):
         size, residual_std = c.dim // c.num_heads, STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
-        self.c, self.attend, self.constrain = c, attend, constrain
+        self.c, self.attend, self.parallel = c, attend, parallel
         self.query = Linear((c.dim,), (c.num_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
         self.key = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
         self.value = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
@@ -143,9 +141,8 @@ class Attention(nnx.Module):
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
         c = self.c
         number_BL, position_BL = (documents.number_BL, documents.position_BL) if documents else (None, None)
-        q_BLHK = self._product(self.query, x_BLD, "heads")
-        k_BLJK = self._product(self.key, x_BLD, "kv_heads")
-        v_BLJK = self._product(self.value, x_BLD, "kv_heads")
+        linears = (self.query, self.key, self.value)
+        q_BLHK, k_BLJK, v_BLJK = self.parallel.widen(x_BLD, *(linear.weights for linear in linears))
         if c.qk_norm:
             q_BLHK, k_BLJK = self.query_norm(q_BLHK), self.key_norm(k_BLJK)
         if c.positions == "rope":
@@ -154,37 +151,32 @@ class Attention(nnx.Module):
         attend = jax.checkpoint(attend) if c.remat == "attention" else attend
         keys_BJ = _for_heads(key, c.num_kv_heads) if key is not None and c.attn_dropout else None
         y_BLHK = attend(q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BJ)
-        y_BLD = self.out(self.constrain(y_BLHK, "batch", "length", "heads", None))
+        y_BLD = self.parallel.narrow(y_BLHK, *self.out.weights)
         return dropout(y_BLD, c.attn_linear_dropout, key, 1)
-
-    def _product(self, linear: Linear, x_BLD: jax.Array, heads: str) -> jax.Array:
-        return checkpoint_name(self.constrain(linear(x_BLD), "batch", "length", heads, None), PRODUCT)
 
 
 class MLP(nnx.Module):
     """GELU (tanh form), squared ReLU (So et al., arXiv 2109.08668) or SwiGLU (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, c: Config, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, c: Config, parallel: Parallel, rngs: nnx.Rngs):
         residual_std = STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
-        self.c, self.constrain = c, constrain
+        self.c, self.parallel = c, parallel
         self.up = Linear((c.dim,), (c.mlp_dim,), c.use_bias, STANDARD_DEVIATION, rngs)
         gated = c.activation == "swiglu"
         self.gate = Linear((c.dim,), (c.mlp_dim,), c.use_bias, STANDARD_DEVIATION, rngs) if gated else None
         self.down = Linear((c.mlp_dim,), (c.dim,), c.use_bias, residual_std, rngs)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
-        h_BLF = self._product(self.up, x_BLD)
+        linears = (self.up,) if self.gate is None else (self.up, self.gate)
+        h_BLF, *gate_BLF = self.parallel.widen(x_BLD, *(linear.weights for linear in linears))
         match self.c.activation:
             case "gelu":
                 h_BLF = jax.nn.gelu(h_BLF, approximate=True)
             case "relu2":
                 h_BLF = jnp.square(jax.nn.relu(h_BLF))
             case "swiglu":
-                h_BLF = h_BLF * jax.nn.silu(self._product(self.gate, x_BLD))
-        return dropout(self.down(h_BLF), self.c.transformer_dropout, key, 2)
-
-    def _product(self, linear: Linear, x_BLD: jax.Array) -> jax.Array:
-        return checkpoint_name(self.constrain(linear(x_BLD), "batch", "length", "mlp"), PRODUCT)
+                h_BLF = h_BLF * jax.nn.silu(*gate_BLF)
+        return dropout(self.parallel.narrow(h_BLF, *self.down.weights), self.c.transformer_dropout, key, 2)
 
 
 # What a block keeps for its gradient beside its input, by model.remat; the rest is computed once more.
@@ -201,17 +193,17 @@ POLICIES = {
 
 
 class Block(nnx.Module):
-    def __init__(self, c: Config, attend: Attend, constrain: Constrain, rngs: nnx.Rngs):
-        self.constrain = constrain
+    def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs):
+        self.parallel = parallel
         self.attention_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
-        self.attention = Attention(c, attend, constrain, rngs)
+        self.attention = Attention(c, attend, parallel, rngs)
         self.mlp_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
-        self.mlp = MLP(c, constrain, rngs)
+        self.mlp = MLP(c, parallel, rngs)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), key, documents)
         x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD), key)
-        return self.constrain(x_BLD, "batch", "length", None)
+        return self.parallel.constrain(x_BLD, "batch", "residual_length", None)
 
 
 class Embedding(nnx.Module):
@@ -244,12 +236,12 @@ class Head:
 class Network(nnx.Module):
     """The modules, each parameter declared where it is used; `GPT` is the way in."""
 
-    def __init__(self, c: Config, dtype, attend: Attend, constrain: Constrain, rngs: nnx.Rngs):
-        self.c, self.dtype, self.constrain = c, dtype, constrain
+    def __init__(self, c: Config, dtype, attend: Attend, parallel: Parallel, rngs: nnx.Rngs):
+        self.c, self.dtype, self.parallel = c, dtype, parallel
         self.token_embedding = Embedding(c.vocab_size, c.dim, rngs)
         learned = c.positions == "learned"
         self.position_embedding = Embedding(c.context_length, c.dim, rngs) if learned else None
-        self.blocks = nnx.vmap(lambda key: Block(c, attend, constrain, nnx.Rngs(params=key)))(
+        self.blocks = nnx.vmap(lambda key: Block(c, attend, parallel, nnx.Rngs(params=key)))(
             jax.random.split(rngs.params(), c.num_blocks)
         )
         self.final_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
@@ -262,15 +254,15 @@ class Network(nnx.Module):
         c = self.c
         if key is not None:  # one a row
             key = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(tokens_BL)))
-        # Gathered over fsdp before the lookup, which XLA would else do on a fully replicated copy; in
-        # float32, because the lookup's gradient sums over all positions of a frequent token.
-        embedding_VD = self.constrain(self.token_embedding.embedding[...], "vocab", None)
-        x_BLD = self.constrain(embedding_VD[tokens_BL], "batch", "length", None)
         documents = find_documents(tokens_BL, c.end_of_text) if c.document_mask else None
-        if self.position_embedding is not None:
-            position_LD = self.position_embedding.embedding[: tokens_BL.shape[1]]
-            x_BLD = x_BLD + (position_LD[documents.position_BL] if documents else position_LD)
-        x_BLD = dropout(x_BLD.astype(self.dtype), c.gpt_dropout, key, 0)
+        x_BLD = self.parallel.look_up(
+            self.dtype,
+            tokens_BL,
+            self.token_embedding.embedding[...],
+            None if self.position_embedding is None else self.position_embedding.embedding[...],
+            documents.position_BL if documents else None,
+        )
+        x_BLD = dropout(x_BLD, c.gpt_dropout, key, 0)
         graph, layers = nnx.split(self.blocks)
 
         def block(x_BLD, layer):
@@ -299,18 +291,18 @@ class GPT:
         config: Config,
         precision: str = "float32",
         attend: Attend = plain,
-        constrain: Constrain = lambda array, *axes: array,
+        parallel: Parallel = ONE_DEVICE,
     ):
         """
         Args:
             config: the resolved sub-config `model`.
             precision: of matrix products and activations: "float32" or "bfloat16".
             attend: attention's kernel, which takes and gives what `plain` does.
-            constrain: lays out intermediate arrays, from `sharding.constrainer`.
+            parallel: multiplies matrices and lays out intermediate arrays on a mesh; default: one device.
         """
         dtype = jnp.dtype(precision)
-        self._constrain = constrain
-        self._build = lambda key: Network(config, dtype, attend, constrain, nnx.Rngs(params=key))
+        self._parallel = parallel
+        self._build = lambda key: Network(config, dtype, attend, parallel, nnx.Rngs(params=key))
         self._graph, _ = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
     def init(self, key: jax.Array) -> dict:
@@ -335,4 +327,4 @@ class GPT:
     ) -> jax.Array:
         """Float32 logits (B, L, V) of the next token, all in memory; arguments as for `hidden`."""
         x_BLD, head = self.hidden(parameters, tokens_BL, key, first_row)
-        return self._constrain(head(x_BLD), "batch", "length", "vocab")
+        return self._parallel.constrain(head(x_BLD), "batch", "length", "vocab")

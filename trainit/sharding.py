@@ -1,8 +1,8 @@
 """The mesh, and the one table that says how every parameter is laid out on it.
 
-Mesh axes: `data` replicates; `fsdp` splits parameters and optimizer state; `tensor` splits heads,
-MLP width and vocabulary; `context` splits the sequence. The batch is split over data and fsdp.
-The table also names each parameter's kind, by which decay masks, Muon and per-kind logs choose.
+Mesh axes: `data` replicates; `fsdp` splits parameters and optimizer state; `tensor` splits heads, MLP width
+and vocabulary, and between these the length; `context` splits the sequence. The batch is split over data and
+fsdp. The table also names each parameter's kind, by which decay masks, Muon and per-kind logs choose.
 """
 
 import math
@@ -19,6 +19,7 @@ from trainit.config import MESH_AXES, Config, check_mesh, require
 RULES = {
     "batch": ("data", "fsdp"),
     "length": "context",
+    "residual_length": ("context", "tensor"),  # of the residual stream, between the products
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -237,12 +238,3 @@ def on_devices(function: Callable, mesh: Mesh, inputs: tuple[tuple, ...], output
     return jax.shard_map(
         function, mesh=mesh, in_specs=tuple(map(spec, inputs)), out_specs=spec(output), check_vma=False
     )
-
-
-def constrainer(mesh: Mesh) -> Callable[..., jax.Array]:
-    """`constrain(array, "batch", "length", None)` fixes the layout of an intermediate array."""
-
-    def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(axes)))
-
-    return constrain

@@ -15,8 +15,11 @@ from trainit import config as config_lib
 from trainit import diagnostics, distributed, losses, metrics, optimizers, schedules, sharding
 from trainit.config import Config
 from trainit.model import GPT, choose_attention
+from trainit.parallel import Parallel
 
 COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compiling than the fastest
+# In the scan over layers, XLA then gathers the next one's kernels while it computes one.
+GATHER_AHEAD = {"xla_gpu_enable_pipelined_all_gather": True}
 
 
 @functools.partial(
@@ -73,7 +76,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
     attend = _attention(attention, device.platform, mesh)
-    model = GPT(config.model, config.precision, attend, sharding.constrainer(mesh))
+    model = GPT(config.model, config.precision, attend, Parallel(mesh))
     cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
@@ -95,6 +98,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
     abstract = jax.eval_shape(init)
     layout = sharding.state_shardings(abstract, shapes, mesh)
     replicated = sharding.replicated(mesh)
+    options = GATHER_AHEAD if device.platform == "gpu" and mesh.shape["fsdp"] > 1 else None
     return Steps(
         abstract_state=jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout
@@ -112,6 +116,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
                 _train_step(config, model, cross_entropy, optimizer, schedule, layout.params),
                 donate_argnums=0,
                 out_shardings=(layout, replicated),
+                compiler_options=options,
             ),
         ),
         evaluate=_together(
@@ -120,6 +125,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
                 functools.partial(_eval_step, model, cross_entropy),
                 static_argnums=3,
                 out_shardings=replicated,
+                compiler_options=options,
             ),
         ),
         attention=attention,

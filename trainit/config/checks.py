@@ -262,7 +262,7 @@ def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
     require(sizes["context"] == 1, f"mesh.context={sizes['context']} does not work yet; set it to 1")
     split = [("fsdp", "model.dim", m.dim)] + [
         ("tensor", f"model.{field}", m[field])
-        for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
+        for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "context_length")
     ]
     for axis, field, value in split:
         require(value % sizes[axis] == 0, f"{field}={value} is not a multiple of mesh.{axis}={sizes[axis]}")

@@ -42,7 +42,7 @@ def defaults() -> ConfigDict:
     c.mesh = ConfigDict()  # devices along each axis; > 0, and one of them may be -1: what is left
     c.mesh.data = 1  # replicas
     c.mesh.fsdp = -1  # parameters and optimizer state are split
-    c.mesh.tensor = 1  # heads, MLP width and vocabulary are split
+    c.mesh.tensor = 1  # heads, MLP width, vocabulary, and the residual's length are split
     c.mesh.context = 1  # sequence length is split; 1 is all that works yet
     c.model = model()
     c.optimizer_files = ""  # hash of the optimizers' files outside the package; filled when the run starts
@@ -75,7 +75,7 @@ def model(**changes) -> ConfigDict:
     m.num_heads = 12  # query heads; multiple of mesh.tensor
     m.num_kv_heads = 0  # key and value heads, a divisor of num_heads; 0: num_heads
     m.num_blocks = 12  # layers; > 0
-    m.context_length = 1024  # tokens of a sequence; > 0
+    m.context_length = 1024  # tokens of a sequence; multiple of mesh.tensor, which splits the residual by it
     m.mlp_dim = 0  # hidden width of the MLP; 0: 4 * dim (swiglu: 8/3 * dim, up to a multiple of 64)
     m.vocab_size = 0  # rows of the embedding; 0: the tokenizer's, up to a multiple of 128
     m.norm = "layernorm"  # layernorm, rmsnorm
@@ -150,13 +150,27 @@ def _schedule(name: str, **fields) -> Callable[[], ConfigDict]:
     )
 
 
+_MODERN = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope", "use_bias": False}
 MODELS = {
     "gpt2": model,
     "gpt2_medium": lambda: model(dim=1024, num_heads=16, num_blocks=24),
     "gpt2_large": lambda: model(dim=1280, num_heads=20, num_blocks=36),
     "gpt2_xl": lambda: model(dim=1600, num_heads=25, num_blocks=48),
-    "modern": lambda: model(
-        norm="rmsnorm", activation="swiglu", positions="rope", use_bias=False, qk_norm=True
+    "modern": lambda: model(**_MODERN, qk_norm=True),
+    # GPT-3 XL, 1.3B (Brown et al. 2020, arXiv 2005.14165, table 2.1; heads of 128).
+    "gpt3_xl": lambda: model(dim=2048, num_heads=16, num_blocks=24, context_length=2048),
+    # Touvron et al. 2023, arXiv 2307.09288.
+    "llama2_7b": lambda: model(
+        **_MODERN, dim=4096, num_heads=32, num_blocks=32, mlp_dim=11_008, context_length=4096
+    ),
+    "llama2_70b": lambda: model(
+        **_MODERN,
+        dim=8192,
+        num_heads=64,
+        num_kv_heads=8,
+        num_blocks=80,
+        mlp_dim=28_672,
+        context_length=4096,
     ),
 }
 # Durations are in steps (500), percent of all steps ("10%") or tokens ("2e9 tokens").

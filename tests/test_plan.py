@@ -1,0 +1,143 @@
+"""What a step should exchange, by formula, against what compiled steps do; the command that tells it."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from processes import ROOT, start
+
+from trainit import collectives, sharding, step
+from trainit import config as config_lib
+from trainit.config import MESH_AXES
+from trainit.plan import hardware, traffic
+
+GQA = {"num_kv_heads": 4, "norm": "rmsnorm", "activation": "swiglu", "use_bias": False}
+MODERN = GQA | {"positions": "rope", "qk_norm": True, "tied_embeddings": True}
+DOCUMENTS = {"document_mask": True, "end_of_text": 5}
+DOTS = {"remat": "dots"}
+STEPS = {
+    "hierarchical": ({"data": 2, "fsdp": 4}, {}, {}),
+    "accumulated": ({"fsdp": 8}, {"remat": "block", **DOCUMENTS}, {"device_batch_size": 1}),
+    "tensor": ({"fsdp": 2, "tensor": 4}, MODERN | {"remat": "block"}, {"logits_mib": 0.1}),
+    "all": (
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        MODERN | DOCUMENTS | {"remat": "dots"},
+        {"precision": "float32"},
+    ),
+    "unrolled": ({"fsdp": 4, "tensor": 2}, {"scan_layers": False, "head_bias": True}, {"z_loss": 0.1}),
+}
+
+
+def by_kind(found) -> dict:
+    """Bytes by kind, type and axes, but for what is exchanged in pieces of at most 256 bytes."""
+    sums = {}
+    for one in found:
+        if one.size > 256:
+            key = one.kind, one.dtype, one.axes
+            sums[key] = sums.get(key, 0.0) + one.bytes
+    return sums
+
+
+@pytest.mark.parametrize("mesh, model, fields", STEPS.values(), ids=STEPS)
+def test_the_compiled_step_exchanges_what_is_planned(mesh, model, fields):
+    """Nothing else, and within 5 %, at 8 devices."""
+    config = tiny.get_config()
+    config.mesh.update(**dict.fromkeys(MESH_AXES, 1) | mesh)
+    config.update(batch_size=16, device_batch_size=0, precision="bfloat16")
+    config.model.update(dim=256, num_heads=8, num_blocks=3, context_length=128, attn_dropout=0.1, **model)
+    config.update(fields)
+    config = config_lib.resolve(config, 1024)
+    sizes = sharding.mesh_sizes(config, 8)
+    steps = step.build(config, sharding.make_mesh(sizes))
+    micro_steps, rows, length = sharding.batch_shape(config, sizes)
+    batch = {
+        "tokens": np.zeros((micro_steps, rows, length + 1), np.uint16),
+        "lengths": np.full((micro_steps, rows), length, np.int32),
+    }
+    batch = jax.device_put(batch, sharding.batch_sharding(sharding.make_mesh(sizes)))
+    _, text = collectives.compile_with_text(steps.train.lower(steps.abstract_state, batch))
+    compiled = by_kind(collectives.read(text, sizes))
+    planned = by_kind(traffic.predict(config, sizes, steps.abstract_state.params))
+    assert compiled.keys() == planned.keys()
+    for key, size in compiled.items():
+        assert planned[key] == pytest.approx(size, rel=0.05), key
+    assert sum(planned.values()) > 1e6
+
+
+CONFIG = """
+import tiny
+
+def get_config(arg=""):
+    config = tiny.get_config(arg)
+    config.mesh.update(data=-1, fsdp=8, tensor=8)
+    config.model.update(dim=512, num_heads=8, context_length=64, vocab_size=1024)
+    config.precision = "bfloat16"
+    return config
+"""
+
+
+def test_the_command_at_64_512_and_4096_devices(tmp_path):
+    """Each line of exchanges within 5 % where the step is compiled, by formula alone beyond."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    arguments = (f"--config={tmp_path}/config.py", "--devices=64,512,4096", "--rows=2")
+    process = start(*arguments, module="trainit.plan", PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert [line for line in output.splitlines() if line.startswith("mesh")] != []
+    lines = re.findall(
+        r"exchanged  ([\w-]+ over .*): (\S+) MiB a device and step by formula, (\S+) compiled", output
+    )
+    compiled = [(name, float(a), float(b)) for name, a, b in lines if b != "not"]
+    assert len(compiled) >= 16 and {b for _, _, b in lines[len(compiled) :]} == {"not"}
+    for name, planned, there in compiled:
+        assert planned == pytest.approx(there, rel=0.05), name
+    rows = [line.split(" | ") for line in output.splitlines() if re.match(r"\| [\d.]+ M \|", line)]
+    assert [row[1] for row in rows] == ["64", "512", "4096"]
+    assert [row[2] for row in rows] == [
+        "fsdp 8 × tensor 8",
+        "data 8 × fsdp 8 × tensor 8",
+        "data 64 × fsdp 8 × tensor 8",
+    ]
+    assert rows[2][5] == "not compiled"
+
+
+def test_a_number_that_is_none_is_refused():
+    process = start("--config=configs/debug.py", "--devices=8,x", module="trainit.plan")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "--devices=8,x: write numbers above 0" in output
+
+
+def test_bandwidths_follow_the_machines():
+    """On machines of 8: within one, NVLink; a ring that leaves it has its members' network cards there."""
+    sizes = {"data": 4, "fsdp": 8, "tensor": 1, "context": 1}
+    card = {"data": 4, "fsdp": 4, "tensor": 2, "context": 1}
+    gpu = hardware.GPUS["H100"]
+    assert hardware.bandwidth(("fsdp",), sizes, gpu) == 450e9
+    assert hardware.bandwidth(("data",), sizes, gpu) == 50e9
+    assert hardware.bandwidth(("data", "fsdp"), sizes, gpu) == 400e9
+    assert hardware.bandwidth(("fsdp",), {**card, "fsdp": 8, "data": 2}, gpu) == 4 * 50e9
+    assert hardware.bandwidth(("tensor",), card, gpu) == 450e9
+
+
+def test_times():
+    """1e15 FLOPs a second and GPU at a half; what is hidden costs nothing until it is longer."""
+    config = tiny.get_config()
+    config.model.update(remat="block", vocab_size=1024)
+    config = config_lib.resolve(config, 1024)
+    sizes = {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
+    gpu = hardware.GPUS["H100"]
+    tokens = 16 * 32
+    # 4 layers' products of 4 D^2 and 8 D^2 weights, the head's, and attention; remat adds a third.
+    flops = tokens * (6 * (2 * 12 * 32**2 + 32 * 1024) + 12 * 2 * 32 * 32)
+
+    def exchange(axes, size):
+        return collectives.Collective("all-gather", "bf16", axes, 2, size, 1, "")
+
+    compute = flops * 4 / 3 / (8 * 989.4e12 * 0.5)
+    few = hardware.times(config, sizes, [exchange(("tensor",), 900)], gpu, 0.5)
+    assert few.step == pytest.approx(compute + 1e-9)
+    assert few.mfu == pytest.approx(flops / (few.step * 8 * 989.4e12))
+    many = hardware.times(config, sizes, [exchange(("fsdp",), 9e9)], gpu, 0.5)
+    assert many.step == pytest.approx(1e-2) and many.unhidden == pytest.approx(compute + 1e-2)

@@ -35,6 +35,7 @@ REPORTS = (
     r"step +[\d.]+ ms  median of 3",
     r"step +\d+ tokens/s  [\d.]+ TFLOP/s",
     r"step +[\d.]+ GiB",
+    r"step +exchanged: reduce-scatter over fsdp: [\d.]+ MiB a device and step",
     r"save +[\d.]+% of the time",
 )
 

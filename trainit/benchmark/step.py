@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from trainit import command_line, metrics, sharding, sources, step
+from trainit import collectives, command_line, metrics, sharding, sources, step
 from trainit.config import Config
 from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset
@@ -18,12 +18,13 @@ def build(config: Config) -> tuple[step.Steps, tuple[int, int, int], jax.shardin
 
 
 def measure(config: Config, dataset: Dataset | Streamed, count: int):
-    """Compile time, step time over `count` steps, tokens/s, MFU, memory."""
+    """Compile time, step time over `count` steps, tokens/s, MFU, memory, what devices exchange."""
     steps, shape, mesh = build(config)
     batches = sources.reader(config, dataset, shape, sharding.batch_sharding(mesh)).batches()
     state = jax.block_until_ready(steps.init())
     start = time.perf_counter()
-    compiled = steps.train.lower(state, next(batches)).compile()
+    lowered = steps.train.lower(state, next(batches))
+    compiled = lowered.compile()
     print(
         f"step    {time.perf_counter() - start:7.1f} s  to compile (or to read back what was compiled before)"
     )
@@ -51,3 +52,5 @@ def measure(config: Config, dataset: Dataset | Streamed, count: int):
         f"step    {memory.argument_size_in_bytes / 2**30:7.3f} GiB  a device for state and batch, "
         f"{memory.temp_size_in_bytes / 2**30:.3f} for temporaries"
     )
+    for line in collectives.lines(collectives.read(collectives.compile_with_text(lowered)[1], mesh.shape)):
+        print(f"step    exchanged: {line}")

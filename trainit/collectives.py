@@ -7,6 +7,7 @@ often as it runs. Equal collectives of a computation count once, since XLA compu
 
 import functools
 import itertools
+import logging
 import math
 import re
 import tempfile
@@ -92,6 +93,7 @@ def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled,
 
 def _use_cache(enabled: bool):
     jax.config.update("jax_enable_compilation_cache", enabled)
+    logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)  # it would tell of each reset
     compilation_cache.reset_cache()  # which else remembers whether it is used
 
 

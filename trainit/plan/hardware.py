@@ -8,7 +8,7 @@ import numpy as np
 
 from trainit import metrics
 from trainit.collectives import Collective
-from trainit.config import Config, tokens_per_step
+from trainit.config import Config
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def times(
         gpu: of the table.
         efficiency: the part of the GPU's peak that all products and what is between them reach together.
     """
-    flops = metrics.flops_per_token(config.model) * tokens_per_step(config)
+    flops = metrics.flops_per_token(config.model) * config.batch_size * config.model.context_length
     done = flops * (4 / 3 if config.model.remat == "block" else 1)
     devices = math.prod(sizes.values())
     compute = done / (devices * gpu.flops * efficiency)

@@ -21,6 +21,11 @@ from absl import logging
 from jax._src import distributed as jax_distributed  # its barrier has no public name
 from jax.experimental import multihost_utils
 
+# XLA's for CPUs: order and copies with which GPT-2's step takes a fifth less memory, and no more time.
+CPU_FLAGS = (
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "--xla_cpu_copy_insertion_use_region_analysis=true",
+)
 HEARTBEAT_SECONDS = 90  # of JAX: what trainit/peers.py has not noticed much earlier
 
 
@@ -132,6 +137,7 @@ def configure(platform: str, cpu_devices: int, cache: Path):
         cache: folder for compiled programs, which later starts read back; JAX_COMPILATION_CACHE_DIR
             overrides it.
     """
+    os.environ["XLA_FLAGS"] = " ".join([*CPU_FLAGS, os.environ.get("XLA_FLAGS", "")])  # the last counts
     if platform:
         jax.config.update("jax_platforms", platform)
     jax.config.update("jax_num_cpu_devices", cpu_devices)

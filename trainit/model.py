@@ -201,8 +201,10 @@ class Block(nnx.Module):
         self.mlp = MLP(c, parallel, rngs)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), key, documents)
-        x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD), key)
+        with jax.named_scope("attention"):
+            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), key, documents)
+        with jax.named_scope("mlp"):
+            x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD), key)
         return self.parallel.constrain(x_BLD, "batch", "residual_length", None)
 
 
@@ -255,14 +257,15 @@ class Network(nnx.Module):
         if key is not None:  # one a row
             key = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(tokens_BL)))
         documents = find_documents(tokens_BL, c.end_of_text) if c.document_mask else None
-        x_BLD = self.parallel.look_up(
-            self.dtype,
-            tokens_BL,
-            self.token_embedding.embedding[...],
-            None if self.position_embedding is None else self.position_embedding.embedding[...],
-            documents.position_BL if documents else None,
-        )
-        x_BLD = dropout(x_BLD, c.gpt_dropout, key, 0)
+        with jax.named_scope("embedding"):
+            x_BLD = self.parallel.look_up(
+                self.dtype,
+                tokens_BL,
+                self.token_embedding.embedding[...],
+                None if self.position_embedding is None else self.position_embedding.embedding[...],
+                documents.position_BL if documents else None,
+            )
+            x_BLD = dropout(x_BLD, c.gpt_dropout, key, 0)
         graph, layers = nnx.split(self.blocks)
 
         def block(x_BLD, layer):
@@ -274,7 +277,8 @@ class Network(nnx.Module):
             block = jax.checkpoint(block, prevent_cse=not c.scan_layers, policy=POLICIES[c.remat])
         unroll = 1 if c.scan_layers else c.num_blocks
         x_BLD, _ = jax.lax.scan(block, x_BLD, (jnp.arange(c.num_blocks), layers), unroll=unroll)
-        return self.final_norm(x_BLD), self._head()
+        with jax.named_scope("head"):
+            return self.final_norm(x_BLD), self._head()
 
     def _head(self) -> Head:
         if self.head is None:

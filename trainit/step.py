@@ -214,7 +214,8 @@ def _sums(config, model, cross_entropy, layout) -> tuple[Callable, Callable]:
         x_BLD, head = model.hidden(params, inputs_BL, key, first_row)
         if sampling is not None:
             targets_BL = _draw(jax.lax.stop_gradient(head(x_BLD)), sampling, first_row)
-        return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL)
+        with jax.named_scope("head"):
+            return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL)
 
     def gradients(params: dict, batch: dict, step: jax.Array, sampling=None) -> tuple[dict, dict]:
         count = jnp.sum(batch["lengths"].astype(jnp.float32))  # of targets: nothing is divided by it later
@@ -279,6 +280,7 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
         grads, sums = gradients(at, batch, state.step)
         grad_norm = optax.tree.norm(grads)
 
+        @jax.named_scope("optimizer")
         def update():
             return optimizer.update(
                 grads,
@@ -301,9 +303,11 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
         if config.diagnostics.every_steps:
             measured, kept = measure(replace(state, params=at), batch, grads, updates, sums, good)
         bad = (~good).astype(jnp.int32)
+        with jax.named_scope("optimizer"):
+            new_params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
             step=state.step + 1,
-            params=if_good(optax.apply_updates(state.params, updates), state.params),
+            params=if_good(new_params, state.params),
             opt_state=if_good(opt_state, state.opt_state),
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,

@@ -1,19 +1,22 @@
 """Measures the loader, the train step, blocking saves, and what processes, optimizers and logits cost.
 
     python -m trainit.benchmark --config=configs/debug.py [--only=loader,step,save,processes,optimizer,loss]
+    python -m trainit.benchmark --config=configs/debug.py --sweep
+    python -m trainit.benchmark --suite=cpu
     python -m trainit.benchmark --only=prepare --corpus=FILES
 
 Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
 """
 
 import os
+import re
 import sys
 
 import jax
 from absl import flags
 
 from trainit import command_line, distributed, trackers
-from trainit.benchmark import costs, loader, step
+from trainit.benchmark import costs, loader, step, suite
 from trainit.config import ConfigError
 from trainit.data import speed
 from trainit.data.tokens import DatasetError
@@ -23,6 +26,10 @@ _ONLY = flags.DEFINE_list("only", list(PARTS[:3]), f"which of {', '.join(PARTS)}
 _TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
 _CORPUS = flags.DEFINE_string("corpus", "", "files of documents to prepare, for --only=prepare")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of what prepare and loss compare", lower_bound=1)
+_SWEEP = flags.DEFINE_bool("sweep", False, "try other settings of the step that change no result")
+_SUITE = flags.DEFINE_enum(
+    "suite", "", ["", "cpu", "gpu"], "the table beside other programs, without a config"
+)
 _STEPS = flags.DEFINE_integer("steps", 20, "train steps that are timed", lower_bound=3)
 
 
@@ -43,6 +50,8 @@ def main() -> int:
         unknown = set(_ONLY.value) - {*PARTS, "prepare"}
         if unknown:
             raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}, prepare")
+        if _SUITE.value:
+            return suite.measure(_SUITE.value, _ROUNDS.value)
         if "prepare" in _ONLY.value:
             return measure_prepare()
         trackers.log_to_terminal(lead=True)
@@ -59,6 +68,9 @@ def main() -> int:
             "optimizer": lambda: costs.measure_optimizer(config, _STEPS.value),
             "loss": lambda: costs.measure_loss(config, _ROUNDS.value),
         }
+        if _SWEEP.value:
+            step.sweep(config, dataset, _STEPS.value)
+            return 0
         for part in PARTS:
             if part in _ONLY.value:
                 measures[part]()
@@ -69,4 +81,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main, needs_config="--only=prepare" not in sys.argv)
+    alone = any(re.match(r"--?(only=prepare|suite)\b", argument) for argument in sys.argv[1:])
+    command_line.run(main, needs_config=not alone)

@@ -8,30 +8,29 @@ the step is forward, backward, clip by global norm and AdamW, in place, on ids d
 """
 
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+
+def _shape(
+    num_blocks: int, dim: int, num_heads: int, context_length: int, vocab_size: int, batch: int
+) -> dict:
+    return locals()
+
+
 SHAPES = {
-    "S": {
-        "num_blocks": 6,
-        "dim": 384,
-        "num_heads": 6,
-        "context_length": 256,
-        "vocab_size": 8192,
-        "batch": 16,
-    },
-    "M": {
-        "num_blocks": 12,
-        "dim": 768,
-        "num_heads": 12,
-        "context_length": 1024,
-        "vocab_size": 50304,
-        "batch": 4,
-    },
+    "S": _shape(6, 384, 6, 256, 8192, 16),
+    "M": _shape(12, 768, 12, 1024, 50304, 4),
+    "124M": _shape(12, 768, 12, 1024, 50304, 32),
+    "350M": _shape(24, 1024, 16, 1024, 50304, 16),
+    "1.3B": _shape(24, 2048, 16, 1024, 50304, 8),
+    "7B": _shape(32, 4096, 32, 1024, 50304, 4),
 }
 MATMUL = 4096  # rows and columns of the square product whose rate is the yardstick
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.1, 1.0
@@ -48,15 +47,21 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
     import jax
 
     from trainit import config as config_lib
-    from trainit import optimizers, sharding, step
+    from trainit import distributed, optimizers, sharding, step
 
+    distributed.configure("", 1, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    on_cpu = jax.devices()[0].platform == "cpu"
     config = config_lib.defaults()
     config.update(
         batch_size=shape["batch"], precision=precision, clip_norm=CLIP_NORM, device_batch_size=0, steps=1000
     )
-    config.model = config_lib.model(**{k: v for k, v in shape.items() if k != "batch"}, **_settings(jax))
+    config.logits_mib = 64.0 if on_cpu else 1024.0
+    config.model = config_lib.model(**{name: size for name, size in shape.items() if name != "batch"})
+    config.model.remat = (
+        "dots" if on_cpu or shape["dim"] == 2048 else "block" if shape["dim"] > 2048 else "none"
+    )
+    config.model.scan_layers = on_cpu or shape["dim"] > 1024
     config.optimizer = optimizers.choices()["adamw"]()
-    config.logits_mib = 64.0
     config = config_lib.resolve(config, shape["vocab_size"])
     mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[:1])
     steps = step.build(config, mesh)
@@ -69,10 +74,6 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
         return float(result["train/loss"])
 
     return train
-
-
-def _settings(jax) -> dict:
-    return {"remat": "dots", "scan_layers": True}
 
 
 def matmul(shape: dict, precision: str) -> Callable[[], float]:
@@ -201,8 +202,16 @@ def main(name: str, shape: str, precision: str, steps: str, started: str):
         start = time.perf_counter()
         loss = run()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"first": first, "seconds": seconds, "peak": peak, "loss": loss}), flush=True)
+    print(json.dumps({"first": first, "seconds": seconds, "peak": _peak(), "loss": loss}), flush=True)
+
+
+def _peak() -> int:
+    """Most bytes in use so far on the GPU, or by this process where there is none."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated()
+    if "jax" in sys.modules and (stats := sys.modules["jax"].devices()[0].memory_stats()):
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

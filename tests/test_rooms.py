@@ -30,6 +30,7 @@ FLOORS = {
     "sources": 1,
     "workdir": 1,
     "peers": 1,
+    "loss_scale": 1,
     "parallel": 2,
     "model": 3,
     "losses": 4,

@@ -171,7 +171,9 @@ class MLP(nnx.Module):
         h_BLF, *gate_BLF = self.parallel.widen(x_BLD, *(linear.weights for linear in linears))
         match self.c.activation:
             case "gelu":
-                h_BLF = jax.nn.gelu(h_BLF, approximate=True)
+                # Its cube overflows in float16 from 41 on, and the slope is NaN then.
+                wide = jnp.float32 if h_BLF.dtype == jnp.float16 else h_BLF.dtype
+                h_BLF = jax.nn.gelu(h_BLF.astype(wide), approximate=True).astype(h_BLF.dtype)
             case "relu2":
                 h_BLF = jnp.square(jax.nn.relu(h_BLF))
             case "swiglu":
@@ -296,7 +298,7 @@ class GPT:
         """
         Args:
             config: the resolved sub-config `model`.
-            precision: of matrix products and activations: "float32" or "bfloat16".
+            precision: of matrix products and activations: "float32", "bfloat16" or "float16".
             attend: attention's kernel, which takes and gives what `plain` does.
             parallel: multiplies matrices and lays out intermediate arrays on a mesh; default: one device.
         """

@@ -17,7 +17,7 @@ from trainit.config.fields import (
 )
 
 ONE_OF = {
-    "precision": ("bfloat16", "float32"),
+    "precision": ("bfloat16", "float16", "float32"),
     "platform": ("", "cpu", "cuda", "rocm", "tpu"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "swiglu", "relu2"),

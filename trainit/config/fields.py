@@ -36,7 +36,7 @@ def defaults() -> ConfigDict:
     c.clip_norm = 10.0  # global l2 norm of the gradient at most; 0: no clipping
     c.stall_seconds = 300.0  # without a step in so long, or in 20 usual step times, end the run; 0: never
     c.max_skipped = 15  # non-finite steps in a row that stop the run; > 0
-    c.precision = "bfloat16"  # of matrix products and activations: bfloat16, float32
+    c.precision = "bfloat16"  # of matrix products and activations: bfloat16, float16, float32
     c.platform = ""  # cpu, cuda, rocm, tpu; empty: the best there is
     c.cpu_devices = 1  # virtual devices where there is no accelerator; > 0
     c.mesh = ConfigDict()  # devices along each axis; > 0, and one of them may be -1: what is left

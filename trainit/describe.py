@@ -36,7 +36,7 @@ def describe(
         "tokenizer": f"{dataset.tokenizer.name}, vocabulary {dataset.vocab_size}",
         "batch": _batch(config, mesh, steps.logits),
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
-        f"schedule {c.schedule.name}",
+        f"schedule {c.schedule.name}, state {c.optimizer_state}",
         "statistics": diagnostics.describe(c.diagnostics, steps.abstract_state.diagnostics),
     }.items():
         if text:

@@ -18,6 +18,7 @@ from trainit.config.fields import (
 
 ONE_OF = {
     "precision": ("bfloat16", "float16", "float32"),
+    "optimizer_state": ("float32", "bfloat16", "int8"),
     "platform": ("", "cpu", "cuda", "rocm", "tpu"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "swiglu", "relu2"),

@@ -46,6 +46,7 @@ def defaults() -> ConfigDict:
     c.mesh.context = 1  # sequence length is split; 1 is all that works yet
     c.model = model()
     c.optimizer_files = ""  # hash of the optimizers' files outside the package; filled when the run starts
+    c.optimizer_state = "float32"  # what its arrays are kept in between steps: float32, bfloat16, int8
     c.parameter_groups = ()  # lines "PATTERN FIELD=VALUE ...": optimizer settings by parameters' paths
     c.schedule = SCHEDULES["linear"]()
     c.dataset = dataset("data/pile")

@@ -192,6 +192,23 @@ def test_a_resume_is_exact(state, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(end))
 
 
+def test_random_bits_are_even_and_independent():
+    """Each bit, and each with the same bit of neighbours in the array, of the next key, of another array."""
+    shape = (512, 512)
+    bound = 5 / math.sqrt(math.prod(shape))
+
+    def signs(key):
+        """(32, 512, 512), -1 or 1."""
+        bits = np.asarray(_narrow.random_bits(key, shape))
+        return np.stack([2.0 * ((bits >> i) & 1) - 1 for i in range(32)])
+
+    keys = [jax.random.fold_in(jax.random.key(0), at) for at in (5, 6)]
+    a, b = map(signs, keys)
+    assert np.abs(a.mean((1, 2))).max() < bound
+    for other in (b, np.roll(a, 1, 1), np.roll(a, 1, 2), np.roll(a, 1, 0), np.roll(a, 7, 0)):
+        assert np.abs((a * other).mean((1, 2))).max() < bound
+
+
 def test_the_rounding_is_drawn_anew_for_each_step_array_and_seed():
     """Of a state that goes on unchanged: sums of the same numbers in two arrays."""
     shapes = {"head": {"kernel": jax.ShapeDtypeStruct((32, 64), jnp.float32)}}

@@ -183,7 +183,8 @@ def _widen_backward(p: Parallel, saved, dys):
     return p.on_devices(local, inputs, (p.residual, specs))(x_BLD, weights, dys)
 
 
-_widen.defvjp(lambda p, x_BLD, weights: (_widen(p, x_BLD, weights), (x_BLD, weights)), _widen_backward)
+# The forward passes are the plain functions, which can be differentiated forwards, as for Hessian products.
+_widen.defvjp(lambda p, x_BLD, weights: (_widen.fun(p, x_BLD, weights), (x_BLD, weights)), _widen_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -212,7 +213,9 @@ def _narrow_backward(p: Parallel, saved, dy_BLD):
     return p.on_devices(local, (*specs, p.residual), specs)(x, kernel, bias, dy_BLD)
 
 
-_narrow.defvjp(lambda p, x, kernel, bias: (_narrow(p, x, kernel, bias), (x, kernel, bias)), _narrow_backward)
+_narrow.defvjp(
+    lambda p, x, kernel, bias: (_narrow.fun(p, x, kernel, bias), (x, kernel, bias)), _narrow_backward
+)
 
 
 def _column(p: Parallel, tokens, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -287,4 +290,4 @@ def _look_up_backward(p: Parallel, dtype, saved, dx_BLD):
     return d_table, d_position, None, None
 
 
-_look_up.defvjp(lambda p, dtype, *arrays: (_look_up(p, dtype, *arrays), arrays), _look_up_backward)
+_look_up.defvjp(lambda p, dtype, *arrays: (_look_up.fun(p, dtype, *arrays), arrays), _look_up_backward)

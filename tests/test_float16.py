@@ -145,7 +145,7 @@ def test_an_overflow_that_hides_in_the_optimizers_state_is_one(estimator):
 
 def test_many_good_steps_double_it_up_to_its_ceiling():
     good, bad = jnp.bool(True), jnp.bool(False)
-    state = loss_scale.init("float16")
+    state = loss_scale.init(True)
     for _ in range(loss_scale.GROWTH_STEPS - 1):
         state = {"scale": state["scale"], "good_steps": state["good_steps"] + 1}
     assert loss_scale.after(state, bad)[0] == {"scale": loss_scale.START / 2, "good_steps": 0}

@@ -22,6 +22,7 @@ FLOORS = {
     "trackers": 0,
     "data": 0,
     "attention": 0,
+    "factors": 0,
     "schedules": 1,
     "sharding": 1,
     "metrics": 1,

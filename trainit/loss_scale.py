@@ -14,9 +14,9 @@ FLOOR, CEILING = 1.0, 2.0**24
 GROWTH_STEPS = 2000  # good steps in a row that double it
 
 
-def init(precision: str) -> dict[str, jax.Array]:
-    """What a run in this precision keeps: the scale, and its good steps since it has changed; or nothing."""
-    return {"scale": jnp.float32(START), "good_steps": jnp.int32(0)} if precision == "float16" else {}
+def init(is_scaled: bool) -> dict[str, jax.Array]:
+    """What a run in float16 keeps: the scale, and good steps since it has changed; others: nothing."""
+    return {"scale": jnp.float32(START), "good_steps": jnp.int32(0)} if is_scaled else {}
 
 
 def after(state: dict[str, jax.Array], good: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -12,7 +12,17 @@ from jax.sharding import Mesh
 
 from trainit import attention as kernels
 from trainit import config as config_lib
-from trainit import diagnostics, distributed, loss_scale, losses, metrics, optimizers, schedules, sharding
+from trainit import (
+    diagnostics,
+    distributed,
+    factors,
+    loss_scale,
+    losses,
+    metrics,
+    optimizers,
+    schedules,
+    sharding,
+)
 from trainit.config import Config
 from trainit.model import GPT, choose_attention
 from trainit.parallel import Parallel
@@ -74,11 +84,12 @@ def build(config: Config, mesh: Mesh) -> Steps:
     ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
     platform = "cuda" if ampere else device.platform
     try:
-        attention = choose_attention(config.model, platform, config.precision)
+        parts = factors.parts(config.precision_of, config.precision, device)
+        attention = choose_attention(config.model, platform, parts["attention"].dtype.name)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
     attend = _attention(attention, device.platform, mesh)
-    model = GPT(config.model, config.precision, attend, Parallel(mesh))
+    model = GPT(config.model, config.precision, attend, Parallel(mesh), parts)
     cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
@@ -87,6 +98,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
     key = jax.random.key_data(named_key(config.seed, "optimizer"))
     optimizer = optimizers.of_run(config, schedule, shapes, key, mesh)
 
+    is_scaled = "float16" in (config.precision, *config.precision_of.values())
     micro_steps, rows, length = sharding.batch_shape(config, mesh.shape)
     positions = rows // (mesh.shape["data"] * mesh.shape["fsdp"]) * length
     diagnostics.check(config.diagnostics, shapes, micro_steps)
@@ -95,7 +107,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
         params = model.init(named_key(config.seed, "parameters"))
         zero = jnp.zeros((), jnp.int32)
         kept = diagnostics.init(config.diagnostics, params)
-        scale = loss_scale.init(config.precision)
+        scale = loss_scale.init(is_scaled)
         return TrainState(zero, params, optimizer.init(params), zero, zero, kept, scale)
 
     abstract = jax.eval_shape(init)
@@ -114,7 +126,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
             ),
         ),
         begin_loss_scale=jax.jit(
-            functools.partial(loss_scale.init, config.precision), out_shardings=layout.loss_scale
+            functools.partial(loss_scale.init, is_scaled), out_shardings=layout.loss_scale
         ),
         train=_together(
             "train",

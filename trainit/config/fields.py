@@ -37,6 +37,10 @@ def defaults() -> ConfigDict:
     c.stall_seconds = 300.0  # without a step in so long, or in 20 usual step times, end the run; 0: never
     c.max_skipped = 15  # non-finite steps in a row that stop the run; > 0
     c.precision = "bfloat16"  # of matrix products and activations: bfloat16, float16, float32
+    c.precision_of = ConfigDict()  # of parts, as above, or float8 in matrix products; empty: as above
+    c.precision_of.attention = ""  # its four products with kernels and, but for float8, its scores
+    c.precision_of.mlp = ""  # its two or three products
+    c.precision_of.head = ""  # not float8
     c.platform = ""  # cpu, cuda, rocm, tpu; empty: the best there is
     c.cpu_devices = 1  # virtual devices where there is no accelerator; > 0
     c.mesh = ConfigDict()  # devices along each axis; > 0, and one of them may be -1: what is left

@@ -57,7 +57,9 @@ def test_resolve_fills_what_follows():
     [
         ({"steps": 0}, "steps=0 must be above 0"),
         ({"seed": -1}, "seed=-1 must not be below 0"),
-        ({"precision": "float8"}, "precision='float8' is none of 'bfloat16', 'float32'"),
+        ({"precision": "float8"}, "precision='float8' is none of 'bfloat16', 'float16', 'float32'"),
+        ({"precision_of.head": "float8"}, "precision_of.head='float8' is none of '', 'bfloat16'"),
+        ({"optimizer_state": "int4"}, "optimizer_state='int4' is none of 'bfloat16', 'float32', 'int8'"),
         ({"batch_size": 12, "mesh.fsdp": 8}, r"batch_size=12 is not a multiple of mesh.data\*mesh.fsdp=8"),
         ({"mesh.data": -1}, "mesh.data and mesh.fsdp are -1"),
         ({"mesh.tensor": 0}, "mesh.tensor=0 must be above 0"),

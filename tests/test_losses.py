@@ -209,6 +209,38 @@ def test_chunks_on_a_mesh_equal_numpy(name, sizes):
 
 
 @pytest.mark.parametrize("sizes", MESHES[:2], ids=mesh_name)
+def test_a_scale_keeps_small_float16_gradients(sizes):
+    """Targets that the model is sure of: the others' gradients are near 1e-7, those of states near 1e-8.
+
+    Against the same in float64; without the scale, much is lost.
+    """
+    (head, x_BLD, targets_BL, mask_BL), _, _ = case()
+    x_BLD = jnp.asarray(x_BLD, jnp.float16)
+    kernel_DV = jnp.asarray(head.kernel_DV * 2**-14, jnp.float16)
+    bias_V = np.where(np.arange(head.kernel_DV.shape[1]) == 5, 15.5, 0.0).astype(np.float32)
+    targets_BL = np.full_like(targets_BL, 5)
+    x, kernel = np.asarray(x_BLD, np.float64), np.asarray(kernel_DV, np.float64)
+    _, d = numpy_sums(x @ kernel + bias_V, targets_BL, mask_BL)
+    expected = [np.delete(np.einsum("bld,blv->dv", x, d), 5, axis=1), d @ kernel.T]
+    head = head.replace(kernel_DV.astype(jnp.float32), jnp.asarray(bias_V))
+    loss = CrossEntropy(make_mesh(**sizes), logits_mib=0.01)
+
+    def errors(scale):
+        """Of the gradients by kernel and by states, over the scale, in units of their norms."""
+        gradient = jax.jit(jax.grad(lambda h, x: loss.sums(h, x, targets_BL, mask_BL, scale)[0], (0, 1)))
+        d_head, dx_BLD = gradient(head, x_BLD)
+        assert dx_BLD.dtype == jnp.float16
+        found = np.delete(d_head.kernel_DV, 5, axis=1), np.asarray(dx_BLD, np.float64)
+        return [
+            np.linalg.norm(got / (scale or 1) - wanted) / np.linalg.norm(wanted)
+            for got, wanted in zip(found, expected, strict=True)
+        ]
+
+    assert max(errors(jnp.float32(2**18))) < 2e-3
+    assert min(errors(None)) > 0.01
+
+
+@pytest.mark.parametrize("sizes", MESHES[:2], ids=mesh_name)
 def test_tokens_equal_numpy(sizes):
     (head, x_BLD, targets_BL, _), _, _ = case(softcap=2.0, bias=True)
     logits = np.asarray(x_BLD, np.float64) @ np.asarray(head.kernel_DV, np.float64) + head.bias_V

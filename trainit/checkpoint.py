@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from trainit import distributed
 from trainit.config import FREE, ConfigError, flatten
 
+APART = ("diagnostics", "loss_scale")  # fields of a state that may be others, or empty, at a resume
 TIMEOUT_SECONDS = 600  # for the other processes to finish their parts of a save
 
 
@@ -59,7 +60,7 @@ class Checkpoints:
         )
         handlers = {
             "state": _watched(ocp.StandardCheckpointHandler(), self._fail),
-            "diagnostics": _watched(ocp.StandardCheckpointHandler(), self._fail),
+            **{name: _watched(ocp.StandardCheckpointHandler(), self._fail) for name in APART},
             "meta": ocp.JsonCheckpointHandler(),
         }
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -92,8 +93,7 @@ class Checkpoints:
                 return
         fields, extra = _split(state)
         items = {"state": ocp.args.StandardSave(fields), "meta": ocp.args.JsonSave(dict(meta))}
-        if extra:
-            items["diagnostics"] = ocp.args.StandardSave(extra)
+        items |= {name: ocp.args.StandardSave(tree) for name, tree in extra.items() if tree}
         try:
             self._manager = self._manager or self._open()
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -122,7 +122,7 @@ class Checkpoints:
     def restore(self, step: int, abstract_state):
         """The state of `step`, laid out as `abstract_state`, on whatever mesh it was saved.
 
-        Its diagnostics are empty if the checkpoint was made with others, or none.
+        What is kept apart is empty where the checkpoint was made with other kinds of it, or none.
 
         Raises:
             ConfigError: the checkpoint has other parameters, shapes or types.
@@ -130,12 +130,14 @@ class Checkpoints:
         fields, extra = _split(abstract_state)
         self._check(step, fields)
         items = {"state": ocp.args.StandardRestore(fields)}
-        saved = self._manager.item_metadata(step).get("diagnostics")
-        if extra and saved is not None and _shapes(saved.tree) == _shapes(extra):
-            items["diagnostics"] = ocp.args.StandardRestore(extra)
+        there = self._manager.item_metadata(step)
+        for name, tree in extra.items():
+            saved = there.get(name)
+            if tree and saved is not None and _shapes(saved.tree) == _shapes(tree):
+                items[name] = ocp.args.StandardRestore(tree)
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        kept = restored["diagnostics"] if "diagnostics" in items else {}
-        return type(abstract_state)(**restored["state"], diagnostics=kept)
+        kept = {name: restored[name] if name in items else {} for name in extra}
+        return type(abstract_state)(**restored["state"], **kept)
 
     def restore_params(self, step: int, abstract_params: dict) -> dict:
         """The parameters alone of the state of `step`, whatever its optimizer."""
@@ -210,9 +212,9 @@ class Checkpoints:
 
 
 def _split(state) -> tuple[dict, dict]:
-    """A state's fields, and its diagnostics apart from them: these may be others at a resume."""
+    """A state's fields, and apart from them those of `APART`."""
     fields = dict(vars(state))
-    return fields, fields.pop("diagnostics")
+    return fields, {name: fields.pop(name) for name in APART}
 
 
 def _watched(handler, failed: Callable[[Exception], None]):

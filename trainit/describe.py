@@ -30,13 +30,14 @@ def describe(
         f"Trainit {__version__}, JAX {jax.__version__}",
         "mesh": " × ".join(f"{axis} {mesh.shape[axis]}" for axis in config_lib.MESH_AXES),
         "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
-        f"{c.model.dim}, attention {steps.attention}, precision {c.precision}",
+        f"{c.model.dim}, attention {steps.attention}, precision "
+        + ", ".join([c.precision, *(f"{part} {own}" for part, own in c.precision_of.items() if own)]),
         "dataset": f"{dataset.folder}: {_training(config, dataset)} to train, "
         f"{quantity(validation.tokens)} to validate",
         "tokenizer": f"{dataset.tokenizer.name}, vocabulary {dataset.vocab_size}",
         "batch": _batch(config, mesh, steps.logits),
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
-        f"schedule {c.schedule.name}",
+        f"schedule {c.schedule.name}, state {c.optimizer_state}",
         "statistics": diagnostics.describe(c.diagnostics, steps.abstract_state.diagnostics),
     }.items():
         if text:

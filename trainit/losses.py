@@ -69,7 +69,9 @@ class CrossEntropy:
 
         return self._on_devices(local, self._spec("batch", "length"), head, x_BLD, targets_BL)
 
-    def sums(self, head: Head, x_BLD, targets_BL, mask_BL) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def sums(
+        self, head: Head, x_BLD, targets_BL, mask_BL, scale: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """What to differentiate with respect to head and x, and its parts, over the positions that count.
 
         Args:
@@ -77,23 +79,25 @@ class CrossEntropy:
             x_BLD: see there.
             targets_BL: see there.
             mask_BL: bool: whether the position counts.
+            scale: times which the sum to minimize is given. Gradients that are narrower than float32 are
+                narrowed behind it: a factor that comes later finds small ones lost.
 
         Returns:
             The sum to minimize, and float32 scalars: "loss" sum of -log p(target) in nats; "correct" number
             of positions whose target has the highest logit; "count" number of positions; with a z-loss also
             "z_loss", its sum.
         """
-        objective, sums = _sums(self, head, x_BLD, targets_BL, mask_BL)
+        objective, sums = _sums(self, head, x_BLD, targets_BL, mask_BL, scale)
         return objective, jax.lax.stop_gradient(sums)
 
-    def with_gradient(self, head: Head, x_BLD, targets_BL, mask_BL) -> tuple[dict, Head, jax.Array]:
+    def with_gradient(self, head: Head, x_BLD, targets_BL, mask_BL, scale) -> tuple[dict, Head, jax.Array]:
         """What `tokens` gives, and the float32 gradients of what `sums` minimizes, by head and by x."""
 
         def local(head, x_BLD, targets_BL, mask_BL):
             chunks, join = self._chunks(head, x_BLD, targets_BL, mask_BL)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
             zeros = jax.lax.pcast(zeros, self._axes("batch", "length", "vocab"), to="varying")
-            step = functools.partial(self._add_gradient, head)
+            step = functools.partial(self._add_gradient, head, scale)
             d_head, (tokens, dx_nRD) = jax.lax.scan(step, zeros, chunks)
             d_bias = self.parallel.sum(d_head.bias_V, self._axes("batch", "length"))
             d_head = d_head.replace(self.parallel.sum_gradient(d_head.kernel_DV, 0), d_bias)
@@ -180,7 +184,7 @@ class CrossEntropy:
         tokens = {"loss": log_R - target_R, "correct": target_R >= 0, "log_total": log_R + top_R}
         return tokens, (logits_RV, terms_RV / total_R[:, None], column_R)
 
-    def _add_gradient(self, head: Head, total: Head, chunk: tuple) -> tuple[Head, tuple]:
+    def _add_gradient(self, head: Head, scale, total: Head, chunk: tuple) -> tuple[Head, tuple]:
         """The head's gradient with that of a chunk more; of the chunk, `tokens` and this device's dx."""
         x_RD, targets_R, mask_R = chunk
         tokens, (logits_RV, d_RV, column_R) = self._scores(head, x_RD, targets_R)
@@ -190,6 +194,7 @@ class CrossEntropy:
         if head.softcap:
             d_RV = d_RV * (1 - (logits_RV / head.softcap) ** 2)  # the slope of cap * tanh(x / cap)
         d_RV = jnp.where(mask_R[:, None], d_RV, 0.0)
+        d_RV = d_RV if scale is None else d_RV * scale
         bias_V = None if total.bias_V is None else total.bias_V + jnp.sum(d_RV, axis=0)
         d_RV = d_RV.astype(x_RD.dtype)
         product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -198,19 +203,25 @@ class CrossEntropy:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(loss: CrossEntropy, head, x_BLD, targets_BL, mask_BL):
-    return loss.add_up(loss.tokens(head, x_BLD, targets_BL), mask_BL)
+def _sums(loss: CrossEntropy, head, x_BLD, targets_BL, mask_BL, scale):
+    return _scaled(loss.add_up(loss.tokens(head, x_BLD, targets_BL), mask_BL), scale)
 
 
-def _forward(loss, head, x_BLD, targets_BL, mask_BL):
-    tokens, d_head, dx_BLD = loss.with_gradient(head, x_BLD, targets_BL, mask_BL)
-    return loss.add_up(tokens, mask_BL), (d_head, dx_BLD.astype(x_BLD.dtype))
+def _scaled(sums: tuple[jax.Array, dict], scale) -> tuple[jax.Array, dict]:
+    objective, parts = sums
+    return (objective if scale is None else objective * scale), parts
+
+
+def _forward(loss, head, x_BLD, targets_BL, mask_BL, scale):
+    tokens, d_head, dx_BLD = loss.with_gradient(head, x_BLD, targets_BL, mask_BL, scale)
+    return _scaled(loss.add_up(tokens, mask_BL), scale), (d_head, dx_BLD.astype(x_BLD.dtype))
 
 
 def _backward(loss, gradients, cotangents):
     d_head, dx_BLD = gradients
-    factor = cotangents[0]  # the parts' are 0
-    return jax.tree.map(lambda d: d * factor, d_head), (dx_BLD * factor).astype(dx_BLD.dtype), None, None
+    factor = cotangents[0]  # the parts' are 0; it is 1 where there is a scale, which the gradients have
+    d_head = jax.tree.map(lambda d: d * factor, d_head)
+    return d_head, (dx_BLD * factor).astype(dx_BLD.dtype), None, None, None
 
 
 _sums.defvjp(_forward, _backward)

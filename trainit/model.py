@@ -11,7 +11,7 @@ used, so that gradients come back in float32; softmax, norms and logits are floa
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -20,9 +20,11 @@ from flax import nnx
 
 from trainit.attention import PRODUCT, dropout, plain
 from trainit.config import Config
+from trainit.factors import Part
 from trainit.parallel import ONE_DEVICE, Parallel
 
 Attend = Callable[..., jax.Array]
+Parts = Mapping[str, Part]
 NORM_EPSILON = 1e-5
 STANDARD_DEVIATION = 0.02  # of GPT-2's weights; of those that write to the residual, over sqrt(2 N)
 
@@ -47,12 +49,12 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(size))
         self.bias = nnx.Param(jnp.zeros(size)) if center and bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         y = x.astype(jnp.float32)
         if self.center:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + NORM_EPSILON) * self.scale[...]
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        return (y if self.bias is None else y + self.bias[...]).astype(dtype or x.dtype)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["number_BL", "position_BL"], meta_fields=[])
@@ -128,9 +130,9 @@ def _for_heads(key_B: jax.Array, heads: int) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs):
+    def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, float8: bool):
         size, residual_std = c.dim // c.num_heads, STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
-        self.c, self.attend, self.parallel = c, attend, parallel
+        self.c, self.attend, self.parallel, self.float8 = c, attend, parallel, float8
         self.query = Linear((c.dim,), (c.num_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
         self.key = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
         self.value = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
@@ -142,7 +144,8 @@ class Attention(nnx.Module):
         c = self.c
         number_BL, position_BL = (documents.number_BL, documents.position_BL) if documents else (None, None)
         linears = (self.query, self.key, self.value)
-        q_BLHK, k_BLJK, v_BLJK = self.parallel.widen(x_BLD, *(linear.weights for linear in linears))
+        weights = (linear.weights for linear in linears)
+        q_BLHK, k_BLJK, v_BLJK = self.parallel.widen(x_BLD, *weights, float8=self.float8)
         if c.qk_norm:
             q_BLHK, k_BLJK = self.query_norm(q_BLHK), self.key_norm(k_BLJK)
         if c.positions == "rope":
@@ -151,16 +154,16 @@ class Attention(nnx.Module):
         attend = jax.checkpoint(attend) if c.remat == "attention" else attend
         keys_BJ = _for_heads(key, c.num_kv_heads) if key is not None and c.attn_dropout else None
         y_BLHK = attend(q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BJ)
-        y_BLD = self.parallel.narrow(y_BLHK, *self.out.weights)
+        y_BLD = self.parallel.narrow(y_BLHK, *self.out.weights, float8=self.float8)
         return dropout(y_BLD, c.attn_linear_dropout, key, 1)
 
 
 class MLP(nnx.Module):
     """GELU (tanh form), squared ReLU (So et al., arXiv 2109.08668) or SwiGLU (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, c: Config, parallel: Parallel, rngs: nnx.Rngs):
+    def __init__(self, c: Config, parallel: Parallel, rngs: nnx.Rngs, float8: bool):
         residual_std = STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
-        self.c, self.parallel = c, parallel
+        self.c, self.parallel, self.float8 = c, parallel, float8
         self.up = Linear((c.dim,), (c.mlp_dim,), c.use_bias, STANDARD_DEVIATION, rngs)
         gated = c.activation == "swiglu"
         self.gate = Linear((c.dim,), (c.mlp_dim,), c.use_bias, STANDARD_DEVIATION, rngs) if gated else None
@@ -168,15 +171,19 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
         linears = (self.up,) if self.gate is None else (self.up, self.gate)
-        h_BLF, *gate_BLF = self.parallel.widen(x_BLD, *(linear.weights for linear in linears))
+        weights = (linear.weights for linear in linears)
+        h_BLF, *gate_BLF = self.parallel.widen(x_BLD, *weights, float8=self.float8)
         match self.c.activation:
             case "gelu":
-                h_BLF = jax.nn.gelu(h_BLF, approximate=True)
+                # Its cube overflows in float16 from 41 on, and the slope is NaN then.
+                wide = jnp.float32 if h_BLF.dtype == jnp.float16 else h_BLF.dtype
+                h_BLF = jax.nn.gelu(h_BLF.astype(wide), approximate=True).astype(h_BLF.dtype)
             case "relu2":
                 h_BLF = jnp.square(jax.nn.relu(h_BLF))
             case "swiglu":
                 h_BLF = h_BLF * jax.nn.silu(*gate_BLF)
-        return dropout(self.parallel.narrow(h_BLF, *self.down.weights), self.c.transformer_dropout, key, 2)
+        y_BLD = self.parallel.narrow(h_BLF, *self.down.weights, float8=self.float8)
+        return dropout(y_BLD, self.c.transformer_dropout, key, 2)
 
 
 # What a block keeps for its gradient beside its input, by model.remat; the rest is computed once more.
@@ -193,18 +200,21 @@ POLICIES = {
 
 
 class Block(nnx.Module):
-    def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs):
+    def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, parts: Parts):
         self.parallel = parallel
+        self.types = parts["attention"].dtype, parts["mlp"].dtype
         self.attention_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
-        self.attention = Attention(c, attend, parallel, rngs)
+        self.attention = Attention(c, attend, parallel, rngs, parts["attention"].float8)
         self.mlp_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
-        self.mlp = MLP(c, parallel, rngs)
+        self.mlp = MLP(c, parallel, rngs, parts["mlp"].float8)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
         with jax.named_scope("attention"):
-            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), key, documents)
+            y_BLD = self.attention(self.attention_norm(x_BLD, self.types[0]), key, documents)
+            x_BLD = x_BLD + y_BLD.astype(x_BLD.dtype)
         with jax.named_scope("mlp"):
-            x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD), key)
+            y_BLD = self.mlp(self.mlp_norm(x_BLD, self.types[1]), key)
+            x_BLD = x_BLD + y_BLD.astype(x_BLD.dtype)
         return self.parallel.constrain(x_BLD, "batch", "residual_length", None)
 
 
@@ -238,12 +248,12 @@ class Head:
 class Network(nnx.Module):
     """The modules, each parameter declared where it is used; `GPT` is the way in."""
 
-    def __init__(self, c: Config, dtype, attend: Attend, parallel: Parallel, rngs: nnx.Rngs):
-        self.c, self.dtype, self.parallel = c, dtype, parallel
+    def __init__(self, c: Config, dtype, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, parts: Parts):
+        self.c, self.dtype, self.parallel, self.head_dtype = c, dtype, parallel, parts["head"].dtype
         self.token_embedding = Embedding(c.vocab_size, c.dim, rngs)
         learned = c.positions == "learned"
         self.position_embedding = Embedding(c.context_length, c.dim, rngs) if learned else None
-        self.blocks = nnx.vmap(lambda key: Block(c, attend, parallel, nnx.Rngs(params=key)))(
+        self.blocks = nnx.vmap(lambda key: Block(c, attend, parallel, nnx.Rngs(params=key), parts))(
             jax.random.split(rngs.params(), c.num_blocks)
         )
         self.final_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
@@ -278,7 +288,7 @@ class Network(nnx.Module):
         unroll = 1 if c.scan_layers else c.num_blocks
         x_BLD, _ = jax.lax.scan(block, x_BLD, (jnp.arange(c.num_blocks), layers), unroll=unroll)
         with jax.named_scope("head"):
-            return self.final_norm(x_BLD), self._head()
+            return self.final_norm(x_BLD, self.head_dtype), self._head()
 
     def _head(self) -> Head:
         if self.head is None:
@@ -296,17 +306,20 @@ class GPT:
         precision: str = "float32",
         attend: Attend = plain,
         parallel: Parallel = ONE_DEVICE,
+        parts: Parts | None = None,
     ):
         """
         Args:
             config: the resolved sub-config `model`.
-            precision: of matrix products and activations: "float32" or "bfloat16".
+            precision: of matrix products and activations: "float32", "bfloat16" or "float16".
             attend: attention's kernel, which takes and gives what `plain` does.
             parallel: multiplies matrices and lays out intermediate arrays on a mesh; default: one device.
+            parts: how "attention", "mlp" and "head" compute; None: all in `precision`.
         """
         dtype = jnp.dtype(precision)
+        parts = parts or dict.fromkeys(("attention", "mlp", "head"), Part(dtype))
         self._parallel = parallel
-        self._build = lambda key: Network(config, dtype, attend, parallel, nnx.Rngs(params=key))
+        self._build = lambda key: Network(config, dtype, attend, parallel, nnx.Rngs(params=key), parts)
         self._graph, _ = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
     def init(self, key: jax.Array) -> dict:
@@ -316,7 +329,7 @@ class GPT:
     def hidden(
         self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row: int = 0
     ) -> tuple[jax.Array, Head]:
-        """The last hidden states (B, L, D) in the precision's type, and the head that they go to.
+        """The last hidden states (B, L, D) in the head's type, and the head that they go to.
 
         Args:
             parameters: from `init`.

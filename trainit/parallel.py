@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainit import sharding
 from trainit.attention import PRODUCT
+from trainit.factors import BACKWARD, FORWARD, Factor, dot, factor
 
 Weights = tuple[jax.Array, jax.Array | None]  # a kernel and its bias
 
@@ -57,25 +58,28 @@ class Parallel:
             return array
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, sharding.spec(axes)))
 
-    def widen(self, x_BLD: jax.Array, *weights: Weights) -> tuple[jax.Array, ...]:
+    def widen(self, x_BLD: jax.Array, *weights: Weights, float8: bool = False) -> tuple[jax.Array, ...]:
         """x @ kernel + bias for kernels (D, F, ...) of which F is split over tensor.
 
         Args:
             x_BLD: its length is split as the residual stream's.
             *weights: all are used in the type of x.
+            float8: the products' factors are, and what kernels travel in; their sums are float32.
 
         Returns:
             For each kernel (B, L, F, ...), with L whole.
         """
-        return checkpoint_name(_widen(self, x_BLD, weights), PRODUCT)
+        return checkpoint_name(_widen(self, float8, x_BLD, weights), PRODUCT)
 
-    def narrow(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def narrow(
+        self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, float8: bool = False
+    ) -> jax.Array:
         """x (B, L, F, ...) @ kernel (F, ..., D) + bias, F split over tensor: (B, L, D), its length split.
 
         Remat keeps it where it takes an exchange, and else makes it once more: of all products, attention's
         output is the cheapest for its size, and the MLP's is not needed again.
         """
-        y_BLD = _narrow(self, x, kernel, bias)
+        y_BLD = _narrow(self, float8, x, kernel, bias)
         return checkpoint_name(y_BLD, PRODUCT) if self.tensor else y_BLD
 
     def look_up(self, dtype, tokens_BL, table_VD, position_LD=None, position_BL=None) -> jax.Array:
@@ -145,13 +149,20 @@ class Parallel:
 ONE_DEVICE = Parallel()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _widen(p: Parallel, x_BLD, weights):
+def _gathered(p: Parallel, kernel: jax.Array, dtype, dimension: int) -> Factor:
+    """A device's part of a kernel -> what it multiplies with: its width whole. It travels in the new type."""
+    narrow = factor(kernel, dtype, p.axes("embed", "mlp"))
+    return Factor(gather(narrow.values, p.axes("embed"), dimension), narrow.scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _widen(p: Parallel, float8: bool, x_BLD, weights):
     def local(x_blD, weights):
-        x_bLD = gather(x_blD, p.tensor, 1)
+        dtype = FORWARD if float8 else x_blD.dtype
+        x_bLD = factor(gather(x_blD, p.tensor, 1), dtype, p.axes("batch", "length"))
 
         def product(kernel, bias):
-            y = jnp.tensordot(x_bLD, gather(kernel.astype(x_bLD.dtype), p.axes("embed"), 0), 1)
+            y = dot(x_bLD, _gathered(p, kernel, dtype, 0), ((2,), (0,)), x_blD.dtype)
             return y if bias is None else y + bias.astype(y.dtype)
 
         return tuple(product(*one) for one in weights)
@@ -160,21 +171,23 @@ def _widen(p: Parallel, x_BLD, weights):
     return p.on_devices(local, (p.residual, p.widening(weights)), outputs)(x_BLD, weights)
 
 
-def _widen_backward(p: Parallel, saved, dys):
+def _widen_backward(p: Parallel, float8: bool, saved, dys):
     def local(x_blD, weights, dys):
-        x_bLD = gather(x_blD, p.tensor, 1)
+        dtype, backward = (FORWARD, BACKWARD) if float8 else (x_blD.dtype,) * 2
+        x_bLD = factor(gather(x_blD, p.tensor, 1), dtype, p.axes("batch", "length"))
 
-        def back(kernel, dy):
-            kernel = gather(kernel.astype(dy.dtype), p.axes("embed"), 0)
-            return jnp.tensordot(dy, kernel, (tuple(range(2, dy.ndim)), tuple(range(1, dy.ndim - 1))))
+        def back(kernel, d):
+            axes = tuple(range(2, d.values.ndim)), tuple(range(1, kernel.ndim))
+            return dot(d, _gathered(p, kernel, dtype, 0), axes, x_blD.dtype)
 
-        def gradient(bias, dy):
-            product = jnp.tensordot(x_bLD, dy, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+        def gradient(bias, dy, d):
+            product = dot(x_bLD, d, ((0, 1), (0, 1)), jnp.float32)
             d_bias = None if bias is None else jnp.sum(dy, (0, 1), dtype=jnp.float32)
             return p.sum_gradient(product, 0), p.sum(d_bias, p.axes("batch", "length"))
 
-        dx_bLD = sum(back(kernel, dy) for (kernel, _), dy in zip(weights, dys, strict=True))
-        d_weights = tuple(gradient(bias, dy) for (_, bias), dy in zip(weights, dys, strict=True))
+        ds = tuple(factor(dy, backward, p.axes("batch", "length", "mlp")) for dy in dys)
+        dx_bLD = sum(back(kernel, d) for (kernel, _), d in zip(weights, ds, strict=True))
+        d_weights = tuple(gradient(bias, dy, d) for (_, bias), dy, d in zip(weights, dys, ds, strict=True))
         return scatter_sum(dx_bLD, p.tensor, 1), d_weights
 
     x_BLD, weights = saved
@@ -183,29 +196,37 @@ def _widen_backward(p: Parallel, saved, dys):
     return p.on_devices(local, inputs, (p.residual, specs))(x_BLD, weights, dys)
 
 
-_widen.defvjp(lambda p, x_BLD, weights: (_widen(p, x_BLD, weights), (x_BLD, weights)), _widen_backward)
+# The forward passes are the plain functions, which can be differentiated forwards, as for Hessian products.
+_widen.defvjp(
+    lambda p, f, x_BLD, weights: (_widen.fun(p, f, x_BLD, weights), (x_BLD, weights)), _widen_backward
+)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow(p: Parallel, x, kernel, bias):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow(p: Parallel, float8: bool, x, kernel, bias):
     def local(x, kernel, bias):
-        kernel = gather(kernel.astype(x.dtype), p.axes("embed"), kernel.ndim - 1)
-        y_blD = scatter_sum(jnp.tensordot(x, kernel, kernel.ndim - 1), p.tensor, 1)
+        dtype, inputs = FORWARD if float8 else x.dtype, kernel.ndim - 1
+        narrow = factor(x, dtype, p.axes("batch", "length", "mlp"))
+        axes = tuple(range(2, x.ndim)), tuple(range(inputs))
+        y_bLD = dot(narrow, _gathered(p, kernel, dtype, inputs), axes, x.dtype)
+        y_blD = scatter_sum(y_bLD, p.tensor, 1)
         return y_blD if bias is None else y_blD + bias.astype(y_blD.dtype)
 
     inputs = (p.wide(x.ndim), p.kernel(kernel.ndim, False), None if bias is None else PartitionSpec())
     return p.on_devices(local, inputs, p.residual)(x, kernel, bias)
 
 
-def _narrow_backward(p: Parallel, saved, dy_BLD):
+def _narrow_backward(p: Parallel, float8: bool, saved, dy_BLD):
     def local(x, kernel, bias, dy_blD):
+        dtype, backward = (FORWARD, BACKWARD) if float8 else (x.dtype,) * 2
         d_bias = None if bias is None else jnp.sum(dy_blD, (0, 1), dtype=jnp.float32)
-        dy_bLD = gather(dy_blD, p.tensor, 1)
-        whole = gather(kernel.astype(x.dtype), p.axes("embed"), kernel.ndim - 1)
-        dx = jnp.tensordot(dy_bLD, whole, ((2,), (kernel.ndim - 1,)))
+        dy_bLD = factor(gather(dy_blD, p.tensor, 1), backward, p.axes("batch", "length"))
+        last = kernel.ndim - 1
+        dx = dot(dy_bLD, _gathered(p, kernel, dtype, last), ((2,), (last,)), x.dtype)
+        wide = factor(x, dtype, p.axes("batch", "length", "mlp"))
         # The narrow one first: XLA's CPU transposes the first in memory, where the wide one takes its time.
-        d_kernel = jnp.tensordot(dy_bLD, x, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-        d_kernel = p.sum_gradient(jnp.moveaxis(d_kernel, 0, -1), kernel.ndim - 1)
+        d_kernel = dot(dy_bLD, wide, ((0, 1), (0, 1)), jnp.float32)
+        d_kernel = p.sum_gradient(jnp.moveaxis(d_kernel, 0, -1), last)
         return dx, d_kernel, p.sum(d_bias, p.axes("batch", "residual_length"))
 
     x, kernel, bias = saved
@@ -213,7 +234,9 @@ def _narrow_backward(p: Parallel, saved, dy_BLD):
     return p.on_devices(local, (*specs, p.residual), specs)(x, kernel, bias, dy_BLD)
 
 
-_narrow.defvjp(lambda p, x, kernel, bias: (_narrow(p, x, kernel, bias), (x, kernel, bias)), _narrow_backward)
+_narrow.defvjp(
+    lambda p, f, x, kernel, bias: (_narrow.fun(p, f, x, kernel, bias), (x, kernel, bias)), _narrow_backward
+)
 
 
 def _column(p: Parallel, tokens, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -288,4 +311,4 @@ def _look_up_backward(p: Parallel, dtype, saved, dx_BLD):
     return d_table, d_position, None, None
 
 
-_look_up.defvjp(lambda p, dtype, *arrays: (_look_up(p, dtype, *arrays), arrays), _look_up_backward)
+_look_up.defvjp(lambda p, dtype, *arrays: (_look_up.fun(p, dtype, *arrays), arrays), _look_up_backward)

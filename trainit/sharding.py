@@ -27,6 +27,8 @@ RULES = {
     "vocab": "tensor",
 }
 
+BLOCK = 32  # numbers that optimizer state in 8 bits has one scale for, at most
+
 # (path, logical axes, kind); the first match counts, and every parameter has one.
 # Vectors are small: they are replicated but where they follow a split activation.
 PARAMETERS = (
@@ -186,12 +188,60 @@ def mesh_axes(*axes: str | None) -> tuple[str, ...]:
     return tuple(axis for one in split for axis in ((one,) if isinstance(one, str) else one))
 
 
+def block(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Along which axis a parameter's numbers are put into blocks, and how many are in one.
+
+    Along heads, MLPs and the width, so that no block lies on several devices if `check_blocks` agrees.
+
+    Args:
+        path: of a parameter that is no vector.
+        shape: its own.
+    """
+    axes = logical_axes(path)
+    axis = axes.index(next(name for name in ("head_size", "mlp", "embed") if name in axes))
+    return axis, math.gcd(shape[axis], BLOCK)
+
+
+def check_blocks(parameters: Mapping, mesh: Mesh):
+    """Raises ConfigError where a block of a parameter's numbers would lie on several devices."""
+    for path, leaf in jax.tree.leaves_with_path(parameters):
+        if kind(name := path_name(path)) == "vector":
+            continue
+        axis, size = block(name, leaf.shape)
+        logical = logical_axes(name)[axis]
+        mesh_axis = RULES.get(logical)
+        count, parts = leaf.shape[axis] // size, mesh.shape[mesh_axis] if mesh_axis else 1
+        require(
+            count % parts == 0,
+            f"optimizer_state=int8: {name} has {count} blocks of {size} numbers along its axis {logical!r}, "
+            f"which mesh.{mesh_axis}={parts} does not divide; take a smaller one, or bfloat16",
+        )
+
+
+def owner(path, shape: tuple[int, ...], parameters: Mapping) -> str:
+    """The path of the parameter whose shape a leaf of a state has, and whose path ends its own; or "".
+
+    Args:
+        path: the leaf's key path.
+        shape: the leaf's.
+        parameters: the tree of parameters, or of their shapes.
+    """
+    shapes = {path_name(key): leaf.shape for key, leaf in jax.tree.leaves_with_path(parameters)}
+    return next((suffix for suffix in _suffixes(path) if shapes.get(suffix) == shape), "")
+
+
+def _suffixes(path) -> list[str]:
+    keys = path_name(path).split("/")
+    return ["/".join(keys[start:]) for start in range(len(keys))]
+
+
 def state_shardings(state, parameters: Mapping, mesh: Mesh):
     """A sharding for every leaf of a train state.
 
     A leaf is split as the parameter whose path is the leaf's suffix and whose shape is its own:
-    the parameter itself, its moments, its gradient's sum. A square matrix for each of a parameter's own,
-    under its path, is split as far as `matrix_spec` can. Any other leaf is replicated.
+    the parameter itself, its moments, its gradient's sum. So are numbers of which it has one for each block.
+    A square matrix for each of a parameter's own, under its path, is split as far as `matrix_spec` can. Any
+    other leaf is replicated.
 
     Args:
         state: a tree of arrays or of their shapes.
@@ -201,16 +251,23 @@ def state_shardings(state, parameters: Mapping, mesh: Mesh):
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(parameters)}
 
     def sharding(path, leaf) -> NamedSharding:
-        keys = path_name(path).split("/")
-        for start in range(len(keys)):
-            suffix = "/".join(keys[start:])
+        for suffix in _suffixes(path):
             if shapes.get(suffix) == leaf.shape:
+                return NamedSharding(mesh, spec(logical_axes(suffix)))
+            if suffix in shapes and leaf.shape == _blocks_shape(suffix, shapes[suffix]):
                 return NamedSharding(mesh, spec(logical_axes(suffix)))
             if suffix in shapes and _is_square(suffix, leaf.shape):
                 return NamedSharding(mesh, matrix_spec(suffix, leaf.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map_with_path(sharding, state)
+
+
+def _blocks_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    if kind(path) == "vector":
+        return None
+    axis, size = block(path, shape)
+    return *shape[:axis], shape[axis] // size, *shape[axis + 1 :]
 
 
 def _is_square(path: str, shape: tuple[int, ...]) -> bool:

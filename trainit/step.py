@@ -12,7 +12,17 @@ from jax.sharding import Mesh
 
 from trainit import attention as kernels
 from trainit import config as config_lib
-from trainit import diagnostics, distributed, losses, metrics, optimizers, schedules, sharding
+from trainit import (
+    diagnostics,
+    distributed,
+    factors,
+    loss_scale,
+    losses,
+    metrics,
+    optimizers,
+    schedules,
+    sharding,
+)
 from trainit.config import Config
 from trainit.model import GPT, choose_attention
 from trainit.parallel import Parallel
@@ -24,7 +34,7 @@ GATHER_AHEAD = {"xla_gpu_enable_pipelined_all_gather": True}
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "opt_state", "skipped", "skipped_in_a_row", "diagnostics"],
+    data_fields=["step", "params", "opt_state", "skipped", "skipped_in_a_row", "diagnostics", "loss_scale"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -35,8 +45,9 @@ class TrainState:
     params: dict
     opt_state: optax.OptState
     skipped: jax.Array  # int32: updates left out because something was not finite
-    skipped_in_a_row: jax.Array  # int32: of them, those since the last good one
+    skipped_in_a_row: jax.Array  # int32: of them, those since the last good one that lowered no loss scale
     diagnostics: dict  # what diagnostics keep; empty where there are none
+    loss_scale: dict  # what `loss_scale` keeps; empty where nothing is scaled
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class Steps:
     abstract_state: TrainState  # shapes, types and shardings
     init: Callable[[], TrainState]  # born sharded
     begin_diagnostics: Callable[[dict], dict]  # params -> what TrainState keeps of them
+    begin_loss_scale: Callable[[], dict]
     train: Callable[[TrainState, dict], tuple[TrainState, dict]]  # gives its state's memory away
     evaluate: Callable[[dict, dict, jax.Array, int], dict]  # (params, batch, token_bytes, subsets) -> sums
     attention: str  # the kernel that was chosen
@@ -72,11 +84,12 @@ def build(config: Config, mesh: Mesh) -> Steps:
     ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
     platform = "cuda" if ampere else device.platform
     try:
-        attention = choose_attention(config.model, platform, config.precision)
+        parts = factors.parts(config.precision_of, config.precision, device)
+        attention = choose_attention(config.model, platform, parts["attention"].dtype.name)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
     attend = _attention(attention, device.platform, mesh)
-    model = GPT(config.model, config.precision, attend, Parallel(mesh))
+    model = GPT(config.model, config.precision, attend, Parallel(mesh), parts)
     cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
@@ -85,6 +98,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
     key = jax.random.key_data(named_key(config.seed, "optimizer"))
     optimizer = optimizers.of_run(config, schedule, shapes, key, mesh)
 
+    is_scaled = "float16" in (config.precision, *config.precision_of.values())
     micro_steps, rows, length = sharding.batch_shape(config, mesh.shape)
     positions = rows // (mesh.shape["data"] * mesh.shape["fsdp"]) * length
     diagnostics.check(config.diagnostics, shapes, micro_steps)
@@ -93,7 +107,8 @@ def build(config: Config, mesh: Mesh) -> Steps:
         params = model.init(named_key(config.seed, "parameters"))
         zero = jnp.zeros((), jnp.int32)
         kept = diagnostics.init(config.diagnostics, params)
-        return TrainState(zero, params, optimizer.init(params), zero, zero, kept)
+        scale = loss_scale.init(is_scaled)
+        return TrainState(zero, params, optimizer.init(params), zero, zero, kept, scale)
 
     abstract = jax.eval_shape(init)
     layout = sharding.state_shardings(abstract, shapes, mesh)
@@ -109,6 +124,9 @@ def build(config: Config, mesh: Mesh) -> Steps:
             jax.jit(
                 functools.partial(diagnostics.init, config.diagnostics), out_shardings=layout.diagnostics
             ),
+        ),
+        begin_loss_scale=jax.jit(
+            functools.partial(loss_scale.init, is_scaled), out_shardings=layout.loss_scale
         ),
         train=_together(
             "train",
@@ -199,15 +217,16 @@ def _sums(config, model, cross_entropy, layout) -> tuple[Callable, Callable]:
 
     The first gives the mean loss's gradient (float32, laid out as params) and sums of the loss's parts, and
     where the noise scale is asked for also "square", the sum of squares of the micro-steps' mean gradients.
-    With a key for it, targets are drawn from the model instead of taken from the batch. The second gives the
-    loss's parts alone.
+    With a key for it, targets are drawn from the model instead of taken from the batch; with a scale, it is
+    what `loss_scale` says on the way, and out of the gradient in the end. The second gives the loss's parts
+    alone.
     """
     uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
     with_square = config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
     names = ("loss", "correct", "count", "z_loss") if config.z_loss else ("loss", "correct", "count")
     no_sums = dict.fromkeys(names, jnp.float32(0))
 
-    def loss(params, step, number, micro_batch, sampling=None):
+    def loss(params, step, number, micro_batch, sampling=None, scale=None):
         key = jax.random.fold_in(named_key(config.seed, "dropout"), step) if uses_dropout else None
         inputs_BL, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
         first_row = number * len(inputs_BL)
@@ -215,18 +234,21 @@ def _sums(config, model, cross_entropy, layout) -> tuple[Callable, Callable]:
         if sampling is not None:
             targets_BL = _draw(jax.lax.stop_gradient(head(x_BLD)), sampling, first_row)
         with jax.named_scope("head"):
-            return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL)
+            return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL, scale)
 
-    def gradients(params: dict, batch: dict, step: jax.Array, sampling=None) -> tuple[dict, dict]:
+    def gradients(params: dict, batch: dict, step: jax.Array, sampling=None, scale=None) -> tuple[dict, dict]:
         count = jnp.sum(batch["lengths"].astype(jnp.float32))  # of targets: nothing is divided by it later
+        factor = None if scale is None else scale / config.model.context_length
 
         def micro(number, micro_batch):
             def share(params):
-                total, sums = loss(params, step, number, micro_batch, sampling)
-                return total / count, sums
+                total, sums = loss(params, step, number, micro_batch, sampling, factor)
+                return total / count if factor is None else total, sums
 
             grads, sums = jax.grad(share, has_aux=True)(params)
             grads = jax.lax.with_sharding_constraint(grads, layout)
+            if factor is not None:
+                grads = jax.tree.map(lambda g: g / (factor * count), grads)
             if with_square:
                 sums["square"] = metrics.inner(grads, grads) * (count / sums["count"]) ** 2
             return grads, sums
@@ -269,15 +291,19 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
         return diagnostics.measure(config.diagnostics, state.diagnostics, now, state.step + 1, good)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        scale, elsewhere = state.loss_scale.get("scale"), []
+
         def gradient_at(params: dict) -> dict:
-            return gradients(params, batch, state.step)[0]
+            elsewhere.append("asked for")
+            return gradients(params, batch, state.step, scale=scale)[0]
 
         def sampled_gradient_at(params: dict, key: jax.Array) -> tuple[dict, jax.Array]:
-            grads, sums = gradients(params, batch, state.step, key)
+            elsewhere.append("asked for")
+            grads, sums = gradients(params, batch, state.step, key, scale)
             return grads, sums["count"]
 
         at = optimizers.training_point(state.opt_state, state.params)
-        grads, sums = gradients(at, batch, state.step)
+        grads, sums = gradients(at, batch, state.step, scale=scale)
         grad_norm = optax.tree.norm(grads)
 
         @jax.named_scope("optimizer")
@@ -295,6 +321,8 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
         updates, opt_state = update()
         update_norm = _norm_apart(updates, lambda: update()[0], finite)
         good = finite & jnp.isfinite(update_norm)
+        if state.loss_scale and elsewhere:
+            good &= loss_scale.stays_finite(opt_state, state.opt_state)
 
         def if_good(new, old):
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
@@ -303,6 +331,7 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
         if config.diagnostics.every_steps:
             measured, kept = measure(replace(state, params=at), batch, grads, updates, sums, good)
         bad = (~good).astype(jnp.int32)
+        next_scale, lowered = loss_scale.after(state.loss_scale, good)
         with jax.named_scope("optimizer"):
             new_params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
@@ -310,8 +339,10 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
             params=if_good(new_params, state.params),
             opt_state=if_good(opt_state, state.opt_state),
             skipped=state.skipped + bad,
-            skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+            # A step that lowers the loss scale is none of those that end a run: the next may be good.
+            skipped_in_a_row=(state.skipped_in_a_row + bad * ~lowered) * bad,
             diagnostics=kept,
+            loss_scale=next_scale,
         )
         return new_state, {
             "train/loss": sums["loss"] / sums["count"],
@@ -321,6 +352,7 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
             "train/update_norm": update_norm,
             "train/learning_rate": schedule(state.step),
             "train/skipped": new_state.skipped,
+            **({"train/loss_scale": scale} if state.loss_scale else {}),
             "skipped_in_a_row": new_state.skipped_in_a_row,
             "diagnostics": measured,
             **optimizers.logged(new_state.opt_state),

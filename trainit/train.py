@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from trainit import __version__, diagnostics, distributed, metrics, sharding, sources, step
+from trainit import __version__, diagnostics, distributed, loss_scale, metrics, sharding, sources, step
 from trainit import config as config_lib
 from trainit import workdir as folders
 from trainit.checkpoint import Checkpoints, check_same_run, due
@@ -114,6 +114,9 @@ class Run:
         if self.config.diagnostics.every_steps and not state.diagnostics:
             logging.info("statistics begin here: the checkpoint has none of this kind")
             state = replace(state, diagnostics=self.steps.begin_diagnostics(state.params))
+        if self.steps.abstract_state.loss_scale and not state.loss_scale:
+            logging.info("loss scale begins here: the checkpoint has none")
+            state = replace(state, loss_scale=self.steps.begin_loss_scale())
         return state
 
     def _accept(self, source: Checkpoints, number: int) -> dict:
@@ -312,8 +315,9 @@ class Run:
         self.saves.settle()
         raise NonFiniteError(
             f"loss, gradient or update were not finite in {self.config.max_skipped} steps in a row "
-            f"(max_skipped), up to step {record['step']}; none of these updates was applied; the state is in "
-            f"checkpoint {self.step}"
+            f"(max_skipped), up to step {record['step']}; none of these updates was applied"
+            + (f", at the lowest loss scale, {loss_scale.FLOOR:g}" if self.state.loss_scale else "")
+            + f"; the state is in checkpoint {self.step}"
         )
 
     def _log(self, record: dict):

@@ -17,7 +17,11 @@ from trainit.config.fields import (
 )
 
 ONE_OF = {
-    "precision": ("bfloat16", "float32"),
+    "precision": ("bfloat16", "float16", "float32"),
+    "precision_of.attention": ("", "bfloat16", "float16", "float32", "float8"),
+    "precision_of.mlp": ("", "bfloat16", "float16", "float32", "float8"),
+    "precision_of.head": ("", "bfloat16", "float16", "float32"),
+    "optimizer_state": ("float32", "bfloat16", "int8"),
     "platform": ("", "cpu", "cuda", "rocm", "tpu"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "swiglu", "relu2"),

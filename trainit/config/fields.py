@@ -36,7 +36,11 @@ def defaults() -> ConfigDict:
     c.clip_norm = 10.0  # global l2 norm of the gradient at most; 0: no clipping
     c.stall_seconds = 300.0  # without a step in so long, or in 20 usual step times, end the run; 0: never
     c.max_skipped = 15  # non-finite steps in a row that stop the run; > 0
-    c.precision = "bfloat16"  # of matrix products and activations: bfloat16, float32
+    c.precision = "bfloat16"  # of matrix products and activations: bfloat16, float16, float32
+    c.precision_of = ConfigDict()  # of parts, as above, or float8 in matrix products; empty: as above
+    c.precision_of.attention = ""  # its four products with kernels and, but for float8, its scores
+    c.precision_of.mlp = ""  # its two or three products
+    c.precision_of.head = ""  # not float8
     c.platform = ""  # cpu, cuda, rocm, tpu; empty: the best there is
     c.cpu_devices = 1  # virtual devices where there is no accelerator; > 0
     c.mesh = ConfigDict()  # devices along each axis; > 0, and one of them may be -1: what is left
@@ -46,6 +50,7 @@ def defaults() -> ConfigDict:
     c.mesh.context = 1  # sequence length is split; 1 is all that works yet
     c.model = model()
     c.optimizer_files = ""  # hash of the optimizers' files outside the package; filled when the run starts
+    c.optimizer_state = "float32"  # what its arrays are kept in between steps: float32, bfloat16, int8
     c.parameter_groups = ()  # lines "PATTERN FIELD=VALUE ...": optimizer settings by parameters' paths
     c.schedule = SCHEDULES["linear"]()
     c.dataset = dataset("data/pile")

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import pkgutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +28,10 @@ from ml_collections import ConfigDict
 from trainit import schedules, sharding
 from trainit.config import Config, ConfigError, batch_sizes, require
 from trainit.model import GPT
-from trainit.optimizers import _groups, _optax, _own, wrappers
+from trainit.optimizers import _groups, _narrow, _optax, _own, wrappers
 from trainit.schedules import Schedule
+
+ROUNDING = zlib.crc32(b"rounding")  # what the key is folded with, from which the state is rounded
 
 
 class _Choices(Mapping):
@@ -228,6 +231,8 @@ def training_point(opt_state: optax.OptState, params: dict) -> dict:
         opt_state: of the whole run.
         params: that the model has, and is validated at.
     """
+    if isinstance(opt_state, _narrow.NarrowState):
+        opt_state = _narrow.decode(opt_state)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, "training_point")):
         params = state.training_point(params) if hasattr(state, "training_point") else params
     return params
@@ -246,7 +251,7 @@ def of_run(
         key=key,
         mesh=mesh,
     )
-    return build(config.optimizer, context, config.parameter_groups)
+    return build(config.optimizer, context, config.parameter_groups, config.optimizer_state)
 
 
 def check(config: Config):
@@ -317,7 +322,7 @@ def assigned(
 
 
 def build(
-    config: Config, context: Context, groups: Sequence[str] = ()
+    config: Config, context: Context, groups: Sequence[str] = (), state: str = "float32"
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run. Its update takes `step`, the run's, beside the gradients.
 
@@ -325,11 +330,23 @@ def build(
         config: the sub-config `optimizer`; its name says which.
         context: what it may know.
         groups: lines of `_groups`; the first that matches a parameter's path counts, `config` for the rest.
+        state: in what its state is kept: float32, bfloat16 or int8.
 
     Raises:
         ConfigError: there is none of this name, it has other fields, or refuses their values; a group
-            cannot be read, or has no parameter.
+            cannot be read, or has no parameter; the mesh would split blocks of int8.
     """
+    optimizer = _join(config, context, groups)
+    if state == "float32":
+        return optimizer
+    if state == "int8" and context.mesh is not None:
+        sharding.check_blocks(context.parameters, context.mesh)
+    key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(context.key), ROUNDING))
+    return _narrow.narrow(optimizer, state, context.parameters, key)
+
+
+def _join(config: Config, context: Context, groups: Sequence[str]) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, whose state is in whatever types it likes."""
     if not groups:
         return _make(config, context)
     labels, own_configs = assigned(config, groups, context.parameters)

@@ -38,7 +38,7 @@ def predict(config: Config, sizes: Mapping[str, int], shapes: dict) -> list[Coll
     def add(kind: str, dtype: str, axes: tuple[str, ...], numbers: float, times: int, name: str):
         axes = tuple(axis for axis in MESH_AXES if axis in axes and sizes[axis] > 1)
         devices = math.prod(sizes[axis] for axis in axes)
-        size = numbers * {"f32": 4, "bf16": 2, "s32": 4}[dtype]
+        size = numbers * {"f32": 4, "bf16": 2, "f16": 2, "s32": 4}[dtype]
         if axes and times:
             found.append(Collective(kind, dtype, axes, devices, round(size), times * micro_steps, name))
 
@@ -52,7 +52,7 @@ def predict(config: Config, sizes: Mapping[str, int], shapes: dict) -> list[Coll
 
 
 def _compute(config: Config) -> str:
-    return {"bfloat16": "bf16", "float32": "f32"}[config.precision]
+    return {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[config.precision]
 
 
 def _passes(config: Config) -> int:

@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 
 from trainit import attention as kernels
 from trainit import config as config_lib
-from trainit import diagnostics, distributed, losses, metrics, optimizers, schedules, sharding
+from trainit import diagnostics, losses, metrics, optimizers, schedules, sharding
 from trainit.config import Config
 from trainit.model import GPT, choose_attention
-
-COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compiling than the fastest
+from trainit.programs import Program
 
 
 @functools.partial(
@@ -41,10 +40,10 @@ class Steps:
     """The compiled functions of a run on its mesh."""
 
     abstract_state: TrainState  # shapes, types and shardings
-    init: Callable[[], TrainState]  # born sharded
-    begin_diagnostics: Callable[[dict], dict]  # params -> what TrainState keeps of them
-    train: Callable[[TrainState, dict], tuple[TrainState, dict]]  # gives its state's memory away
-    evaluate: Callable[[dict, dict, jax.Array, int], dict]  # (params, batch, token_bytes, subsets) -> sums
+    init: Program  # () -> TrainState, born sharded
+    begin_diagnostics: Program  # params -> what TrainState keeps of them
+    train: Program  # (TrainState, batch) -> (TrainState, metrics); gives its state's memory away
+    evaluate: Program  # (params, batch, token_bytes, subsets) -> sums
     attention: str  # the kernel that was chosen
     logits: int  # positions whose logits a device has in memory at once
 
@@ -119,14 +118,14 @@ def build(config: Config, mesh: Mesh) -> Steps:
         abstract_state=jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout
         ),
-        init=_together("init", jax.jit(init, out_shardings=layout)),
-        begin_diagnostics=_together(
+        init=Program("init", jax.jit(init, out_shardings=layout)),
+        begin_diagnostics=Program(
             "begin_diagnostics",
             jax.jit(
                 functools.partial(diagnostics.init, config.diagnostics), out_shardings=layout.diagnostics
             ),
         ),
-        train=_together(
+        train=Program(
             "train",
             jax.jit(
                 _train_step(config, model, cross_entropy, optimizer, schedule, layout.params),
@@ -134,13 +133,14 @@ def build(config: Config, mesh: Mesh) -> Steps:
                 out_shardings=(layout, replicated),
             ),
         ),
-        evaluate=_together(
+        evaluate=Program(
             "evaluate",
             jax.jit(
                 functools.partial(_eval_step, model, cross_entropy),
                 static_argnums=3,
                 out_shardings=replicated,
             ),
+            static=(3,),
         ),
         attention=attention,
         logits=losses.chunk_size(
@@ -161,26 +161,6 @@ def _attention(name: str, platform: str, mesh: Mesh) -> Callable:
         return sharding.on_devices(functools.partial(kernel, rate=rate), mesh, inputs, queries)(*arrays)
 
     return attend
-
-
-def _together(name: str, jitted: Callable) -> Callable:
-    """The same function, first run when all processes have compiled it.
-
-    Some are slower at it, or do not find it in the cache; gloo's collectives wait 30 s for them at most.
-    """
-    if jax.process_count() == 1:
-        return jitted
-    compiled = set()
-
-    def call(*args):
-        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(args[1:]))  # behind the state
-        if shapes not in compiled:
-            jitted.lower(*args).compile()  # which `jitted` takes up
-            distributed.barrier(f"compiled {name}", COMPILE_SECONDS)
-            compiled.add(shapes)
-        return jitted(*args)
-
-    return call
 
 
 def _inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:

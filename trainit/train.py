@@ -24,6 +24,7 @@ from trainit.describe import describe
 from trainit.evaluate import evaluate
 from trainit.peers import Peers
 from trainit.saves import Saves
+from trainit.start import Start
 from trainit.trackers import Trackers
 
 DONE, STOPPED = 0, 75  # exit codes
@@ -37,7 +38,13 @@ class Run:
     """One process's part of a training run."""
 
     def __init__(
-        self, config: Config, dataset: Dataset | Streamed, workdir: Path, peers: Peers, debug: bool = False
+        self,
+        config: Config,
+        dataset: Dataset | Streamed,
+        workdir: Path,
+        peers: Peers,
+        start: Start,
+        debug: bool = False,
     ):
         """
         Args:
@@ -45,18 +52,21 @@ class Run:
             dataset: prepared, with splits "train" and "validation"; or streamed.
             workdir: the run's folder; what it holds is resumed.
             peers: tells when to stop, and is told how far this process is.
+            start: of this process, whose parts are counted up to the first step.
             debug: let the mesh shrink to the devices that there are.
 
         Raises:
             ConfigError: the config does not fit the devices, the run folder or the checkpoint.
         """
         self.config, self.dataset, self.workdir, self.peers = config, dataset, workdir, peers
+        self.start = start
         self.token_bytes = dataset.tokenizer.token_bytes()
         sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
         self.batch_sizes = config_lib.batch_sizes(config)
         self.mesh = sharding.make_mesh(sizes)
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        self.steps = step.build(config, self.mesh)
+        with start.part("shapes"):
+            self.steps = step.build(config, self.mesh)
         describe(config, self.steps, self.mesh, dataset, workdir)
         self.rows, self.wandb_id = 0, secrets.token_hex(4)  # rows of the training data consumed
         self.streams: list[list[int]] | None = None  # where its streams are at the start
@@ -64,7 +74,8 @@ class Run:
         self.postponed: dict | None = None  # what was measured at a step whose validation is still to be done
         newest = distributed.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
         self.resumed = newest >= 0
-        self.state = self._resume(newest) if self.resumed else self._begin()
+        with start.part("restore" if self.resumed or config.checkpoint.load_path else "init"):
+            self.state = jax.block_until_ready(self._resume(newest) if self.resumed else self._begin())
         self.step = int(self.state.step)
         if self.trained_as:
             sources.check_history(self.config, self.trained_as, self.rows, self.step)
@@ -77,6 +88,7 @@ class Run:
         """The state at the start: new, or from another run's checkpoint."""
         c = self.config.checkpoint
         if not c.load_path:
+            self._compile_ahead(0)
             return self.steps.init()
         source = Checkpoints(Path(c.load_path), read_only=True)
         steps = source.steps()
@@ -88,7 +100,8 @@ class Run:
             )
         self._accept(source, number)
         if c.overwrite_optimizer:
-            logging.info("start      parameters of %s step %d, new optimizer", c.load_path, number)
+            logging.info("begin      with parameters of %s step %d, new optimizer", c.load_path, number)
+            self._compile_ahead(0)
             fresh = self.steps.init()
             layout = self.steps.abstract_state.params
             params = source.restore_params(number, layout)
@@ -99,7 +112,7 @@ class Run:
                 f"nothing is left to do; raise steps, or take its parameters alone with "
                 f"checkpoint.overwrite_optimizer=True"
             )
-        logging.info("start      %s step %d", c.load_path, number)
+        logging.info("begin      from %s step %d", c.load_path, number)
         return self._restore(source, number)
 
     def _resume(self, number: int) -> step.TrainState:
@@ -109,7 +122,17 @@ class Run:
         logging.info("resume     at step %d of %d", number, self.config.steps)
         return self._restore(self.checkpoints, number)
 
+    def _compile_ahead(self, number: int):
+        """Begins to compile the step behind step `number`, while its state is made or read."""
+        if number < self.config.steps:
+            shape = sharding.batch_shape(self.config, self.mesh.shape, self.batch_sizes.at(number))
+            batch = sources.abstract_batch(
+                self.config, self.dataset, shape, sharding.batch_sharding(self.mesh)
+            )
+            self.steps.train.compile_ahead(self.steps.abstract_state, batch)
+
     def _restore(self, source: Checkpoints, number: int) -> step.TrainState:
+        self._compile_ahead(number)
         state = source.restore(number, self.steps.abstract_state)
         if self.config.diagnostics.every_steps and not state.diagnostics:
             logging.info("statistics begin here: the checkpoint has none of this kind")
@@ -197,17 +220,27 @@ class Run:
             if peers.save_again():
                 self._log(self._read_pending())
                 self.saves.again()
-            batch = self._wait_for(following)
+            with nullcontext() if self.start.is_over else self.start.part("data"):
+                batch = self._wait_for(following)
             if reason := peers.stop():  # all alike, whether they have their data or still wait for it
                 self._log(self._read_pending())
                 self._save()
                 return reason
-            self.state, on_device = self._train(batch)
+            self.state, on_device = self._train(batch) if self.start.is_over else self._train_first(batch)
             following = ahead.submit(next, batches)
             self.step, self.rows = self.step + 1, self.rows + self.batch_sizes.at(self.step)
             before, self.pending = self.pending, (self.step, on_device)
             self._log(self._read(before))  # while this step runs
             self.saves.check()
+
+    def _train_first(self, batch: dict[str, jax.Array]) -> tuple[step.TrainState, dict]:
+        """The first step of this process, to its end."""
+        with self.start.part("compile"):
+            self.steps.train.compiled(self.state, batch)
+        with self.start.part("step"):
+            result = jax.block_until_ready(self._train(batch))
+        logging.info("start      to the end of step %d: %s", self.step + 1, self.start.over())
+        return result
 
     def _train(self, batch: dict[str, jax.Array]) -> tuple[step.TrainState, dict]:
         """A step. The first one with batches of another size is compiled before it runs."""

@@ -128,6 +128,12 @@ def _local_devices(environment: Mapping[str, str], processes: int, number: int) 
     return tuple(range(number * each, (number + 1) * each))
 
 
+def give_back_memory():
+    """Gives memory that is free in this process back to the system, where the C library can."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
 def configure(platform: str, cpu_devices: int, cache: Path):
     """Chooses the devices. To be called before any other use of JAX.
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 from trainit.peers import STOP_SIGNALS, Peers
@@ -25,6 +24,7 @@ from absl import logging
 from trainit import __version__, command_line, distributed, optimizers, rendezvous, trackers, train, workdir
 from trainit.config import Config, ConfigError
 from trainit.data.tokens import Dataset, DatasetError
+from trainit.start import Start
 
 USAGE = (ConfigError, DatasetError, distributed.PlaceError)  # errors that are the user's to mend
 
@@ -62,14 +62,10 @@ def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
     }
 
 
-def _run(place: distributed.Place, peers: Peers, leave: _Exit, started: float) -> int:
-    """The run, from reading its config to its exit code."""
-    config, dataset = command_line.read()
-    own_files = optimizers.own_files_hash(config.optimizer, config.parameter_groups)
-    config = Config({**config.to_dict(), "optimizer_files": own_files})
-    folder = workdir.make(command_line.workdir(), place.process_id)
-    log = folder / "logs" / f"process_{place.process_id}.log"
-    trackers.log_to_file(log)
+def _come_together(
+    config: Config, dataset: Dataset, folder: Path, place: distributed.Place, peers: Peers, leave: _Exit
+):
+    """Joins the job's processes, locks the run's folder and takes this process's devices."""
     coordinator = ""
     distributed.configure(config.platform, config.cpu_devices, command_line.cache())
     where = f": process {place.process_id} of {place.num_processes}, coordinator {place.coordinator}"
@@ -90,15 +86,28 @@ def _run(place: distributed.Place, peers: Peers, leave: _Exit, started: float) -
         leave.lock = workdir.Lock(place.source, peers.end)
         leave.lock.take(folder)
     distributed.initialize(config.platform, place, coordinator)
+
+
+def _run(place: distributed.Place, peers: Peers, leave: _Exit, start: Start) -> int:
+    """The run, from reading its config to its exit code."""
+    with start.part("data"):
+        config, dataset = command_line.read()
+    own_files = optimizers.own_files_hash(config.optimizer, config.parameter_groups)
+    config = Config({**config.to_dict(), "optimizer_files": own_files})
+    folder = workdir.make(command_line.workdir(), place.process_id)
+    log = folder / "logs" / f"process_{place.process_id}.log"
+    trackers.log_to_file(log)
+    with start.part("processes"):
+        _come_together(config, dataset, folder, place, peers, leave)
     peers.watch(config.stall_seconds, log)
-    peers.stop_after(config.max_minutes, started)
-    code = train.Run(config, dataset, folder, peers, command_line.is_debug()).loop()
+    peers.stop_after(config.max_minutes, start.launched)
+    code = train.Run(config, dataset, folder, peers, start, command_line.is_debug()).loop()
     peers.close()
     return code
 
 
 def _main():
-    started = time.monotonic()
+    start = Start()
     trackers.log_to_terminal(lead=True)
     try:
         place = command_line.place()
@@ -109,7 +118,7 @@ def _main():
     leave = _Exit(place)
     peers = Peers(place.process_id, place.num_processes, leave, command_line.silence_seconds())
     try:
-        code = _run(place, peers, leave, started)
+        code = _run(place, peers, leave, start)
     except rendezvous.Stopped:
         logging.info("stopped    before all processes were there; run the same command to go on")
         leave(train.STOPPED)

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from trainit import config as config_lib
 from trainit.config import Config, ConfigError
@@ -195,6 +196,21 @@ class Rows:
         return loader.batches(
             self.source, self.shape, self.layout, self.first_row, count, self.workers, self.prefetch
         )
+
+
+def abstract_batch(
+    config: Config,
+    dataset: Dataset | Streamed,
+    shape: tuple[int, int, int],
+    layout: jax.sharding.NamedSharding,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a reader's batches are, before one is read; the arguments are those of `reader`."""
+    micro_steps, rows, length = shape
+    dtype = dataset.corpus.dtype if isinstance(dataset, Streamed) else training(config, dataset).dtype
+    return {
+        "tokens": jax.ShapeDtypeStruct((micro_steps, rows, length + 1), dtype, sharding=layout),
+        "lengths": jax.ShapeDtypeStruct((micro_steps, rows), np.int32, sharding=layout),
+    }
 
 
 def reader(

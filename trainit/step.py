@@ -12,22 +12,12 @@ from jax.sharding import Mesh
 
 from trainit import attention as kernels
 from trainit import config as config_lib
-from trainit import (
-    diagnostics,
-    distributed,
-    factors,
-    loss_scale,
-    losses,
-    metrics,
-    optimizers,
-    schedules,
-    sharding,
-)
+from trainit import diagnostics, factors, loss_scale, losses, metrics, optimizers, schedules, sharding
 from trainit.config import Config
 from trainit.model import GPT, choose_attention
 from trainit.parallel import Parallel
+from trainit.programs import Program
 
-COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compiling than the fastest
 # In the scan over layers, XLA then gathers the next one's kernels while it computes one.
 GATHER_AHEAD = {"xla_gpu_enable_pipelined_all_gather": True}
 
@@ -55,11 +45,11 @@ class Steps:
     """The compiled functions of a run on its mesh."""
 
     abstract_state: TrainState  # shapes, types and shardings
-    init: Callable[[], TrainState]  # born sharded
-    begin_diagnostics: Callable[[dict], dict]  # params -> what TrainState keeps of them
-    begin_loss_scale: Callable[[], dict]
-    train: Callable[[TrainState, dict], tuple[TrainState, dict]]  # gives its state's memory away
-    evaluate: Callable[[dict, dict, jax.Array, int], dict]  # (params, batch, token_bytes, subsets) -> sums
+    init: Program  # () -> TrainState, born sharded
+    begin_diagnostics: Program  # params -> what TrainState keeps of them
+    begin_loss_scale: Program  # () -> what TrainState keeps of it
+    train: Program  # (TrainState, batch) -> (TrainState, metrics); gives its state's memory away
+    evaluate: Program  # (params, batch, token_bytes, subsets) -> sums
     attention: str  # the kernel that was chosen
     logits: int  # positions whose logits a device has in memory at once
 
@@ -118,17 +108,18 @@ def build(config: Config, mesh: Mesh) -> Steps:
         abstract_state=jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout
         ),
-        init=_together("init", jax.jit(init, out_shardings=layout)),
-        begin_diagnostics=_together(
+        init=Program("init", jax.jit(init, out_shardings=layout)),
+        begin_diagnostics=Program(
             "begin_diagnostics",
             jax.jit(
                 functools.partial(diagnostics.init, config.diagnostics), out_shardings=layout.diagnostics
             ),
         ),
-        begin_loss_scale=jax.jit(
-            functools.partial(loss_scale.init, is_scaled), out_shardings=layout.loss_scale
+        begin_loss_scale=Program(
+            "begin_loss_scale",
+            jax.jit(functools.partial(loss_scale.init, is_scaled), out_shardings=layout.loss_scale),
         ),
-        train=_together(
+        train=Program(
             "train",
             jax.jit(
                 _train_step(config, model, cross_entropy, optimizer, schedule, layout.params),
@@ -137,7 +128,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
                 compiler_options=options,
             ),
         ),
-        evaluate=_together(
+        evaluate=Program(
             "evaluate",
             jax.jit(
                 functools.partial(_eval_step, model, cross_entropy),
@@ -145,6 +136,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
                 out_shardings=replicated,
                 compiler_options=options,
             ),
+            static=(3,),
         ),
         attention=attention,
         logits=losses.chunk_size(
@@ -165,26 +157,6 @@ def _attention(name: str, platform: str, mesh: Mesh) -> Callable:
         return sharding.on_devices(functools.partial(kernel, rate=rate), mesh, inputs, queries)(*arrays)
 
     return attend
-
-
-def _together(name: str, jitted: Callable) -> Callable:
-    """The same function, first run when all processes have compiled it.
-
-    Some are slower at it, or do not find it in the cache; gloo's collectives wait 30 s for them at most.
-    """
-    if jax.process_count() == 1:
-        return jitted
-    compiled = set()
-
-    def call(*args):
-        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(args[1:]))  # behind the state
-        if shapes not in compiled:
-            jitted.lower(*args).compile()  # which `jitted` takes up
-            distributed.barrier(f"compiled {name}", COMPILE_SECONDS)
-            compiled.add(shapes)
-        return jitted(*args)
-
-    return call
 
 
 def _inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,14 +15,16 @@ from absl import logging
 from trainit import __version__, diagnostics, distributed, loss_scale, metrics, sharding, sources, step
 from trainit import config as config_lib
 from trainit import workdir as folders
-from trainit.checkpoint import Checkpoints, check_same_run, due
-from trainit.config import Config, ConfigError
+from trainit.checkpoint import Checkpoints, due
+from trainit.config import Config
 from trainit.data.streaming import Streamed
 from trainit.data.tokens import Dataset
 from trainit.describe import describe
 from trainit.evaluate import evaluate
+from trainit.origin import Origin
 from trainit.peers import Peers
 from trainit.saves import Saves
+from trainit.start import Start
 from trainit.trackers import Trackers
 
 DONE, STOPPED = 0, 75  # exit codes
@@ -37,7 +38,13 @@ class Run:
     """One process's part of a training run."""
 
     def __init__(
-        self, config: Config, dataset: Dataset | Streamed, workdir: Path, peers: Peers, debug: bool = False
+        self,
+        config: Config,
+        dataset: Dataset | Streamed,
+        workdir: Path,
+        peers: Peers,
+        start: Start,
+        debug: bool = False,
     ):
         """
         Args:
@@ -45,101 +52,47 @@ class Run:
             dataset: prepared, with splits "train" and "validation"; or streamed.
             workdir: the run's folder; what it holds is resumed.
             peers: tells when to stop, and is told how far this process is.
+            start: of this process, whose parts are counted up to the first step.
             debug: let the mesh shrink to the devices that there are.
 
         Raises:
             ConfigError: the config does not fit the devices, the run folder or the checkpoint.
         """
         self.config, self.dataset, self.workdir, self.peers = config, dataset, workdir, peers
+        self.start = start
         self.token_bytes = dataset.tokenizer.token_bytes()
         sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
         self.batch_sizes = config_lib.batch_sizes(config)
         self.mesh = sharding.make_mesh(sizes)
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        self.steps = step.build(config, self.mesh)
+        with start.part("shapes"):
+            self.steps = step.build(config, self.mesh)
         describe(config, self.steps, self.mesh, dataset, workdir)
-        self.rows, self.wandb_id = 0, secrets.token_hex(4)  # rows of the training data consumed
-        self.streams: list[list[int]] | None = None  # where its streams are at the start
-        self.trained_as: dict | None = None  # config of the checkpoint that the run starts from
-        self.postponed: dict | None = None  # what was measured at a step whose validation is still to be done
         newest = distributed.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
         self.resumed = newest >= 0
-        self.state = self._resume(newest) if self.resumed else self._begin()
+        origin = Origin(config, dataset, self.steps, self._compile_ahead)
+        with start.part("restore" if self.resumed or config.checkpoint.load_path else "init"):
+            state = origin.resume(self.checkpoints, newest) if self.resumed else origin.begin()
+            self.state = jax.block_until_ready(state)
         self.step = int(self.state.step)
-        if self.trained_as:
-            sources.check_history(self.config, self.trained_as, self.rows, self.step)
+        self.rows, self.streams = origin.rows, origin.streams
+        if origin.trained_as:
+            sources.check_history(self.config, origin.trained_as, self.rows, self.step)
+        self.wandb_id = origin.meta.get("wandb_id") or secrets.token_hex(4)
+        self.postponed = origin.meta.get("postponed")  # measured at a step whose validation is to be done
         self.saved = self.step if self.resumed else None  # step of the newest checkpoint
         self.evaluated = False  # by this process, so that the program is compiled
         self.saves = Saves(self.checkpoints, peers, self._start_save)
         self.pending: tuple[int, dict] | None = None  # the newest step's metrics, still on the device
 
-    def _begin(self) -> step.TrainState:
-        """The state at the start: new, or from another run's checkpoint."""
-        c = self.config.checkpoint
-        if not c.load_path:
-            return self.steps.init()
-        source = Checkpoints(Path(c.load_path), read_only=True)
-        steps = source.steps()
-        number = max(steps, default=None) if c.load_step < 0 else c.load_step
-        if number not in steps:
-            raise ConfigError(
-                f"checkpoint.load_path={c.load_path!r} has no checkpoint of "
-                f"load_step={c.load_step}; there are {steps or 'none'}"
+    def _compile_ahead(self, number: int):
+        """Begins to compile the step behind step `number`, while its state is made or read."""
+        if number < self.config.steps:
+            shape = sharding.batch_shape(self.config, self.mesh.shape, self.batch_sizes.at(number))
+            batch = sources.abstract_batch(
+                self.config, self.dataset, shape, sharding.batch_sharding(self.mesh)
             )
-        self._accept(source, number)
-        if c.overwrite_optimizer:
-            logging.info("start      parameters of %s step %d, new optimizer", c.load_path, number)
-            fresh = self.steps.init()
-            layout = self.steps.abstract_state.params
-            params = source.restore_params(number, layout)
-            return replace(fresh, params=params, diagnostics=self.steps.begin_diagnostics(params))
-        if number >= self.config.steps:
-            raise ConfigError(
-                f"checkpoint.load_path={c.load_path!r} is at step {number}, steps={self.config.steps}: "
-                f"nothing is left to do; raise steps, or take its parameters alone with "
-                f"checkpoint.overwrite_optimizer=True"
-            )
-        logging.info("start      %s step %d", c.load_path, number)
-        return self._restore(source, number)
-
-    def _resume(self, number: int) -> step.TrainState:
-        """The state of this run's checkpoint."""
-        meta = self._accept(self.checkpoints, number)
-        self.wandb_id, self.postponed = meta["wandb_id"], meta["postponed"]
-        logging.info("resume     at step %d of %d", number, self.config.steps)
-        return self._restore(self.checkpoints, number)
-
-    def _restore(self, source: Checkpoints, number: int) -> step.TrainState:
-        state = source.restore(number, self.steps.abstract_state)
-        if self.config.diagnostics.every_steps and not state.diagnostics:
-            logging.info("statistics begin here: the checkpoint has none of this kind")
-            state = replace(state, diagnostics=self.steps.begin_diagnostics(state.params))
-        if self.steps.abstract_state.loss_scale and not state.loss_scale:
-            logging.info("loss scale begins here: the checkpoint has none")
-            state = replace(state, loss_scale=self.steps.begin_loss_scale())
-        return state
-
-    def _accept(self, source: Checkpoints, number: int) -> dict:
-        """The meta data of a checkpoint of this config and dataset; sets the position in the data."""
-        meta, c = source.meta(number), self.config
-        origin = f"checkpoint {source.folder / str(number)}"
-        overwrite = c.checkpoint.overwrite_config
-        for line in check_same_run(meta["config"], c.to_dict(), overwrite, origin):
-            logging.info("changed    %s", line)
-        if meta["dataset"] != self.dataset.fingerprint and not overwrite:
-            raise ConfigError(
-                f"{origin} was trained on dataset {meta['dataset']}, but dataset.path={c.dataset.path!r} is "
-                f"{self.dataset.fingerprint}; set --config.checkpoint.overwrite_config=True to go on with it"
-            )
-        if meta["dataset"] == self.dataset.fingerprint:  # else from the start of the new one
-            self.rows = meta["rows"] * meta["config"]["model"]["context_length"] // c.model.context_length
-            self.streams = meta.get("streams")
-            if self.streams and meta["config"]["model"]["context_length"] != c.model.context_length:
-                self.streams = [[*place, 0] for *place, _ in self.streams]  # windows are cut anew
-        else:
-            logging.info("data       from the beginning of %s", c.dataset.path)
-        self.trained_as = meta["config"]
-        return meta
+            self.steps.train.compile_ahead(self.steps.abstract_state, batch)
 
     def loop(self) -> int:
         """Trains until all steps are done or somebody asks to stop; returns the exit code.
@@ -200,12 +153,13 @@ class Run:
             if peers.save_again():
                 self._log(self._read_pending())
                 self.saves.again()
-            batch = self._wait_for(following)
+            with nullcontext() if self.start.is_over else self.start.part("data"):
+                batch = self._wait_for(following)
             if reason := peers.stop():  # all alike, whether they have their data or still wait for it
                 self._log(self._read_pending())
                 self._save()
                 return reason
-            self.state, on_device = self._train(batch)
+            self.state, on_device = self._train(batch) if self.start.is_over else self._train_first(batch)
             self.step, self.rows = self.step + 1, self.rows + self.batch_sizes.at(self.step)
             if isinstance(self.dataset, Streamed) and self.step in self.batch_sizes.starts:
                 self.streams = self._gather_streams()
@@ -214,6 +168,15 @@ class Run:
             before, self.pending = self.pending, (self.step, on_device)
             self._log(self._read(before))  # while this step runs
             self.saves.check()
+
+    def _train_first(self, batch: dict[str, jax.Array]) -> tuple[step.TrainState, dict]:
+        """The first step of this process, to its end."""
+        with self.start.part("compile"):
+            self.steps.train.compiled(self.state, batch)
+        with self.start.part("step"):
+            result = jax.block_until_ready(self._train(batch))
+        logging.info("start      to the end of step %d: %s", self.step + 1, self.start.over())
+        return result
 
     def _train(self, batch: dict[str, jax.Array]) -> tuple[step.TrainState, dict]:
         """A step. The first one with batches of another size is compiled before it runs."""

@@ -6,8 +6,14 @@ All parts of a run are measured in tests/commands/test_commands.py.
 import json
 import re
 
+import jax
 import numpy as np
+import pytest
 from processes import ROOT, start
+
+from trainit import distributed, optimizers, sharding, step
+from trainit.benchmark import contender, suite, where
+from trainit.config import MESH_AXES, defaults, model, resolve
 
 
 def test_unknown_part(random_dataset):
@@ -41,3 +47,96 @@ def test_preparing_needs_a_corpus(tmp_path):
         output, _ = process.communicate(timeout=180)
         assert process.returncode == 2, output
         assert message in output
+
+
+PROGRAM = """
+HloModule jit_train_step
+
+%body (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %fusion.1 = f32[8]{0} fusion(%p), kind=kLoop, metadata={op_name="jit(step)/jvp()/while/body/mlp/tanh"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0), metadata={op_name="batch"}
+  %while.2 = f32[8]{0} while(%x), body=%body, metadata={op_name="jit(train_step)/jvp()/while"}
+  %dot.3 = f32[8]{0} dot(%while.2, %x), metadata={op_name="jit(train_step)/transpose(jvp(head))/dot_general"}
+  %all-reduce.4 = f32[8]{0} all-reduce(%dot.3), metadata={op_name="jit(train_step)/transpose(jvp(head))/psum"}
+  ROOT %add.5 = f32[8]{0} add(%all-reduce.4, %x), metadata={op_name="jit(train_step)/add"}
+}
+"""
+
+
+def test_time_is_shared_out_by_scopes():
+    """A loop's own time is that of what it runs; what is no instruction is the host's."""
+    events = [
+        ("fusion.1", 30.0),
+        ("fusion.1", 20.0),
+        ("while.2", 55.0),
+        ("dot.3", 25.0),
+        ("all-reduce.4", 15.0),
+    ]
+    events += [("add.5", 10.0), ("ThunkExecutor::Execute", 100.0), ("$profiler.py", 7.0)]
+    found = where.shares(events, where.instructions(PROGRAM))
+    assert found == {"mlp": 0.5, "head": 0.25, "communication": 0.15, "other": 0.1}
+    assert where.shares([("nothing", 1.0)], where.instructions(PROGRAM)) == {}
+
+
+def test_a_real_profile_finds_every_part():
+    """The named scopes of model and step are in the compiled program, forward and backward."""
+    mesh = sharding.make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
+    config = defaults()
+    config.update(batch_size=2, precision="float32")
+    config.model = model(dim=32, num_heads=2, num_blocks=2, context_length=32, vocab_size=128)
+    config.optimizer = optimizers.choices()["adamw"]()
+    steps = step.build(resolve(config, 100), mesh)
+    batch = {"tokens": np.zeros((1, 2, 33), np.uint16), "lengths": np.full((1, 2), 32, np.int32)}
+    state, batch = steps.init(), jax.device_put(batch, sharding.batch_sharding(mesh))
+    compiled = steps.train.lower(state, batch).compile()
+    jax.block_until_ready(compiled(state, batch))
+    state = steps.init()
+    found = where.shares(
+        where.profile(lambda: compiled(state, batch)), where.instructions(compiled.as_text())
+    )
+    assert set(where.PARTS) <= set(found)
+    assert abs(sum(found.values()) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["trainit", "flax"])
+def test_contenders_train_the_same_kind_of_model(name, monkeypatch, tmp_path):
+    """Untrained, the loss is that of guessing; on one batch it then falls."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(distributed, "configure", lambda *args: None)  # JAX runs already
+    shape = contender.SHAPES["S"] | {
+        "num_blocks": 2,
+        "dim": 32,
+        "num_heads": 2,
+        "context_length": 32,
+        "batch": 2,
+    }
+    train = contender.CONTENDERS[name](shape | {"vocab_size": 256}, "float32")
+    losses = [train() for _ in range(20)]
+    assert abs(losses[0] - np.log(256)) < 0.7
+    assert losses[-1] < losses[0]
+
+
+def test_a_suite_counts_the_flops_of_its_model():
+    """By hand for S: 6 layers of 12 * 384**2 weights, a head of 384 * 8192, attention over 256 tokens."""
+    weights = 6 * 12 * 384**2 + 384 * 8192
+    assert suite.flops("S") == (6 * weights + 12 * 6 * 256 * 384) * 16 * 256
+
+
+def test_sweep(random_dataset):
+    args = f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={random_dataset}", "--sweep", "--steps=3"
+    one = ["--config.cpu_devices=1", *(f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "tensor"))]
+    process = start(*args, *one, "--config.model.num_blocks=1", module="trainit.benchmark")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    tried = re.findall(r"^sweep +([\d.]+) ms +([\d.]+) GiB +[\d.]+ s to compile  (.*)$", output, re.MULTILINE)
+    *rows, fastest, smallest = tried
+    assert {"as the config has it", "attention=plain"} <= {row[2] for row in rows}
+    assert re.search(r"cudnn.*cannot be: model.attention=cudnn needs an NVIDIA GPU", output)
+    assert float(fastest[0]) == min(float(row[0]) for row in rows)
+    assert float(smallest[1]) == min(float(row[1]) for row in rows)
+    for field, value in (("remat", "block"), ("scan_layers", "False"), ("device_batch_size", "1")):
+        assert any(f"{field}={value}" in row[2] for row in rows), field

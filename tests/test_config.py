@@ -31,7 +31,7 @@ def test_groups_replace_whole_parts():
     [
         ("modle=gpt2", "unknown group 'modle=gpt2'.*dataset, diagnostics, model, optimizer, schedule"),
         ("model", "unknown group 'model': write GROUP=CHOICE"),
-        ("model=gpt9", "unknown model 'gpt9': there are gpt2, gpt2_large, gpt2_medium, gpt2_xl, modern"),
+        ("model=gpt9", "unknown model 'gpt9': there are gpt2, gpt2_large, gpt2_medium, gpt2_xl, gpt3_xl, "),
         ("optimizer=adamv", "unknown optimizer 'adamv': there are ada_ftrl, adafactor, "),
     ],
 )

@@ -252,7 +252,7 @@ def _backward(rate: float, block: int, scores_mib: float, residuals, dy_BLHK):
             parts.append(dq_ngXK)
         return jnp.concatenate(parts), *totals.astype(k_gLK.dtype)
 
-    delta_BLH1 = jnp.sum((y_BLHK * dy_BLHK).astype(jnp.float32), axis=-1, keepdims=True)
+    delta_BLH1 = jnp.sum(y_BLHK.astype(jnp.float32) * dy_BLHK, axis=-1, keepdims=True)
     queries, keys = cut.documents(document_BL)
     keys_mg = None if key_BJ is None else key_BJ.reshape(-1, cut.group)
     of_queries = (cut.queries(q_BLHK), queries, cut.queries(dy_BLHK), cut.queries(delta_BLH1), log_mngX)

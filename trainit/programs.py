@@ -15,7 +15,7 @@ COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compili
 
 
 class Program:
-    """A jitted function, compiled once for each shape and type of what it is given behind its first argument.
+    """A jitted function, compiled once for each tree, shape and type of what is behind its first argument.
 
     What it is called with must be laid out as what it was compiled for: else it raises, where a jitted
     function would be compiled again. Of several processes, none runs it before all have compiled it: some are
@@ -64,7 +64,7 @@ class Program:
         how = "compiled, without a cache"
         if "/jax/compilation_cache/cache_hits" in events.seen:
             how = f"from the cache {folder}"
-        elif "/jax/compilation_cache/compile_requests_use_cache" in events.seen:
+        elif folder and "/jax/compilation_cache/compile_requests_use_cache" in events.seen:
             how = f"compiled, was not in the cache {folder}"
         logging.info("%-10s %s: %.1f s, %s", "program", self._name, seconds, how)
         distributed.give_back_memory()  # a compiler leaves some hundred MB behind
@@ -72,8 +72,8 @@ class Program:
 
 
 def _key(args: tuple) -> tuple:
-    leaves = jax.tree.leaves(args[1:])
-    return tuple((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf for leaf in leaves)
+    leaves, tree = jax.tree.flatten(args[1:])
+    return tree, *((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf for leaf in leaves)
 
 
 @functools.cache

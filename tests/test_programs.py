@@ -1,0 +1,134 @@
+"""Programs: how often they are compiled, for what, where from, and what goes wrong."""
+
+import re
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainit.programs import Program
+
+STATE = np.float32(2)  # the first argument of most programs here: what is the same in all calls
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[str]:
+    """What programs log, each line when it is compiled."""
+    lines = []
+    monkeypatch.setattr("trainit.programs.logging.info", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+@pytest.fixture
+def scale():
+    """A program x -> state x, with the shapes that it was traced for."""
+    traced = []
+
+    def function(state, x):
+        traced.append((x.shape, x.dtype.name))
+        return state * x
+
+    program = Program("scale", jax.jit(function))
+    program.traced = traced
+    return program
+
+
+def test_each_shape_and_type_is_compiled_once(scale, told):
+    for _ in range(2):
+        for x in (np.ones(3, np.float32), np.ones(4, np.float32), np.ones(3, np.int32)):
+            np.testing.assert_array_equal(scale(STATE, x), 2 * x)
+    assert scale.traced == [((3,), "float32"), ((4,), "float32"), ((3,), "int32")]
+    assert len(told) == 3
+    assert all(line.startswith("program    scale: ") for line in told)
+
+
+def test_trees_of_one_key_are_told_apart():
+    """Leaves alone do not say what a batch is: {a: x} and {b: x} have the same."""
+    program = Program("tree", jax.jit(lambda state, x: state * x.get("a", 0) + x.get("b", 0)))
+    assert program(STATE, {"a": np.float32(3)}) == 6
+    assert program(STATE, {"b": np.float32(3)}) == 3
+
+
+def test_what_is_compiled_ahead_is_what_the_call_takes_up(scale, told):
+    """From abstract arguments, in another thread, which the call waits for."""
+    threads = []
+    lower, go = scale.lower, threading.Event()
+
+    def slow(*args):
+        threads.append(threading.current_thread())
+        assert go.wait(60)
+        return lower(*args)
+
+    scale.lower = slow
+    abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), (5,))]
+    scale.compile_ahead(*abstract)
+    scale.compile_ahead(*abstract)
+    assert told == []
+    threading.Timer(0.05, go.set).start()
+    np.testing.assert_array_equal(scale(STATE, np.arange(5, dtype=np.float32)), 2 * np.arange(5))
+    assert len(threads) == len(scale.traced) == len(told) == 1
+    assert threads[0] is not threading.current_thread()
+    assert threads[0].name.startswith("compile-scale")
+
+
+def test_another_layout_or_first_argument_raises(scale):
+    """Compiled for rows on eight devices, it neither takes columns nor is compiled again for them."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    rows, columns = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), (None, "data")))
+    x = np.arange(64, dtype=np.float32).reshape(8, 8)
+    state = jax.device_put(STATE, NamedSharding(mesh, PartitionSpec()))
+    scale.compile_ahead(state, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows))
+    np.testing.assert_array_equal(scale(state, jax.device_put(x, rows)), 2 * x)
+    with pytest.raises(ValueError, match="sharding"):
+        scale(state, jax.device_put(x, columns))
+    with pytest.raises(TypeError, match=r"float32\[2\]"):
+        scale(np.ones(2, np.float32), jax.device_put(x, rows))
+    assert len(scale.traced) == 1
+
+
+def test_an_error_of_compiling_is_raised_where_it_is_called():
+    def function(state, x):
+        raise RuntimeError(f"cannot do {x.shape}")
+
+    program = Program("broken", jax.jit(function))
+    program.compile_ahead(STATE, np.ones(3, np.float32))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"cannot do \(3,\)"):
+            program(STATE, np.ones(3, np.float32))
+
+
+def test_static_arguments(told):
+    """They belong to what is compiled, and are not given to it."""
+    program = Program("power", jax.jit(lambda state, x, n: state * x**n, static_argnums=2), static=(2,))
+    x = np.arange(3, dtype=np.float32)
+    for n in (2, 3, 2):
+        np.testing.assert_array_equal(program(STATE, x, n), 2 * x**n)
+    assert len(told) == 2
+
+
+def test_hits_and_misses_of_the_cache(told, tmp_path):
+    """The same program again, as another start would have it: JAX forgets all but the folder."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    kept = {name: getattr(jax.config, name) for name in names}
+    x = np.ones(7, np.float32)
+
+    def tell(folder: str | None) -> str:
+        jax.clear_caches()
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+        assert Program("cached", jax.jit(lambda state, x: state * jnp.sin(x)))(STATE, x).shape == (7,)
+        return re.fullmatch(r"program    cached: [\d.]+ s, (.*)", told.pop())[1]
+
+    try:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        assert tell(str(tmp_path)) == f"compiled, was not in the cache {tmp_path}"
+        assert tell(str(tmp_path)) == f"from the cache {tmp_path}"
+        assert tell(None) == "compiled, without a cache"
+    finally:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    assert told == []

@@ -14,6 +14,7 @@ from trainit import optimizers
 PACKAGE = Path(trainit.__file__).parent
 # A module imports only from floors below its own, or from its own package.
 FLOORS = {
+    "settings": -1,  # before JAX starts
     "config": 0,
     "distributed": 0,
     "rendezvous": 0,

@@ -5,10 +5,8 @@ import multiprocessing
 import os
 import platform as host_platform
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import zlib
 from collections.abc import Mapping
@@ -21,11 +19,8 @@ from absl import logging
 from jax._src import distributed as jax_distributed  # its barrier has no public name
 from jax.experimental import multihost_utils
 
-# XLA's for CPUs: order and copies with which GPT-2's step takes a fifth less memory, and no more time.
-CPU_FLAGS = (
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    "--xla_cpu_copy_insertion_use_region_analysis=true",
-)
+from trainit import settings
+
 HEARTBEAT_SECONDS = 90  # of JAX: what trainit/peers.py has not noticed much earlier
 
 
@@ -134,22 +129,35 @@ def give_back_memory():
         library.malloc_trim(0)
 
 
-def configure(platform: str, cpu_devices: int, cache: Path):
-    """Chooses the devices. To be called before any other use of JAX.
+def configure(platform: str, cpu_devices: int, cache: Path, place: Place | None = None) -> str:
+    """Chooses the devices and their settings. To be called before any other use of JAX.
 
     Args:
         platform: "cpu", "cuda", ...; empty: the best there is.
         cpu_devices: virtual devices of this process where it runs on the CPU.
         cache: folder for compiled programs, which later starts read back; JAX_COMPILATION_CACHE_DIR
             overrides it.
+        place: of this process; without it, it is alone.
+
+    Returns:
+        The settings, for the log.
+
+    Raises:
+        PlaceError: TRAINIT_SETTINGS says what is not known.
     """
-    os.environ["XLA_FLAGS"] = " ".join([*CPU_FLAGS, os.environ.get("XLA_FLAGS", "")])  # the last counts
+    place = place or Place("alone")
+    here = settings.find(platform, os.environ, place.num_processes, place.hosts)
+    try:
+        told = settings.apply(here, os.environ)
+    except settings.SettingsError as error:
+        raise PlaceError(str(error)) from None
     if platform:
         jax.config.update("jax_platforms", platform)
     jax.config.update("jax_num_cpu_devices", cpu_devices)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache / f"compiled-{_processor()}"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return told
 
 
 def initialize(platform: str, place: Place, coordinator: str = ""):
@@ -200,11 +208,7 @@ def visible_gpus(environment: Mapping[str, str], place: Place) -> list[str]:
 
     Inside a container or a control group, numbers say nothing: each process may have a GPU 0 of its own.
     """
-    if shutil.which("nvidia-smi", path=environment.get("PATH")) is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
-    there = [line.strip() for line in answer.stdout.splitlines() if line.startswith("GPU-")]
+    there = list(settings.ask_nvidia_smi(environment))
     visible = there
     if "CUDA_VISIBLE_DEVICES" in environment:
         visible = []

@@ -339,8 +339,9 @@ def _run(place: distributed.Place) -> list[Row]:
     else:
         rows.append(Row("config", OK, "it can work"))
     rows.append(Row("place", OK, f"{place.source}, processes: {place.num_processes}"))
-    distributed.configure(config.platform, config.cpu_devices, command_line.cache())
     try:
+        told = distributed.configure(config.platform, config.cpu_devices, command_line.cache(), place)
+        rows.append(Row("settings", OK, told))
         coordinator = ""
         if place.num_processes > 1:
             distributed.check_coordinator(place)

@@ -67,9 +67,10 @@ def _come_together(
 ):
     """Joins the job's processes, locks the run's folder and takes this process's devices."""
     coordinator = ""
-    distributed.configure(config.platform, config.cpu_devices, command_line.cache())
+    told = distributed.configure(config.platform, config.cpu_devices, command_line.cache(), place)
     where = f": process {place.process_id} of {place.num_processes}, coordinator {place.coordinator}"
     logging.info("%-10s %s", "place", place.source + where * (place.num_processes > 1))
+    logging.info("%-10s %s", "settings", told)
     if place.num_processes > 1:
         distributed.check_coordinator(place)
         connections, coordinator = rendezvous.meet(

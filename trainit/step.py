@@ -18,9 +18,6 @@ from trainit.model import GPT, choose_attention
 from trainit.parallel import Parallel
 from trainit.programs import Program
 
-# In the scan over layers, XLA then gathers the next one's kernels while it computes one.
-GATHER_AHEAD = {"xla_gpu_enable_pipelined_all_gather": True}
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -103,7 +100,6 @@ def build(config: Config, mesh: Mesh) -> Steps:
     abstract = jax.eval_shape(init)
     layout = sharding.state_shardings(abstract, shapes, mesh)
     replicated = sharding.replicated(mesh)
-    options = GATHER_AHEAD if device.platform == "gpu" and mesh.shape["fsdp"] > 1 else None
     return Steps(
         abstract_state=jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout
@@ -125,7 +121,6 @@ def build(config: Config, mesh: Mesh) -> Steps:
                 _train_step(config, model, cross_entropy, optimizer, schedule, layout.params),
                 donate_argnums=0,
                 out_shardings=(layout, replicated),
-                compiler_options=options,
             ),
         ),
         evaluate=Program(
@@ -134,7 +129,6 @@ def build(config: Config, mesh: Mesh) -> Steps:
                 functools.partial(_eval_step, model, cross_entropy),
                 static_argnums=3,
                 out_shardings=replicated,
-                compiler_options=options,
             ),
             static=(3,),
         ),

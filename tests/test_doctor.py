@@ -85,8 +85,9 @@ def test_alone(random_dataset, tmp_path):
     )
     found = verdicts(output)
     assert set(found.values()) == {OK, NOTE}
-    assert {"config", "devices", "all-reduce", "workdir", "shared", "mesh", "dataset", "clocks"} <= set(found)
-    assert "all 14 checks passed" in output
+    named = {"config", "settings", "devices", "all-reduce", "workdir", "shared", "mesh", "dataset", "clocks"}
+    assert named <= set(found)
+    assert "all 15 checks passed" in output
     assert not list((tmp_path / "run/logs").iterdir())  # it leaves nothing behind
 
 
@@ -99,7 +100,7 @@ def test_what_fails_does_not_hide_the_rest(tmp_path):
     assert {name for name, verdict in found.items() if verdict == FAIL} == {"dataset", "workdir"}
     assert found["all-reduce"] == OK
     assert "'data/none' does not exist" in output
-    assert "2 of 11 checks failed" in output
+    assert "2 of 12 checks failed" in output
 
 
 def test_a_mesh_that_does_not_fit(random_dataset, tmp_path):

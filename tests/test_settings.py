@@ -229,3 +229,25 @@ def test_readme_has_the_table():
     for row in TABLE:
         line = next(line for line in text.splitlines() if f"`{row.name.removeprefix('--')}" in line)
         assert row.source.partition(";")[0].partition(":")[0] in line, row
+
+
+def test_the_command_begins_anew_with_huge_pages_and_stays_the_same_process():
+    """The program sees its own arguments, the setting and the process's number from before."""
+    program = (
+        "import os, sys; from trainit import settings; print(os.getpid()); sys.stdout.flush();"
+        "settings.use_huge_pages(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+
+    def run(**more: str) -> list[str]:
+        command = [sys.executable, "-c", program, "--a=b", "c d"]
+        process = subprocess.run(
+            command, capture_output=True, text=True, env=environment | more, cwd=ROOT, check=True
+        )
+        return process.stdout.splitlines()
+
+    first, second, last = run()
+    assert first == second
+    assert last == "glibc.malloc.hugetlb=1 ['--a=b', 'c d']"
+    assert run(GLIBC_TUNABLES="glibc.malloc.check=0")[1:] == ["glibc.malloc.check=0 ['--a=b', 'c d']"]
+    assert run(TRAINIT_SETTINGS="off")[1:] == ["None ['--a=b', 'c d']"]

@@ -12,9 +12,11 @@ import os
 import signal
 from pathlib import Path
 
+from trainit import settings
 from trainit.peers import STOP_SIGNALS, Peers
 
 if __name__ == "__main__":
+    settings.use_huge_pages()
     # What follows takes seconds to import. A signal that comes meanwhile waits until Peers listens.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 

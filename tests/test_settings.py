@@ -16,6 +16,7 @@ H100, B200, A100, T4 = "NVIDIA H100 80GB HBM3", "NVIDIA B200", "NVIDIA A100-SXM4
 CPU_FLAGS = {
     "xla_cpu_enable_concurrency_optimized_scheduler": "false",
     "xla_cpu_copy_insertion_use_region_analysis": "true",
+    "xla_backend_optimization_level": "2",
 }
 OVERLAP = dict.fromkeys(
     (

@@ -124,19 +124,3 @@ def test_a_suite_counts_the_flops_of_its_model():
     """By hand for S: 6 layers of 12 * 384**2 weights, a head of 384 * 8192, attention over 256 tokens."""
     weights = 6 * 12 * 384**2 + 384 * 8192
     assert suite.flops("S") == (6 * weights + 12 * 6 * 256 * 384) * 16 * 256
-
-
-def test_sweep(random_dataset):
-    args = f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={random_dataset}", "--sweep", "--steps=3"
-    one = ["--config.cpu_devices=1", *(f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "tensor"))]
-    process = start(*args, *one, "--config.model.num_blocks=1", module="trainit.benchmark")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    tried = re.findall(r"^sweep +([\d.]+) ms +([\d.]+) GiB +[\d.]+ s to compile  (.*)$", output, re.MULTILINE)
-    *rows, fastest, smallest = tried
-    assert {"as the config has it", "attention=plain"} <= {row[2] for row in rows}
-    assert re.search(r"cudnn.*cannot be: model.attention=cudnn needs an NVIDIA GPU", output)
-    assert float(fastest[0]) == min(float(row[0]) for row in rows)
-    assert float(smallest[1]) == min(float(row[1]) for row in rows)
-    for field, value in (("remat", "block"), ("scan_layers", "False"), ("device_batch_size", "1")):
-        assert any(f"{field}={value}" in row[2] for row in rows), field

@@ -92,8 +92,22 @@ def execute(folder, command: str, short: bool = True) -> str:
 def test_commands(command, folder):
     """In the order in which they stand there; the run that is trained on ends sooner than in the README."""
     output = execute(folder, command.replace("--config.steps=260", "--config.steps=8"))
+    if "--sweep" in command:
+        check_sweep(output)
     for pattern in REPORTS if "trainit.benchmark" in command and "--sweep" not in command else ():
         assert re.search(pattern, output), (pattern, output)
+
+
+def check_sweep(output: str):
+    """All that can be is tried, and the best are the best of these."""
+    tried = re.findall(r"^sweep +([\d.]+) ms +([\d.]+) GiB +[\d.]+ s to compile  (.*)$", output, re.MULTILINE)
+    *rows, fastest, smallest = tried
+    assert {"as the config has it", "attention=plain"} <= {row[2] for row in rows}
+    assert re.search(r"cudnn.*cannot be: model.attention=cudnn needs an NVIDIA GPU", output)
+    assert float(fastest[0]) == min(float(row[0]) for row in rows)
+    assert float(smallest[1]) == min(float(row[1]) for row in rows)
+    for field, value in (("remat", "block"), ("scan_layers", "False"), ("device_batch_size", "1")):
+        assert any(f"{field}={value}" in row[2] for row in rows), field
 
 
 def test_own_data_and_own_config(folder, monkeypatch):

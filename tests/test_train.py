@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+import re
 import signal
 import time
 
@@ -203,6 +204,9 @@ def test_a_postponed_validation_that_is_no_longer_asked_for(command, tmp_path):
     assert [r["step"] for r in records] == list(range(13))
     assert "train/loss" in records[10]
     assert "valid/loss" not in records[10]
+    log = (workdir / "logs/process_0.log").read_text()
+    starts = re.findall(r"start      to the end of step (\d+): .* (init|restore) ", log)
+    assert starts == [("1", "init"), ("11", "restore")]
 
 
 def test_load_path(command, whole, undisturbed, tmp_path):

@@ -19,7 +19,10 @@ class Start:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts this time as a part of the start; parts of one name are added up, none contains another."""
+        """Counts this time as a part of the start; parts of one name are added up, none contains another.
+
+        When the start is over, parts may go on and are told to nobody.
+        """
         begun = time.monotonic()
         try:
             yield

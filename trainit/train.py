@@ -114,7 +114,8 @@ class Run:
         self._write_config_and_facts()
         keep = self.step - (self.postponed is not None) if self.resumed else -1
         lead = distributed.is_lead()
-        self.tracker = Trackers(lead, self.workdir, c.to_dict(), self.step, keep, self.wandb_id)
+        with self.start.part("trackers"):
+            self.tracker = Trackers(lead, self.workdir, c.to_dict(), self.step, keep, self.wandb_id)
         self.meter = metrics.Meter(c.model)
         code = 1
         try:
@@ -153,7 +154,7 @@ class Run:
             if peers.save_again():
                 self._log(self._read_pending())
                 self.saves.again()
-            with nullcontext() if self.start.is_over else self.start.part("data"):
+            with self.start.part("data"):
                 batch = self._wait_for(following)
             if reason := peers.stop():  # all alike, whether they have their data or still wait for it
                 self._log(self._read_pending())
@@ -294,7 +295,8 @@ class Run:
         """Validation metrics; None if the run is to stop before they are complete."""
         _, rows, length = sharding.batch_shape(self.config, self.mesh.shape)
         pace, self.evaluated, first = self.peers.pace, True, not self.evaluated
-        with pace.patiently("compiling the evaluation") if first else nullcontext():
+        patience = pace.patiently("compiling the evaluation") if first else nullcontext()
+        with patience, self.start.part("validation"):
             result = evaluate(
                 self.steps,
                 self.state.params,

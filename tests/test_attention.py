@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from test_model import model_config, random_parameters, random_tokens
 
-from trainit import attention
+from trainit import attention, sharding, step
+from trainit import config as config_lib
 from trainit.model import GPT
 
 BLOCK = 4
@@ -125,3 +127,27 @@ def test_a_model_is_the_same_with_either_kernel(changes):
         GPT(c, attend=kernel)(parameters, tokens_BL) for kernel in (attention.plain, attention.blockwise)
     ]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5 * np.abs(logits[0]).max())
+
+
+def test_blockwise_over_a_mesh_is_that_of_one_device():
+    """Two steps with dropout, documents and shared key heads, on 8 devices and on one: the same losses."""
+
+    def losses(sizes):
+        config = tiny.get_config()
+        config.update(batch_size=8, device_batch_size=0)
+        config.model.update(num_kv_heads=2, context_length=attention.BLOCK + 32, attention="blockwise")
+        config.model.update(document_mask=True, end_of_text=3)
+        config = config_lib.resolve(config, 100)
+        mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+        steps = step.build(config, mesh)
+        ids = np.random.default_rng(0).integers(0, 100, (1, 8, config.model.context_length + 1))
+        batch = {"tokens": ids.astype(np.uint16), "lengths": np.full((1, 8), ids.shape[2] - 1, np.int32)}
+        batch, state, found = jax.device_put(batch, sharding.batch_sharding(mesh)), steps.init(), []
+        for _ in range(2):
+            state, result = steps.train(state, batch)
+            found += [float(result["train/loss"]), float(result["train/grad_norm"])]
+        return found
+
+    one = losses({"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
+    many = losses({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    np.testing.assert_allclose(many, one, rtol=2e-5)

@@ -230,7 +230,8 @@ def _backward(rate: float, block: int, scores_mib: float, residuals, dy_BLHK):
     def group(arrays):
         *of_queries, k_gLK, v_gLK, key_gL, key_g = arrays
         kt_gKL, vt_gKL = jnp.swapaxes(k_gLK, 1, 2), jnp.swapaxes(v_gLK, 1, 2)
-        totals, parts = jnp.zeros((2, *kt_gKL.shape), jnp.float32), []
+        # Zeros like what is summed: within shard_map, they differ between devices as that does.
+        totals, parts = jnp.zeros_like(jnp.stack([kt_gKL, vt_gKL]), jnp.float32), []
         for stage in range(cut.stages):
             end = cut.end(stage)
             kt_gKS, vt_gKS, k_gSK = kt_gKL[..., :end], vt_gKL[..., :end], k_gLK[:, :end]

@@ -7,7 +7,7 @@ fsdp. The table also names each parameter's kind, by which decay masks, Muon and
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -283,17 +283,3 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def on_devices(function: Callable, mesh: Mesh, inputs: tuple[tuple, ...], output: tuple) -> Callable:
-    """The same function, of each device's own parts of arrays, where it needs no others'.
-
-    Args:
-        function: of arrays, some of which may be None.
-        mesh: with axes `MESH_AXES`.
-        inputs: logical axes of each; only such as split what may be split.
-        output: likewise.
-    """
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=tuple(map(spec, inputs)), out_specs=spec(output), check_vma=False
-    )

@@ -75,8 +75,9 @@ def build(config: Config, mesh: Mesh) -> Steps:
         attention = choose_attention(config.model, platform, parts["attention"].dtype.name)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
-    attend = _attention(attention, device.platform, mesh)
-    model = GPT(config.model, config.precision, attend, Parallel(mesh), parts)
+    parallel = Parallel(mesh)
+    attend = _attention(attention, device.platform, parallel)
+    model = GPT(config.model, config.precision, attend, parallel, parts)
     cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
@@ -139,16 +140,17 @@ def build(config: Config, mesh: Mesh) -> Steps:
     )
 
 
-def _attention(name: str, platform: str, mesh: Mesh) -> Callable:
+def _attention(name: str, platform: str, parallel: Parallel) -> Callable:
     """Attention's kernel of this name, each device working on its own rows and heads."""
     kernel = {"plain": kernels.plain, "blockwise": kernels.blockwise, "cudnn": kernels.cudnn}[name]
     if name == "blockwise" and platform != "cpu":  # which want much to do at once
         kernel = functools.partial(kernel, scores_mib=kernels.SCORES_MIB_OF_GPUS)
-    queries, keys = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
-    inputs = (queries, keys, keys, ("batch", "length"), ("batch", "kv_heads"))
+    queries = parallel.spec("batch", "length", "heads", None)
+    keys = parallel.spec("batch", "length", "kv_heads", None)
+    inputs = (queries, keys, keys, parallel.spec("batch", "length"), parallel.spec("batch", "kv_heads"))
 
     def attend(*arrays, rate: float) -> jax.Array:
-        return sharding.on_devices(functools.partial(kernel, rate=rate), mesh, inputs, queries)(*arrays)
+        return parallel.on_devices(functools.partial(kernel, rate=rate), inputs, queries)(*arrays)
 
     return attend
 

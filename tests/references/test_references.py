@@ -304,31 +304,22 @@ def test_shampoo_with_grafting():
     )
 
 
-def test_prodigy():
-    """The author's; ours is optax's, whose decay has no mask."""
+@pytest.mark.parametrize(
+    "name, reference",
+    [
+        ("prodigy", prodigyopt.Prodigy),
+        ("dadapt_adamw", functools.partial(dadaptation.DAdaptAdam, decouple=True)),
+    ],
+)
+def test_a_rate_that_is_found(name, reference):
+    """The authors'; ours are optax's, whose decay has no mask."""
     ones = np.ones(STEPS)
     compare(
-        ours("optax.contrib.prodigy", {"betas": (0.8, 0.97), "estim_lr0": 1e-2}, 0.03, ones),
-        lambda groups, named: prodigyopt.Prodigy(
+        ours(f"optax.contrib.{name}", {"betas": (0.8, 0.97), "estim_lr0": 1e-2}, 0.03, ones),
+        lambda groups, named: reference(
             [group | {"weight_decay": 0.03} for group in groups],
             betas=(0.8, 0.97),
             d0=1e-2,
-            use_bias_correction=True,
-        ),
-        rates=ones,
-    )
-
-
-def test_d_adaptation():
-    """The authors'; ours is optax's, whose decay has no mask."""
-    ones = np.ones(STEPS)
-    compare(
-        ours("optax.contrib.dadapt_adamw", {"betas": (0.8, 0.97), "estim_lr0": 1e-2}, 0.03, ones),
-        lambda groups, named: dadaptation.DAdaptAdam(
-            [group | {"weight_decay": 0.03} for group in groups],
-            betas=(0.8, 0.97),
-            d0=1e-2,
-            decouple=True,
             use_bias_correction=True,
         ),
         rates=ones,

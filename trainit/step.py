@@ -287,7 +287,8 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
 
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = update()
-        update_norm = _norm_apart(updates, lambda: update()[0], finite)
+        # With gradients taken elsewhere an update is costly, and to trace it again, too.
+        update_norm = optax.tree.norm(updates) if elsewhere else _norm_apart(updates, update, finite)
         good = finite & jnp.isfinite(update_norm)
         if state.loss_scale and elsewhere:
             good &= loss_scale.stays_finite(opt_state, state.opt_state)
@@ -329,16 +330,16 @@ def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Ca
     return train_step
 
 
-def _norm_apart(updates: dict, update: Callable[[], dict], finite: jax.Array) -> jax.Array:
+def _norm_apart(updates: dict, update: Callable[[], tuple], finite: jax.Array) -> jax.Array:
     """The global norm of updates, which may be NaN if not `finite`.
 
     Whether a step is good is known when this norm is, and nothing of the state can be overwritten before.
     All that is new would wait in memory until then. So an update without matrix products, which is cheap, is
     made once more in a branch of its own, where it is summed up as it arises.
     """
-    if "dot_general" in str(jax.make_jaxpr(update)()):
+    if "dot_general" in str(jax.make_jaxpr(lambda: update()[0])()):
         return optax.tree.norm(updates)
-    return jax.lax.cond(finite, lambda: optax.tree.norm(update()), lambda: jnp.float32(jnp.nan))
+    return jax.lax.cond(finite, lambda: optax.tree.norm(update()[0]), lambda: jnp.float32(jnp.nan))
 
 
 def _eval_step(model, cross_entropy, params: dict, batch: dict, token_bytes_V, subsets: int) -> dict:

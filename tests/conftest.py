@@ -21,9 +21,12 @@ import jax
 import numpy as np
 import pytest
 
+from trainit import settings
+
 # A suite that is started in the background ignores SIGINT, and so would all that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+settings.collect_garbage_rarely()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.environ["TRAINIT_CACHE"] + "/compiled")

@@ -18,7 +18,7 @@ import jaxlib
 ROOT = Path(__file__).parent.parent
 # XLA_FLAGS of the tests' own process and of those that it starts: compiles in a third of the time, to slower
 # programs. Where a run must be what a user's is, a test gives XLA_FLAGS="".
-FAST = "--xla_backend_optimization_level=0"
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jaxlib.__version__.startswith("0.10."):  # later ones do not know the flag, and end at once
     FAST += " --xla_cpu_use_fusion_emitters=false"
 # With the tests' usual rate of 1e-2, rounding grows to percents in some 150 steps; with this one it does not.
@@ -52,13 +52,14 @@ IMPORTED = """
 import json, os, sys
 from trainit import command_line, main
 for line in sys.stdin:
-    *arguments, output = json.loads(line)
+    arguments, environment, output = json.loads(line)
     if child := os.fork():
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
     file = os.open(output, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    os.environ.update(environment)
     sys.argv = ["trainit.main", *arguments]
     command_line.run(main._main)
 """
@@ -79,11 +80,14 @@ def _imported() -> subprocess.Popen:
     return process
 
 
-def run_imported(*args: str, expect: int = 0) -> str:
-    """As `run`, in a fork of a process that has imported Trainit but done nothing else."""
+def run_imported(*args: str, expect: int = 0, **environment: str) -> str:
+    """As `run`, in a fork of a process that has imported Trainit but done nothing else.
+
+    environment: what Python reads when it starts, such as PYTHONPATH, comes too late.
+    """
     process = _imported()
     with tempfile.NamedTemporaryFile("r") as output:
-        process.stdin.write(json.dumps([*map(str, args), output.name]) + "\n")
+        process.stdin.write(json.dumps([[*map(str, args)], environment, output.name]) + "\n")
         process.stdin.flush()
         code, text = int(process.stdout.readline()), output.read()
     assert code == expect, f"exit code {code} instead of {expect}:\n{text}"

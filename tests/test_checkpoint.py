@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from processes import ROOT, exact, metrics, run
+from processes import ROOT, exact, metrics, run, run_imported
 from test_config import make
 
 from trainit import sharding, step
@@ -152,7 +152,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, 
         "--config.steps=12",
         "--config.checkpoint.save_steps=6",
     ]
-    run(*command, "--config.steps=6")
+    run_imported(*command, "--config.steps=6")
     before = exact(metrics(small_disk / "run"))
     free = os.statvfs(small_disk)
     (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 3_000_000))
@@ -167,7 +167,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, 
     steps = build(model__dim=128)
     assert int(checkpoints.restore(6, steps.abstract_state).step) == 6
     (small_disk / "ballast").unlink()
-    run(*command, more)
+    run_imported(*command, more)
     assert exact(metrics(small_disk / "run"))[: len(before)] == before
     assert [r["step"] for r in metrics(small_disk / "run")] == list(range(13))
 

@@ -118,7 +118,7 @@ def test_damaged_datasets(random_dataset, tmp_path):
 def test_debug_runs_the_cluster_config_here_and_refuses_another_model(tmp_path):
     """The benchmark shrunk: the demo text in place of the missing Pile, eight devices, ten steps."""
     command = "--config=configs/pile_gpt.py", "--debug", f"--workdir={tmp_path}", "--config.mesh.tensor=4"
-    output = run(*command)
+    output = run_imported(*command)
     assert "data 1 × fsdp 2 × tensor 4" in output
     assert "done       all 10 steps" in output
     assert [r["step"] for r in metrics(tmp_path)] == list(range(11))

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import tiny
-from processes import last_step, metrics, run, start, wait_for
+from processes import last_step, metrics, run_imported, start, wait_for
 
 from trainit import config as config_lib
 from trainit import sources
@@ -173,13 +173,13 @@ def test_a_run_on_a_mixture_with_a_document_mask(subset_dataset, tmp_path):
         *("--config.dataset.order=blocks", "--config.dataset.block_tokens=320"),
         *("--config.model.document_mask=True", "--config.schedule.warmup=2", "--config.steps=24"),
     )
-    run(*arguments, f"--workdir={tmp_path}/whole")
+    run_imported(*arguments, f"--workdir={tmp_path}/whole")
     process = start(*arguments, f"--workdir={tmp_path}/parts")
     assert wait_for(process, lambda: last_step(tmp_path / "parts") >= 3)
     process.terminate()
     assert process.wait(60) == 75
     assert last_step(tmp_path / "parts") < 24
-    run(*arguments, f"--workdir={tmp_path}/parts")
+    run_imported(*arguments, f"--workdir={tmp_path}/parts")
     whole, parts = (metrics(tmp_path / name) for name in ("whole", "parts"))
     assert [record["train/loss"] for record in whole[1:]] == [record["train/loss"] for record in parts[1:]]
     last = whole[-1]

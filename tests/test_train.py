@@ -29,7 +29,7 @@ from trainit.checkpoint import Checkpoints
 
 KILLS = 10
 # One program, compiled as users' are, for most runs here; others, with which one run is made, are given FAST.
-run = functools.partial(processes.run, XLA_FLAGS="")
+run = functools.partial(processes.run_imported, XLA_FLAGS="")
 start = functools.partial(processes.start, XLA_FLAGS="")
 
 
@@ -146,7 +146,7 @@ def _run_until_ten(folder, *args):
         "    return milestone(self, last, reason or ('TEST' if self.step == 10 else ''))\n"
         "Run._milestone = stop_at_ten\n"
     )
-    run(*args, expect=75, PYTHONPATH=f"{folder}:{ROOT}")
+    processes.run(*args, expect=75, PYTHONPATH=f"{folder}:{ROOT}", XLA_FLAGS="")
 
 
 def test_stopped_where_validation_is_due(command, undisturbed, tmp_path):

@@ -17,6 +17,7 @@ from trainit.peers import STOP_SIGNALS, Peers
 
 if __name__ == "__main__":
     settings.use_huge_pages()
+    settings.collect_garbage_rarely()
     # What follows takes seconds to import. A signal that comes meanwhile waits until Peers listens.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 

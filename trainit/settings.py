@@ -4,6 +4,7 @@ One table, in which each row has its condition and its source. What the user has
 TRAINIT_SETTINGS=off leaves all of them out.
 """
 
+import gc
 import os
 import shutil
 import subprocess
@@ -40,6 +41,15 @@ def use_huge_pages():
     if sys.platform == "linux" and not chosen:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def collect_garbage_rarely():
+    """Python's collector runs after 100,000 new objects, not 700, and looks at old ones hardly ever.
+
+    What is imported and traced is some million objects that stay. By default it walks all of them again and
+    again while there come more: a tenth of the seconds in which a small run starts (measured).
+    """
+    gc.set_threshold(100_000, 50, 100)
 
 
 @dataclass(frozen=True)

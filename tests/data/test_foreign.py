@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from processes import ROOT, metrics, run
+from processes import ROOT, metrics, run_imported
 
 from trainit.data import columns, loader, tokenizers
 from trainit.data.foreign import open_path
@@ -503,12 +503,12 @@ def test_a_run(random_dataset, tmp_path):
         ids = np.concatenate([np.fromfile(shard, "<u2") for shard in shards])
         ids.tofile(tmp_path / "data" / file)
     tiny = f"--config={ROOT}/tests/tiny.py", "--config.steps=6", "--config.eval.every_steps=3"
-    run(*tiny, f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}/ours")
+    run_imported(*tiny, f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}/ours")
     theirs = (
         *(*tiny, f"--config.dataset.path={tmp_path}/data", "--config.dataset.tokenizer=bytes"),
         "--config.dataset.workers=1",
     )
-    output = run(*theirs, f"--workdir={tmp_path}/theirs")
+    output = run_imported(*theirs, f"--workdir={tmp_path}/theirs")
     assert f"{tmp_path}/data: nanoGPT, read as one stream, " in output
     names = ("step", "train/loss", "valid/loss", "valid/bits_per_byte")
     ours, read = (
@@ -521,5 +521,5 @@ def test_a_run(random_dataset, tmp_path):
     ids = np.fromfile(tmp_path / "data" / "train.bin", "<u2")
     ids[::50] = 300
     ids.tofile(tmp_path / "data" / "train.bin")
-    output = run(*theirs, f"--workdir={tmp_path}/wrong", expect=2)
+    output = run_imported(*theirs, f"--workdir={tmp_path}/wrong", expect=2)
     assert "is the id 300, but dataset.tokenizer has 257 ids" in output

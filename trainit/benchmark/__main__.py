@@ -12,6 +12,12 @@ import os
 import re
 import sys
 
+from trainit import settings
+
+if __name__ == "__main__":  # as the command that trains
+    settings.use_huge_pages()
+    settings.collect_garbage_rarely()
+
 import jax
 from absl import flags
 

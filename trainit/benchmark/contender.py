@@ -219,4 +219,5 @@ def _peak() -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "trainit":  # as its own command does
         settings.use_huge_pages()
+        settings.collect_garbage_rarely()
     main(*sys.argv[1:])

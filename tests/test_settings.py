@@ -10,7 +10,7 @@ import pytest
 from processes import ROOT, end, start
 
 from trainit.distributed import Place, visible_gpus
-from trainit.settings import TABLE, Here, SettingsError, apply, find
+from trainit.settings import TABLE, TUNABLES, Here, SettingsError, apply, find
 
 H100, B200, A100, T4 = "NVIDIA H100 80GB HBM3", "NVIDIA B200", "NVIDIA A100-SXM4-80GB", "Tesla T4"
 CPU_FLAGS = {
@@ -232,11 +232,11 @@ def test_readme_has_the_table():
         assert row.source.partition(";")[0].partition(":")[0] in line, row
 
 
-def test_the_command_begins_anew_with_huge_pages_and_stays_the_same_process():
+def test_the_command_begins_anew_with_glibc_s_settings_and_stays_the_same_process():
     """The program sees its own arguments, the setting and the process's number from before."""
     program = (
         "import os, sys; from trainit import settings; print(os.getpid()); sys.stdout.flush();"
-        "settings.use_huge_pages(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
+        "settings.tune_allocator(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
 
@@ -249,6 +249,6 @@ def test_the_command_begins_anew_with_huge_pages_and_stays_the_same_process():
 
     first, second, last = run()
     assert first == second
-    assert last == "glibc.malloc.hugetlb=1 ['--a=b', 'c d']"
+    assert last == f"{TUNABLES} ['--a=b', 'c d']"
     assert run(GLIBC_TUNABLES="glibc.malloc.check=0")[1:] == ["glibc.malloc.check=0 ['--a=b', 'c d']"]
     assert run(TRAINIT_SETTINGS="off")[1:] == ["None ['--a=b', 'c d']"]

@@ -118,6 +118,18 @@ class Parallel:
         rest = tuple(axis for axis in self.axes("batch", "length") if axis not in fsdp)
         return self.sum(scatter_sum(gradient, fsdp, dimension), rest)
 
+    def behind(self, x: jax.Array, others) -> jax.Array:
+        """x, on CPUs not to be used before the others, a tree of arrays, are there.
+
+        XLA would leave gradients to the end of a layer, such as a bias's, and keep in memory what they are
+        sums of: GPT-2's step takes 5 % more. On CPUs it drops barriers, but no product with 0, which may be
+        NaN. Where it is, the others are not finite, and the step is none. On GPUs, what comes next hides the
+        others' exchanges.
+        """
+        if self.mesh is None or self.mesh.devices.flat[0].platform != "cpu":
+            return x
+        return x + sum(0 * other.ravel()[0] for other in jax.tree.leaves(others)).astype(x.dtype)
+
     @staticmethod
     def sum(tree, axes: tuple[str, ...]):
         return jax.lax.psum(tree, axes) if axes else tree
@@ -188,7 +200,7 @@ def _widen_backward(p: Parallel, float8: bool, saved, dys):
         ds = tuple(factor(dy, backward, p.axes("batch", "length", "mlp")) for dy in dys)
         dx_bLD = sum(back(kernel, d) for (kernel, _), d in zip(weights, ds, strict=True))
         d_weights = tuple(gradient(bias, dy, d) for (_, bias), dy, d in zip(weights, dys, ds, strict=True))
-        return scatter_sum(dx_bLD, p.tensor, 1), d_weights
+        return scatter_sum(p.behind(dx_bLD, d_weights), p.tensor, 1), d_weights
 
     x_BLD, weights = saved
     specs = p.widening(weights)
@@ -230,8 +242,8 @@ def _narrow_backward(p: Parallel, float8: bool, saved, dy_BLD):
             d_kernel = jnp.moveaxis(dot(dy_bLD, wide, ((0, 1), (0, 1)), jnp.float32), 0, -1)
         else:
             d_kernel = dot(wide, dy_bLD, ((0, 1), (0, 1)), jnp.float32)
-        d_kernel = p.sum_gradient(d_kernel, last)
-        return dx, d_kernel, p.sum(d_bias, p.axes("batch", "residual_length"))
+        d_kernel, d_bias = p.sum_gradient(d_kernel, last), p.sum(d_bias, p.axes("batch", "residual_length"))
+        return p.behind(dx, (d_kernel, d_bias)), d_kernel, d_bias
 
     x, kernel, bias = saved
     specs = (p.wide(x.ndim), p.kernel(kernel.ndim, False), None if bias is None else PartitionSpec())

@@ -15,7 +15,7 @@ import sys
 from trainit import settings
 
 if __name__ == "__main__":  # as the command that trains
-    settings.use_huge_pages()
+    settings.tune_allocator()
     settings.collect_garbage_rarely()
 
 import jax

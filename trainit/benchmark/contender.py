@@ -67,9 +67,10 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
     config = config_lib.resolve(config, shape["vocab_size"])
     mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[:1])
     steps = step.build(config, mesh)
-    state = [steps.init()]
     batch = {"tokens": ids(shape)[None], "lengths": np.full((1, shape["batch"]), shape["context_length"])}
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    steps.train.compile_ahead(steps.abstract_state, batch)
+    state = [steps.init()]
 
     def train() -> float:
         state[0], result = steps.train(state[0], batch)
@@ -218,6 +219,6 @@ def _peak() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "trainit":  # as its own command does
-        settings.use_huge_pages()
+        settings.tune_allocator()
         settings.collect_garbage_rarely()
     main(*sys.argv[1:])

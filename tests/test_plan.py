@@ -26,6 +26,16 @@ STEPS = {
         MODERN | DOCUMENTS | {"remat": "dots"},
         {"precision": "float32"},
     ),
+    "replicas": (
+        {"data": 4, "fsdp": 2},
+        {"remat": "dots", "context_length": 256},
+        {"device_batch_size": 1},
+    ),
+    "replicas of tensor": (
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        MODERN | DOCUMENTS | {"remat": "block"},
+        {"device_batch_size": 1},
+    ),
     "unrolled": ({"fsdp": 4, "tensor": 2}, {"scan_layers": False, "head_bias": True}, {"z_loss": 0.1}),
 }
 
@@ -46,7 +56,8 @@ def test_the_compiled_step_exchanges_what_is_planned(mesh, model, fields):
     config = tiny.get_config()
     config.mesh.update(**dict.fromkeys(MESH_AXES, 1) | mesh)
     config.update(batch_size=16, device_batch_size=0, precision="bfloat16")
-    config.model.update(dim=256, num_heads=8, num_blocks=3, context_length=128, attn_dropout=0.1, **model)
+    sizes = {"dim": 256, "num_heads": 8, "num_blocks": 3, "context_length": 128, "attn_dropout": 0.1}
+    config.model.update(**sizes | model)
     config.update(fields)
     config = config_lib.resolve(config, 1024)
     sizes = sharding.mesh_sizes(config, 8)

@@ -164,6 +164,8 @@ def _trips(condition: list[str]) -> int:
         name, result, operation, rest = _INSTRUCTION.match(line).groups()
         if operation == "constant" and result in ("s32[]", "s64[]"):
             constants[name] = rest.partition(")")[0]
+        elif operation == "copy":
+            constants[name] = constants.get(rest.partition(")")[0], "")
         if "ROOT" in line and operation == "compare" and "direction=LT" in rest:
             bound = constants.get(re.findall(r"%[\w.-]+", rest)[1], "")
             if bound.isdigit():

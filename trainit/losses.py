@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from trainit.model import Head
 from trainit.parallel import Parallel, gather, scatter_sum
@@ -40,13 +40,13 @@ class CrossEntropy:
     """The cross-entropy of a head on a mesh.
 
     Args:
-        mesh: with axes `config.MESH_AXES`.
+        parallel: the mesh.
         logits_mib: MiB of logits that a device has in memory at once; 0: all.
         z_loss: weight of the squared logarithm of the softmax's denominator (PaLM, Chowdhery et al. 2022,
             arXiv 2204.02311, section 5) in what is minimized.
     """
 
-    mesh: Mesh
+    parallel: Parallel
     logits_mib: float = 0.0
     z_loss: float = 0.0
 
@@ -63,11 +63,11 @@ class CrossEntropy:
             logit; "log_total" the logarithm of the softmax's denominator, float32.
         """
 
-        def local(head, x_BLD, targets_BL):
+        def local(head, x_BLD, _, targets_BL):
             chunks, join = self._chunks(head, x_BLD, targets_BL)
             return join(jax.lax.map(lambda chunk: self._scores(head, *chunk)[0], chunks))
 
-        return self._on_devices(local, self._spec("batch", "length"), head, x_BLD, targets_BL)
+        return self._on_devices(local, self._spec("batch", "length"), head, x_BLD, None, targets_BL)
 
     def sums(
         self, head: Head, x_BLD, targets_BL, mask_BL, scale: jax.Array | None = None
@@ -93,10 +93,10 @@ class CrossEntropy:
     def with_gradient(self, head: Head, x_BLD, targets_BL, mask_BL, scale) -> tuple[dict, Head, jax.Array]:
         """What `tokens` gives, and the float32 gradients of what `sums` minimizes, by head and by x."""
 
-        def local(head, x_BLD, targets_BL, mask_BL):
+        def local(head, x_BLD, scale, targets_BL, mask_BL):
             chunks, join = self._chunks(head, x_BLD, targets_BL, mask_BL)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
-            zeros = jax.lax.pcast(zeros, self._axes("batch", "length", "vocab"), to="varying")
+            zeros = self.parallel.varying(zeros, "batch", "length", "vocab")
             step = functools.partial(self._add_gradient, head, scale)
             d_head, (tokens, dx_nRD) = jax.lax.scan(step, zeros, chunks)
             d_bias = self.parallel.sum(d_head.bias_V, self._axes("batch", "length"))
@@ -105,7 +105,7 @@ class CrossEntropy:
             return join(tokens), d_head, dx_BLD
 
         outputs = (self._spec("batch", "length"), self._split(head), self.parallel.residual)
-        return self._on_devices(local, outputs, head, x_BLD, targets_BL, mask_BL)
+        return self._on_devices(local, outputs, head, x_BLD, scale, targets_BL, mask_BL)
 
     def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array) -> tuple[jax.Array, dict]:
         """What `sums` gives."""
@@ -119,10 +119,6 @@ class CrossEntropy:
         sums["z_loss"] = self.z_loss * over(tokens["log_total"] ** 2)
         return sums["loss"] + sums["z_loss"], sums
 
-    @functools.cached_property
-    def parallel(self) -> Parallel:
-        return Parallel(self.mesh)
-
     def _axes(self, *axes: str | None) -> tuple[str, ...]:
         return self.parallel.axes(*axes)
 
@@ -135,19 +131,18 @@ class CrossEntropy:
             self._spec("embed", "vocab"), None if head.bias_V is None else self._spec("vocab")
         )
 
-    def _on_devices(self, function: Callable, outputs, head: Head, x_BLD, *arrays_BL):
-        """function(head, x, arrays (B, L)) of each device's parts, but with all D of the kernel."""
+    def _on_devices(self, function: Callable, outputs, head: Head, x_BLD, scale, *arrays_BL):
+        """function(head, x, scale, arrays (B, L)) of each device's parts, but with all D of the kernel."""
 
-        def local(head, x_BLD, *arrays_BL):
+        def local(head, x_BLD, scale, *arrays_BL):
             kernel_DV = head.kernel_DV.astype(x_BLD.dtype)  # before it travels, and once for all chunks
             kernel_DV = gather(kernel_DV, self._axes("embed"), 0)
             x_BLD = gather(x_BLD, self.parallel.tensor, 1)
-            return function(head.replace(kernel_DV, head.bias_V), x_BLD, *arrays_BL)
+            return function(head.replace(kernel_DV, head.bias_V), x_BLD, scale, *arrays_BL)
 
-        inputs = [self._split(head), self.parallel.residual]
+        inputs = [self._split(head), self.parallel.residual, PartitionSpec()]
         inputs += [self._spec("batch", "length")] * len(arrays_BL)
-        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=tuple(inputs), out_specs=outputs)
-        return mapped(head, x_BLD, *arrays_BL)
+        return self.parallel.mapped(local, tuple(inputs), outputs)(head, x_BLD, scale, *arrays_BL)
 
     def _chunks(self, head: Head, *arrays) -> tuple[tuple, Callable]:
         """Arrays (B, L, ...) as chunks (n, R, ...), filled up with zeros, and the way back for any tree."""

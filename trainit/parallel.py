@@ -48,15 +48,50 @@ class Parallel:
 
     Args:
         mesh: with axes `config.MESH_AXES`; None: one device.
+        apart: it is used within `of_replicas`.
     """
 
     mesh: Mesh | None = None
+    apart: bool = False
+
+    def of_replicas(self, function: Callable) -> Callable:
+        """The function, by each of the data axis's replicas for itself; what it gives is summed over them.
+
+        Its first argument is the same for all, the second a tree of arrays whose second axis is split over
+        data, as a batch's rows; the rest are the same again.
+        """
+
+        def one(shared, split, *rest):
+            return jax.lax.psum(function(shared, split, *rest), "data")
+
+        def all_of_them(shared, split, *rest):
+            inputs = (PartitionSpec(), PartitionSpec(None, "data"), *[PartitionSpec()] * len(rest))
+            mapped = jax.shard_map(
+                one,
+                mesh=self.mesh,
+                in_specs=inputs,
+                out_specs=PartitionSpec(),
+                axis_names={"data"},
+                check_vma=False,
+            )
+            return mapped(shared, split, *rest)
+
+        return all_of_them
+
+    def first_row(self, number: jax.Array | int, rows: int) -> jax.Array | int:
+        """Where the rows of micro-step `number` begin in the global batch; apart, a replica's."""
+        if not self.apart:
+            return number * rows
+        return (number * self.mesh.shape["data"] + jax.lax.axis_index("data")) * rows
 
     def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
         """Fixes the layout of an intermediate array: constrain(array, "batch", "length", None)."""
-        if self.mesh is None:
-            return array
-        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, sharding.spec(axes)))
+        return array if self.mesh is None else self.lay_out(array, self.spec(*axes))
+
+    def lay_out(self, array: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """The same, by a spec."""
+        where = spec if self.apart else NamedSharding(self.mesh, spec)
+        return jax.lax.with_sharding_constraint(array, where)
 
     def widen(self, x_BLD: jax.Array, *weights: Weights, float8: bool = False) -> tuple[jax.Array, ...]:
         """x @ kernel + bias for kernels (D, F, ...) of which F is split over tensor.
@@ -101,7 +136,8 @@ class Parallel:
         """The mesh axes over which logical axes are split, but for those of one device."""
         if self.mesh is None:
             return ()
-        return tuple(axis for axis in sharding.mesh_axes(*logical) if self.mesh.shape[axis] > 1)
+        used = (axis for axis in sharding.mesh_axes(*logical) if not (self.apart and axis == "data"))
+        return tuple(axis for axis in used if self.mesh.shape[axis] > 1)
 
     def spec(self, *logical: str | None) -> PartitionSpec:
         return PartitionSpec(*(self.axes(axis) for axis in logical))
@@ -110,7 +146,22 @@ class Parallel:
         """The function of each device's parts, laid out as the specs say."""
         if self.mesh is None or self.mesh.size == 1:
             return function
+        return self.mapped(function, inputs, outputs)
+
+    def mapped(self, function: Callable, inputs, outputs) -> Callable:
+        """The same, on one device too within shard_map."""
+        if self.apart:
+            # Within the other one, whose mesh it takes. With the check, JAX 0.10 and 0.11 split what is kept
+            # for a gradient over data once more.
+            rest = {axis for axis in self.mesh.axis_names if axis != "data"}
+            return jax.shard_map(
+                function, in_specs=inputs, out_specs=outputs, axis_names=rest, check_vma=False
+            )
         return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs)
+
+    def varying(self, tree, *logical: str | None):
+        """A tree of arrays as one of each device's own, over these axes, within shard_map."""
+        return tree if self.apart else jax.lax.pcast(tree, self.axes(*logical), to="varying")
 
     def sum_gradient(self, gradient: jax.Array, dimension: int) -> jax.Array:
         """A kernel's gradient of a device's positions -> of all, split along its dimension over fsdp."""

@@ -4,6 +4,7 @@ import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,14 @@ class TrainState:
     skipped_in_a_row: jax.Array  # int32: of them, those since the last good one that lowered no loss scale
     diagnostics: dict  # what diagnostics keep; empty where there are none
     loss_scale: dict  # what `loss_scale` keeps; empty where nothing is scaled
+
+
+class _Network(NamedTuple):
+    """A model and its loss on a mesh."""
+
+    parallel: Parallel
+    model: GPT
+    cross_entropy: losses.CrossEntropy
 
 
 @dataclass(frozen=True)
@@ -75,10 +84,16 @@ def build(config: Config, mesh: Mesh) -> Steps:
         attention = choose_attention(config.model, platform, parts["attention"].dtype.name)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
-    parallel = Parallel(mesh)
-    attend = _attention(attention, device.platform, parallel)
-    model = GPT(config.model, config.precision, attend, parallel, parts)
-    cross_entropy = losses.CrossEntropy(mesh, config.logits_mib, config.z_loss)
+
+    def network(parallel: Parallel) -> _Network:
+        attend = _attention(attention, device.platform, parallel)
+        model = GPT(config.model, config.precision, attend, parallel, parts)
+        return _Network(parallel, model, losses.CrossEntropy(parallel, config.logits_mib, config.z_loss))
+
+    whole, apart = network(Parallel(mesh)), None
+    if sharding.adds_up_apart(config, mesh.shape):
+        apart = network(Parallel(mesh, apart=True))
+    model = whole.model
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
         config.schedule, config.optimizer.learning_rate, config_lib.batch_sizes(config)
@@ -119,7 +134,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
         train=Program(
             "train",
             jax.jit(
-                _train_step(config, model, cross_entropy, optimizer, schedule, layout.params),
+                _train_step(config, _sums(config, whole, apart, layout.params), optimizer, schedule),
                 donate_argnums=0,
                 out_shardings=(layout, replicated),
             ),
@@ -127,7 +142,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
         evaluate=Program(
             "evaluate",
             jax.jit(
-                functools.partial(_eval_step, model, cross_entropy),
+                functools.partial(_eval_step, model, whole.cross_entropy),
                 static_argnums=3,
                 out_shardings=replicated,
             ),
@@ -180,7 +195,7 @@ def _over_micro_steps(function: Callable[[int, dict], tuple], batch: dict, zeros
     return jax.lax.scan(add, zeros, (jnp.arange(micro_steps), batch))[0]
 
 
-def _sums(config, model, cross_entropy, layout) -> tuple[Callable, Callable]:
+def _sums(config, whole: _Network, apart: _Network | None, layout) -> tuple[Callable, Callable]:
     """Functions of (params, batch, step), for one and the same dropout, over all micro-steps.
 
     The first gives the mean loss's gradient (float32, laid out as params) and sums of the loss's parts, and
@@ -188,55 +203,73 @@ def _sums(config, model, cross_entropy, layout) -> tuple[Callable, Callable]:
     With a key for it, targets are drawn from the model instead of taken from the batch; with a scale, it is
     what `loss_scale` says on the way, and out of the gradient in the end. The second gives the loss's parts
     alone.
+
+    Args:
+        config: resolved.
+        whole: whose gradient is summed over data in each micro-step.
+        apart: each of data's replicas adds up its own gradients over several micro-steps, and they are summed
+            when all are done. None: never.
+        layout: the parameters' shardings.
     """
     uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
     with_square = config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
     names = ("loss", "correct", "count", "z_loss") if config.z_loss else ("loss", "correct", "count")
     no_sums = dict.fromkeys(names, jnp.float32(0))
 
-    def loss(params, step, number, micro_batch, sampling=None, scale=None):
+    def loss(network: _Network, params, step, number, micro_batch, sampling=None, scale=None):
         key = jax.random.fold_in(named_key(config.seed, "dropout"), step) if uses_dropout else None
         inputs_BL, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
-        first_row = number * len(inputs_BL)
-        x_BLD, head = model.hidden(params, inputs_BL, key, first_row)
+        first_row = network.parallel.first_row(number, len(inputs_BL))
+        x_BLD, head = network.model.hidden(params, inputs_BL, key, first_row)
         if sampling is not None:
             targets_BL = _draw(jax.lax.stop_gradient(head(x_BLD)), sampling, first_row)
         with jax.named_scope("head"):
-            return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL, scale)
+            return network.cross_entropy.sums(head, x_BLD, targets_BL, mask_BL, scale)
 
-    def gradients(params: dict, batch: dict, step: jax.Array, sampling=None, scale=None) -> tuple[dict, dict]:
-        count = jnp.sum(batch["lengths"].astype(jnp.float32))  # of targets: nothing is divided by it later
+    def add_up(network: _Network, params, batch, step, sampling, scale, count):
+        """What `gradients` gives, of the rows in this batch, out of `count` targets in all."""
         factor = None if scale is None else scale / config.model.context_length
+
+        def lay_out(grads):
+            return jax.tree.map(lambda g, s: network.parallel.lay_out(g, s.spec), grads, layout)
 
         def micro(number, micro_batch):
             def share(params):
-                total, sums = loss(params, step, number, micro_batch, sampling, factor)
+                total, sums = loss(network, params, step, number, micro_batch, sampling, factor)
                 return total / count if factor is None else total, sums
 
             grads, sums = jax.grad(share, has_aux=True)(params)
-            grads = jax.lax.with_sharding_constraint(grads, layout)
+            grads = lay_out(grads)
             if factor is not None:
                 grads = jax.tree.map(lambda g: g / (factor * count), grads)
             if with_square:
                 sums["square"] = metrics.inner(grads, grads) * (count / sums["count"]) ** 2
             return grads, sums
 
-        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), layout)
+        zeros = lay_out(jax.tree.map(jnp.zeros_like, params))
         return _over_micro_steps(
             micro, batch, (zeros, no_sums | ({"square": jnp.float32(0)} if with_square else {}))
         )
 
+    def gradients(params: dict, batch: dict, step: jax.Array, sampling=None, scale=None) -> tuple[dict, dict]:
+        lengths = batch["lengths"]
+        count = jnp.sum(lengths.astype(jnp.float32))  # of targets: nothing is divided by it later
+        if apart is None or lengths.shape[0] == 1:
+            return add_up(whole, params, batch, step, sampling, scale, count)
+        replicas = apart.parallel.of_replicas(functools.partial(add_up, apart))
+        return replicas(params, batch, step, sampling, scale, count)
+
     def parts(params: dict, batch: dict, step: jax.Array) -> dict:
         return _over_micro_steps(
-            lambda number, micro_batch: loss(params, step, number, micro_batch)[1], batch, no_sums
+            lambda number, micro_batch: loss(whole, params, step, number, micro_batch)[1], batch, no_sums
         )
 
     return gradients, parts
 
 
-def _train_step(config, model, cross_entropy, optimizer, schedule, layout) -> Callable:
+def _train_step(config, sums, optimizer, schedule) -> Callable:
     """The train step: one optimizer update from G accumulated micro-steps."""
-    gradients, parts = _sums(config, model, cross_entropy, layout)
+    gradients, parts = sums
 
     def measure(state: TrainState, batch: dict, grads: dict, updates: dict, sums: dict, good: jax.Array):
         """Diagnostics of this step, and what is kept for the next one."""

@@ -22,6 +22,7 @@ from trainit.benchmark.step import build
 from trainit.checkpoint import Checkpoints
 from trainit.config import Config, ConfigError
 from trainit.model import Head
+from trainit.parallel import Parallel
 from trainit.peers import Peers
 
 
@@ -134,7 +135,7 @@ def measure_optimizer(config: Config, steps: int):
 def measure_loss(config: Config, rounds: int):
     """GPT-2's head, loss and gradient in float32 on a device: as a step does it, and optax on all logits."""
     mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
-    ours = losses.CrossEntropy(mesh, config.logits_mib)
+    ours = losses.CrossEntropy(Parallel(mesh), config.logits_mib)
 
     def plain(head, x_BLD, targets_BL, mask_BL):
         losses_BL = optax.softmax_cross_entropy_with_integer_labels(head(x_BLD), targets_BL)

@@ -3,7 +3,8 @@
 Of each micro-step, on a mesh of data × fsdp × tensor, with w bytes a number of the compute type:
 
     kernel of n      gathered over fsdp in each pass (w n / tensor); its float32 gradient reduce-scattered
-    numbers          over fsdp (4 n / tensor) and summed over data (4 n / (tensor fsdp))
+    numbers          over fsdp (4 n / tensor) and summed over data (4 n / (tensor fsdp)): as
+                     all gradients once a step, where it has several micro-steps
     residual stream  of a device's b rows, over tensor, w b L D a time: a block gathers it twice and
                      reduce-scatters it twice, and does both for its gradient; what its products have taken
                      is kept in parts and gathered anew
@@ -35,12 +36,21 @@ def predict(config: Config, sizes: Mapping[str, int], shapes: dict) -> list[Coll
     micro_steps, rows, length = sharding.batch_shape(config, sizes)
     found: list[Collective] = []
 
+    apart, summed = micro_steps > 1 and sharding.adds_up_apart(config, sizes), set()
+
     def add(kind: str, dtype: str, axes: tuple[str, ...], numbers: float, times: int, name: str):
+        if apart and "data" in axes:  # a gradient's sum: over data when all micro-steps are done
+            put(kind, dtype, ("data",), numbers, times * (name not in summed), name)
+            summed.add(name)  # a tied embedding's is one
+            axes = tuple(axis for axis in axes if axis != "data")
+        put(kind, dtype, axes, numbers, times * micro_steps, name)
+
+    def put(kind: str, dtype: str, axes: tuple[str, ...], numbers: float, times: int, name: str):
         axes = tuple(axis for axis in MESH_AXES if axis in axes and sizes[axis] > 1)
         devices = math.prod(sizes[axis] for axis in axes)
         size = numbers * {"f32": 4, "bf16": 2, "f16": 2, "s32": 4}[dtype]
         if axes and times:
-            found.append(Collective(kind, dtype, axes, devices, round(size), times * micro_steps, name))
+            found.append(Collective(kind, dtype, axes, devices, round(size), times, name))
 
     own_rows = rows // (sizes["data"] * sizes["fsdp"])
     for kinds in (_kernels(config, sizes, shapes), _vectors(config, sizes, shapes)):

@@ -152,3 +152,9 @@ def test_times():
     assert few.mfu == pytest.approx(flops / (few.step * 8 * 989.4e12))
     many = hardware.times(config, sizes, [exchange(("fsdp",), 9e9)], gpu, 0.5)
     assert many.step == pytest.approx(1e-2) and many.unhidden == pytest.approx(compute + 1e-2)
+    # Gradients go over data when all micro-steps are done, and nothing is left to hide them.
+    sizes |= {"data": 2, "fsdp": 2}
+    for bound, beside in ((0, 1e-2), (1, compute + 1e-2)):
+        config = config_lib.Config(config.to_dict() | {"device_batch_size": bound})
+        data = hardware.times(config, sizes, [exchange(("data",), 9e9)], gpu, 0.5)
+        assert data.step == pytest.approx(beside, rel=1e-9)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainit import metrics
+from trainit import metrics, sharding
 from trainit.collectives import Collective
 from trainit.config import Config
 
@@ -40,7 +40,7 @@ class Times:
     """Seconds of a step, and what follows from them."""
 
     compute: float
-    exposed: float  # of exchanges for whose result the next product waits: tensor's and the embedding's
+    exposed: float  # of exchanges that are waited for: tensor's, the embedding's, data's behind micro-steps
     hidden: float  # of kernels' and gradients' exchanges, which can go on beside the products
     mfu: float  # if as much of these is hidden as fits beside the products
 
@@ -70,10 +70,11 @@ def times(
     done = flops * (4 / 3 if config.model.remat == "block" else 1)
     devices = math.prod(sizes.values())
     compute = done / (devices * gpu.flops * efficiency)
+    several = sharding.micro_steps(config, sizes) > 1 and sharding.adds_up_apart(config, sizes)
     exposed = hidden = 0.0
     for one in exchanged:
         seconds = one.bytes / bandwidth(one.axes, sizes, gpu)
-        if "tensor" in one.axes or one.kind == "all-to-all":
+        if "tensor" in one.axes or one.kind == "all-to-all" or (several and "data" in one.axes):
             exposed += seconds
         else:
             hidden += seconds

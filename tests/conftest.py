@@ -3,7 +3,8 @@
 import os
 import tempfile
 
-# Compiled programs and prepared data are kept for the whole session, by all that take part in it.
+# What commands compile and prepare is kept for the whole session, by all that take part in it. What tests
+# compile themselves is not: few of their programs are alike, and to write one takes an eighth of its time.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TRAINIT_CACHE"] = tempfile.mkdtemp(prefix="trainit-tests-")
 
@@ -29,8 +30,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 settings.collect_garbage_rarely()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", os.environ["TRAINIT_CACHE"] + "/compiled")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TRAINIT_CACHE"], ignore_errors=True)
 

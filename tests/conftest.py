@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from trainit import settings
 
@@ -44,6 +45,21 @@ LONG = (
 def pytest_collection_modifyitems(items):
     """Files that last minutes come first: begun at the end, they would keep one worker while others rest."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture
+def keep_compiled():
+    """A function that has JAX keep each compiled program in a folder, or in none."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    kept = [getattr(jax.config, name) for name in names]
+
+    def keep(*values):
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    yield lambda folder: keep(folder and str(folder), 0.0)
+    keep(*kept)
 
 
 @pytest.fixture(scope="session")

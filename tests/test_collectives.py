@@ -71,23 +71,19 @@ def test_loops_in_loops():
     assert sorted(found(lambda x: jax.lax.scan(outer, x, length=5)[0], (16, 8), P(), P())) == sorted(expected)
 
 
-def test_the_text_does_not_come_from_the_cache():
+def test_the_text_does_not_come_from_the_cache(keep_compiled, tmp_path):
     """Compiled before, and so in the cache of programs, which goes on being used."""
-    seconds, hits = jax.config.jax_persistent_cache_min_compile_time_secs, []
-    name = "jax_persistent_cache_min_compile_time_secs"
+    hits = []
+    keep_compiled(tmp_path)
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 
     def lowered():
         layout = sharding.replicated(sharding.make_mesh(SIZES))
         return jax.jit(lambda x: jnp.sin(x) * 41.5, out_shardings=layout).lower(jnp.ones(3))
 
-    try:
-        jax.config.update(name, 0.0)
-        for _ in range(2):
-            lowered().compile()
-            assert "sine" in collectives.compile_with_text(lowered())[1]
-    finally:
-        jax.config.update(name, seconds)
+    for _ in range(2):
+        lowered().compile()
+        assert "sine" in collectives.compile_with_text(lowered())[1]
     assert hits.count("/jax/compilation_cache/cache_hits") == 1
 
 

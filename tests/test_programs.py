@@ -2,6 +2,7 @@
 
 import re
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -109,26 +110,17 @@ def test_static_arguments(told):
     assert len(told) == 2
 
 
-def test_hits_and_misses_of_the_cache(told, tmp_path):
+def test_hits_and_misses_of_the_cache(told, keep_compiled, tmp_path):
     """The same program again, as another start would have it: JAX forgets all but the folder."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    kept = {name: getattr(jax.config, name) for name in names}
     x = np.ones(7, np.float32)
 
-    def tell(folder: str | None) -> str:
+    def tell(folder: Path | None) -> str:
         jax.clear_caches()
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+        keep_compiled(folder)
         assert Program("cached", jax.jit(lambda state, x: state * jnp.sin(x)))(STATE, x).shape == (7,)
         return re.fullmatch(r"program    cached: [\d.]+ s, (.*)", told.pop())[1]
 
-    try:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        assert tell(str(tmp_path)) == f"compiled, was not in the cache {tmp_path}"
-        assert tell(str(tmp_path)) == f"from the cache {tmp_path}"
-        assert tell(None) == "compiled, without a cache"
-    finally:
-        for name, value in kept.items():
-            jax.config.update(name, value)
-        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    assert tell(tmp_path) == f"compiled, was not in the cache {tmp_path}"
+    assert tell(tmp_path) == f"from the cache {tmp_path}"
+    assert tell(None) == "compiled, without a cache"
     assert told == []

@@ -109,7 +109,7 @@ def test_blocks_lie_along_any_axis(axis, size):
 
 
 @functools.cache
-def build(state: str, sizes=EIGHT, arg="", **changes):
+def build(state: str, sizes, arg="", **changes):
     config = tiny.get_config(arg)
     config.optimizer_state = state
     config.model.update(attn_dropout=0.0, dim=64, num_heads=2, num_blocks=1)
@@ -136,7 +136,7 @@ def train(built, state, first: int, last: int):
 @pytest.mark.parametrize("state, share", [("bfloat16", 1 / 2), ("int8", 9 / 32)])
 def test_its_size_by_formula(state, share):
     """AdamW's two moments: vectors as they are, all else so much smaller; and split as the parameters."""
-    config, _, steps = build(state)
+    config, _, steps = build(state, EIGHT)
     shapes = steps.abstract_state.params
     vectors = sum(
         leaf.size
@@ -178,7 +178,7 @@ def test_a_run_is_near_that_in_float32(state):
 
 @pytest.mark.parametrize("state", NARROW)
 def test_a_resume_is_exact(state, tmp_path):
-    built = build(state)
+    built = build(state, EIGHT)
     _, _, steps = built
     _, before = train(built, steps.init(), 0, 3)
     checkpoints = Checkpoints(tmp_path)
@@ -235,7 +235,7 @@ def test_the_rounding_is_drawn_anew_for_each_step_array_and_seed():
 
 def test_copies_of_parameters_stay_and_averages_are_found():
     """Mechanic's start is a copy of the parameters; Schedule-Free says where gradients are taken."""
-    _, _, steps = build("int8", arg="optimizer=mechanic+adamw")
+    _, _, steps = build("int8", EIGHT, arg="optimizer=mechanic+adamw")
     head = {
         (sharding.path_name(path).split("/")[0], str(leaf.dtype))
         for path, leaf in jax.tree.leaves_with_path(steps.abstract_state.opt_state)

@@ -77,9 +77,13 @@ def rate(step):
     return jnp.where(step == 0, 0.0, 1.0)
 
 
-@functools.cache
 def case(name: str, num_blocks: int = 2, mesh=None, gradient=None):
-    """An optimizer with its own defaults, its jitted init and update."""
+    """An optimizer with its own defaults, its jitted init and update; made once."""
+    return made(name, num_blocks, mesh, gradient)
+
+
+@functools.cache
+def made(name: str, num_blocks: int, mesh, gradient):
     config = optimizers.choices()[name]()
     changes = {field: value for field, value in EXACT.items() if field in config}
     schedule = lambda s: config.learning_rate * rate(s)  # noqa: E731
@@ -257,7 +261,7 @@ def value_and_grad():
 def test_the_loss_falls(name, value_and_grad):
     parameters, evaluate = value_and_grad
     gradient = (lambda p: evaluate(p)[1]) if name == "sophia" else None
-    _, init, update = case(name, gradient=gradient) if gradient else case(name)
+    _, init, update = case(name, gradient=gradient)
     state, losses = init(parameters), []
     for step in range(1, 21):
         loss, gradients = evaluate(parameters)

@@ -236,7 +236,7 @@ def test_the_command_begins_anew_with_glibc_s_settings_and_stays_the_same_proces
     """The program sees its own arguments, the setting and the process's number from before."""
     program = (
         "import os, sys; from trainit import settings; print(os.getpid()); sys.stdout.flush();"
-        "settings.tune_allocator(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
+        "settings.tune_process(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
 

@@ -16,8 +16,7 @@ from trainit import settings
 from trainit.peers import STOP_SIGNALS, Peers
 
 if __name__ == "__main__":
-    settings.tune_allocator()
-    settings.collect_garbage_rarely()
+    settings.tune_process()
     # What follows takes seconds to import. A signal that comes meanwhile waits until Peers listens.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 

@@ -39,11 +39,12 @@ TUNABLES = ":".join(
 )
 
 
-def tune_allocator():
-    """Begins this process anew, as the same one, with TUNABLES, which glibc reads when a process begins.
+def tune_process():
+    """Collects garbage rarely, and begins this process anew, as the same one, for glibc to read TUNABLES.
 
     To be called first of all, with all that comes before it done twice.
     """
+    collect_garbage_rarely()
     chosen = {"GLIBC_TUNABLES", "TRAINIT_SETTINGS"} & set(os.environ)
     if sys.platform == "linux" and not chosen:
         os.environ["GLIBC_TUNABLES"] = TUNABLES

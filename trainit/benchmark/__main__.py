@@ -14,9 +14,10 @@ import sys
 
 from trainit import settings
 
-if __name__ == "__main__":  # as the command that trains
-    settings.tune_allocator()
-    settings.collect_garbage_rarely()
+# Which need no config; what --suite compares is started without our settings.
+alone = any(re.match(r"--?(only=prepare|suite)\b", argument) for argument in sys.argv[1:])
+if __name__ == "__main__" and not alone:  # as the command that trains
+    settings.tune_process()
 
 import jax
 from absl import flags
@@ -87,5 +88,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    alone = any(re.match(r"--?(only=prepare|suite)\b", argument) for argument in sys.argv[1:])
     command_line.run(main, needs_config=not alone)

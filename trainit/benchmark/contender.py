@@ -219,6 +219,5 @@ def _peak() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "trainit":  # as its own command does
-        settings.tune_allocator()
-        settings.collect_garbage_rarely()
+        settings.tune_process()
     main(*sys.argv[1:])

@@ -54,29 +54,22 @@ class Parallel:
     mesh: Mesh | None = None
     apart: bool = False
 
-    def of_replicas(self, function: Callable) -> Callable:
-        """The function, by each of the data axis's replicas for itself; what it gives is summed over them.
+    def of_replicas(self, function: Callable, batch, *shared):
+        """function(batch, *shared) of each of the data axis's replicas for itself, summed over them.
 
-        Its first argument is the same for all, the second a tree of arrays whose second axis is split over
-        data, as a batch's rows; the rest are the same again.
+        Args:
+            function: gives a tree of arrays.
+            batch: a tree of arrays whose second axis is split over data.
+            *shared: are the same for all.
         """
-
-        def one(shared, split, *rest):
-            return jax.lax.psum(function(shared, split, *rest), "data")
-
-        def all_of_them(shared, split, *rest):
-            inputs = (PartitionSpec(), PartitionSpec(None, "data"), *[PartitionSpec()] * len(rest))
-            mapped = jax.shard_map(
-                one,
-                mesh=self.mesh,
-                in_specs=inputs,
-                out_specs=PartitionSpec(),
-                axis_names={"data"},
-                check_vma=False,
-            )
-            return mapped(shared, split, *rest)
-
-        return all_of_them
+        return jax.shard_map(
+            lambda *arguments: jax.lax.psum(function(*arguments), "data"),
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(None, "data"), *[PartitionSpec()] * len(shared)),
+            out_specs=PartitionSpec(),
+            axis_names={"data"},
+            check_vma=False,
+        )(batch, *shared)
 
     def first_row(self, number: jax.Array | int, rows: int) -> jax.Array | int:
         """Where the rows of micro-step `number` begin in the global batch; apart, a replica's."""

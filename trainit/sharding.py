@@ -88,13 +88,18 @@ def micro_steps(config: Config, sizes: Mapping[str, int], batch_size: int = 0) -
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= bound)
 
 
-def adds_up_apart(config: Config, sizes: Mapping[str, int]) -> bool:
-    """Whether a step of several micro-steps sums gradients over data once, not in each of them.
+def wants_squares(config: Config) -> bool:
+    """Whether the squares of the micro-steps' gradients are asked for."""
+    return config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
+
+
+def adds_up_apart(config: Config, sizes: Mapping[str, int], micro_steps: int) -> bool:
+    """Whether a step sums gradients over data once, not in each of its micro-steps.
 
     Not where each one's is asked for, nor where float8's factors are scaled by what all have in common.
     """
-    wants_each = config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
-    return sizes["data"] > 1 and not wants_each and "float8" not in config.precision_of.values()
+    several = sizes["data"] > 1 and micro_steps > 1
+    return several and not wants_squares(config) and "float8" not in config.precision_of.values()
 
 
 def batch_shape(config: Config, sizes: Mapping[str, int], batch_size: int = 0) -> tuple[int, int, int]:

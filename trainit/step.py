@@ -4,7 +4,6 @@ import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +35,6 @@ class TrainState:
     skipped_in_a_row: jax.Array  # int32: of them, those since the last good one that lowered no loss scale
     diagnostics: dict  # what diagnostics keep; empty where there are none
     loss_scale: dict  # what `loss_scale` keeps; empty where nothing is scaled
-
-
-class _Network(NamedTuple):
-    """A model and its loss on a mesh."""
-
-    parallel: Parallel
-    model: GPT
-    cross_entropy: losses.CrossEntropy
 
 
 @dataclass(frozen=True)
@@ -85,15 +76,13 @@ def build(config: Config, mesh: Mesh) -> Steps:
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
 
-    def network(parallel: Parallel) -> _Network:
+    @functools.cache
+    def network(parallel: Parallel) -> tuple[GPT, losses.CrossEntropy]:
         attend = _attention(attention, device.platform, parallel)
         model = GPT(config.model, config.precision, attend, parallel, parts)
-        return _Network(parallel, model, losses.CrossEntropy(parallel, config.logits_mib, config.z_loss))
+        return model, losses.CrossEntropy(parallel, config.logits_mib, config.z_loss)
 
-    whole, apart = network(Parallel(mesh)), None
-    if sharding.adds_up_apart(config, mesh.shape):
-        apart = network(Parallel(mesh, apart=True))
-    model = whole.model
+    model, cross_entropy = network(Parallel(mesh))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(
         config.schedule, config.optimizer.learning_rate, config_lib.batch_sizes(config)
@@ -134,7 +123,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
         train=Program(
             "train",
             jax.jit(
-                _train_step(config, _sums(config, whole, apart, layout.params), optimizer, schedule),
+                _train_step(config, _sums(config, mesh, network, layout.params), optimizer, schedule),
                 donate_argnums=0,
                 out_shardings=(layout, replicated),
             ),
@@ -142,7 +131,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
         evaluate=Program(
             "evaluate",
             jax.jit(
-                functools.partial(_eval_step, model, whole.cross_entropy),
+                functools.partial(_eval_step, model, cross_entropy),
                 static_argnums=3,
                 out_shardings=replicated,
             ),
@@ -195,7 +184,7 @@ def _over_micro_steps(function: Callable[[int, dict], tuple], batch: dict, zeros
     return jax.lax.scan(add, zeros, (jnp.arange(micro_steps), batch))[0]
 
 
-def _sums(config, whole: _Network, apart: _Network | None, layout) -> tuple[Callable, Callable]:
+def _sums(config, mesh: Mesh, network: Callable[[Parallel], tuple], layout) -> tuple[Callable, Callable]:
     """Functions of (params, batch, step), for one and the same dropout, over all micro-steps.
 
     The first gives the mean loss's gradient (float32, laid out as params) and sums of the loss's parts, and
@@ -204,38 +193,36 @@ def _sums(config, whole: _Network, apart: _Network | None, layout) -> tuple[Call
     what `loss_scale` says on the way, and out of the gradient in the end. The second gives the loss's parts
     alone.
 
-    Args:
-        config: resolved.
-        whole: whose gradient is summed over data in each micro-step.
-        apart: each of data's replicas adds up its own gradients over several micro-steps, and they are summed
-            when all are done. None: never.
-        layout: the parameters' shardings.
+    Gradients are summed over data in each micro-step; or each of data's replicas adds up its own over all of
+    them, and they are summed in the end.
     """
     uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
-    with_square = config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
+    with_square = sharding.wants_squares(config)
+    whole, apart = Parallel(mesh), Parallel(mesh, apart=True)
     names = ("loss", "correct", "count", "z_loss") if config.z_loss else ("loss", "correct", "count")
     no_sums = dict.fromkeys(names, jnp.float32(0))
 
-    def loss(network: _Network, params, step, number, micro_batch, sampling=None, scale=None):
+    def loss(parallel: Parallel, params, step, number, micro_batch, sampling=None, scale=None):
         key = jax.random.fold_in(named_key(config.seed, "dropout"), step) if uses_dropout else None
         inputs_BL, targets_BL, mask_BL = _inputs_and_targets(micro_batch)
-        first_row = network.parallel.first_row(number, len(inputs_BL))
-        x_BLD, head = network.model.hidden(params, inputs_BL, key, first_row)
+        first_row = parallel.first_row(number, len(inputs_BL))
+        model, cross_entropy = network(parallel)
+        x_BLD, head = model.hidden(params, inputs_BL, key, first_row)
         if sampling is not None:
             targets_BL = _draw(jax.lax.stop_gradient(head(x_BLD)), sampling, first_row)
         with jax.named_scope("head"):
-            return network.cross_entropy.sums(head, x_BLD, targets_BL, mask_BL, scale)
+            return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL, scale)
 
-    def add_up(network: _Network, params, batch, step, sampling, scale, count):
+    def add_up(parallel: Parallel, batch, params, step, sampling, scale, count):
         """What `gradients` gives, of the rows in this batch, out of `count` targets in all."""
         factor = None if scale is None else scale / config.model.context_length
 
         def lay_out(grads):
-            return jax.tree.map(lambda g, s: network.parallel.lay_out(g, s.spec), grads, layout)
+            return jax.tree.map(lambda g, s: parallel.lay_out(g, s.spec), grads, layout)
 
         def micro(number, micro_batch):
             def share(params):
-                total, sums = loss(network, params, step, number, micro_batch, sampling, factor)
+                total, sums = loss(parallel, params, step, number, micro_batch, sampling, factor)
                 return total / count if factor is None else total, sums
 
             grads, sums = jax.grad(share, has_aux=True)(params)
@@ -254,10 +241,10 @@ def _sums(config, whole: _Network, apart: _Network | None, layout) -> tuple[Call
     def gradients(params: dict, batch: dict, step: jax.Array, sampling=None, scale=None) -> tuple[dict, dict]:
         lengths = batch["lengths"]
         count = jnp.sum(lengths.astype(jnp.float32))  # of targets: nothing is divided by it later
-        if apart is None or lengths.shape[0] == 1:
-            return add_up(whole, params, batch, step, sampling, scale, count)
-        replicas = apart.parallel.of_replicas(functools.partial(add_up, apart))
-        return replicas(params, batch, step, sampling, scale, count)
+        arguments = batch, params, step, sampling, scale, count
+        if sharding.adds_up_apart(config, mesh.shape, lengths.shape[0]):
+            return apart.of_replicas(functools.partial(add_up, apart), *arguments)
+        return add_up(whole, *arguments)
 
     def parts(params: dict, batch: dict, step: jax.Array) -> dict:
         return _over_micro_steps(

@@ -70,11 +70,11 @@ def times(
     done = flops * (4 / 3 if config.model.remat == "block" else 1)
     devices = math.prod(sizes.values())
     compute = done / (devices * gpu.flops * efficiency)
-    several = sharding.micro_steps(config, sizes) > 1 and sharding.adds_up_apart(config, sizes)
+    apart = sharding.adds_up_apart(config, sizes, sharding.micro_steps(config, sizes))
     exposed = hidden = 0.0
     for one in exchanged:
         seconds = one.bytes / bandwidth(one.axes, sizes, gpu)
-        if "tensor" in one.axes or one.kind == "all-to-all" or (several and "data" in one.axes):
+        if "tensor" in one.axes or one.kind == "all-to-all" or (apart and "data" in one.axes):
             exposed += seconds
         else:
             hidden += seconds

@@ -36,7 +36,7 @@ def predict(config: Config, sizes: Mapping[str, int], shapes: dict) -> list[Coll
     micro_steps, rows, length = sharding.batch_shape(config, sizes)
     found: list[Collective] = []
 
-    apart, summed = micro_steps > 1 and sharding.adds_up_apart(config, sizes), set()
+    apart, summed = sharding.adds_up_apart(config, sizes, micro_steps), set()
 
     def add(kind: str, dtype: str, axes: tuple[str, ...], numbers: float, times: int, name: str):
         if apart and "data" in axes:  # a gradient's sum: over data when all micro-steps are done

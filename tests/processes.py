@@ -1,6 +1,7 @@
 """Starts Trainit as users do: as processes."""
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -49,13 +50,18 @@ def run(*args: str, expect: int = 0, timeout: float = 180, **environment: str) -
 
 
 IMPORTED = """
-import json, os, sys
+import json, os, signal, sys
 from trainit import command_line, main
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
-    arguments, environment, output = json.loads(line)
-    if child := os.fork():
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    arguments, environment, output, end = json.loads(line)
+    if os.fork():
         continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if child := os.fork():
+        print(child, flush=True)
+        os.write(os.open(end, os.O_WRONLY), b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        os._exit(0)
     file = os.open(output, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -80,18 +86,48 @@ def _imported() -> subprocess.Popen:
     return process
 
 
-def run_imported(*args: str, expect: int = 0, **environment: str) -> str:
-    """As `run`, in a fork of a process that has imported Trainit but done nothing else.
+class Fork:
+    """A run of trainit.main as `start` begins it, in a fork of a process that has imported Trainit.
 
-    environment: what Python reads when it starts, such as PYTHONPATH, comes too late.
+    It has what tests want of a subprocess.Popen. environment: what is read as Python starts, such as
+    PYTHONPATH, comes too late.
     """
-    process = _imported()
-    with tempfile.NamedTemporaryFile("r") as output:
-        process.stdin.write(json.dumps([[*map(str, args)], environment, output.name]) + "\n")
-        process.stdin.flush()
-        code, text = int(process.stdout.readline()), output.read()
-    assert code == expect, f"exit code {code} instead of {expect}:\n{text}"
-    return text
+
+    def __init__(self, *args: str, **environment: str):
+        self._folder = tempfile.TemporaryDirectory()
+        self._output, self._end = (Path(self._folder.name) / name for name in ("output", "end"))
+        self._output.touch()
+        self._end.touch()
+        server = _imported()
+        request = [[*map(str, args)], environment, str(self._output), str(self._end)]
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        self.pid, self.returncode = int(server.stdout.readline()), None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (code := self._end.read_text()):
+            self.returncode = int(code)
+        return self.returncode
+
+    def send_signal(self, number: int):
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    kill = functools.partialmethod(send_signal, signal.SIGKILL)
+
+    def communicate(self, timeout: float = 180) -> tuple[str, None]:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("trainit.main", timeout, self._output.read_bytes())
+            time.sleep(0.005)
+        return self._output.read_text(), None
+
+
+def run_imported(*args: str, expect: int = 0, **environment: str) -> str:
+    """As `run`, in a `Fork`."""
+    return end(Fork(*args, **environment), expect)
 
 
 def launch(count: int, *args: str, **environment: str) -> subprocess.Popen:

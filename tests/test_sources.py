@@ -2,12 +2,13 @@
 
 import pickle
 import shutil
+import signal
 import tracemalloc
 
 import numpy as np
 import pytest
 import tiny
-from processes import last_step, metrics, run_imported, start, wait_for
+from processes import Fork, last_step, metrics, run_imported, wait_for
 
 from trainit import config as config_lib
 from trainit import sources
@@ -174,10 +175,11 @@ def test_a_run_on_a_mixture_with_a_document_mask(subset_dataset, tmp_path):
         *("--config.model.document_mask=True", "--config.schedule.warmup=2", "--config.steps=24"),
     )
     run_imported(*arguments, f"--workdir={tmp_path}/whole")
-    process = start(*arguments, f"--workdir={tmp_path}/parts")
+    process = Fork(*arguments, f"--workdir={tmp_path}/parts")
     assert wait_for(process, lambda: last_step(tmp_path / "parts") >= 3)
-    process.terminate()
-    assert process.wait(60) == 75
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
     assert last_step(tmp_path / "parts") < 24
     run_imported(*arguments, f"--workdir={tmp_path}/parts")
     whole, parts = (metrics(tmp_path / name) for name in ("whole", "parts"))

@@ -30,7 +30,7 @@ from trainit.checkpoint import Checkpoints
 KILLS = 10
 # One program, compiled as users' are, for most runs here; others, with which one run is made, are given FAST.
 run = functools.partial(processes.run_imported, XLA_FLAGS="")
-start = functools.partial(processes.start, XLA_FLAGS="")
+start = functools.partial(processes.Fork, XLA_FLAGS="")
 
 
 @pytest.fixture(scope="session")

@@ -355,14 +355,14 @@ def command(folder):
 def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path):
     """Two worker processes, killed in the middle of a window; then a thread; against a thread all along."""
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    output = run(*command, f"--workdir={calm}", "--config.dataset.workers=0")
+    output = run_imported(*command, f"--workdir={calm}", "--config.dataset.workers=0")
     assert "GB in 4 streams with windows of 8 sequences to train, 1.28" in output
     process = start(*command, f"--workdir={killed}", "--config.dataset.workers=2")
     assert wait_for(process, lambda: last_step(killed) >= 7)
     process.kill()
     process.communicate(timeout=60)  # ends when the workers have, too
     assert last_step(killed) < 40
-    run(*command, f"--workdir={killed}", "--config.dataset.workers=0")
+    run_imported(*command, f"--workdir={killed}", "--config.dataset.workers=0")
     assert exact(metrics(killed)) == exact(metrics(calm))
     last = metrics(calm)[-1]
     assert last["valid/bits_per_byte"] > 0

@@ -145,10 +145,11 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, random_dataset, tmp_path):
     """The disk fills up while the second checkpoint is written; the run goes on once there is room."""
     command = [
-        f"--config={ROOT}/tests/tiny.py",
+        f"--config={ROOT}/tests/tiny.py:schedule=constant",
         f"--config.dataset.path={random_dataset}",
         f"--workdir={small_disk}/run",
         "--config.model.dim=128",  # 0.7 M parameters: 8.5 MB a checkpoint
+        "--config.schedule.warmup=2",  # one program, to whichever step
         "--config.steps=12",
         "--config.checkpoint.save_steps=6",
     ]

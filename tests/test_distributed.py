@@ -1,7 +1,7 @@
 """Where a process stands: in each scheduler's environment, by flags, alone; what it leaves behind."""
 
 import pytest
-from processes import ROOT, run, start
+from processes import ROOT, run_imported, start
 
 from trainit.distributed import Place, PlaceError, check_coordinator, find_place
 
@@ -116,7 +116,7 @@ def test_a_loopback_coordinator_of_several_hosts():
 )
 def test_wrong_flags(flags, message, random_dataset, tmp_path):
     data = f"--config.dataset.path={random_dataset}"
-    output = run(f"--config={ROOT}/tests/tiny.py", data, f"--workdir={tmp_path}", *flags, expect=2)
+    output = run_imported(f"--config={ROOT}/tests/tiny.py", data, f"--workdir={tmp_path}", *flags, expect=2)
     assert message in output.splitlines()[-1]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from processes import ROOT, end, last_step, metrics, run, start, wait_for
+from processes import ROOT, end, last_step, metrics, run_imported, start, wait_for
 
 from trainit import trackers
 from trainit.config import resolve
@@ -134,7 +134,7 @@ def test_wandb_offline_and_resumed(random_dataset, tmp_path):
     assert wait_for(process, lambda: last_step(tmp_path) >= 1)
     process.send_signal(signal.SIGTERM)
     output = end(process, 75, 60)
-    output += run(*args, **environment)
+    output += run_imported(*args, **environment)
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
     assert len({path.name.split("-")[-1] for path in runs}) == 1  # the run id

@@ -4,6 +4,7 @@ import functools
 import os
 import random
 import re
+import shutil
 import signal
 import time
 
@@ -137,8 +138,10 @@ def test_stop_signals(number, command, tmp_path):
     assert Checkpoints(tmp_path, read_only=True).latest() == last_step(tmp_path)
 
 
-def _run_until_ten(folder, *args):
-    """Runs, and is asked to stop at step 10 exactly."""
+@pytest.fixture(scope="module")
+def stopped_at_ten(command, tmp_path_factory):
+    """The folder of a run that was asked to stop at step 10 exactly."""
+    folder = tmp_path_factory.mktemp("stopped")
     (folder / "sitecustomize.py").write_text(
         "from trainit.train import Run\n"
         "milestone = Run._milestone\n"
@@ -146,12 +149,14 @@ def _run_until_ten(folder, *args):
         "    return milestone(self, last, reason or ('TEST' if self.step == 10 else ''))\n"
         "Run._milestone = stop_at_ten\n"
     )
-    processes.run(*args, expect=75, PYTHONPATH=f"{folder}:{ROOT}", XLA_FLAGS="")
+    workdir, path = folder / "run", f"{folder}:{ROOT}"
+    processes.run(*command, f"--workdir={workdir}", expect=75, PYTHONPATH=path, XLA_FLAGS="")
+    return workdir
 
 
-def test_stopped_where_validation_is_due(command, undisturbed, tmp_path):
+def test_stopped_where_validation_is_due(command, stopped_at_ten, undisturbed, tmp_path):
     """Asked to stop at step 10, killed after resuming there: step 10 stands there once, and whole."""
-    _run_until_ten(tmp_path, *command, f"--workdir={tmp_path}/run")
+    shutil.copytree(stopped_at_ten, tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["step"] == 9  # step 10 waits for its validation
     process = start(*command, f"--workdir={tmp_path}/run")
     assert wait_for(process, lambda: last_step(tmp_path / "run") >= 10)
@@ -194,10 +199,9 @@ def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, rando
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
 
 
-def test_a_postponed_validation_that_is_no_longer_asked_for(command, tmp_path):
+def test_a_postponed_validation_that_is_no_longer_asked_for(command, stopped_at_ten, tmp_path):
     """Stopped where validation is due, resumed with validation off: the step's own metrics are kept."""
-    workdir = tmp_path / "run"
-    _run_until_ten(tmp_path, *command, f"--workdir={workdir}")
+    workdir = shutil.copytree(stopped_at_ten, tmp_path / "run")
     more = "--config.eval.every_steps=0", "--config.steps=12", "--config.checkpoint.overwrite_config=True"
     run(*command, f"--workdir={workdir}", *more, XLA_FLAGS=FAST)
     records = metrics(workdir)

@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import tiny
-from processes import Fork, last_step, metrics, run_imported, wait_for
+from processes import Fork, end, last_step, metrics, run_imported, wait_for
 
 from trainit import config as config_lib
 from trainit import sources
@@ -25,8 +25,8 @@ def documents(folder, split) -> list[tuple[bytes, str]]:
         ids = np.fromfile(folder / shard["file"], "<u2")
         starts = np.fromfile((folder / shard["file"]).with_suffix(".documents"), "<u8").astype(int)
         numbers = np.fromfile((folder / shard["file"]).with_suffix(".subsets"), "<u2")
-        for begin, end, number in zip(starts, [*starts[1:], len(ids)], numbers, strict=True):
-            result.append((ids[begin:end].tolist(), dataset.info["subsets"][number]))
+        for begin, until, number in zip(starts, [*starts[1:], len(ids)], numbers, strict=True):
+            result.append((ids[begin:until].tolist(), dataset.info["subsets"][number]))
     return result
 
 
@@ -178,8 +178,7 @@ def test_a_run_on_a_mixture_with_a_document_mask(subset_dataset, tmp_path):
     process = Fork(*arguments, f"--workdir={tmp_path}/parts")
     assert wait_for(process, lambda: last_step(tmp_path / "parts") >= 3)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
+    end(process, 75, 60)
     assert last_step(tmp_path / "parts") < 24
     run_imported(*arguments, f"--workdir={tmp_path}/parts")
     whole, parts = (metrics(tmp_path / name) for name in ("whole", "parts"))

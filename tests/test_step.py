@@ -34,25 +34,15 @@ def make_config(path, arg="", **changes):
     return config_lib.resolve(config, 257)
 
 
+build = functools.cache(step.build)  # what several tests need is compiled once
 NAMES = ("train/loss", "train/grad_norm", "train/accuracy")
-
-
-@functools.cache
-def _built(config, sizes):
-    sizes = dict(sizes)
-    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    return mesh, step.build(config, mesh)
-
-
-def build(config, sizes):
-    """The mesh of these sizes and the config's programs on it, compiled once for all tests of this file."""
-    return _built(config, tuple(sizes.items()))
 
 
 def train(config, sizes, path, count, names=NAMES):
     """Runs `count` steps; their metrics of these names, and the state behind them."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
-    mesh, steps = build(config, sizes)
+    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    steps = build(config, mesh)
     split = open_dataset(path).splits["train"]
     batches = loader.batches(
         Ordered(split, Shuffled(split.sequences(config.model.context_length), config.seed)),
@@ -101,7 +91,8 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
     config = make_config(random_dataset, clip_norm=0.5, z_loss=0.01, **off)
     names = ("train/loss", "train/z_loss", "train/grad_norm")
     curve, state = train(config, {"data": 2, "fsdp": 2, "tensor": 2}, random_dataset, 3, names)
-    _, steps = build(config, {"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    steps = build(config, mesh)
     model = step.GPT(config.model)
     split = open_dataset(random_dataset).splits["train"]
     order = Shuffled(split.sequences(32), config.seed)
@@ -141,7 +132,7 @@ def test_everything_is_born_and_stays_sharded(optimizer, random_dataset):
     """Every leaf of the state before and after a step: how much of it lies on each device."""
     config = make_config(random_dataset, f"optimizer={optimizer}")
     sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-    _, steps = build(config, sizes)
+    steps = build(config, sharding.make_mesh(sizes))
     _, after = train(config, sizes, random_dataset, 1)
     for state in (steps.abstract_state, steps.init(), after):
         for path, leaf in jax.tree.leaves_with_path(state):
@@ -172,7 +163,8 @@ def test_no_whole_parameter_is_made_when_the_state_is_born(random_dataset):
 def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
     config = make_config(random_dataset)
     sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-    mesh, steps = build(config, sizes)
+    mesh = sharding.make_mesh(sizes)
+    steps = build(config, mesh)
     _, state = train(config, sizes, random_dataset, 2)
     before = jax.device_get(state)
     good = state.params["final_norm"]["scale"]
@@ -202,7 +194,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
 def test_lengths_mask_the_loss(random_dataset):
     """Rows without targets and tokens behind a row's length count for nothing."""
     config = make_config(random_dataset)
-    _, steps = build(config, {"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    steps = build(config, mesh)
     params, bytes_per_token = steps.init().params, np.arange(257, dtype=np.int32)
     tokens = np.random.default_rng(0).integers(0, 256, (1, 4, 33)).astype(np.uint16)
     lengths = np.array([[32, 7, 0, 32]], np.int32)
@@ -220,7 +213,8 @@ def test_dropout_follows_seed_and_step(random_dataset):
 
     def first_losses(seed):
         config = make_config(random_dataset, model__gpt_dropout=0.5, optimizer__learning_rate=0.0, seed=seed)
-        mesh, steps = build(config, {"data": 2, "fsdp": 1, "tensor": 1, "context": 1})
+        mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
+        steps = build(config, mesh)
         batch = {"tokens": np.ones((2, 8, 33), np.uint16), "lengths": np.full((2, 8), 32, np.int32)}
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         state, losses = steps.init(), []

@@ -17,6 +17,7 @@ from processes import (
     FAST,
     ROOT,
     assert_same_but_for_rounding,
+    end,
     exact,
     last_step,
     metrics,
@@ -120,8 +121,7 @@ def _run_until(step, workdir, *args, **environment):
     process = start(*args, **environment)
     wait_for(process, lambda: last_step(workdir) >= step)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
+    output = end(process, 75, 60)
     assert Checkpoints(workdir, read_only=True).latest() >= step
     assert "run the same command to go on" in output
     return output
@@ -132,8 +132,7 @@ def test_stop_signals(number, command, tmp_path):
     process = start(*command, f"--workdir={tmp_path}")
     wait_for(process, lambda: last_step(tmp_path) >= 1)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
+    output = end(process, 75, 60)
     assert f"stopped    on {number.name}" in output
     assert Checkpoints(tmp_path, read_only=True).latest() == last_step(tmp_path)
 

@@ -1,8 +1,8 @@
 """The optimizers beside each other, each at its best learning rate, over several seeds.
 
-    python -m trainit.sweep configs/bench_optimizers.py:small    an hour on two CPU cores
-    python -m trainit.sweep configs/bench_optimizers.py:medium   on a GPU each: --sbatch="--gpus-per-node=1"
-    python -m trainit.sweep configs/bench_optimizers.py:full     GPT-2 124M; --sbatch="--gpus-per-node=8"
+    python -m trainit.tools.sweep configs/bench_optimizers.py:small    an hour on two CPU cores
+    python -m trainit.tools.sweep configs/bench_optimizers.py:medium   one GPU: --sbatch="--gpus-per-node=1"
+    python -m trainit.tools.sweep configs/bench_optimizers.py:full     GPT-2; --sbatch="--gpus-per-node=8"
 
 The learning rate is chosen with a seed that counts for nothing else, from a grid that grows until the best
 is not its last. Everything else of an optimizer is as its authors propose.

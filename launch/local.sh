@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # launch/local.sh -n 4 --config=...   a job of 4 processes on this machine, as a cluster would start it.
 #
-# Everything but -n goes to trainit.main, or to what TRAINIT_MODULE names, as in trainit.doctor. The exit
+# Everything but -n goes to trainit.main, or to what TRAINIT_MODULE names, as in trainit.tools.doctor. The exit
 # code is 0 when all processes end with 0, 75 when all stopped on request, else that of the first process
 # that failed; the others are then ended.
 set -uo pipefail

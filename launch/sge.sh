@@ -20,7 +20,7 @@
 #
 #   TRAINIT_ACTIVATE             what to run first on each host, as in "source ~/venv/bin/activate"
 #   TRAINIT_PROCESSES_PER_NODE   processes of a host, as in 1: one for all its GPUs
-#   TRAINIT_MODULE               what to run instead of trainit.main, as in trainit.doctor
+#   TRAINIT_MODULE               what to run instead of trainit.main, as in trainit.tools.doctor
 #   TRAINIT_ARRAY                folder in which a file for each task of an array job has its arguments
 #   TRAINIT_MARGIN               seconds before the time limit at which the run is to stop; 300
 #

@@ -18,7 +18,7 @@
 #
 #   TRAINIT_ACTIVATE             what to run first on each node, as in "source ~/venv/bin/activate"
 #   TRAINIT_PROCESSES_PER_NODE   processes of a node, as in 1: one for all its GPUs
-#   TRAINIT_MODULE               what to run instead of trainit.main, as in trainit.doctor
+#   TRAINIT_MODULE               what to run instead of trainit.main, as in trainit.tools.doctor
 #   TRAINIT_ARRAY                folder in which a file for each task of an array job has its arguments
 set -uo pipefail
 [ -z "${TRAINIT_ARRAY:-}" ] || eval "set -- $(cat "$TRAINIT_ARRAY/$SLURM_ARRAY_TASK_ID")"

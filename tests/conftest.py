@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from trainit import settings
+from trainit.cluster import settings
 
 # A suite that is started in the background ignores SIGINT, and so would all that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -65,7 +65,7 @@ def keep_compiled():
 @pytest.fixture(scope="session")
 def subset_dataset(tmp_path_factory) -> Path:
     """A prepared dataset of bytes with three subsets, of few and of many documents, in several shards."""
-    from trainit.data import prepare
+    from trainit.prepare import prepare
 
     draw, folder = np.random.default_rng(1), tmp_path_factory.mktemp("subsets")
     letters = {"Alpha": "abc", "Beta (1)": "defgh", "Gamma": "xyzäö"}
@@ -85,8 +85,8 @@ def subset_dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def random_dataset(tmp_path_factory) -> Path:
     """A prepared dataset of bytes: words drawn from a seed, in four shards to train and one to validate."""
-    from trainit.data import prepare
-    from trainit.data.tokenizers import ByteTokenizer
+    from trainit.data.tokenizers.sentencepiece import ByteTokenizer
+    from trainit.prepare import prepare
 
     draw = np.random.default_rng(0)
     words = ["".join(chr(c) for c in draw.integers(97, 123, draw.integers(1, 8))) for _ in range(300)]

@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 
 import trainit.config
 from trainit import optimizers
-from trainit.model import GPT
+from trainit.model.gpt import GPT
 
 # Not in order and not from 0, so that a count of updates gives other rates.
 STEPS = (4, 9, 2, 2, 7)

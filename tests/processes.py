@@ -51,7 +51,7 @@ def run(*args: str, expect: int = 0, timeout: float = 180, **environment: str) -
 
 IMPORTED = """
 import json, os, signal, sys
-from trainit import command_line, main
+from trainit import cli, main
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
     arguments, environment, output, end = json.loads(line)
@@ -67,7 +67,7 @@ for line in sys.stdin:
     os.dup2(file, 2)
     os.environ.update(environment)
     sys.argv = ["trainit.main", *arguments]
-    command_line.run(main._main)
+    cli.run(main._main)
 """
 
 

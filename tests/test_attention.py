@@ -9,9 +9,11 @@ import pytest
 import tiny
 from test_model import model_config, random_parameters, random_tokens
 
-from trainit import attention, sharding, step
 from trainit import config as config_lib
-from trainit.model import GPT
+from trainit.model import attention
+from trainit.model.gpt import GPT
+from trainit.parallel import sharding
+from trainit.train import step
 
 BLOCK = 4
 LENGTHS = {"one": 1, "a_block": 4, "one_more": 5, "stages": 31, "blocks_in_stages": 70}

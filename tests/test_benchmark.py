@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 from processes import ROOT, start
 
-from trainit import distributed, optimizers, sharding, step
-from trainit.benchmark import contender, suite, where
+from trainit import optimizers
+from trainit.cluster import distributed
 from trainit.config import MESH_AXES, defaults, model, resolve
+from trainit.parallel import sharding
+from trainit.tools.benchmark import contender, suite
+from trainit.tools.benchmark import profile as where
+from trainit.train import step
 
 
 def test_unknown_part(random_dataset):
     args = f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={random_dataset}", "--only=loder"
-    process = start(*args, module="trainit.benchmark")
+    process = start(*args, module="trainit.tools.benchmark")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert (
@@ -33,7 +37,7 @@ def test_preparing_reports(tmp_path):
     texts = [" ".join(draw.choice(words, 400)) for _ in range(300)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = "--only=prepare", f"--corpus={tmp_path}/*.jsonl", "--rounds=1"
-    process = start(*command, module="trainit.benchmark")
+    process = start(*command, module="trainit.tools.benchmark")
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     for pattern in ("of the speed of bare encode_ordinary_batch", "of the speed of bare sentencepiece"):
@@ -43,7 +47,7 @@ def test_preparing_reports(tmp_path):
 
 def test_preparing_needs_a_corpus(tmp_path):
     for given, message in (("", "needs --corpus"), (f"--corpus={tmp_path}/none", "there are no documents")):
-        process = start("--only=prepare", *[given] * bool(given), module="trainit.benchmark")
+        process = start("--only=prepare", *[given] * bool(given), module="trainit.tools.benchmark")
         output, _ = process.communicate(timeout=180)
         assert process.returncode == 2, output
         assert message in output

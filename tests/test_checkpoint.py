@@ -14,9 +14,10 @@ import tiny
 from processes import ROOT, exact, metrics, run, run_imported
 from test_config import make
 
-from trainit import sharding, step
-from trainit.checkpoint import FREE, Checkpoints, differences, due
 from trainit.config import ConfigError, resolve
+from trainit.parallel import sharding
+from trainit.train import step
+from trainit.train.checkpoint import FREE, Checkpoints, differences, due
 
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
@@ -158,7 +159,9 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, 
     free = os.statvfs(small_disk)
     (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 3_000_000))
     more = "--config.checkpoint.overwrite_config=True"
-    (tmp_path / "sitecustomize.py").write_text("from trainit import saves\nsaves.RETRY_SECONDS = (1, 1)\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "from trainit.train import save_retry\nsave_retry.RETRY_SECONDS = (1, 1)\n"
+    )
     output = run(*command, more, expect=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert "No space left on device" in output
     assert "a checkpoint could not be saved in 3 attempts" in output

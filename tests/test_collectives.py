@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainit import collectives, sharding
-from trainit.collectives import Collective
+from trainit.parallel import sharding
+from trainit.tools.plan import hlo
+from trainit.tools.plan.hlo import Collective
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 F = jnp.float32
@@ -19,8 +20,8 @@ def found(function, shape, spec, outputs, dtype=F, sizes=SIZES) -> list[tuple]:
     mesh = sharding.make_mesh(sizes)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=outputs, check_vma=False)
     argument = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-    _, text = collectives.compile_with_text(jax.jit(mapped).lower(argument))
-    return [(c.kind, c.dtype, c.axes, c.devices, c.size, c.times) for c in collectives.read(text, sizes)]
+    _, text = hlo.compile_with_text(jax.jit(mapped).lower(argument))
+    return [(c.kind, c.dtype, c.axes, c.devices, c.size, c.times) for c in hlo.read(text, sizes)]
 
 
 P = PartitionSpec
@@ -83,13 +84,13 @@ def test_the_text_does_not_come_from_the_cache(keep_compiled, tmp_path):
 
     for _ in range(2):
         lowered().compile()
-        assert "sine" in collectives.compile_with_text(lowered())[1]
+        assert "sine" in hlo.compile_with_text(lowered())[1]
     assert hits.count("/jax/compilation_cache/cache_hits") == 1
 
 
 def test_one_device_exchanges_nothing():
-    _, text = collectives.compile_with_text(jax.jit(jnp.sin).lower(jnp.ones(3)))
-    assert collectives.read(text, dict.fromkeys(SIZES, 1)) == []
+    _, text = hlo.compile_with_text(jax.jit(jnp.sin).lower(jnp.ones(3)))
+    assert hlo.read(text, dict.fromkeys(SIZES, 1)) == []
 
 
 def test_equal_ones_count_once():
@@ -113,8 +114,8 @@ def test_what_the_partitioner_adds():
         for shape, spec in (((8, 16), P(None, ("data", "tensor"))), ((16, 4), P(("data", "tensor"))))
     )
     product = jax.jit(jnp.matmul, out_shardings=NamedSharding(mesh, P()))
-    read = collectives.read(collectives.compile_with_text(product.lower(a, b))[1], SIZES)
-    assert collectives.total(read).keys() <= {("all-reduce", (axes)) for axes in _subsets()}
+    read = hlo.read(hlo.compile_with_text(product.lower(a, b))[1], SIZES)
+    assert hlo.total(read).keys() <= {("all-reduce", (axes)) for axes in _subsets()}
     assert {axis for one in read for axis in one.axes} == {"data", "tensor"}
     assert all((one.dtype, one.size, one.times) == ("f32", 8 * 4 * 4, 1) for one in read)
 
@@ -135,12 +136,12 @@ def _subsets():
     ],
 )
 def test_groups(text, expected):
-    assert collectives._groups(text, 4).tolist() == expected
+    assert hlo._groups(text, 4).tolist() == expected
 
 
 def test_groups_that_are_no_axes():
-    axes = functools.partial(collectives._axes, sizes=tuple(SIZES.items()))
-    assert axes(collectives._groups("{{0,1},{2,3},{4,6},{5,7}}", 8)) == ("?",)
+    axes = functools.partial(hlo._axes, sizes=tuple(SIZES.items()))
+    assert axes(hlo._groups("{{0,1},{2,3},{4,6},{5,7}}", 8)) == ("?",)
 
 
 def test_a_loop_without_a_known_length_is_refused():
@@ -157,4 +158,4 @@ def test_bytes_of_rings():
     def sent(kind):
         return Collective(kind, "f32", ("fsdp",), 4, 400, 3, "").bytes
 
-    assert [sent(kind) for kind in collectives.KINDS] == [900, 1800, 900, 900, 1200]
+    assert [sent(kind) for kind in hlo.KINDS] == [900, 1800, 900, 900, 1200]

@@ -12,9 +12,9 @@ import pytest
 from processes import ROOT
 from scipy import stats
 
-from trainit.compare import measures, report, runs
-from trainit.compare.__main__ import compare
 from trainit.config import ConfigError
+from trainit.tools.compare import report, runs, statistics
+from trainit.tools.compare.__main__ import compare
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -107,10 +107,10 @@ def test_the_same_run_twice_is_two(tmp_path):
 
 def test_interval_of_a_mean():
     values = np.random.default_rng(0).normal(3, 0.1, 5)
-    result = measures.mean(list(values))
+    result = statistics.mean(list(values))
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     np.testing.assert_allclose([result.value, result.low, result.high], [values.mean(), low, high])
-    assert math.isnan(measures.mean([3.0]).low)
+    assert math.isnan(statistics.mean([3.0]).low)
 
 
 @pytest.mark.parametrize("seeds", [(1, 2, 3, 4), (5, 6, 7)])
@@ -118,7 +118,7 @@ def test_difference_is_paired_by_seed_or_after_welch(seeds):
     draw = np.random.default_rng(1)
     a = dict(zip((1, 2, 3, 4), draw.normal(3, 0.1, 4), strict=True))
     b = dict(zip(seeds, draw.normal(3.1, 0.3, len(seeds)), strict=True))
-    result = measures.difference(a, b)
+    result = statistics.difference(a, b)
     x, y = list(a.values()), list(b.values())
     oracle = stats.ttest_rel(x, y) if len(x) == len(y) else stats.ttest_ind(x, y, equal_var=False)
     low, high = oracle.confidence_interval(0.95)
@@ -128,7 +128,7 @@ def test_difference_is_paired_by_seed_or_after_welch(seeds):
 
 def test_speed_up_is_a_ratio_of_geometric_means():
     base, fast = {1: 100.0, 2: 110.0, 3: 120.0}, {1: 52.0, 2: 54.0, 3: 60.0}
-    result = measures.speed_up(base, fast)
+    result = statistics.speed_up(base, fast)
     oracle = stats.ttest_rel(np.log(list(base.values())), np.log(list(fast.values())))
     low, high = np.exp(oracle.confidence_interval(0.95))
     np.testing.assert_allclose(
@@ -139,11 +139,13 @@ def test_speed_up_is_a_ratio_of_geometric_means():
 
 def test_cost_to_a_loss_lies_on_the_line_between_validations(tmp_path):
     run = write(tmp_path / "a", [6.0, 5.0, 4.0, 4.5, 3.0])
-    assert measures.cost(run, 4.25, "step") == pytest.approx(17.5)  # the first time, although it rises again
-    assert measures.cost(run, 4.25, "tokens") == pytest.approx(140)
-    assert measures.cost(run, 4.25, "seconds") == pytest.approx(8.75)
-    assert measures.cost(run, 6.0, "step") == 0
-    assert measures.cost(run, 2.9, "step") is None
+    assert statistics.cost(run, 4.25, "step") == pytest.approx(
+        17.5
+    )  # the first time, although it rises again
+    assert statistics.cost(run, 4.25, "tokens") == pytest.approx(140)
+    assert statistics.cost(run, 4.25, "seconds") == pytest.approx(8.75)
+    assert statistics.cost(run, 6.0, "step") == 0
+    assert statistics.cost(run, 2.9, "step") is None
 
 
 def test_how_wide_the_valley_of_rates_is(tmp_path):
@@ -152,21 +154,21 @@ def test_how_wide_the_valley_of_rates_is(tmp_path):
         rate = 2.0**power
         write(tmp_path / str(power), [5, 1 + (power - 3) ** 2 / 50], learning_rate=rate)
     (method,) = runs.group(runs.find([tmp_path]))
-    low, high, low_open, high_open = measures.nearly_best(method)
+    low, high, low_open, high_open = statistics.nearly_best(method)
     # 1 % above the best is half-way, on a straight line, to the neighbours at 2 %.
     np.testing.assert_allclose([low, high], [2**2.5, 2**3.5])
-    assert (low_open, high_open, measures.at_edge(method)) == (False, False, False)
+    assert (low_open, high_open, statistics.at_edge(method)) == (False, False, False)
     write(tmp_path / "6", [5, 0.9], learning_rate=64.0)
     (method,) = runs.group(runs.find([tmp_path]))
-    assert measures.at_edge(method)
-    assert measures.nearly_best(method)[3]
+    assert statistics.at_edge(method)
+    assert statistics.nearly_best(method)[3]
 
 
 def test_smooth_is_the_weighted_mean():
     values = np.random.default_rng(0).normal(size=50)
     weights = 0.9 ** np.arange(50)
     expected = [np.average(values[: n + 1][::-1], weights=weights[: n + 1]) for n in range(50)]
-    np.testing.assert_allclose(measures.smooth(list(values), 10), expected)
+    np.testing.assert_allclose(statistics.smooth(list(values), 10), expected)
 
 
 @pytest.fixture
@@ -222,7 +224,7 @@ def test_a_baseline_that_is_not_there(two_methods):
 def test_command(tmp_path):
     """One run, drawn as it was trained."""
     write(tmp_path / "run", [5.0, 4.0])
-    command = [sys.executable, "-m", "trainit.compare", tmp_path / "run", f"--output={tmp_path}/c.png"]
+    command = [sys.executable, "-m", "trainit.tools.compare", tmp_path / "run", f"--output={tmp_path}/c.png"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     header, row = result.stdout.splitlines()[:2]
     assert header.split()[:6] == ["method", "rate", "seeds", "steps", "tokens", "valid/loss"]
@@ -231,7 +233,7 @@ def test_command(tmp_path):
 
 
 def test_what_is_no_run_folder(tmp_path):
-    command = [sys.executable, "-m", "trainit.compare", tmp_path / "none"]
+    command = [sys.executable, "-m", "trainit.tools.compare", tmp_path / "none"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.strip() == (

@@ -6,7 +6,7 @@ import pytest
 from trainit import config as config_lib
 from trainit import optimizers
 from trainit.config import ConfigError, choose, defaults, resolve
-from trainit.sharding import mesh_sizes, micro_steps
+from trainit.parallel.sharding import mesh_sizes, micro_steps
 
 
 def make(arg="", **changes):

@@ -11,10 +11,11 @@ import tiny
 from optimizer_cases import by_path, flat
 
 from trainit import config as config_lib
-from trainit import sharding, step
-from trainit.checkpoint import Checkpoints
 from trainit.config import ConfigError
-from trainit.model import GPT
+from trainit.model.gpt import GPT
+from trainit.parallel import sharding
+from trainit.train import step
+from trainit.train.checkpoint import Checkpoints
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 LENGTH, ROWS = 32, 16

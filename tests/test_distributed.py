@@ -3,7 +3,7 @@
 import pytest
 from processes import ROOT, run_imported, start
 
-from trainit.distributed import Place, PlaceError, check_coordinator, find_place
+from trainit.cluster.distributed import Place, PlaceError, check_coordinator, find_place
 
 # What srun sets for the last task of two nodes with two tasks and two GPUs each; the values are made up.
 SLURM = {

@@ -6,11 +6,12 @@ import pytest
 import tiny
 
 from trainit import config as config_lib
-from trainit import sharding, step
-from trainit.data.tokens import open_dataset
-from trainit.evaluate import evaluate
-from trainit.model import GPT
-from trainit.peers import Peers
+from trainit.cluster.peers import Peers
+from trainit.data.dataset import open_dataset
+from trainit.model.gpt import GPT
+from trainit.parallel import sharding
+from trainit.train import step
+from trainit.train.evaluate import evaluate
 
 
 @pytest.mark.parametrize("sequences", [0, 13])

@@ -13,8 +13,10 @@ import tiny
 from test_parallel import MESHES, parallel
 
 from trainit import config as config_lib
-from trainit import factors, sharding, step
-from trainit.model import GPT
+from trainit.model.gpt import GPT
+from trainit.parallel import float8 as factors
+from trainit.parallel import sharding
+from trainit.train import step
 
 B, L, D, F = 8, 16, 24, 32
 SPLIT = pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 import tiny
 
 from trainit import config as config_lib
-from trainit import loss_scale, sharding, step
-from trainit.checkpoint import Checkpoints
-from trainit.model import GPT
+from trainit.model.gpt import GPT
+from trainit.parallel import sharding
+from trainit.train import loss_scale, step
+from trainit.train.checkpoint import Checkpoints
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 MESH = sharding.make_mesh(SIZES)

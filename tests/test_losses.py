@@ -10,11 +10,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from trainit import sharding
 from trainit.config import MESH_AXES
-from trainit.losses import CrossEntropy, chunk_size
-from trainit.model import Head
-from trainit.parallel import Parallel
+from trainit.model.cross_entropy import CrossEntropy, chunk_size
+from trainit.model.gpt import Head
+from trainit.parallel import sharding
+from trainit.parallel.matmul import Parallel
 
 B, L, V = 3, 7, 19
 MESHES = ({}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"fsdp": 8}, {"tensor": 8})

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from trainit import config as config_lib
-from trainit import metrics, optimizers
+from trainit import optimizers
+from trainit.train import metrics
 
 
 def resolved(**changes):

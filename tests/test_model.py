@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import trainit.config
-from trainit import optimizers, sharding
-from trainit.attention import dropout, plain
-from trainit.model import GPT, choose_attention
+from trainit import optimizers
+from trainit.model.attention import dropout, plain
+from trainit.model.gpt import GPT, choose_attention
+from trainit.parallel import sharding
 
 MODERN = {
     "norm": "rmsnorm",

@@ -22,9 +22,11 @@ from optimizer_cases import (
 )
 
 from trainit import config as config_lib
-from trainit import optimizers, sharding, step
+from trainit import optimizers
 from trainit.config import ConfigError
-from trainit.model import GPT
+from trainit.model.gpt import GPT
+from trainit.parallel import sharding
+from trainit.train import step
 
 
 @pytest.mark.parametrize("base", ["adamw", "sgdm"])

@@ -19,7 +19,7 @@ from optimizer_cases import (
     some_shapes,
 )
 
-from trainit import sharding
+from trainit.parallel import sharding
 
 FIELDS = {"beta1": 0.8, "beta2": 0.7, "shampoo_beta": 0.6, "precondition_every": 2}
 # Sides of 64 are left out: of one gradient's 64 x 64 factor, 48 eigenvectors are anybody's.

@@ -29,9 +29,11 @@ from optimizer_cases import (
 )
 
 from trainit import config as config_lib
-from trainit import optimizers, sharding, step
+from trainit import optimizers
 from trainit.config import ConfigError, choose, defaults, resolve
-from trainit.model import GPT
+from trainit.model.gpt import GPT
+from trainit.parallel import sharding
+from trainit.train import step
 
 ADAM = {"beta1": 0.8, "beta2": 0.97, "eps": 1e-3}
 

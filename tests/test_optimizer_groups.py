@@ -9,8 +9,9 @@ import pytest
 from ml_collections import FrozenConfigDict
 from optimizer_cases import RATES, by_path, draw, draw_gradients, run, some_shapes
 
-from trainit import optimizers, sharding
+from trainit import optimizers
 from trainit.config import ConfigError, defaults, flatten, resolve
+from trainit.parallel import sharding
 
 PEAK = 0.5
 

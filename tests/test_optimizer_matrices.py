@@ -21,8 +21,8 @@ from optimizer_cases import (
 )
 from test_optimizer_formulas import numpy_adam, numpy_momentum
 
-from trainit import sharding
-from trainit.optimizers import _orthogonal
+from trainit.optimizers.common import newton_schulz as _orthogonal
+from trainit.parallel import sharding
 
 FLOAT32 = {"ns_precision": "float32"}
 INPUTS = {"query/kernel": 1, "up/kernel": 1, "head/kernel": 1}  # axes; all but the last for the others

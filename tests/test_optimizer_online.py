@@ -21,7 +21,8 @@ from optimizer_cases import (
 )
 
 from trainit.config import choose, defaults, resolve
-from trainit.optimizers import _online, choices
+from trainit.optimizers import choices
+from trainit.optimizers.common import online
 
 PLAIN = {"random_scaling": "none"}
 
@@ -275,7 +276,7 @@ def test_random_scaling(scaling, weighs):
 @pytest.mark.parametrize(("scaling", "variance"), [("exponential", 1.0), ("uniform", 1 / 3)])
 def test_factors_are_of_mean_one(scaling, variance):
     keys = jax.random.split(jax.random.key(3), 20_000)
-    factors = np.asarray(jax.vmap(lambda key: _online.draw(scaling, key))(keys))
+    factors = np.asarray(jax.vmap(lambda key: online.draw(scaling, key))(keys))
     assert np.mean(factors) == pytest.approx(1, abs=0.03)
     assert np.var(factors) == pytest.approx(variance, abs=0.06)
     # With the weight w, E[w(s) f'(s)] = E[f(s)] - f(0): here for f(s) = s^2.

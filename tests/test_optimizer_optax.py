@@ -20,8 +20,9 @@ from optimizer_cases import (
 )
 
 from trainit import config as config_lib
-from trainit import sharding, step
-from trainit.checkpoint import Checkpoints
+from trainit.parallel import sharding
+from trainit.train import step
+from trainit.train.checkpoint import Checkpoints
 
 # Each with a part of the model.
 GROUPS = {

@@ -10,8 +10,9 @@ import tiny
 from optimizer_cases import RATES, STEPS, build, by_path, draw, draw_gradients, flat, some_shapes
 
 from trainit import config as config_lib
-from trainit import sharding, step
-from trainit.model import GPT
+from trainit.model.gpt import GPT
+from trainit.parallel import sharding
+from trainit.train import step
 
 LENGTHS = np.array([5, 0, 17] + [32] * 13, np.int32)  # of the sequences' targets
 

@@ -12,10 +12,12 @@ import pytest
 import tiny
 
 from trainit import config as config_lib
-from trainit import metrics, optimizers, sharding, step
-from trainit.checkpoint import Checkpoints
+from trainit import optimizers
 from trainit.config import ConfigError
-from trainit.optimizers import _narrow
+from trainit.optimizers.common import low_bit_state
+from trainit.parallel import sharding
+from trainit.train import metrics, step
+from trainit.train.checkpoint import Checkpoints
 
 EIGHT, ONE = (2, 2, 2, 1), (1, 1, 1, 1)  # of a mesh
 NARROW = ("bfloat16", "int8")
@@ -61,8 +63,8 @@ def rounded(name: str, x: np.ndarray) -> np.ndarray:
 
     def one(key):
         if name == "bfloat16":
-            return _narrow.round_to_bfloat16(jnp.asarray(x), key)
-        return _narrow.decode_blocks(*_narrow.encode_blocks(jnp.asarray(x), 1, 32, key))
+            return low_bit_state.round_to_bfloat16(jnp.asarray(x), key)
+        return low_bit_state.decode_blocks(*low_bit_state.encode_blocks(jnp.asarray(x), 1, 32, key))
 
     keys = jax.random.split(jax.random.key(5), DRAWS)
     return np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
@@ -97,11 +99,11 @@ def test_blocks_lie_along_any_axis(axis, size):
     """The largest number of each block is exact, whatever is in others."""
     rng = np.random.default_rng(3)
     x = (rng.standard_normal((4, 6, 5)) * 10.0 ** rng.integers(-9, 9, (4, 6, 5))).astype(np.float32)
-    codes, scales = _narrow.encode_blocks(jnp.asarray(x), axis, size, jax.random.key(0))
+    codes, scales = low_bit_state.encode_blocks(jnp.asarray(x), axis, size, jax.random.key(0))
     assert codes.dtype == jnp.int8 and codes.shape == x.shape
     blocks = np.stack(np.split(x, x.shape[axis] // size, axis), axis)
     found = np.stack(
-        np.split(np.asarray(_narrow.decode_blocks(codes, scales)), x.shape[axis] // size, axis), axis
+        np.split(np.asarray(low_bit_state.decode_blocks(codes, scales)), x.shape[axis] // size, axis), axis
     )
     largest = np.abs(blocks).max(axis + 1)
     np.testing.assert_array_equal(np.abs(scales), largest)
@@ -199,7 +201,7 @@ def test_random_bits_are_even_and_independent():
 
     def signs(key):
         """(32, 512, 512), -1 or 1."""
-        bits = np.asarray(_narrow.random_bits(key, shape))
+        bits = np.asarray(low_bit_state.random_bits(key, shape))
         return np.stack([2.0 * ((bits >> i) & 1) - 1 for i in range(32)])
 
     keys = [jax.random.fold_in(jax.random.key(0), at) for at in (5, 6)]
@@ -223,7 +225,7 @@ def test_the_rounding_is_drawn_anew_for_each_step_array_and_seed():
 
         base = optax.GradientTransformationExtraArgs(init, update)
         key = jax.random.key_data(jax.random.key(seed))
-        optimizer = _narrow.narrow(base, "bfloat16", shapes, key)
+        optimizer = low_bit_state.narrow(base, "bfloat16", shapes, key)
         codes = optimizer.update(numbers, optimizer.init(numbers), numbers, step=at)[1].codes
         return [np.asarray(codes[name]["head"]["kernel"], np.float32) for name in ("a", "b")]
 
@@ -276,7 +278,7 @@ def test_every_optimizer_can_be_narrowed():
         for state in NARROW:
             optimizer = optimizers.build(config_lib.Config(config), context, state=state)
             born = jax.eval_shape(optimizer.init, params)
-            again = jax.eval_shape(_narrow.decode, born)
+            again = jax.eval_shape(low_bit_state.decode, born)
             assert jax.tree.map(described, again) == jax.tree.map(described, wide), name
         narrowed += bool(jax.tree.leaves(born.codes))
     assert narrowed > 20

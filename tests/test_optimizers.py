@@ -26,10 +26,11 @@ from optimizer_cases import (
 )
 from processes import ROOT
 
-from trainit import optimizers, sharding
-from trainit import step as step_lib
-from trainit.checkpoint import Checkpoints
+from trainit import optimizers
 from trainit.config import ConfigError, choose, defaults, flatten, resolve
+from trainit.parallel import sharding
+from trainit.train import step as step_lib
+from trainit.train.checkpoint import Checkpoints
 
 OWN = """
 from ml_collections import ConfigDict

@@ -2,15 +2,15 @@
 
 import pytest
 
-from trainit import pace
-from trainit.pace import PATIENCE, USUAL_STEPS, Pace
+from trainit.cluster import watchdog
+from trainit.cluster.watchdog import PATIENCE, USUAL_STEPS, Pace
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """[seconds]: what the clock shows, to be turned by hand."""
     now = [1000.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -102,5 +102,5 @@ def test_zero_never_stalls(clock):
 
 
 def test_stacks_name_threads_and_lines():
-    assert "MainThread" in pace.stacks()
-    assert "test_stacks_name_threads_and_lines" in pace.stacks()
+    assert "MainThread" in watchdog.stacks()
+    assert "test_stacks_name_threads_and_lines" in watchdog.stacks()

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainit import sharding
 from trainit.config import MESH_AXES
-from trainit.parallel import ONE_DEVICE, Parallel
+from trainit.parallel import sharding
+from trainit.parallel.matmul import ONE_DEVICE, Parallel
 
 B, L, D, F, V = 8, 16, 24, 32, 40
 MESHES = ({}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 8})

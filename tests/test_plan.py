@@ -8,10 +8,12 @@ import pytest
 import tiny
 from processes import ROOT, start
 
-from trainit import collectives, sharding, step
 from trainit import config as config_lib
 from trainit.config import MESH_AXES
-from trainit.plan import hardware, traffic
+from trainit.parallel import sharding
+from trainit.tools.plan import formula as traffic
+from trainit.tools.plan import hlo, roofline
+from trainit.train import step
 
 GQA = {"num_kv_heads": 4, "norm": "rmsnorm", "activation": "swiglu", "use_bias": False}
 MODERN = GQA | {"positions": "rope", "qk_norm": True, "tied_embeddings": True}
@@ -68,8 +70,8 @@ def test_the_compiled_step_exchanges_what_is_planned(mesh, model, fields):
         "lengths": np.full((micro_steps, rows), length, np.int32),
     }
     batch = jax.device_put(batch, sharding.batch_sharding(sharding.make_mesh(sizes)))
-    _, text = collectives.compile_with_text(steps.train.lower(steps.abstract_state, batch))
-    compiled = by_kind(collectives.read(text, sizes))
+    _, text = hlo.compile_with_text(steps.train.lower(steps.abstract_state, batch))
+    compiled = by_kind(hlo.read(text, sizes))
     planned = by_kind(traffic.predict(config, sizes, steps.abstract_state.params))
     assert compiled.keys() == planned.keys()
     for key, size in compiled.items():
@@ -93,7 +95,7 @@ def test_the_command_at_64_512_and_4096_devices(tmp_path):
     """Each line of exchanges within 5 % where the step is compiled, by formula alone beyond."""
     (tmp_path / "config.py").write_text(CONFIG)
     arguments = (f"--config={tmp_path}/config.py", "--devices=64,512,4096", "--rows=2")
-    process = start(*arguments, module="trainit.plan", PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    process = start(*arguments, module="trainit.tools.plan", PYTHONPATH=f"{ROOT}:{ROOT}/tests")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert [line for line in output.splitlines() if line.startswith("mesh")] != []
@@ -115,7 +117,7 @@ def test_the_command_at_64_512_and_4096_devices(tmp_path):
 
 
 def test_a_number_that_is_none_is_refused():
-    process = start("--config=configs/debug.py", "--devices=8,x", module="trainit.plan")
+    process = start("--config=configs/debug.py", "--devices=8,x", module="trainit.tools.plan")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "--devices=8,x: write numbers above 0" in output
 
@@ -124,12 +126,12 @@ def test_bandwidths_follow_the_machines():
     """On machines of 8: within one, NVLink; a ring that leaves it has its members' network cards there."""
     sizes = {"data": 4, "fsdp": 8, "tensor": 1, "context": 1}
     card = {"data": 4, "fsdp": 4, "tensor": 2, "context": 1}
-    gpu = hardware.GPUS["H100"]
-    assert hardware.bandwidth(("fsdp",), sizes, gpu) == 450e9
-    assert hardware.bandwidth(("data",), sizes, gpu) == 50e9
-    assert hardware.bandwidth(("data", "fsdp"), sizes, gpu) == 400e9
-    assert hardware.bandwidth(("fsdp",), {**card, "fsdp": 8, "data": 2}, gpu) == 4 * 50e9
-    assert hardware.bandwidth(("tensor",), card, gpu) == 450e9
+    gpu = roofline.GPUS["H100"]
+    assert roofline.bandwidth(("fsdp",), sizes, gpu) == 450e9
+    assert roofline.bandwidth(("data",), sizes, gpu) == 50e9
+    assert roofline.bandwidth(("data", "fsdp"), sizes, gpu) == 400e9
+    assert roofline.bandwidth(("fsdp",), {**card, "fsdp": 8, "data": 2}, gpu) == 4 * 50e9
+    assert roofline.bandwidth(("tensor",), card, gpu) == 450e9
 
 
 def test_times():
@@ -138,23 +140,23 @@ def test_times():
     config.model.update(remat="block", vocab_size=1024)
     config = config_lib.resolve(config, 1024)
     sizes = {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
-    gpu = hardware.GPUS["H100"]
+    gpu = roofline.GPUS["H100"]
     tokens = 16 * 32
     # 4 layers' products of 4 D^2 and 8 D^2 weights, the head's, and attention; remat adds a third.
     flops = tokens * (6 * (2 * 12 * 32**2 + 32 * 1024) + 12 * 2 * 32 * 32)
 
     def exchange(axes, size):
-        return collectives.Collective("all-gather", "bf16", axes, 2, size, 1, "")
+        return hlo.Collective("all-gather", "bf16", axes, 2, size, 1, "")
 
     compute = flops * 4 / 3 / (8 * 989.4e12 * 0.5)
-    few = hardware.times(config, sizes, [exchange(("tensor",), 900)], gpu, 0.5)
+    few = roofline.times(config, sizes, [exchange(("tensor",), 900)], gpu, 0.5)
     assert few.step == pytest.approx(compute + 1e-9)
     assert few.mfu == pytest.approx(flops / (few.step * 8 * 989.4e12))
-    many = hardware.times(config, sizes, [exchange(("fsdp",), 9e9)], gpu, 0.5)
+    many = roofline.times(config, sizes, [exchange(("fsdp",), 9e9)], gpu, 0.5)
     assert many.step == pytest.approx(1e-2) and many.unhidden == pytest.approx(compute + 1e-2)
     # Gradients go over data when all micro-steps are done, and nothing is left to hide them.
     sizes |= {"data": 2, "fsdp": 2}
     for bound, beside in ((0, 1e-2), (1, compute + 1e-2)):
         config = config_lib.Config(config.to_dict() | {"device_batch_size": bound})
-        data = hardware.times(config, sizes, [exchange(("data",), 9e9)], gpu, 0.5)
+        data = roofline.times(config, sizes, [exchange(("data",), 9e9)], gpu, 0.5)
         assert data.step == pytest.approx(beside, rel=1e-9)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainit.programs import Program
+from trainit.train.compiled import Program
 
 STATE = np.float32(2)  # the first argument of most programs here: what is the same in all calls
 
@@ -19,7 +19,7 @@ STATE = np.float32(2)  # the first argument of most programs here: what is the s
 def told(monkeypatch) -> list[str]:
     """What programs log, each line when it is compiled."""
     lines = []
-    monkeypatch.setattr("trainit.programs.logging.info", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr("trainit.train.compiled.logging.info", lambda text, *args: lines.append(text % args))
     return lines
 
 

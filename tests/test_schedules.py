@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import trainit.config
-from trainit import optimizers, schedules
+from trainit import optimizers
+from trainit.optimizers.common import schedules
 
 PEAK = 0.3
 BATCH_SIZE, CONTEXT_LENGTH = 4, 16  # 64 tokens per step

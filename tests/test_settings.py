@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from processes import ROOT, end, start
 
-from trainit.distributed import Place, visible_gpus
-from trainit.settings import TABLE, TUNABLES, Here, SettingsError, apply, find
+from trainit.cluster.distributed import Place, visible_gpus
+from trainit.cluster.settings import TABLE, TUNABLES, Here, SettingsError, apply, find
 
 H100, B200, A100, T4 = "NVIDIA H100 80GB HBM3", "NVIDIA B200", "NVIDIA A100-SXM4-80GB", "Tesla T4"
 CPU_FLAGS = {
@@ -215,7 +215,7 @@ def test_commands_tell_the_settings_of_gpus(random_dataset, tmp_path):
     arguments = (f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path}/run", *fields)
     commands = [
         (code, start(*arguments, module=module, **environment))
-        for module, code in (("trainit.main", 2), ("trainit.doctor", 1))
+        for module, code in (("trainit.main", 2), ("trainit.tools.doctor", 1))
     ]
     for code, process in commands:
         output = end(process, code)
@@ -235,7 +235,7 @@ def test_readme_has_the_table():
 def test_the_command_begins_anew_with_glibc_s_settings_and_stays_the_same_process():
     """The program sees its own arguments, the setting and the process's number from before."""
     program = (
-        "import os, sys; from trainit import settings; print(os.getpid()); sys.stdout.flush();"
+        "import os, sys; from trainit.cluster import settings; print(os.getpid()); sys.stdout.flush();"
         "settings.tune_process(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}

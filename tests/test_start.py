@@ -8,7 +8,7 @@ import time
 import pytest
 from processes import ROOT, run
 
-from trainit import start
+from trainit.train import startup_timer
 
 LINE = re.compile(r"start      to the end of step (\d+): ([\d.]+) s: (.*)")
 
@@ -26,13 +26,13 @@ def clock(monkeypatch):
     """A clock that stands still until a test moves it, in a process that is 20 s old."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(start, "age", lambda: 20.0)
+    monkeypatch.setattr(startup_timer, "age", lambda: 20.0)
     return now
 
 
 def test_parts_add_up_to_the_total(clock):
     """Parts of one name are one; time between parts is `other`; an error in a part does not lose it."""
-    begun = start.Start()
+    begun = startup_timer.Start()
     assert begun.launched == 980.0
     for name, inside, after in (("data", 3.0, 0.5), ("init", 2.0, 0.25), ("data", 4.0, 0.0)):
         with begun.part(name):
@@ -52,7 +52,7 @@ def test_it_counts_from_the_launch_of_the_process():
     """Half a second before Start is made, and none of it in the processor's time, is counted as import."""
     code = (
         "import time; time.sleep(0.5); begun = time.time()\n"
-        "from trainit.start import Start\n"
+        "from trainit.train.startup_timer import Start\n"
         "start = Start(); print(time.monotonic() - start.launched, time.time(), start.over())"
     )
     before = time.time()

@@ -11,10 +11,11 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from trainit import config as config_lib
-from trainit import sharding, step
 from trainit.data import loader
+from trainit.data.dataset import open_dataset
 from trainit.data.order import Ordered, Shuffled
-from trainit.data.tokens import open_dataset
+from trainit.parallel import sharding
+from trainit.train import step
 
 SPLITS = [
     {"data": d, "fsdp": f, "tensor": t, "context": 1}

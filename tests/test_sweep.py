@@ -13,8 +13,8 @@ from processes import ROOT, start
 from test_compare import write
 
 from trainit.config import ConfigError, flatten
-from trainit.sweep import greedy, plan
-from trainit.sweep import start as starting
+from trainit.tools.sweep import greedy, spec
+from trainit.tools.sweep import launch as starting
 
 RATE = "optimizer.learning_rate"
 
@@ -22,7 +22,7 @@ RATE = "optimizer.learning_rate"
 def sweep_file(tmp_path, **asked):
     asked = {"config": "configs/debug.py"} | asked
     (tmp_path / "sweep.py").write_text(f"def get_sweep(arg):\n    return {asked!r}\n")
-    return plan.read(f"{tmp_path}/sweep.py", tmp_path / "out")
+    return spec.read(f"{tmp_path}/sweep.py", tmp_path / "out")
 
 
 def points(jobs):
@@ -93,7 +93,7 @@ def test_best_rate_is_looked_for_beyond_the_grid_and_judged_by_other_seeds(tmp_p
     assert len(sweep.wanted(known({0.01: math.inf, 0.02: math.inf}))) == 2
     # It ends, even if every further rate is better.
     endless = sweep.wanted(lambda job: 1 / dict(job.changes)[RATE])
-    assert max(dict(job.changes)[RATE] for job in endless) == 0.02 * 2**plan.EXTENSIONS
+    assert max(dict(job.changes)[RATE] for job in endless) == 0.02 * 2**spec.EXTENSIONS
     plain = sweep_file(tmp_path, **asked | {"extend": False})
     assert points(plain.wanted(known({0.01: 3.0, 0.02: 2.0})))[2:] == [("", 0.02, 1), ("", 0.02, 2)]
 
@@ -124,9 +124,9 @@ def test_what_cannot_be_meant(tmp_path, asked, message):
 def test_a_file_that_raises(tmp_path):
     (tmp_path / "s.py").write_text("def get_sweep(arg):\n    return 1 / 0\n")
     with pytest.raises(ConfigError, match=r"s.py raises ZeroDivisionError: division by zero"):
-        plan.read(f"{tmp_path}/s.py", None)
+        spec.read(f"{tmp_path}/s.py", None)
     with pytest.raises(ConfigError, match=r"none.py: there is no such file"):
-        plan.read(f"{tmp_path}/none.py", None)
+        spec.read(f"{tmp_path}/none.py", None)
 
 
 def test_finished_runs_are_known_by_their_folder(tmp_path):
@@ -249,7 +249,7 @@ def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     """Stopped at its first run, and gone on with; what broke is named, and it exits with 1."""
     arguments = (f"{real}/sweep.py", f"--output={real}/out")
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which a child inherits
-    process = start(*arguments, module="trainit.sweep")
+    process = start(*arguments, module="trainit.tools.sweep")
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     first = real / "out/a/batch_size=4/seed_1"
     try:
@@ -263,7 +263,7 @@ def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     assert process.returncode == 75, output
     assert "the same command goes on" in output
     assert not (real / "out/b").exists()
-    process = start(*arguments, module="trainit.sweep")
+    process = start(*arguments, module="trainit.tools.sweep")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     for name in ("a/batch_size=4/seed_1", "b/batch_size=8/seed_1"):
@@ -276,7 +276,14 @@ def test_a_sweep_is_run_stopped_and_gone_on_with(real):
 
 
 def test_dry_run_prints_the_commands(real):
-    command = [sys.executable, "-m", "trainit.sweep", f"{real}/sweep.py", f"--output={real}/out", "--dry_run"]
+    command = [
+        sys.executable,
+        "-m",
+        "trainit.tools.sweep",
+        f"{real}/sweep.py",
+        f"--output={real}/out",
+        "--dry_run",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     assert len(lines) == 3
@@ -292,7 +299,7 @@ def test_array_jobs_carry_each_runs_arguments(real, name, script, monkeypatch):
     (real / name).write_text(f'#!/bin/sh\necho "$TRAINIT_ARRAY" "$@" > {real}/given\n')
     (real / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{real}:/usr/bin:/bin")
-    command = [sys.executable, "-m", "trainit.sweep", f"{real}/sweep.py", f"--output={real}/out"]
+    command = [sys.executable, "-m", "trainit.tools.sweep", f"{real}/sweep.py", f"--output={real}/out"]
     command += [f"--{name}=-l gpus=1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stderr  # no run is done
@@ -308,7 +315,7 @@ def test_array_jobs_carry_each_runs_arguments(real, name, script, monkeypatch):
 @pytest.mark.parametrize("size", ["small", "medium", "full"])
 def test_benchmark_of_optimizers_names_what_there_is(size):
     """Its optimizers, and the fields that it sets."""
-    sweep = plan.read(f"{ROOT}/configs/bench_optimizers.py:{size}", None)
+    sweep = spec.read(f"{ROOT}/configs/bench_optimizers.py:{size}", None)
     for variant in sweep.variants:
         file, _, groups = variant.config.partition(":")
         config = flatten(runpy.run_path(str(ROOT / file))["get_config"](groups))

@@ -16,9 +16,9 @@ import pytest
 import tiny
 from processes import ROOT, end, last_step, metrics, run_imported, start, wait_for
 
-from trainit import trackers
 from trainit.config import resolve
-from trainit.trackers import JsonLines, Progress, Trackers, quantity
+from trainit.train import trackers
+from trainit.train.trackers import JsonLines, Progress, Trackers, quantity
 
 
 def test_jsonl_drops_what_a_resume_does_again(tmp_path):

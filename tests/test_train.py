@@ -26,8 +26,9 @@ from processes import (
 )
 
 from trainit import config as config_lib
-from trainit import sharding, step
-from trainit.checkpoint import Checkpoints
+from trainit.parallel import sharding
+from trainit.train import step
+from trainit.train.checkpoint import Checkpoints
 
 KILLS = 10
 # One program, compiled as users' are, for most runs here; others, with which one run is made, are given FAST.
@@ -142,7 +143,7 @@ def stopped_at_ten(command, tmp_path_factory):
     """The folder of a run that was asked to stop at step 10 exactly."""
     folder = tmp_path_factory.mktemp("stopped")
     (folder / "sitecustomize.py").write_text(
-        "from trainit.train import Run\n"
+        "from trainit.train.loop import Run\n"
         "milestone = Run._milestone\n"
         "def stop_at_ten(self, last, reason):\n"
         "    return milestone(self, last, reason or ('TEST' if self.step == 10 else ''))\n"

@@ -9,15 +9,15 @@ import time
 
 import pytest
 
-from trainit import workdir
+from trainit.cluster import run_lock
+from trainit.cluster.run_lock import Lock
 from trainit.config import ConfigError
-from trainit.workdir import Lock
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(workdir, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(workdir, "DEAD_SECONDS", 1.0)
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(run_lock, "DEAD_SECONDS", 1.0)
 
 
 def lock(lost=None) -> Lock:
@@ -41,7 +41,7 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
 
 
 def test_a_dead_process_of_this_host_does_not_block(tmp_path):
-    code = "import sys, os, pathlib; from trainit.workdir import Lock; "
+    code = "import sys, os, pathlib; from trainit.cluster.run_lock import Lock; "
     code += "Lock('job 1', print).take(pathlib.Path(sys.argv[1])); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
     assert holder(tmp_path)["job"] == "job 1"
@@ -49,7 +49,7 @@ def test_a_dead_process_of_this_host_does_not_block(tmp_path):
     mine = lock()
     mine.take(tmp_path)
     assert holder(tmp_path)["pid"] == os.getpid()
-    assert time.monotonic() - start < workdir.DEAD_SECONDS + 1.0  # it was seen to be dead, not waited for
+    assert time.monotonic() - start < run_lock.DEAD_SECONDS + 1.0  # it was seen to be dead, not waited for
     mine.release()
 
 
@@ -130,6 +130,6 @@ def test_of_many_that_take_over_at_once_one_has_it(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file/run cannot be written: Not a directory"):
-        workdir.make(tmp_path / "file" / "run", 0)
-    assert workdir.make(tmp_path / "run", 3).is_dir()
+        run_lock.make(tmp_path / "file" / "run", 0)
+    assert run_lock.make(tmp_path / "run", 3).is_dir()
     assert list((tmp_path / "run" / "logs").iterdir()) == []

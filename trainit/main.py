@@ -12,8 +12,8 @@ import os
 import signal
 from pathlib import Path
 
-from trainit import settings
-from trainit.peers import STOP_SIGNALS, Peers
+from trainit.cluster import settings
+from trainit.cluster.peers import STOP_SIGNALS, Peers
 
 if __name__ == "__main__":
     settings.tune_process()
@@ -23,10 +23,13 @@ if __name__ == "__main__":
 import jax
 from absl import logging
 
-from trainit import __version__, command_line, distributed, optimizers, rendezvous, trackers, train, workdir
+from trainit import __version__, cli, optimizers
+from trainit.cluster import distributed, rendezvous, run_lock
 from trainit.config import Config, ConfigError
-from trainit.data.tokens import Dataset, DatasetError
-from trainit.start import Start
+from trainit.data.dataset import Dataset, DatasetError
+from trainit.train import loop as train
+from trainit.train import trackers
+from trainit.train.startup_timer import Start
 
 USAGE = (ConfigError, DatasetError, distributed.PlaceError)  # errors that are the user's to mend
 
@@ -39,7 +42,7 @@ class _Exit:
 
     def __init__(self, place: distributed.Place):
         self._lead, self._marker = place.process_id == 0, os.environ.get("TRAINIT_MARKER", "")
-        self.lock: workdir.Lock | None = None
+        self.lock: run_lock.Lock | None = None
 
     def __call__(self, code: int, together: bool = False):
         if self._marker and code == train.STOPPED and self._lead:
@@ -69,7 +72,7 @@ def _come_together(
 ):
     """Joins the job's processes, locks the run's folder and takes this process's devices."""
     coordinator = ""
-    told = distributed.configure(config.platform, config.cpu_devices, command_line.cache(), place)
+    told = distributed.configure(config.platform, config.cpu_devices, cli.cache(), place)
     where = f": process {place.process_id} of {place.num_processes}, coordinator {place.coordinator}"
     logging.info("%-10s %s", "place", place.source + where * (place.num_processes > 1))
     logging.info("%-10s %s", "settings", told)
@@ -81,12 +84,12 @@ def _come_together(
             place.coordinator,
             _about(config, dataset, folder),
             distributed.visible_gpus(os.environ, place) if config.platform != "cpu" else [],
-            command_line.wait_seconds(),
+            cli.wait_seconds(),
             peers.asked,
         )
         peers.join(connections)
     if place.process_id == 0:
-        leave.lock = workdir.Lock(place.source, peers.end)
+        leave.lock = run_lock.Lock(place.source, peers.end)
         leave.lock.take(folder)
     distributed.initialize(config.platform, place, coordinator)
 
@@ -94,17 +97,17 @@ def _come_together(
 def _run(place: distributed.Place, peers: Peers, leave: _Exit, start: Start) -> int:
     """The run, from reading its config to its exit code."""
     with start.part("data"):
-        config, dataset = command_line.read()
+        config, dataset = cli.read()
     own_files = optimizers.own_files_hash(config.optimizer, config.parameter_groups)
     config = Config({**config.to_dict(), "optimizer_files": own_files})
-    folder = workdir.make(command_line.workdir(), place.process_id)
+    folder = run_lock.make(cli.workdir(), place.process_id)
     log = folder / "logs" / f"process_{place.process_id}.log"
     trackers.log_to_file(log)
     with start.part("processes"):
         _come_together(config, dataset, folder, place, peers, leave)
     peers.watch(config.stall_seconds, log)
     peers.stop_after(config.max_minutes, start.launched)
-    code = train.Run(config, dataset, folder, peers, start, command_line.is_debug()).loop()
+    code = train.Run(config, dataset, folder, peers, start, cli.is_debug()).loop()
     peers.close()
     return code
 
@@ -113,25 +116,25 @@ def _main():
     start = Start()
     trackers.log_to_terminal(lead=True)
     try:
-        place = command_line.place()
+        place = cli.place()
     except USAGE as error:
-        command_line.say(error)
-        _Exit(distributed.Place("unknown"))(command_line.USAGE_ERROR)
+        cli.say(error)
+        _Exit(distributed.Place("unknown"))(cli.USAGE_ERROR)
     trackers.log_to_terminal(lead=place.process_id == 0)
     leave = _Exit(place)
-    peers = Peers(place.process_id, place.num_processes, leave, command_line.silence_seconds())
+    peers = Peers(place.process_id, place.num_processes, leave, cli.silence_seconds())
     try:
         code = _run(place, peers, leave, start)
     except rendezvous.Stopped:
         logging.info("stopped    before all processes were there; run the same command to go on")
         leave(train.STOPPED)
     except rendezvous.MeetingError as error:
-        command_line.say(error)
+        cli.say(error)
         leave(1)
     except USAGE as error:
-        command_line.say(error)
-        peers.fail(error, command_line.USAGE_ERROR)
-        leave(command_line.USAGE_ERROR)
+        cli.say(error)
+        peers.fail(error, cli.USAGE_ERROR)
+        leave(cli.USAGE_ERROR)
     except Exception as error:
         peers.fail(error, 1, patience=3)
         logging.exception("trainit: error: %s", error)
@@ -140,4 +143,4 @@ def _main():
 
 
 if __name__ == "__main__":
-    command_line.run(_main)
+    cli.run(_main)

@@ -23,7 +23,7 @@ from processes import (
     wait_for,
 )
 
-from trainit.checkpoint import Checkpoints
+from trainit.train.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_briefly_suspended_process_changes_nothing(job, tmp_path):
 
 HANGS = """
 if RANK == 1:
-    from trainit.data.tokens import Split
+    from trainit.data.dataset import Split
     read, count = Split.read, [0]
     def hang(self, sequences, length):
         count[0] += self.name == "train"
@@ -311,10 +311,10 @@ def test_a_mixture_in_blocks_goes_on_in_other_numbers_of_processes(job, subset_d
 
 FULL_DISK = """
 from trainit import saves
-saves.RETRY_SECONDS = (1, 1, 1)
+save_retry.RETRY_SECONDS = (1, 1, 1)
 if RANK == 1:
     import resource
-    from trainit.checkpoint import Checkpoints
+    from trainit.train.checkpoint import Checkpoints
     save, left = Checkpoints.save, [FAILURES]
     def fail(self, *args):
         left[0] -= 1
@@ -338,7 +338,7 @@ def test_a_save_that_fails_on_one_process_is_done_again_by_all(job, patched, tmp
 def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
     """After the first save, which is good, no more: the job ends, and that one is whole."""
     never = FULL_DISK.replace("[FAILURES]", "[5]").replace("left[0] >= 0", "left[0] < 4")
-    code = "from trainit import saves\nsaves.RETRY_SECONDS = (1, 1, 1)\n" + never
+    code = "from trainit.train import save_retry\nsave_retry.RETRY_SECONDS = (1, 1, 1)\n" + never
     output = end(job(2, **patched(code)), 1, 120)
     assert "a checkpoint could not be saved in 4 attempts" in output
     assert Checkpoints(tmp_path / "run", read_only=True).latest() == 3
@@ -373,14 +373,14 @@ def test_the_doctor_sees_a_folder_that_is_not_shared(random_dataset, tmp_path):
     """Two processes, each of which sees a folder of its own under the same name."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
-        "from trainit import doctor\n"
+        "from trainit.tools.doctor import __main__ as doctor\n"
         "doctor.SHARED_SECONDS = 1.0\n"
         "if os.environ.get('TRAINIT_PROCESS_ID') == '1':\n"
-        "    from trainit import command_line\n"
-        "    workdir = command_line.workdir\n"
-        "    command_line.workdir = lambda: workdir() / 'elsewhere'\n"
+        "    from trainit import cli\n"
+        "    workdir = cli.workdir\n"
+        "    cli.workdir = lambda: workdir() / 'elsewhere'\n"
     )
-    environment = {"TRAINIT_MODULE": "trainit.doctor", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment = {"TRAINIT_MODULE": "trainit.tools.doctor", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     arguments = (
         f"--config={ROOT}/tests/tiny.py",
         f"--config.dataset.path={random_dataset}",

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, SMOOTH, assert_same_but_for_rounding, last_step, metrics
 
-from trainit.checkpoint import Checkpoints
+from trainit.train.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
 STEPS = 200  # more than its time limit lets a job do at once
@@ -153,6 +153,6 @@ def test_a_sweep_is_an_array_job(on_head, sweep, activate, tmp_path):
         ["-o", str(tmp_path), *TWO_NODES, "-v", ",".join((*variables, "TRAINIT_PROCESSES_PER_NODE=2"))]
     )
     check(
-        on_head(sys.executable, "-m", "trainit.sweep", *arguments, f"--qsub={options}", check=False),
+        on_head(sys.executable, "-m", "trainit.tools.sweep", *arguments, f"--qsub={options}", check=False),
         devices=4,
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, SMOOTH, assert_same_but_for_rounding, metrics
 
-from trainit.checkpoint import Checkpoints
+from trainit.train.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
 STEPS = 240  # more than its time limit lets a job do at once
@@ -146,4 +146,4 @@ def test_a_sweep_is_an_array_job(slurm, sweep, activate, tmp_path):
     arguments, check = sweep
     os.environ["TRAINIT_ACTIVATE"] = activate
     options = f"--sbatch=--nodes=1 --gpus-per-node=2 --output={tmp_path}/job-%a"
-    check(slurm(sys.executable, "-m", "trainit.sweep", *arguments, options), devices=2)
+    check(slurm(sys.executable, "-m", "trainit.tools.sweep", *arguments, options), devices=2)

@@ -21,7 +21,7 @@ SHORT = {  # added so that a command that trains for minutes takes seconds; noth
         "--config.eval.every_steps=3",
         "--config.checkpoint.save_steps=3",
     ],
-    "trainit.benchmark": ["--tokens=2000000", "--steps=3"],
+    "trainit.tools.benchmark": ["--tokens=2000000", "--steps=3"],
 }
 
 
@@ -94,7 +94,7 @@ def test_commands(command, folder):
     output = execute(folder, command.replace("--config.steps=260", "--config.steps=8"))
     if "--sweep" in command:
         check_sweep(output)
-    for pattern in REPORTS if "trainit.benchmark" in command and "--sweep" not in command else ():
+    for pattern in REPORTS if "trainit.tools.benchmark" in command and "--sweep" not in command else ():
         assert re.search(pattern, output), (pattern, output)
 
 

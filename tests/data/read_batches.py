@@ -17,10 +17,11 @@ FIRST_ROW = 2 * ROWS
 def main(argv):
     import numpy as np
 
-    from trainit import distributed, sharding
+    from trainit.cluster import distributed
     from trainit.data import loader
+    from trainit.data.dataset import open_dataset
     from trainit.data.order import Ordered, Shuffled
-    from trainit.data.tokens import open_dataset
+    from trainit.parallel import sharding
 
     folder, output, coordinator, processes, process, *kill = argv[1:]
     processes = int(processes)

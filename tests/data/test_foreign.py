@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from processes import ROOT, metrics, run_imported
 
-from trainit.data import columns, loader, tokenizers
-from trainit.data.foreign import open_path
+from trainit.data import loader
+from trainit.data.dataset import DatasetError
+from trainit.data.formats import arrow as columns
+from trainit.data.formats.detect import open_path
 from trainit.data.order import Ordered, Sequential
-from trainit.data.tokens import DatasetError
-from trainit.data.vocabulary import digest
+from trainit.data.tokenizers import sentencepiece
+from trainit.data.tokenizers.base import digest
 
 VOCABULARY = 257  # of the tokenizer "bytes"
 LENGTH = 16  # of sequences, where a test does not say otherwise
@@ -394,7 +396,7 @@ def test_an_id_beyond_the_vocabulary_is_an_error_where_it_is_read(wrong, tmp_pat
 
 def test_ids_of_16_bits_are_too_narrow_for_a_large_vocabulary(tmp_path, monkeypatch):
     nanogpt(tmp_path, draw(300), draw(50))
-    monkeypatch.setattr(tokenizers.ByteTokenizer, "vocab_size", 128_000)
+    monkeypatch.setattr(sentencepiece.ByteTokenizer, "vocab_size", 128_000)
     with pytest.raises(DatasetError, match=r"no header, so its ids are of 16 bits, .* 128000 ids"):
         open_path(str(tmp_path), "bytes")
 
@@ -412,7 +414,7 @@ def test_the_readmes_commands_fit_their_formats(random_dataset, tmp_path, monkey
         "Arrow": lambda folder: dataset_dict(folder, draw(300), draw(50)),
     }
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tokenizers, "find", lambda choice: tokenizers.ByteTokenizer())
+    monkeypatch.setattr(sentencepiece, "find", lambda choice: sentencepiece.ByteTokenizer())
     for fields, (format, write) in zip(commands, written.items(), strict=True):
         Path(fields["dataset.path"]).mkdir(parents=True)
         write(Path(fields["dataset.path"]))
@@ -449,7 +451,7 @@ OPEN = """
 import resource, sys
 import numpy as np
 import pyarrow.parquet
-from trainit.data.foreign import open_path
+from trainit.data.formats.detect import open_path
 
 def used():
     _, resident, of_files, *_ = map(int, open("/proc/self/statm").read().split())

@@ -10,10 +10,10 @@ import pytest
 from processes import free_port, start
 from read_batches import BATCHES, FIRST_ROW, LENGTH, ROWS, SEED
 
-from trainit import sharding
 from trainit.data import loader
+from trainit.data.dataset import open_dataset
 from trainit.data.order import Ordered, Shuffled, Spaced
-from trainit.data.tokens import open_dataset
+from trainit.parallel import sharding
 
 
 def expected_batches(folder) -> list[np.ndarray]:

@@ -15,11 +15,12 @@ import pytest
 import zstandard
 from processes import ROOT
 
-from trainit.data import join, prepare
-from trainit.data.tokenizers import SentencePieceTokenizer
-from trainit.data.tokens import DatasetError, open_dataset, verify
+from trainit.data import documents
+from trainit.data.dataset import DatasetError, open_dataset, verify
+from trainit.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from trainit.prepare import merge, prepare
 
-WORDS = (Path(prepare.__file__).parent / "readers.py").read_text().split(" ")
+WORDS = Path(documents.__file__).read_text().split(" ")
 SMALL = ["--shard_tokens=20000", "--unit_bytes=1"]
 
 
@@ -38,7 +39,7 @@ def documents(count: int, seed: int, size: int = 300) -> list[tuple[str, str]]:
 
 
 def command(*args) -> list[str]:
-    return [sys.executable, "-m", "trainit.data.prepare", *map(str, args)]
+    return [sys.executable, "-m", "trainit.prepare.prepare", *map(str, args)]
 
 
 def start(*args) -> subprocess.Popen:
@@ -147,7 +148,7 @@ def test_duplicates_against_a_dict(at_once, tmp_path):
         chosen.tofile(files[-1])
         again = [n for n, row in enumerate(chosen) if row.tobytes() in seen or seen.add(row.tobytes())]
         expected.append(again)
-    assert [found.tolist() for found in join.duplicates(files, at_once)] == expected
+    assert [found.tolist() for found in merge.duplicates(files, at_once)] == expected
 
 
 @pytest.mark.parametrize("kind", ["plain", "unique"])
@@ -167,14 +168,14 @@ def test_tasks_and_workers_make_the_same_bytes(kind, corpus, undisturbed, tmp_pa
 def test_a_join_that_was_stopped_is_done_again(corpus, undisturbed, tmp_path, monkeypatch):
     """Stopped when all shards are in their places but dataset.json is not."""
     flags = "--tokenizer=gpt2", "--deduplicate", "--workers=1", f"--output={tmp_path}/out"
-    write, full = join.write_atomically, OSError(28, "No space left on device")
+    write, full = merge.write_atomically, OSError(28, "No space left on device")
 
     def fail(path, content):
         if path.name == "dataset.json":
             raise full
         write(path, content)
 
-    monkeypatch.setattr(join, "write_atomically", fail)
+    monkeypatch.setattr(merge, "write_atomically", fail)
     assert prepare.main(arguments(corpus, *flags)) == 1
     monkeypatch.undo()
     assert prepare.main(arguments(corpus, *flags)) == 0

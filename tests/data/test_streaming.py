@@ -12,13 +12,15 @@ import pytest
 import zstandard
 from processes import ROOT, exact, last_step, metrics, run, run_imported, start, wait_for
 
-from trainit import sharding
 from trainit.config import ConfigError, jsonl, resolve
-from trainit.data import loader, readers, streaming
-from trainit.data.streams import Corpus, State, Stream, deal
-from trainit.data.tokenizers import ByteTokenizer
-from trainit.data.tokens import DatasetError
-from trainit.data.writer import BrokenInputError
+from trainit.data import documents as readers
+from trainit.data import loader
+from trainit.data.dataset import DatasetError
+from trainit.data.jsonl import dataset as streaming
+from trainit.data.jsonl.stream import Corpus, State, Stream, deal
+from trainit.data.tokenizers.sentencepiece import ByteTokenizer
+from trainit.parallel import sharding
+from trainit.prepare.writer import BrokenInputError
 
 END = 256
 LENGTH = 16

@@ -11,7 +11,9 @@ import sentencepiece
 import tiktoken
 import tokenizers as hugging_face
 
-from trainit.data import tokenizers, vocabulary
+from trainit.data import documents
+from trainit.data.tokenizers import base
+from trainit.data.tokenizers import sentencepiece as tokenizers
 
 AWKWARD = [
     "",
@@ -25,7 +27,7 @@ AWKWARD = [
     "é" * 999,
     "e\u0301 ﬁ Å \u3000 \x1c\x85 全角。中文",
 ]
-WORDS = (Path(tokenizers.__file__).parent / "readers.py").read_text()
+WORDS = Path(documents.__file__).read_text()
 
 
 def byte_level(tmp_path) -> Path:
@@ -85,8 +87,8 @@ def test_cuts_change_no_token(kind, all_kinds):
     draw = np.random.default_rng(0)
     words = [*WORDS.split(" "), "", "", "été", "\n\n", "don't", "x" * 3000, "🙂"]
     text = " ".join(words[i] for i in draw.integers(0, len(words), 150_000))
-    assert len(list(vocabulary.pieces(text))) > 2
-    assert "".join(vocabulary.pieces(text)) == text
+    assert len(list(base.pieces(text))) > 2
+    assert "".join(base.pieces(text)) == text
     whole = {
         "bytes": lambda: np.frombuffer(text.encode(), np.uint8),
         "gpt2": lambda: tokenizer._encoding.encode_ordinary(text),

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from trainit.data.tokens import DatasetError, open_dataset
+from trainit.data.dataset import DatasetError, open_dataset
 
 
 def test_read_against_the_files(random_dataset):

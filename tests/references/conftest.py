@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 
-from trainit.optimizers import _orthogonal
+from trainit.optimizers.common import newton_schulz as _orthogonal
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from adam_mini import Adam_mini
 from optimizer_cases import parameter_shapes, some_shapes
 from trajectories import RATES, STEPS, Problem, compare, ours, slope, split
 
-from trainit import sharding
+from trainit.parallel import sharding
 
 RISING = np.minimum(0.001 * np.arange(1, STEPS + 1), 0.02)
 TINY = 1e-30  # where the place of eps differs, which is thereby out of the comparison

@@ -9,7 +9,8 @@ import optax
 import torch
 from optimizer_cases import build, by_path, decays, draw, some_shapes
 
-from trainit import optimizers, sharding
+from trainit import optimizers
+from trainit.parallel import sharding
 
 STEPS = 40
 RATES = 0.02 + 0.01 * np.sin(np.arange(STEPS))

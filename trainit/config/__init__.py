@@ -6,8 +6,7 @@ experiment is about, and ends with `choose(config, arg, ...)`, which picks whole
 everything across fields and freezes the result. All of it happens before a device is touched.
 """
 
-from trainit.config.batches import BatchSizes, batch_sizes
-from trainit.config.checks import check_mesh, check_ranges, resolve, shrink
+from trainit.config.durations import BatchSizes, batch_sizes
 from trainit.config.fields import (
     DATASETS,
     DROPOUTS,
@@ -27,6 +26,7 @@ from trainit.config.fields import (
     model,
     require,
 )
+from trainit.config.resolve import check_mesh, check_ranges, resolve, shrink
 
 __all__ = [
     "DATASETS",

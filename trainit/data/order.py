@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainit.data.dataset import Split
 from trainit.data.permutation import permute
 from trainit.data.subsets import Subset
-from trainit.data.tokens import Split
 
 TABLE = 1 << 16  # blocks whose order is written out
 CHUNK = 4096  # positions that are shuffled at once

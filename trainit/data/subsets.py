@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainit.data.tokens import DatasetError, Split
+from trainit.data.dataset import DatasetError, Split
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,13 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from trainit import schedules, sharding
 from trainit.config import Config, ConfigError, batch_sizes, require
-from trainit.model import GPT
-from trainit.optimizers import _groups, _narrow, _optax, _own, wrappers
-from trainit.schedules import Schedule
+from trainit.model.gpt import GPT
+from trainit.optimizers import wrappers
+from trainit.optimizers.common import groups as _groups
+from trainit.optimizers.common import low_bit_state, optax_adapter, registry, schedules
+from trainit.optimizers.common.schedules import Schedule
+from trainit.parallel import sharding
 
 ROUNDING = zlib.crc32(b"rounding")  # what the key is folded with, from which the state is rounded
 
@@ -69,9 +71,9 @@ def _load(name: str):
         module = importlib.import_module(f"{wrappers.__name__}.{wrapper}")
         return _Wrapped(wrapper, module, base, _load(base))
     if name.endswith(".py"):
-        return _own.load(name)
+        return registry.load(name)
     if name.startswith("optax."):
-        return _optax.load(name)
+        return optax_adapter.load(name)
     if name not in list(_Choices()):
         raise KeyError(name)
     return importlib.import_module(f"{__name__}.{name}")
@@ -231,8 +233,8 @@ def training_point(opt_state: optax.OptState, params: dict) -> dict:
         opt_state: of the whole run.
         params: that the model has, and is validated at.
     """
-    if isinstance(opt_state, _narrow.NarrowState):
-        opt_state = _narrow.decode(opt_state)
+    if isinstance(opt_state, low_bit_state.NarrowState):
+        opt_state = low_bit_state.decode(opt_state)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, "training_point")):
         params = state.training_point(params) if hasattr(state, "training_point") else params
     return params
@@ -342,7 +344,7 @@ def build(
     if state == "int8" and context.mesh is not None:
         sharding.check_blocks(context.parameters, context.mesh)
     key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(context.key), ROUNDING))
-    return _narrow.narrow(optimizer, state, context.parameters, key)
+    return low_bit_state.narrow(optimizer, state, context.parameters, key)
 
 
 def _join(config: Config, context: Context, groups: Sequence[str]) -> optax.GradientTransformationExtraArgs:

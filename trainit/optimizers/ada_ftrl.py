@@ -13,11 +13,11 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
-from trainit.optimizers import _online
+from trainit.optimizers.common import online
 
 
 def get_config() -> ConfigDict:
-    config = _online.get_config("ada_ftrl", learning_rate=1e-3)
+    config = online.get_config("ada_ftrl", learning_rate=1e-3)
     config.beta1 = 0.9  # decay of the mean gradient; in [0, 1)
     config.beta2 = 0.999  # decay of the mean squared gradient; in [0, 1)
     config.eps = 1e-8  # the leader's; it fades as beta2^(t/2); > 0
@@ -59,4 +59,4 @@ def make(config, context):
         point = jax.tree.map(lambda m, v: -rate * factor * m / jnp.maximum(eps + jnp.sqrt(v), tiny), mu, nu)
         return point, AdaState(state.count + 1, mu, nu)
 
-    return _online.to_optimizer(_online.stateful(init, update), config, context)
+    return online.to_optimizer(online.stateful(init, update), config, context)

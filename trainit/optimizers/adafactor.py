@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit import sharding
-from trainit.optimizers._bounds import above_0
-from trainit.optimizers._moments import map_layers, norm
-from trainit.sharding import is_stacked, matrix_shape
+from trainit.optimizers.common._bounds import above_0
+from trainit.optimizers.common.moments import map_layers, norm
+from trainit.parallel import sharding
+from trainit.parallel.sharding import is_stacked, matrix_shape
 
 
 def get_config() -> ConfigDict:

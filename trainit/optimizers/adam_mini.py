@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit import sharding
+from trainit.parallel import sharding
 
 # The logical axes along which each place has a mean square of its own. Any other parameter has one a layer.
 OWN = {

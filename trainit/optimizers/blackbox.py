@@ -11,15 +11,16 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
-from trainit.metrics import inner
-from trainit.optimizers import _online, kt_bettor, mirror_descent
-from trainit.optimizers._bounds import above_0, not_below_0
+from trainit.optimizers import kt_bettor, mirror_descent
+from trainit.optimizers.common import online
+from trainit.optimizers.common._bounds import above_0, not_below_0
+from trainit.train.metrics import inner
 
 MAGNITUDES = {"kt_bettor": kt_bettor.bettor, "mirror_descent": mirror_descent.learner}
 
 
 def get_config() -> ConfigDict:
-    config = _online.get_config("blackbox", learning_rate=1.0)
+    config = online.get_config("blackbox", learning_rate=1.0)
     config.magnitude = "kt_bettor"  # learner of the length: kt_bettor, mirror_descent
     config.eps = 1.0  # its wealth or scale before any gradient is seen; > 0
     config.lipschitz = 10.0  # bound G of its gradients, to which larger ones are clipped; > 0
@@ -38,25 +39,25 @@ def make(config, context):
     """Delta = z w: w the unit vector of the leader, z of the magnitude's learner for gradients <g, w>."""
     magnitude = magnitude_learner(config)
     not_below_0(config, "regularization")
-    keep, add = _online.mean_weights(config)
+    keep, add = online.mean_weights(config)
 
     def init(params) -> BlackboxState:
         zeros = jax.tree.map(jnp.zeros_like, params)
         return BlackboxState(magnitude.init(jnp.float32(0)), jnp.float32(0), zeros)
 
     def update(gradients, state: BlackboxState, rate):
-        w, z = _online.unit(state.leader), state.length
+        w, z = online.unit(state.leader), state.length
         pull = config.regularization * z
         along = inner(gradients, w) + pull
         length, of_magnitude = magnitude.update(along, state.magnitude, rate=rate)
         leader = jax.tree.map(lambda m, g, w: keep * m - add * (g + pull * w), state.leader, gradients, w)
-        point = jax.tree.map(lambda u: length * u, _online.unit(leader))
+        point = jax.tree.map(lambda u: length * u, online.unit(leader))
         return point, BlackboxState(of_magnitude, length, leader)
 
-    return _online.to_optimizer(_online.stateful(init, update), config, context, scaled=True)
+    return online.to_optimizer(online.stateful(init, update), config, context, scaled=True)
 
 
-def magnitude_learner(config) -> _online.Learner:
+def magnitude_learner(config) -> online.Learner:
     """The one-dimensional learner that the config names. Raises ConfigError for wrong values."""
     require(
         config.magnitude in MAGNITUDES,

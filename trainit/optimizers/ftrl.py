@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from trainit.optimizers import _online
-from trainit.optimizers._bounds import not_below_0
+from trainit.optimizers.common import online
+from trainit.optimizers.common._bounds import not_below_0
 
 
 def get_config() -> ConfigDict:
-    config = _online.get_config("ftrl", learning_rate=0.01)
+    config = online.get_config("ftrl", learning_rate=0.01)
     config.discount = 0.9  # discount of past losses; in (0, 1]
     config.radius = 0.0  # largest norm of the point, all parameters together; 0: any
     return config
@@ -22,11 +22,11 @@ def get_config() -> ConfigDict:
 def make(config, context):
     """Delta = argmin of rate * sum_s discount^(t-s) <g_s, Delta> + |Delta|^2 / 2 over |Delta| <= radius."""
     not_below_0(config, "radius")
-    _online.check_discount(config)
+    online.check_discount(config)
 
     def update(gradients, total, rate):
         total = jax.tree.map(lambda s, g: config.discount * s + g, total, gradients)
-        return _online.project(jax.tree.map(lambda s: -rate * s, total), config.radius), total
+        return online.project(jax.tree.map(lambda s: -rate * s, total), config.radius), total
 
-    learner = _online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
-    return _online.to_optimizer(learner, config, context)
+    learner = online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    return online.to_optimizer(learner, config, context)

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from trainit.metrics import inner
-from trainit.optimizers import _online
-from trainit.optimizers._bounds import not_below_0
+from trainit.optimizers.common import online
+from trainit.optimizers.common._bounds import not_below_0
+from trainit.train.metrics import inner
 
 
 def get_config() -> ConfigDict:
-    config = _online.get_config("imperfect_hints", learning_rate=0.1)
+    config = online.get_config("imperfect_hints", learning_rate=0.1)
     config.mu = 1.0  # strength of the losses' curvature that hints bring; >= 0
     config.discount = 0.95  # discount of the past; in (0, 1]
     return config
@@ -36,7 +36,7 @@ def make(config, context):
     y is -sum(g) / (sum(sigma) + root of sum(|g|^2)), in the unit ball.
     """
     not_below_0(config, "mu")
-    _online.check_discount(config)
+    online.check_discount(config)
     discount = config.discount
 
     def init(params) -> HintState:
@@ -51,10 +51,10 @@ def make(config, context):
         squares = discount**2 * state.squares + inner(gradients, gradients)
         total = jax.tree.map(lambda s, g: discount * s + g, state.total, gradients)
         weight = jnp.maximum(curvature + jnp.sqrt(squares), jnp.finfo(jnp.float32).tiny)
-        leader = _online.project(jax.tree.map(lambda s: -s / weight, total), 1.0)
-        hint = _online.unit(gradients)
+        leader = online.project(jax.tree.map(lambda s: -s / weight, total), 1.0)
+        hint = online.unit(gradients)
         lean = (1 - inner(leader, leader)) / (2 * jnp.sqrt(trust))
         point = jax.tree.map(lambda y, h: y - lean * h, leader, hint)
         return point, HintState(trust, curvature, squares, total, hint)
 
-    return _online.to_optimizer(_online.stateful(init, update), config, context, scaled=True)
+    return online.to_optimizer(online.stateful(init, update), config, context, scaled=True)

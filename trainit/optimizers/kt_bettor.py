@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from trainit.optimizers import _online
-from trainit.optimizers._bounds import above_0
+from trainit.optimizers.common import online
+from trainit.optimizers.common._bounds import above_0
 
 
 def get_config() -> ConfigDict:
-    config = _online.get_config("kt_bettor", learning_rate=1.0)
+    config = online.get_config("kt_bettor", learning_rate=1.0)
     config.eps = 1e-3  # each coordinate's wealth at the beginning; > 0
     config.lipschitz = 0.1  # bound G of a gradient's entries, to which larger ones are clipped; > 0
     return config
@@ -27,7 +27,7 @@ class BettorState(NamedTuple):
     point: dict
 
 
-def bettor(eps: float, lipschitz: float) -> _online.Learner:
+def bettor(eps: float, lipschitz: float) -> online.Learner:
     """Delta = -S / (t + 1) * (eps + W), S the sum of t gradients over G, W what was won by betting on them.
 
     Args:
@@ -49,11 +49,11 @@ def bettor(eps: float, lipschitz: float) -> _online.Learner:
         point = jax.tree.map(lambda s, w: -s / (count + 1) * (eps + w), total, reward)
         return point, BettorState(count, total, reward, point)
 
-    return _online.stateful(init, update)
+    return online.stateful(init, update)
 
 
 def make(config, context):
     """The learning rate multiplies the point: 1 leaves it as it is."""
     above_0(config, "lipschitz")
     learner = bettor(config.eps, config.lipschitz)
-    return _online.to_optimizer(learner, config, context, scaled=True)
+    return online.to_optimizer(learner, config, context, scaled=True)

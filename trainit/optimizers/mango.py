@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit import sharding
 from trainit.config import require
-from trainit.optimizers._bounds import above_0, not_below_0
-from trainit.optimizers._moments import map_layers, norm, scale_by_moments
-from trainit.optimizers._orthogonal import orthogonalize, spectral_norm
-from trainit.sharding import matrix_shape
+from trainit.optimizers.common._bounds import above_0, not_below_0
+from trainit.optimizers.common.moments import map_layers, norm, scale_by_moments
+from trainit.optimizers.common.newton_schulz import orthogonalize, spectral_norm
+from trainit.parallel import sharding
+from trainit.parallel.sharding import matrix_shape
 
 NORMALIZE = ("none", "l2", "l2_row", "l2_split", "inf", "inf_row", "inf_split", "ns", "ns_split")
 SCALE = ("none", "l2", "l2_row", "inf", "inf_row", "op")

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.metrics import inner
-from trainit.optimizers import _online
-from trainit.optimizers._bounds import above_0
+from trainit.optimizers.common import online
+from trainit.optimizers.common._bounds import above_0
+from trainit.train.metrics import inner
 
 
 def get_config() -> ConfigDict:
-    config = _online.get_config("mirror_descent", learning_rate=1.0)
+    config = online.get_config("mirror_descent", learning_rate=1.0)
     config.eps = 10.0  # scale of the point before any gradient is seen; > 0
     config.lipschitz = 1.0  # bound G of the gradient's norm, to which larger ones are clipped; > 0
     config.num_grids = 4  # learners with steps 1/G, 1/2G, 1/4G, ..., whose points are added; a copy each; > 0
@@ -31,7 +31,7 @@ class MirrorState(NamedTuple):
     points: tuple  # of each step
 
 
-def learner(eps: float, lipschitz: float, num_grids: int = 1) -> _online.Learner:
+def learner(eps: float, lipschitz: float, num_grids: int = 1) -> online.Learner:
     """Of all parameters together.
 
     Args:
@@ -51,24 +51,24 @@ def learner(eps: float, lipschitz: float, num_grids: int = 1) -> _online.Learner
     def step(eta, w, g, square, old, new):
         """The minimum's gradient of psi is `theta` less 2 eta |g|^2 of its norm; |w| follows from that."""
         slope = 2 / eta * jnp.log1p(optax.tree.norm(w) / old)
-        theta = jax.tree.map(lambda u, g: slope * u - g, _online.unit(w), g)
+        theta = jax.tree.map(lambda u, g: slope * u - g, online.unit(w), g)
         length = jnp.maximum(optax.tree.norm(theta) - 2 * eta * square, 0.0)
-        return jax.tree.map(lambda u: new * jnp.expm1(eta / 2 * length) * u, _online.unit(theta))
+        return jax.tree.map(lambda u: new * jnp.expm1(eta / 2 * length) * u, online.unit(theta))
 
     def update(gradients, state: MirrorState, rate):
         del rate
-        g = _online.project(gradients, lipschitz)
+        g = online.project(gradients, lipschitz)
         square = inner(g, g)
         squares = state.squares + square
         old, new = alpha(state.squares), alpha(squares)
         points = tuple(step(2.0**-i / lipschitz, w, g, square, old, new) for i, w in enumerate(state.points))
         return jax.tree.map(lambda *parts: sum(parts), *points), MirrorState(squares, points)
 
-    return _online.stateful(init, update)
+    return online.stateful(init, update)
 
 
 def make(config, context):
     """The learning rate multiplies the point: 1 leaves it as it is."""
     above_0(config, "eps", "lipschitz", "num_grids")
     whole = learner(config.eps, config.lipschitz, config.num_grids)
-    return _online.to_optimizer(whole, config, context, scaled=True)
+    return online.to_optimizer(whole, config, context, scaled=True)

@@ -4,9 +4,9 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
-from trainit.optimizers._bounds import above_0, not_below_0
-from trainit.optimizers._moments import scale_by_laprop, scale_by_moments
-from trainit.optimizers._orthogonal import scale_by_newton_schulz
+from trainit.optimizers.common._bounds import above_0, not_below_0
+from trainit.optimizers.common.moments import scale_by_laprop, scale_by_moments
+from trainit.optimizers.common.newton_schulz import scale_by_newton_schulz
 
 
 def get_config() -> ConfigDict:

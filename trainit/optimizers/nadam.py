@@ -3,7 +3,7 @@
 import optax
 from ml_collections import ConfigDict
 
-from trainit.optimizers._moments import scale_by_moments
+from trainit.optimizers.common.moments import scale_by_moments
 
 
 def get_config() -> ConfigDict:

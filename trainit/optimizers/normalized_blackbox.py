@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.metrics import inner
-from trainit.optimizers import _online, kt_bettor
-from trainit.optimizers._bounds import above_0, not_below_0
-from trainit.optimizers._moments import map_layers
+from trainit.optimizers import kt_bettor
+from trainit.optimizers.common import online
+from trainit.optimizers.common._bounds import above_0, not_below_0
+from trainit.optimizers.common.moments import map_layers
+from trainit.train.metrics import inner
 
 
 def get_config() -> ConfigDict:
-    config = _online.get_config("normalized_blackbox", learning_rate=1.0)
+    config = online.get_config("normalized_blackbox", learning_rate=1.0)
     config.eps = 1.0  # the bettor's wealth at the beginning, of each length; > 0
     config.lipschitz = 10.0  # bound G of its gradients, to which larger ones are clipped; > 0
     config.discount = 0.9  # decay of the mean gradient that gives the direction; 1: the sum; in (0, 1]
@@ -38,7 +39,7 @@ def make(config, context):
     """Delta = sign(sum s) z G / |G|: G of past gradients, z the bettor's for s = sign(sum s) <g, G / |G|>."""
     above_0(config, "eps", "lipschitz")
     not_below_0(config, "regularization")
-    keep, add = _online.mean_weights(config)
+    keep, add = online.mean_weights(config)
     bettor = kt_bettor.bettor(config.eps, config.lipschitz)
 
     def inners(one: dict, other: dict) -> dict:
@@ -72,7 +73,7 @@ def make(config, context):
         point = jax.tree.map(lambda total, z, unit: _sign(total) * z * unit, total, z, units(past))
         return point, NormalizedState(of_bettor, total, past, point)
 
-    return _online.to_optimizer(_online.stateful(init, update), config, context, scaled=True)
+    return online.to_optimizer(online.stateful(init, update), config, context, scaled=True)
 
 
 def _sign(x: jax.Array) -> jax.Array:

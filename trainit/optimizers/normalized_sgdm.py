@@ -5,7 +5,7 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
-from trainit.optimizers._moments import map_layers, norm
+from trainit.optimizers.common.moments import map_layers, norm
 
 
 def get_config() -> ConfigDict:

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from trainit.optimizers import _online
-from trainit.optimizers._bounds import not_below_0
+from trainit.optimizers.common import online
+from trainit.optimizers.common._bounds import not_below_0
 
 
 def get_config() -> ConfigDict:
-    config = _online.get_config("ogd", learning_rate=1e-3)
+    config = online.get_config("ogd", learning_rate=1e-3)
     config.shrinkage = 10.0  # decay of the point: times the learning rate, so much of it is taken away; >= 0
     config.radius = 0.0  # largest norm of the point, all parameters together; 0: any
     return config
@@ -24,8 +24,8 @@ def make(config, context):
 
     def update(gradients, point, rate):
         point = jax.tree.map(lambda d, g: d - rate * (g + config.shrinkage * d), point, gradients)
-        point = _online.project(point, config.radius)
+        point = online.project(point, config.radius)
         return point, point
 
-    learner = _online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
-    return _online.to_optimizer(learner, config, context)
+    learner = online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    return online.to_optimizer(learner, config, context)

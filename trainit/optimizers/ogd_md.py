@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from trainit.optimizers import _online
-from trainit.optimizers._bounds import not_below_0
+from trainit.optimizers.common import online as _online
+from trainit.optimizers.common._bounds import not_below_0
 
 
 def get_config() -> ConfigDict:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.metrics import inner
-from trainit.optimizers._bounds import not_below_0
-from trainit.optimizers._moments import scale_by_moments
+from trainit.optimizers.common._bounds import not_below_0
+from trainit.optimizers.common.moments import scale_by_moments
+from trainit.train.metrics import inner
 
 
 def get_config() -> ConfigDict:

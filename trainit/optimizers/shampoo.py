@@ -12,9 +12,9 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
-from trainit.optimizers import _factors
-from trainit.optimizers._bounds import above_0
-from trainit.optimizers._moments import norm, scale_by_moments
+from trainit.optimizers.common import kronecker
+from trainit.optimizers.common._bounds import above_0
+from trainit.optimizers.common.moments import norm, scale_by_moments
 
 
 def get_config() -> ConfigDict:
@@ -62,8 +62,8 @@ def make(config, context) -> optax.GradientTransformation:
 def _shampoo(config, mesh) -> optax.GradientTransformation:
     def init(params) -> ShampooState:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        factors = _factors.squares(params, config.max_size, lambda size: jnp.zeros((size, size)))
-        roots = _factors.squares(params, config.max_size, jnp.eye)
+        factors = kronecker.squares(params, config.max_size, lambda size: jnp.zeros((size, size)))
+        roots = kronecker.squares(params, config.max_size, jnp.eye)
         return ShampooState(jnp.int32(0), zeros, zeros if config.graft == "adam" else None, *factors, *roots)
 
     def update(gradients, state: ShampooState, params=None):
@@ -73,7 +73,7 @@ def _shampoo(config, mesh) -> optax.GradientTransformation:
 
         def one(matrices, squares):
             g, mu, *nu = matrices
-            factors = _factors.add(squares[:2], g, config.shampoo_beta)
+            factors = kronecker.add(squares[:2], g, config.shampoo_beta)
             sides = sum(factor is not None for factor in factors)
 
             def root(factor, old):
@@ -84,7 +84,7 @@ def _shampoo(config, mesh) -> optax.GradientTransformation:
             roots = [None if factor is None else root(factor, last) for factor, last in before]
             mu = config.beta1 * mu + (1 - config.beta1) * g
             mean = mu / (1 - config.beta1**t)
-            direction = _factors.between(roots, mean)
+            direction = kronecker.between(roots, mean)
             if config.graft == "adam":
                 nu = [config.beta2 * nu[0] + (1 - config.beta2) * g * g]
                 mean = mean / (jnp.sqrt(nu[0] / (1 - config.beta2**t)) + config.eps)
@@ -93,7 +93,7 @@ def _shampoo(config, mesh) -> optax.GradientTransformation:
             return [direction, mu, *nu], [*factors, *roots]
 
         arrays = [gradients, state.mu, *([] if state.nu is None else [state.nu])]
-        (direction, mu, *nu), squares = _factors.map_matrices(one, mesh, arrays, list(state[3:]))
+        (direction, mu, *nu), squares = kronecker.map_matrices(one, mesh, arrays, list(state[3:]))
         return direction, ShampooState(state.count + 1, mu, nu[0] if nu else None, *squares)
 
     return optax.GradientTransformation(init, update)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.optimizers import _factors
-from trainit.optimizers._bounds import above_0
-from trainit.optimizers._moments import scale_by_moments
+from trainit.optimizers.common import kronecker
+from trainit.optimizers.common._bounds import above_0
+from trainit.optimizers.common.moments import scale_by_moments
 
 KEEP, ITERATE, DECOMPOSE = range(3)  # what is done with a basis
 
@@ -73,8 +73,8 @@ def _but_the_first(inner: optax.GradientTransformation) -> optax.GradientTransfo
 def _soap(config, mesh) -> optax.GradientTransformation:
     def init(params) -> SoapState:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        factors = _factors.squares(params, config.max_size, lambda size: jnp.zeros((size, size)))
-        bases = _factors.squares(params, config.max_size, jnp.eye)
+        factors = kronecker.squares(params, config.max_size, lambda size: jnp.zeros((size, size)))
+        bases = kronecker.squares(params, config.max_size, jnp.eye)
         return SoapState(jnp.int32(0), zeros, zeros, *factors, *bases)
 
     def update(gradients, state: SoapState, params=None):
@@ -88,12 +88,12 @@ def _soap(config, mesh) -> optax.GradientTransformation:
             g, mu, nu = matrices
             factors, bases = squares[:2], squares[2:]
             back = [None if basis is None else basis.T for basis in bases]
-            rotated = _factors.between(bases, g)
+            rotated = kronecker.between(bases, g)
             mu = jnp.where(first, mu, config.beta1 * mu + (1 - config.beta1) * g)
             nu = jnp.where(first, nu, config.beta2 * nu + (1 - config.beta2) * rotated * rotated)
-            mean, square = _factors.between(bases, mu) / (1 - config.beta1**t), nu / (1 - config.beta2**t)
-            direction = _factors.between(back, mean / (jnp.sqrt(square) + config.eps))
-            factors = _factors.add(factors, g, config.shampoo_beta)
+            mean, square = kronecker.between(bases, mu) / (1 - config.beta1**t), nu / (1 - config.beta2**t)
+            direction = kronecker.between(back, mean / (jnp.sqrt(square) + config.eps))
+            factors = kronecker.add(factors, g, config.shampoo_beta)
             for axis, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
                 if basis is not None:
                     bases[axis], order = _turn(turn, factor, basis)
@@ -101,7 +101,7 @@ def _soap(config, mesh) -> optax.GradientTransformation:
             return [direction, mu, nu], [*factors, *bases]
 
         arrays = [gradients, state.mu, state.nu]
-        (direction, *moments), squares = _factors.map_matrices(one, mesh, arrays, list(state[3:]))
+        (direction, *moments), squares = kronecker.map_matrices(one, mesh, arrays, list(state[3:]))
         return direction, SoapState(state.count + 1, *moments, *squares)
 
     return optax.GradientTransformation(init, update)

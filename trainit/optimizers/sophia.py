@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from trainit.config import require
-from trainit.optimizers._bounds import above_0
+from trainit.optimizers.common._bounds import above_0
 
 
 def get_config() -> ConfigDict:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.optimizers._moments import map_layers
-from trainit.optimizers._optax import decay_updates
+from trainit.optimizers.common.moments import map_layers
+from trainit.optimizers.common.optax_adapter import decay_updates
 
 
 def get_config(base: ConfigDict) -> ConfigDict:

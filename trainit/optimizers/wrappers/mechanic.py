@@ -7,7 +7,7 @@ import optax
 import optax.contrib
 from ml_collections import ConfigDict
 
-from trainit.optimizers._bounds import above_0, not_below_0
+from trainit.optimizers.common._bounds import above_0, not_below_0
 
 
 def get_config(base: ConfigDict) -> ConfigDict:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.optimizers._bounds import above_0
+from trainit.optimizers.common._bounds import above_0
 
 
 def get_config(base: ConfigDict) -> ConfigDict:

@@ -1,0 +1,1 @@
+"""The job's processes: where each is, how they meet, watch each other and stop."""

@@ -1,0 +1,281 @@
+"""Filling and checking a config across its fields, shrinking it, freezing it."""
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+from ml_collections import ConfigDict
+
+from trainit.config.durations import batch_sizes
+from trainit.config.fields import (
+    SCHEDULES,
+    VOCABULARY_MULTIPLE,
+    Config,
+    flatten,
+    names,
+    require,
+)
+
+ONE_OF = {
+    "precision": ("bfloat16", "float16", "float32"),
+    "precision_of.attention": ("", "bfloat16", "float16", "float32", "float8"),
+    "precision_of.mlp": ("", "bfloat16", "float16", "float32", "float8"),
+    "precision_of.head": ("", "bfloat16", "float16", "float32"),
+    "optimizer_state": ("float32", "bfloat16", "int8"),
+    "platform": ("", "cpu", "cuda", "rocm", "tpu"),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.activation": ("gelu", "swiglu", "relu2"),
+    "model.positions": ("learned", "rope"),
+    "model.attention": ("auto", "plain", "blockwise", "cudnn"),
+    "model.remat": ("none", "attention", "dots", "block", "offload"),
+    "schedule.name": tuple(SCHEDULES),
+    "dataset.order": ("shuffled", "blocks", "sequential"),
+}
+POSITIVE = """steps batch_size max_skipped cpu_devices model.dim model.num_heads model.num_blocks
+    model.context_length model.rope_theta log.every_steps dataset.prefetch dataset.block_tokens
+    dataset.streams dataset.window""".split()
+NOT_NEGATIVE = """seed max_minutes stall_seconds device_batch_size clip_norm model.num_kv_heads model.mlp_dim
+    model.vocab_size model.logit_softcap logits_mib z_loss dataset.workers eval.every_steps eval.sequences
+    checkpoint.keep diagnostics.every_steps schedule.final optimizer.learning_rate
+    optimizer.weight_decay""".split()
+
+
+def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
+    """The same run, shrunk in place so that a laptop does it in a minute: `--debug`.
+
+    Args:
+        config: any config.
+        keep: dotted fields that the user set by hand, which stay.
+    """
+    small = {
+        "steps": 10,
+        "batch_size": 48,  # like dim, what 1, 2, 3, 4, 6, 8, 12, 16 and 24 devices can share
+        "device_batch_size": 3,  # two micro-steps on eight devices
+        "cpu_devices": 8,
+        "model.dim": 96,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 2 if config.model.num_kv_heads else 0,
+        "model.num_blocks": 2,
+        "model.context_length": min(config.model.context_length, 64),
+        "model.mlp_dim": 0,
+        "model.vocab_size": 0,
+        "eval.every_steps": 5,
+        "eval.sequences": 32,
+        "checkpoint.save_steps": 5,
+        "checkpoint.load_path": "",
+        "log.every_steps": 1,
+        "diagnostics.every_steps": min(config.diagnostics.every_steps, 5),
+        "wandb.project": "",
+    }
+    small |= {f"mesh.{axis}": 2 for axis, size in config.mesh.items() if size > 2}
+    small |= {
+        f"schedule.{name}": "10%"
+        for name in ("warmup", "constant", "decay", "rewarm")
+        if name in config.schedule and "%" not in str(config.schedule[name])
+    }
+    for name in {"boundaries", "rewarm_at"} & set(config.schedule):
+        parts = len(_as_tuple(config.schedule[name]))
+        last = parts if name == "boundaries" else parts + 1
+        small[f"schedule.{name}"] = tuple(f"{100 * i // last}%" for i in range(1, parts + 1))
+    config.update_from_flattened_dict({k: v for k, v in small.items() if k not in set(keep)})
+    return config
+
+
+def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1) -> Config:
+    """Fills what follows from other fields, checks everything that needs no device, and freezes.
+
+    Args:
+        config: stays as it is.
+        tokenizer_vocab_size: ids of the tokenizer.
+        end_of_text: id with which it ends documents; -1: it has none.
+
+    Raises:
+        ConfigError: names the fields and the numbers on both sides.
+    """
+    config = config.copy_and_resolve_references()
+    require(
+        "optimizer" in config,
+        "the config has no optimizer: config.optimizer = optimizers.choices()['adamw']()",
+    )
+    values = flatten(config)
+    for field, choices in ONE_OF.items():
+        require(values[field] in choices, f"{field}={values[field]!r} is none of {names(map(repr, choices))}")
+    for field in POSITIVE:
+        require(values.get(field, 1) > 0, f"{field}={values.get(field)} must be above 0")
+    for field, bound in (("steps", 2**31), ("seed", 2**32)):
+        require(values[field] < bound, f"{field}={values[field]} must be below {bound}")
+    check_ranges(values)
+    _resolve_model(config.model, tokenizer_vocab_size, end_of_text)
+    check_mesh(config.mesh, config)
+    _check_schedule(config)
+    streams = values.get("dataset.streams", 1)
+    _check_batches(config, streams, f"dataset.streams={streams}")
+    for field, plain in (("mixture", ""), ("order", "shuffled")):
+        require(
+            "dataset.streams" not in values or config.dataset[field] == plain,
+            f"dataset.{field}={config.dataset[field]!r} needs a prepared dataset; leave it at {plain!r}",
+        )
+    saves = config.checkpoint.save_steps
+    least = 0 if isinstance(saves, int) else 1
+    require(
+        _as_tuple(saves) and all(type(n) is int and n >= least for n in _as_tuple(saves)),
+        f"checkpoint.save_steps={saves!r} must be a number of steps, or several separated by commas",
+    )
+    _check_diagnostics(config.diagnostics)
+    c = config.checkpoint
+    for field, unset in (("load_step", -1), ("overwrite_optimizer", False)):
+        require(
+            c.load_path or c[field] == unset,
+            f"checkpoint.{field}={c[field]} needs checkpoint.load_path, which is empty",
+        )
+    return Config(config)
+
+
+def check_ranges(values: Mapping, prefix: str = ""):
+    """Raises ConfigError if a number is outside of what its field's name allows.
+
+    Args:
+        values: {"optimizer.beta1": 0.9, ...}, some of a config's.
+        prefix: of the message.
+    """
+    if str(values.get("optimizer.name", "")).rpartition("+")[2].startswith("optax."):
+        values = {f: v for f, v in values.items() if not f.startswith("optimizer.") or f in NOT_NEGATIVE}
+    for field, value in values.items():
+        if field in NOT_NEGATIVE:
+            require(type(value) in (int, float), f"{prefix}{field}={value!r} must be a number")
+            require(value >= 0, f"{prefix}{field}={value} must not be below 0")
+        numbers = [number for number in _as_tuple(value) if type(number) in (int, float)]
+        if re.match(r"optimizer\.([\w.]+[._])?(beta\d?|b\d|momentum)$|model\..*dropout$", field):
+            within = all(0 <= number < 1 for number in numbers)
+            require(within, f"{prefix}{field}={value} must lie in [0, 1)")
+        if re.match(r"optimizer\.([\w.]+[._])?eps$", field):
+            require(all(number > 0 for number in numbers), f"{prefix}{field}={value} must be above 0")
+
+
+def _as_tuple(value) -> tuple:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int):
+    m.num_kv_heads = m.num_kv_heads or m.num_heads
+    if m.document_mask and m.end_of_text == -1:
+        m.end_of_text = end_of_text
+    require(
+        not m.document_mask or 0 <= m.end_of_text < tokenizer_vocab_size,
+        f"model.document_mask=True needs an id that ends documents, from 0 to {tokenizer_vocab_size - 1}, "
+        f"not model.end_of_text={m.end_of_text}",
+    )
+    require(m.dim % m.num_heads == 0, f"model.dim={m.dim} is not a multiple of model.num_heads={m.num_heads}")
+    require(
+        m.num_heads % m.num_kv_heads == 0,
+        f"model.num_heads={m.num_heads} is not a multiple of model.num_kv_heads={m.num_kv_heads}",
+    )
+    require(
+        m.positions != "rope" or (m.dim // m.num_heads) % 2 == 0,
+        f"model.positions=rope needs an even head size, not model.dim / model.num_heads = "
+        f"{m.dim // m.num_heads}",
+    )
+    require(
+        m.attention != "cudnn" or not m.attn_dropout,
+        f"model.attention=cudnn cannot do model.attn_dropout={m.attn_dropout}; take attention=auto",
+    )
+    require(
+        m.attention != "cudnn" or not m.document_mask,
+        "model.attention=cudnn cannot do model.document_mask=True; take attention=auto",
+    )
+    require(
+        not (m.tied_embeddings and m.head_bias),
+        "model.head_bias=True and model.tied_embeddings=True exclude each other",
+    )
+    if not m.mlp_dim:
+        m.mlp_dim = 64 * -(-8 * m.dim // (3 * 64)) if m.activation == "swiglu" else 4 * m.dim
+    if not m.vocab_size:
+        m.vocab_size = -(-tokenizer_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    require(
+        m.vocab_size >= tokenizer_vocab_size,
+        f"model.vocab_size={m.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}; 0 fits it",
+    )
+
+
+def _check_diagnostics(d: ConfigDict):
+    for name in _as_tuple(d.norms_by):
+        there = ("kind", "layer", "parameter")
+        require(name in there, f"diagnostics.norms_by={d.norms_by!r}: {name!r} is none of {names(there)}")
+    require(
+        d.last_parameters or not d.last_loss,
+        "diagnostics.last_loss=True needs diagnostics.last_parameters=True",
+    )
+    try:
+        re.compile(d.spectra)
+    except re.error as error:
+        require(False, f"diagnostics.spectra={d.spectra!r} is no regular expression: {error}")
+
+
+def _check_schedule(config: ConfigDict):
+    schedule, steps = config.schedule, config.steps
+    expected = SCHEDULES[schedule.name]()
+    require(
+        set(schedule) == set(expected),
+        f"schedule.name={schedule.name} has the fields {names(expected)}, not {names(schedule)}; choose it "
+        f"as a group: --config=FILE:schedule={schedule.name}",
+    )
+
+    sizes = batch_sizes(config)
+
+    def length(name, value, **where) -> int:
+        return sizes.duration(value, f"schedule.{name}", **where)
+
+    total = warmup = length("warmup", schedule.warmup)
+    total += length("constant", schedule.constant, begin=warmup) if "constant" in schedule else 0
+    total += length("decay", schedule.decay, last=True) if "decay" in schedule else 0
+    require(
+        total <= steps,
+        f"schedule={schedule.name}: warm-up and what follows last {total} steps, more than steps={steps}; "
+        f"give them in percent or raise steps",
+    )
+    starts = [length("rewarm_at", at) for at in _as_tuple(schedule.rewarm_at)]
+    rises = [length("rewarm", schedule.rewarm, begin=at) for at in starts or [0]]
+    room = all(b - a >= rise for (a, b), rise in zip(pairwise(starts), rises, strict=False))
+    require(
+        not starts or (min(rises) > 0 and starts[0] > 0 and room),
+        f"schedule.rewarm_at={schedule.rewarm_at} must be above 0 and rise by at least "
+        f"rewarm={schedule.rewarm!r}, that is {max(rises)} steps, which must be above 0",
+    )
+    for field in {"cycles", "exponent"} & set(schedule):
+        require(schedule[field] > 0, f"schedule.{field}={schedule[field]} must be above 0")
+    if "boundaries" in schedule:
+        at = [length("boundaries", b) for b in _as_tuple(schedule.boundaries)]
+        values = _as_tuple(schedule["values"])
+        require(
+            all(type(v) in (int, float) for v in values),
+            f"schedule.values={schedule['values']!r} must be numbers",
+        )
+        require(
+            len(at) == len(values) and len(at) >= 2 and all(a < b for a, b in pairwise(at)),
+            f"schedule.boundaries={schedule.boundaries} must rise and be as many as schedule.values={values}",
+        )
+
+
+def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
+    """Raises ConfigError unless each axis of the mesh divides what it splits; -1 divides everything."""
+    m = config.model
+    for axis, size in sizes.items():
+        require(size > 0 or size == -1, f"mesh.{axis}={size} must be above 0, or -1 for what is left")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    require(len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are -1; only one axis can be what is left")
+    require(sizes["context"] == 1, f"mesh.context={sizes['context']} does not work yet; set it to 1")
+    split = [("fsdp", "model.dim", m.dim)] + [
+        ("tensor", f"model.{field}", m[field])
+        for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "context_length")
+    ]
+    for axis, field, value in split:
+        require(value % sizes[axis] == 0, f"{field}={value} is not a multiple of mesh.{axis}={sizes[axis]}")
+    shares = abs(sizes["data"] * sizes["fsdp"])
+    _check_batches(config, shares, f"mesh.data*mesh.fsdp={shares}")
+
+
+def _check_batches(config: ConfigDict | Config, divisor: int, text: str):
+    """Raises ConfigError unless `divisor`, which `text` says, divides the batch size of every step."""
+    for number, size in enumerate(batch_sizes(config).sizes):
+        field = "batch_schedule's size " if number else "batch_size="
+        require(size % divisor == 0, f"{field}{size} is not a multiple of {text}")

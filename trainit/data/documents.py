@@ -1,0 +1,313 @@
+"""Documents out of files, as a stream: .jsonl, .jsonl.zst, .jsonl.gz, .txt and .parquet.
+
+A file is read by one process, in order, in batches of about a MiB that others parse and encode. A
+batch says where the file goes on behind it, and from there the reader starts again after a stop.
+Memory is bounded by a few batches and the largest document (of a .txt: by a few batches).
+"""
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import zstandard
+
+from trainit.data.tokenizers.base import PIECE, boundary
+
+BATCH = 1 << 20  # bytes of text
+COMPRESSED = 1 << 14  # bytes decompressed at once: even these can become half a GB
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
+
+
+class Document(NamedTuple):
+    """A document, or with .txt a piece of one."""
+
+    text: str
+    subset: str
+    line: int  # of the file, or row, from 1
+    first: bool = True  # piece of its document
+    last: bool = True
+    hash: bytes = b""  # of the whole document; empty: of this text
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where reading goes on: behind so many bytes (as decompressed) and lines of a file."""
+
+    file: int = 0
+    offset: int = 0
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What cannot be read. `line` is the document's, or the last one before a file's damage."""
+
+    file: str
+    line: int
+    reason: str
+    damaged: bool = False  # the rest of the file is lost
+
+    def __str__(self):
+        where = f"after line {self.line}" if self.damaged else f"line {self.line}"
+        return f"{self.file}: {where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some documents in a row: lines of JSON, or texts."""
+
+    file: str
+    position: Position  # behind it
+    read: int  # bytes of the file as it is on disk, up to here
+    line: int = 0  # lines of the file before it
+    lines: bytes = b""
+    documents: list[Document] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+
+
+class _DamagedError(Exception):
+    """The file cannot be read on."""
+
+
+def suffix(path: Path) -> str | None:
+    """The one of SUFFIXES with which the path ends."""
+    return next((s for s in reversed(SUFFIXES) if path.name.endswith(s)), None)
+
+
+def read(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
+    """The batches of a file from `start` on. A damaged end comes as the last batch's `broken`.
+
+    Args:
+        path: of the file.
+        name: what messages call it.
+        fields: dotted names of the text and of the subset; parquet reads only these columns.
+        start: where to begin.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+    """
+    kind = suffix(path)
+    reader = {".txt": _read_text, ".parquet": _read_parquet}.get(kind, _read_lines)
+    line = start.line
+    try:
+        for batch in reader(path, name, fields, start):
+            line = batch.position.line
+            yield batch
+    except _DamagedError as error:
+        broken = [Broken(name, line, str(error), damaged=True)]
+        yield Batch(name, Position(start.file + 1), path.stat().st_size, broken=broken)
+
+
+def _chunks(path: Path, file: BinaryIO, skip: int) -> Iterator[bytes]:
+    """The decompressed content of a file behind its first `skip` bytes."""
+    kind = suffix(path)
+    if kind == ".jsonl.zst":
+        content = _decompress_zst(file)
+    elif kind == ".jsonl.gz":
+        content = _decompress_gz(file)
+    else:
+        file.seek(skip)
+        skip, content = 0, iter(lambda: file.read(BATCH // 4), b"")
+    for chunk in content:
+        if skip >= len(chunk):
+            skip -= len(chunk)
+        else:
+            yield chunk[skip:]
+            skip = 0
+
+
+def _decompress_zst(file: BinaryIO) -> Iterator[bytes]:
+    """Frame after frame; the library's own stream reader takes a torn frame for the end."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame = None
+    try:
+        while data := file.read(COMPRESSED):
+            while data:
+                frame = frame or decompressor.decompressobj()
+                if chunk := frame.decompress(data):
+                    yield chunk
+                data = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise _DamagedError(f"damaged zstd frame ({error})") from None
+    if frame:
+        raise _DamagedError("truncated zstd frame")
+
+
+def _decompress_gz(file: BinaryIO) -> Iterator[bytes]:
+    try:
+        with gzip.GzipFile(fileobj=file) as content:
+            while chunk := content.read(BATCH // 4):
+                yield chunk
+    except EOFError:
+        raise _DamagedError("truncated gzip file") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise _DamagedError(f"damaged gzip file ({error})") from None
+
+
+def _read_lines(path: Path, name: str, fields: tuple, start: Position) -> Iterator[Batch]:
+    """Whole lines, about BATCH bytes of them at a time."""
+    position, parts, size = start, [], 0
+
+    def batch(lines: bytes) -> Batch:
+        nonlocal position
+        before = position.line
+        position = replace(position, offset=position.offset + len(lines), line=before + lines.count(b"\n"))
+        return Batch(name, position, file.tell(), before, lines)
+
+    with path.open("rb") as file:
+        damage = None
+        try:
+            for chunk in _chunks(path, file, start.offset):
+                cut = chunk.rfind(b"\n") + 1
+                if size + cut >= BATCH and cut:
+                    yield batch(b"".join([*parts, chunk[:cut]]))
+                    parts, size, chunk = [], 0, chunk[cut:]  # noqa: PLW2901
+                parts.append(chunk)
+                size += len(chunk)
+        except _DamagedError as error:
+            damage = error
+        rest = b"".join(parts)
+        if damage:  # what stands behind the last whole line is torn
+            rest = rest[: rest.rfind(b"\n") + 1]
+        if rest:
+            yield batch(rest)
+        if damage:
+            raise damage
+
+
+def parse(batch: Batch, fields: tuple[str, str]) -> tuple[list[Document], list[Broken]]:
+    """The documents of a batch's lines, and the lines that are none. Blank lines are passed over."""
+    documents, broken = list(batch.documents), list(batch.broken)
+    for number, line in enumerate(batch.lines.split(b"\n"), start=batch.line + 1):
+        if not line or line.isspace():
+            continue
+        try:
+            record = json.loads(line.decode("utf8").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
+            documents.append(_document(record, fields, number))
+        except UnicodeDecodeError as error:
+            broken.append(Broken(batch.file, number, f"invalid UTF-8 at byte {error.start}"))
+        except json.JSONDecodeError as error:
+            broken.append(Broken(batch.file, number, f"invalid JSON at character {error.pos}: {error.msg}"))
+        except (ValueError, RecursionError) as error:
+            broken.append(Broken(batch.file, number, str(error)))
+    return documents, broken
+
+
+def _field(record, dotted: str):
+    for part in dotted.split("."):
+        if not isinstance(record, dict) or part not in record:
+            raise ValueError(f"field {dotted} is missing")
+        record = record[part]
+    return record
+
+
+def _subset(record, dotted: str) -> str:
+    """A document's subset; empty where it has none."""
+    try:
+        return str(_field(record, dotted)) if dotted else ""
+    except ValueError:
+        return ""
+
+
+def _document(record: dict, fields: tuple[str, str], line: int) -> Document:
+    text = _field(record, fields[0])
+    if type(text) is not str:
+        raise ValueError(f"field {fields[0]} is not a text")
+    return Document(text, _subset(record, fields[1]), line)
+
+
+def _read_text(path: Path, name: str, fields: tuple, start: Position) -> Iterator[Batch]:
+    """One document, piece by piece. It is read twice: first to know that all of it is UTF-8."""
+    with path.open("rb") as file:
+        decoder, digest, line = codecs.getincrementaldecoder("utf8")(), blake2b(digest_size=16), 1
+        chunk = b"..."
+        while chunk:
+            chunk = file.read(BATCH)
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                broken = Broken(name, line, "invalid UTF-8; a .txt file is one document")
+                yield Batch(name, Position(start.file + 1), file.seek(0, 2), broken=[broken])
+                return
+            digest.update(chunk)
+            line += chunk.count(b"\n")
+        file.seek(start.offset)
+        documents, size, offset = [], 0, start.offset
+        for piece, last in _stream(file):
+            documents.append(Document(piece, "", 1, offset == 0, last, digest.digest()))
+            size, offset = size + len(piece), offset + len(piece.encode())
+            if size >= BATCH or last:
+                position = Position(start.file + 1) if last else replace(start, offset=offset)
+                yield Batch(name, position, offset, documents=documents)
+                documents, size = [], 0
+
+
+def _stream(file: BinaryIO) -> Iterator[tuple[str, bool]]:
+    """The pieces of a text, cut where `vocabulary.pieces` cuts it, and whether each is the last."""
+    text, chunk, decoder = "", b"...", codecs.getincrementaldecoder("utf8")()
+    while chunk:
+        chunk = file.read(BATCH)
+        text += decoder.decode(chunk, final=not chunk)
+        begin = 0
+        while len(text) - begin > PIECE:
+            stop = boundary(text, begin)
+            yield text[begin:stop], False
+            begin = stop
+        text = text[begin:]
+    yield text, True
+
+
+def _read_parquet(path: Path, name: str, fields: tuple, start: Position) -> Iterator[Batch]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError("reading .parquet needs pyarrow: pip install 'trainit[parquet]'") from None
+    bytes_on_disk, row, size, documents, broken = path.stat().st_size, 0, 0, [], []
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            there = [file.schema.column(i).path for i in range(len(file.schema))]
+            if fields[0] not in there:
+                raise _DamagedError(f"there is no column {fields[0]}, only {', '.join(there)}")
+            columns = [column for column in fields if column in there]
+            total = file.metadata.num_rows
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if row + rows <= start.line:
+                    row += rows
+                    continue
+                for few in file.iter_batches(16, row_groups=[group], columns=columns, use_threads=False):
+                    for i, record in enumerate(_records(few), start=1):
+                        if row + i > start.line:
+                            try:
+                                if record is None:
+                                    raise ValueError("invalid UTF-8")
+                                documents.append(_document(record, fields, row + i))
+                                size += len(documents[-1].text)
+                            except ValueError as error:
+                                broken.append(Broken(name, row + i, str(error)))
+                    row += few.num_rows
+                    if size >= BATCH or row == total:
+                        read = bytes_on_disk * row // total
+                        yield Batch(name, replace(start, line=row), read, 0, b"", documents, broken)
+                        size, documents, broken = 0, [], []
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _DamagedError(f"damaged parquet file ({error})") from None
+
+
+def _records(rows) -> list[dict | None]:
+    """Rows as dicts; None in the place of one whose text is not UTF-8."""
+    try:
+        return rows.to_pylist()
+    except UnicodeDecodeError:
+        if rows.num_rows == 1:
+            return [None]
+        return [record for i in range(rows.num_rows) for record in _records(rows.slice(i, 1))]

@@ -1,0 +1,196 @@
+"""Token ids in the column `input_ids` of Arrow files, as Hugging Face's `datasets` saves, and parquet files.
+
+The rows follow each other as they stand there: nothing is put between them. Arrow files are mapped
+and not copied. Parquet files are compressed: a process keeps a few row groups that it has
+decompressed, so that reading in order costs each of them once, and reading at random once a row.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainit.data.dataset import DatasetError
+from trainit.data.formats.binary import Shard
+
+COLUMN = "input_ids"
+ROW_GROUPS = 4  # of parquet files that a process keeps decompressed
+
+
+class Chunks:
+    """Arrays behind each other, sliced as if they were one; loads those that a slice meets."""
+
+    def __init__(self, sizes: Sequence[int], load: Callable[[int], np.ndarray]):
+        self._starts, self._load = np.cumsum((0, *sizes)), load
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        begin, end = part.start, min(part.stop, int(self._starts[-1]))
+        chunk, pieces = int(np.searchsorted(self._starts, begin, side="right")) - 1, []
+        while begin < end:
+            at = begin - int(self._starts[chunk])
+            pieces.append(self._load(chunk)[at : at + end - begin])
+            begin, chunk = begin + len(pieces[-1]), chunk + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def inspect_arrow(path: Path) -> list[Shard]:
+    """What an Arrow file holds; reads the heads of its record batches.
+
+    Raises:
+        DatasetError: it is damaged or compressed, or has no such column of integers.
+    """
+    tokens, lengths, dtype = 0, set(), ""
+    for column, ids in _arrow_batches(path):
+        tokens, dtype = tokens + len(ids), ids.dtype.str
+        lengths.add(_row_length(len(column), len(ids), len(column[0]) if len(column) else 0))
+    return [Shard(path, "Arrow", tokens, _only(lengths), dtype, functools.partial(open_arrow, path))]
+
+
+def open_arrow(path: Path) -> Chunks:
+    """The ids of an Arrow file, mapped: one array a record batch."""
+    arrays = [ids for _, ids in _arrow_batches(path)]
+    return Chunks([len(ids) for ids in arrays], arrays.__getitem__)
+
+
+def inspect_parquet(path: Path) -> list[Shard]:
+    """What a parquet file holds, from what it says of its row groups, and its first row.
+
+    Raises:
+        DatasetError: it is damaged, or has no such column of integers.
+    """
+    with _ParquetFile(path) as file:
+        sizes, rows = file.group_sizes(), file.group_rows()
+        first = file.first_row() if sum(rows) else 0
+        lengths = {_row_length(*counts, first) for counts in zip(rows, sizes, strict=True)}
+        dtype = f"<u{_item_type(path, file.type).bit_width // 8}"
+    opener = functools.partial(open_parquet, path)
+    return [Shard(path, "parquet", sum(sizes), _only(lengths), dtype, opener)]
+
+
+def open_parquet(path: Path) -> Chunks:
+    """The ids of a parquet file: one array a row group, decompressed when it is needed."""
+    with _ParquetFile(path) as file:
+        sizes = file.group_sizes()
+    return Chunks(sizes, lambda group: _row_group(path, group, sizes[group]))
+
+
+@functools.lru_cache(maxsize=ROW_GROUPS)
+def _row_group(path: Path, group: int, expected: int) -> np.ndarray:
+    with _ParquetFile(path) as file:
+        ids = np.concatenate([_ids(path, chunk) for chunk in file.read(group)])
+    if len(ids) != expected:
+        raise DatasetError(f"{path}: row group {group} has {len(ids)} ids, its head says {expected}")
+    return ids
+
+
+def _row_length(rows: int, tokens: int, first: int) -> int | None:
+    """The length of each of so many rows, if it is that of the first; else 0; without rows None."""
+    if not rows:
+        return None
+    return first if rows * first == tokens else 0
+
+
+def _only(lengths: set[int | None]) -> int:
+    lengths = lengths - {None}
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
+def _arrow_batches(path: Path) -> Iterator[tuple[Any, np.ndarray]]:
+    """The column of each record batch, and its ids: views of the mapped file."""
+    pa = _pyarrow(path)
+    try:
+        content = pa.memory_map(str(path)).read_buffer()
+        if content.slice(0, 6).to_pybytes() == b"ARROW1":
+            file = pa.ipc.open_file(content)
+            batches = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            batches = file = pa.ipc.open_stream(content)
+        if COLUMN not in file.schema.names:
+            raise _no_column(path, file.schema.names)
+        for batch in batches:
+            column = batch.column(COLUMN)
+            ids = _ids(path, column)
+            if len(ids) and not 0 <= ids.ctypes.data - content.address < content.size:
+                raise DatasetError(f"{path} is compressed; save it with save_to_disk, or as parquet")
+            yield column, ids
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{path} is damaged ({error}); copy or make it again") from None
+
+
+class _ParquetFile:
+    """A parquet file's column of ids."""
+
+    def __init__(self, path: Path):
+        self._path, self._pa = path, _pyarrow(path)
+        self._file = self._guard(lambda: self._pa.parquet.ParquetFile(path, buffer_size=1 << 16))
+        if COLUMN not in self._file.schema_arrow.names:
+            raise _no_column(path, self._file.schema_arrow.names)
+        self.type = self._file.schema_arrow.field(COLUMN).type
+        _item_type(path, self.type)
+        schema, about = self._file.schema, self._file.metadata
+        (column,) = (i for i in range(len(schema)) if schema.column(i).path.split(".")[0] == COLUMN)
+        self._groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        self._columns = [group.column(column) for group in self._groups]
+
+    def __enter__(self) -> "_ParquetFile":
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def group_rows(self) -> list[int]:
+        return [group.num_rows for group in self._groups]
+
+    def group_sizes(self) -> list[int]:
+        """Ids of each row group. An empty row counts as a value, but not in the statistics."""
+        return [c.statistics.num_values if c.statistics else c.num_values for c in self._columns]
+
+    def first_row(self) -> int:
+        """The length of the first row."""
+        batches = self._file.iter_batches(1, columns=[COLUMN], use_threads=False)
+        return len(self._guard(lambda: next(batches)).column(0)[0].as_py() or ())
+
+    def read(self, group: int) -> list:
+        """A row group's column, as arrays."""
+        read = functools.partial(self._file.read_row_group, columns=[COLUMN], use_threads=False)
+        return self._guard(lambda: read(group).column(0).chunks)
+
+    def _guard(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except (self._pa.ArrowException, OSError) as error:
+            raise DatasetError(f"{self._path} is damaged ({error}); copy or make it again") from None
+
+
+def _ids(path: Path, column) -> np.ndarray:
+    """The ids of a column of lists, without a copy, as unsigned integers."""
+    _item_type(path, column.type)
+    values = column.flatten()
+    if column.null_count or values.null_count:
+        raise DatasetError(f"{path}: {COLUMN} has rows or ids that are null; leave them out")
+    ids = values.to_numpy(zero_copy_only=True)
+    return ids.view(f"<u{ids.itemsize}")
+
+
+def _item_type(path: Path, kind):
+    """The type of the integers in lists of this type."""
+    types = _pyarrow(path).types
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    if not is_list or not types.is_integer(kind.value_type):
+        raise DatasetError(f"{path}: {COLUMN} is of type {kind} instead of a list of integers")
+    return kind.value_type
+
+
+def _no_column(path: Path, names: list[str]) -> DatasetError:
+    return DatasetError(f"{path} has no column {COLUMN}, only {', '.join(names)}: tokenize it first")
+
+
+def _pyarrow(path: Path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DatasetError(f"reading {path} needs pyarrow: pip install 'trainit[parquet]'") from None
+    return pyarrow

@@ -1,0 +1,98 @@
+"""Files of bare token ids that others made: nanoGPT's, llm.c's, and Megatron's with an index beside them."""
+
+import functools
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trainit.data.dataset import DatasetError, MappedIds
+
+LLM_C_HEADER = 1024  # bytes
+LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, ids
+LLM_C_QUESTIONS = 20240522  # magic of its multiple-choice questions
+MEGATRON = b"MMIDIDX\x00\x00"
+MEGATRON_TYPES = {1: "<u1", 3: "<u2", 4: "<u4", 5: "<u8", 8: "<u2"}  # code: ids, read as unsigned
+SAMPLED = 64  # sequences of a Megatron index that are looked at
+
+
+class Shard(NamedTuple):
+    """A file of token ids that others made."""
+
+    path: Path
+    format: str
+    tokens: int
+    stored: int  # tokens of each sequence in it; 0: they differ, or there are none
+    dtype: str  # of the ids in the file, read as unsigned: a negative one is beyond any vocabulary
+    open: Callable[[], Any]  # gives what slices are ids of; can be pickled
+
+
+def _flat(path: Path, format: str, dtype: str, offset: int = 0, stored: int = 0) -> Shard:
+    """A file that is nothing but ids behind `offset` bytes."""
+    size, width = path.stat().st_size - offset, np.dtype(dtype).itemsize
+    if size % width:
+        raise DatasetError(f"{path} has {size} bytes of {format} ids, no multiple of the {width} of one")
+    opener = functools.partial(MappedIds, str(path), dtype, offset)
+    return Shard(path, format, size // width, stored, dtype, opener)
+
+
+def inspect_bin(path: Path) -> list[Shard]:
+    """nanoGPT's or llm.c's."""
+    magic, version, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
+    if magic == LLM_C_QUESTIONS:
+        raise DatasetError(f"{path} has llm.c's multiple-choice questions (magic {magic}), not a text's ids")
+    if magic not in LLM_C:
+        return [_flat(path, "nanoGPT", "<u2")]
+    known, dtype = LLM_C[magic]
+    if version != known:
+        raise DatasetError(f"{path} has version {version} of llm.c's magic {magic}; Trainit reads {known}")
+    expected, actual = LLM_C_HEADER + count * np.dtype(dtype).itemsize, path.stat().st_size
+    if actual != expected:
+        raise DatasetError(f"{path} has {actual} bytes, its header says {expected}; copy it again")
+    return [_flat(path, "llm.c", dtype, LLM_C_HEADER)]
+
+
+def parts(index: Path) -> list[Path]:
+    """The .bin of a Megatron index, or the parts in which it lies."""
+    whole = index.with_suffix(".bin")
+    if whole.exists():
+        return [whole]
+    part = re.compile(re.escape(index.stem) + r"-\d+-of-\d+\.bin")
+    return sorted(file for file in index.parent.iterdir() if part.fullmatch(file.name))
+
+
+def inspect_megatron(index: Path) -> list[Shard]:
+    """A Megatron pair: the index says what its ids are and how long each sequence is."""
+
+    def wrong(text: str) -> DatasetError:
+        return DatasetError(f"{index} {text}")
+
+    with index.open("rb") as file:
+        head = file.read(len(MEGATRON) + 25)
+    if head[: len(MEGATRON)] != MEGATRON or len(head) < len(MEGATRON) + 25:
+        raise wrong(f"begins with {head[:9]!r} instead of {MEGATRON!r}: it is no Megatron index of today")
+    version, code, count, documents = struct.unpack("<QBQQ", head[len(MEGATRON) :])
+    if version != 1 or code not in MEGATRON_TYPES:
+        raise wrong(
+            f"has version {version} and type {code}; Trainit reads version 1 and the types of integers, "
+            f"{', '.join(map(str, MEGATRON_TYPES))}"
+        )
+    expected, actual = len(head) + 12 * count + 8 * documents, index.stat().st_size
+    if not count or actual != expected:
+        raise wrong(f"has {count} sequences and {actual} bytes instead of {expected}; copy it again")
+    sizes = np.memmap(index, "<i4", "r", len(head), (count,))
+    begins = np.memmap(index, "<i8", "r", len(head) + 4 * count, (count,))
+    dtype, files = MEGATRON_TYPES[code], parts(index)
+    width = np.dtype(dtype).itemsize
+    expected, actual = int(begins[-1]) + int(sizes[-1]) * width, sum(part.stat().st_size for part in files)
+    if begins[0] or actual != expected:
+        where = f"{index.stem}.bin {'has' if len(files) == 1 else 'or its parts have'} {actual}"
+        raise wrong(
+            f"says that sequences lie in bytes {begins[0]} to {expected}, but {where}; copy both again"
+        )
+    some, stored = np.linspace(0, count - 1, min(count, SAMPLED)).astype(np.int64), int(sizes[0])
+    alike = (sizes[some] == stored).all() and (begins[some] == some * stored * width).all()
+    return [_flat(part, "Megatron", dtype, stored=stored if alike else 0) for part in files]

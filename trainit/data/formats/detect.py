@@ -1,0 +1,232 @@
+"""Tokens that others prepared, read where they lie: nanoGPT, llm.c, Megatron, GPT-NeoX, Hugging Face.
+
+    *.bin                 nanoGPT: little-endian uint16 ids. llm.c: the same, or uint32 ids, behind a
+                          header of 256 int32: magic, version, number of ids
+    *.idx and *.bin       Megatron and GPT-NeoX: an index of sequences, and their ids one behind the
+                          other; the .bin may lie in parts, as in NAME-00000-of-00020.bin (Pythia's)
+    *.arrow, *.parquet    Hugging Face: rows with a list `input_ids`; see `columns`
+
+A folder's files are told apart by the words in their names or in those of the subfolders "train",
+"validation", ...: `WORDS`. A split is the concatenation of its files in the order of their names.
+Its sequences are cut out of that as anywhere else, but if all that were stored have the context
+length and one token more, these are read as they are, in their order. Ids are checked to be in the
+vocabulary when they are read. No id is added, and none is known to end a text.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from trainit.data import dataset as tokens
+from trainit.data.dataset import Dataset, DatasetError, Split
+from trainit.data.formats import arrow as columns
+from trainit.data.formats import binary
+from trainit.data.formats.binary import Shard
+from trainit.data.tokenizers import sentencepiece
+from trainit.data.tokenizers.base import digest
+from trainit.data.tokenizers.sentencepiece import Tokenizer
+from trainit.prepare.writer import dtype_of
+
+WORDS = {  # in names, and the split that they stand for; a test split is read if there is no better one
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "eval": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str = "") -> Dataset:
+    """The dataset that lies at a path: a prepared one, or one in a format that others made.
+
+    Args:
+        path: a folder, a file, or the name of a Megatron pair of files without .bin and .idx.
+        tokenizer: of tokens that others made: one of `sentencepiece.KINDS`, or such a one itself.
+        validation_path: where the validation split lies; empty: beside the training data.
+
+    Raises:
+        DatasetError: there is nothing, it cannot be read, or one of the arguments does not fit it.
+    """
+    files = find(Path(path))
+    if not files:
+        dataset = tokens.open_dataset(Path(path))
+        for field, value in (("tokenizer", tokenizer), ("validation_path", validation_path)):
+            if value:
+                raise DatasetError(
+                    f"dataset.{field}={value!r}: the prepared dataset.path={path!r} has its own; leave it "
+                    f"empty"
+                )
+        return dataset
+    found = _by_split(files, Path(path))
+    if "train" not in found:
+        raise DatasetError(f"dataset.path={path!r} has files to validate only, such as {files[0].name}")
+    named, train = _tokenizer(tokenizer, files[0]), _shards(found["train"])
+    if validation_path:
+        validation = _validation(validation_path, named)
+    elif beside := found.get("validation") or found.get("test"):
+        validation = _split("validation", _shards(beside), named)
+    else:
+        raise DatasetError(
+            f"dataset.path={path!r} has {files[0].name} to train on and nothing to validate on: name files "
+            f"as in val.bin, or set dataset.validation_path"
+        )
+    splits = {"train": _split("train", train, named), "validation": validation}
+    info = {
+        "format": ", ".join(sorted({shard.format for shard in train})),
+        "tokenizer": {"name": named.name, "sha256": digest(named.serialize())},
+        "vocab_size": named.vocab_size,
+        "dtype": dtype_of(named.vocab_size),
+        "splits": {name: _describe(split) for name, split in splits.items()},
+    }
+    return Dataset(Path(path), info, splits, named)
+
+
+def find(path: Path) -> list[Path]:
+    """Files in formats that others made, of Megatron the .idx; none at the path of a prepared dataset.
+
+    Raises:
+        DatasetError: files of several formats, or of none that is known.
+    """
+    pair = Path(f"{path}.idx")
+    if not path.exists() and pair.is_file():
+        return [pair]
+    if path.is_file():
+        if path.suffix not in INSPECT:
+            raise DatasetError(f"dataset.path={str(path)!r} ends in none of {', '.join(INSPECT)}")
+        indices = path.parent.glob("*.idx") if path.suffix == ".bin" else ()
+        return [next((index for index in indices if path in binary.parts(index)), path)]
+    if not path.is_dir() or (path / "dataset.json").exists():
+        return []
+    folders = [path, *(f for f in sorted(path.iterdir()) if f.is_dir() and f.name.lower() in WORDS)]
+    files = [file for folder in folders for file in _listed(folder)]
+    indexed = {part for file in files if file.suffix == ".idx" for part in binary.parts(file)}
+    files = [file for file in files if file not in indexed]
+    kinds = {file.suffix: file for file in files}
+    if len(kinds) > 1:
+        raise DatasetError(
+            f"dataset.path={str(path)!r} has files of several formats, such as "
+            f"{' and '.join(file.name for file in kinds.values())}: name one of them, or move one away"
+        )
+    return files
+
+
+def _listed(folder: Path) -> list[Path]:
+    """The files of a folder, or those that `datasets` says are the dataset's."""
+    state = folder / "state.json"
+    if not state.is_file():
+        return [
+            file
+            for file in sorted(folder.iterdir())
+            if file.suffix in INSPECT and not (file.suffix == ".arrow" and file.name.startswith("cache-"))
+        ]
+    try:
+        about = json.loads(state.read_bytes())
+        files = [folder / file["filename"] for file in about["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{state} is damaged ({error}); copy or save the dataset again") from None
+    if about.get("_indices_data_files"):
+        raise DatasetError(
+            f"{state} names indices beside the rows: save it again after dataset.flatten_indices()"
+        )
+    return files
+
+
+def _by_split(files: list[Path], path: Path) -> dict[str, list[Path]]:
+    """The files of each split by the last word in a name that says so; nameless ones are to train on."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        name = str(file.relative_to(path) if path.is_dir() else file.name).lower()
+        words = [WORDS[word] for word in re.findall("[a-z]+", name) if word in WORDS]
+        found.setdefault(words[-1] if words else "", []).append(file)
+    if "" in found and "train" in found:
+        raise DatasetError(
+            f"{found[''][0]} is for no split by its name, as {found['train'][0].name} is for train: rename "
+            f"it or move it away"
+        )
+    if "" in found:
+        found["train"] = found.pop("")
+    return found
+
+
+def _tokenizer(choice: str | Tokenizer, file: Path) -> Tokenizer:
+    if not isinstance(choice, str):
+        return choice
+    if not choice:
+        raise DatasetError(
+            f"{file} has no tokenizer with it: set dataset.tokenizer to what its tokens were made with, one "
+            f"of {sentencepiece.KINDS}"
+        )
+    try:
+        return sentencepiece.find(choice)
+    except ValueError as error:
+        raise DatasetError(str(error).replace("--tokenizer=", "dataset.tokenizer=", 1)) from None
+
+
+def _validation(path: str, named: Tokenizer) -> Split:
+    """The validation split in a folder or file of its own, which may be a prepared dataset."""
+    if files := find(Path(path)):
+        found = _by_split(files, Path(path))
+        chosen = found.get("validation") or found.get("test") or found["train"]
+        return _split("validation", _shards(chosen), named)
+    try:
+        dataset = tokens.open_dataset(Path(path))
+    except DatasetError as error:
+        raise DatasetError(str(error).replace("dataset.path=", "dataset.validation_path=", 1)) from None
+    theirs, ours = dataset.info["tokenizer"]["sha256"], digest(named.serialize())
+    if theirs != ours or dataset.info["tokenizer"]["name"] != named.name:
+        raise DatasetError(
+            f"dataset.validation_path={path!r} was prepared with the tokenizer {theirs}, dataset.tokenizer "
+            f"is {ours}: prepare it with that one"
+        )
+    if "validation" not in dataset.splits:
+        raise DatasetError(f"dataset.validation_path={path!r} has no split validation")
+    return dataset.splits["validation"]
+
+
+def _split(name: str, shards: list[Shard], named: Tokenizer) -> Split:
+    lengths = {shard.stored for shard in shards}
+    for shard in shards:
+        if shard.format == "nanoGPT" and named.vocab_size > 1 << 16:
+            raise DatasetError(
+                f"{shard.path} has no header, so its ids are of 16 bits, but dataset.tokenizer has "
+                f"{named.vocab_size} ids, which need more"
+            )
+    return Split(
+        name,
+        tuple(str(shard.path) for shard in shards),
+        tuple(shard.tokens for shard in shards),
+        dtype_of(named.vocab_size),
+        None,
+        stored=lengths.pop() if len(lengths) == 1 else 0,
+        below=named.vocab_size,
+        openers=tuple(shard.open for shard in shards),
+    )
+
+
+def _describe(split: Split) -> dict:
+    """What the fingerprint tells a split by, beside format and tokenizer."""
+    shards = zip(split.paths, split.sizes, strict=True)
+    files = [[Path(path).name, Path(path).stat().st_size, size] for path, size in shards]
+    return {"stored": split.stored, "files": files}
+
+
+def _shards(files: list[Path]) -> list[Shard]:
+    """What lies in the files; a file of one format may be several shards, or none if it is empty."""
+    shards = []
+    for file in files:
+        try:
+            shards += INSPECT[file.suffix](file)
+        except OSError as error:
+            raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from None
+    return [shard for shard in shards if shard.tokens]
+
+
+INSPECT = {
+    ".bin": binary.inspect_bin,
+    ".idx": binary.inspect_megatron,
+    ".arrow": columns.inspect_arrow,
+    ".parquet": columns.inspect_parquet,
+}

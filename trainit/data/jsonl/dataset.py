@@ -1,0 +1,301 @@
+"""The training data of `dataset=jsonl` as global batches, and the validation data in memory.
+
+Streams (trainit/data/jsonl/stream.py) belong to rows: row r of a batch of B is stream r * S // B. A process
+reads the streams of its rows, by Grain's worker processes, each of which has every W-th of them.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from absl import logging
+
+from trainit.data import loader
+from trainit.data.dataset import DatasetError, Split
+from trainit.data.documents import Position
+from trainit.data.jsonl.stream import Corpus, State, Stream, documents
+from trainit.data.tokenizers import sentencepiece
+from trainit.data.tokenizers.base import digest
+from trainit.data.tokenizers.sentencepiece import Tokenizer
+from trainit.prepare.writer import BrokenInputError
+
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
+
+
+class Parts(grain.IterDataset):
+    """A worker's part of batch after batch: its streams' rows and their states behind them."""
+
+    def __init__(self, corpus: Corpus, states: dict[int, State], count: int):
+        """
+        Args:
+            corpus: what is read.
+            states: where each stream begins; those of a worker are every W-th of them.
+            count: rows of each stream in a batch.
+        """
+        super().__init__()
+        self.corpus, self.states, self.count = corpus, states, count
+
+    def set_slice(self, chosen: slice, sequential_slice: bool = False):
+        """Called by Grain in each worker."""
+        self.states = dict(list(self.states.items())[chosen])
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PartsIterator(self)
+
+
+class _PartsIterator(grain.DatasetIterator):
+    def __init__(self, parts: Parts):
+        super().__init__()
+        self._count = parts.count
+        self._streams = [Stream(parts.corpus, number, state) for number, state in parts.states.items()]
+        self._filled = False
+        _ = parts.corpus.tokenizer  # built once, before there are threads
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """{"tokens": (streams, count, L + 1) ids, "states": (streams, 7) int64}."""
+        if not self._filled:  # decompressing and most tokenizers let other threads work
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+                list(threads.map(Stream.fill, self._streams))
+            self._filled = True
+        tokens = np.stack([stream.take(self._count) for stream in self._streams])
+        return {"tokens": tokens, "states": np.array([stream.state for stream in self._streams], np.int64)}
+
+    def get_state(self) -> dict:
+        return {}  # it travels with the batches
+
+    def set_state(self, state: dict):
+        raise NotImplementedError
+
+
+class Reader:
+    """One process's rows of the global batches, and where its streams are behind each batch."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        shape: tuple[int, int, int],
+        sharding: jax.sharding.NamedSharding,
+        first_row: int = 0,
+        states: Sequence[Sequence[int]] | None = None,
+        workers: int = 0,
+        prefetch: int = 2,
+    ):
+        """
+        Args:
+            corpus: what is read; its streams divide the rows of a batch.
+            shape: (micro-steps G, rows of a micro-step b, length L); a batch is G * b rows.
+            sharding: of arrays (G, b, ...); only the second axis may be split.
+            first_row: rows consumed before the first batch.
+            states: of all streams; None: their beginnings.
+            workers: processes that read; 0: a thread of this process.
+            prefetch: batches read ahead (by each worker).
+        """
+        micro_steps, rows, _ = shape
+        self._corpus, self._shape, self._sharding, self._prefetch = corpus, shape, sharding, prefetch
+        self._mine, self._first_row = loader.local_rows(shape, sharding), first_row
+        self._batch = micro_steps * rows
+        self._count = self._batch // corpus.streams  # rows of a stream in a batch
+        in_batch = np.arange(self._batch).reshape(micro_steps, rows)[:, self._mine]
+        self._streams, self._of_row = np.unique(in_batch // self._count, return_inverse=True)
+        self._of_row, self._in_stream = self._of_row.reshape(in_batch.shape), in_batch % self._count
+        self._workers = min(workers, len(self._streams))
+        begin = states or [State()] * corpus.streams
+        self._begin = {int(number): State(*begin[number]) for number in self._streams}
+        self._behind = {first_row: self._begin}  # the newest few
+        of_all = len(self._streams) * self._count
+        if in_batch.size < of_all:
+            logging.warning(
+                "data       this process reads %d of dataset.streams=%d for %d of their %d rows, and others "
+                "read them too; a multiple of processes * micro-steps spares that",
+                len(self._streams),
+                corpus.streams,
+                in_batch.size,
+                of_all,
+            )
+
+    def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
+        """The next `count` batches: {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32}, global arrays.
+
+        Raises:
+            BrokenInputError, DatasetError, OSError: as those of Stream.
+            RuntimeError: a worker process died.
+        """
+        records = itertools.islice(self.records(), count)
+        return loader.on_devices(records, self._mine, self._shape, self._sharding)
+
+    def records(self) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of batch after batch: {"tokens": (G, rows, L + 1), "lengths": (G, rows)}."""
+        parts = Parts(self._corpus, self._begin, self._count)
+        if self._workers:
+            ahead = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=self._prefetch)
+            parts = parts.mp_prefetch(ahead, loader.end_with_parent)
+        else:
+            parts = grain.experimental.ThreadPrefetchIterDataset(parts, prefetch_buffer_size=self._prefetch)
+        arriving = iter(parts)
+        try:
+            for number in itertools.count(1):
+                states, tokens = self._assemble(arriving)
+                row = self._first_row + number * self._batch
+                self._behind[row] = states
+                self._behind.pop(row - 4 * self._batch, None)
+                lengths = np.full(self._of_row.shape, self._shape[2], np.int32)
+                yield {"tokens": tokens[self._of_row, self._in_stream], "lengths": lengths}
+        finally:
+            arriving.close()  # ends the workers
+
+    def _assemble(self, arriving: Iterator[dict]) -> tuple[dict[int, State], np.ndarray]:
+        """The states of this process's streams behind their next rows, and these (streams, count, L + 1)."""
+        workers, states = max(self._workers, 1), {}
+        shape = len(self._streams), self._count, self._shape[2] + 1
+        tokens = np.empty(shape, self._corpus.dtype)
+        for worker in range(workers):  # Grain takes turns among them
+            part = next(arriving)
+            tokens[worker::workers] = part["tokens"]
+            streams = self._streams[worker::workers].tolist()
+            states |= {n: State(*state) for n, state in zip(streams, part["states"].tolist(), strict=True)}
+        return states, tokens
+
+    def states(self, row: int) -> dict[int, State]:
+        """Where each stream of this process is behind so many consumed rows, near those last read."""
+        return self._behind[row]
+
+
+@dataclass(frozen=True)
+class Held(Split):
+    """A split in memory."""
+
+    ids: np.ndarray = None
+    index: tuple[np.ndarray, np.ndarray] = None  # as that of `documents`
+
+    @property
+    def _shards(self) -> list[np.ndarray]:
+        return [self.ids]
+
+    def documents(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.index
+
+
+def hold(corpus: Corpus, name: str, sequences: int) -> Held:
+    """The first sequences of a corpus, 0: all, as a split in memory."""
+    enough = sequences * corpus.length + 1 if sequences else 1 << 62
+    pieces, count, starts, of = [], 0, [], []
+    subsets: dict[str, int] = {}
+    for _, subset, ids in itertools.chain.from_iterable(
+        documents(corpus, file, Position()) for file in range(len(corpus.paths))
+    ):
+        pieces.append(ids)
+        starts.append(count)
+        of.append(subsets.setdefault(subset, len(subsets)))
+        count += len(ids)
+        if count >= enough:
+            break
+    ids = np.concatenate([*pieces, np.empty(0, corpus.dtype)])[:enough]
+    size = int(corpus.tokenizer.token_bytes()[ids].sum())
+    index = np.array(starts, np.int64), np.minimum(of, 0xFFFF).astype(np.uint16)
+    return Held(
+        name, ("memory",), (len(ids),), corpus.dtype, size, subsets=tuple(subsets), ids=ids, index=index
+    )
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What tokens.Dataset is for a prepared dataset. The training data are read by a Reader."""
+
+    folder: str  # as dataset.path says it
+    corpus: Corpus
+    splits: dict[str, Split]  # validation alone
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.corpus.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for files of the same names and sizes in the same order, wherever they lie."""
+        c = self.corpus
+        name, content, end_of_text = c.tokenizer_file
+        about = [*zip(c.names, c.sizes, strict=True), name, digest(content), end_of_text]
+        about += [c.text_field, c.streams, c.window, c.seed]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+    def reader(self, shape: tuple[int, int, int], layout: jax.sharding.NamedSharding, *more) -> Reader:
+        """Who reads the training data; the arguments are Reader's."""
+        return Reader(self.corpus, shape, layout, *more)
+
+    def describe(self) -> str:
+        """How much there is to train on, and how it is shared out."""
+        c = self.corpus
+        return (
+            f"files: {len(c.paths)}, in groups: {len(c.groups)}, {sum(c.sizes) / 1e9:.3g} GB in {c.streams} "
+            f"streams with windows of {c.window} sequences"
+        )
+
+
+def find_tokenizer(choice: str) -> Tokenizer:
+    """The tokenizer that dataset.tokenizer names. Raises DatasetError if it cannot be had."""
+    try:
+        return sentencepiece.find(choice)
+    except ValueError as error:
+        raise DatasetError(str(error).replace("--tokenizer=", "dataset.tokenizer=")) from None
+
+
+def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> Streamed:
+    """Finds the files and tokenizes the validation sequences; of the training files nothing is read.
+
+    Args:
+        config: the run's config.dataset, resolved.
+        tokenizer: what it names.
+        seed: of the order.
+        length: L, targets of a sequence.
+        sequences: validation sequences; 0: all that there are.
+
+    Raises:
+        DatasetError: files are missing or of other kinds, or the validation data cannot be read.
+    """
+    about = tokenizer.name, tokenizer.serialize(), tokenizer.end_of_text
+    corpora = {}
+    for path_field in ("path", "validation_path"):
+        paths = _find(config[path_field], f"dataset.{path_field}")
+        common = os.path.commonpath([path.parent for path in paths])
+        names = tuple(str(path.relative_to(common)) for path in paths)
+        sizes = tuple(path.stat().st_size for path in paths)
+        corpora[path_field] = Corpus(
+            tuple(map(str, paths)), names, sizes, about, config.text_field, length=length
+        )
+    train, validation = corpora["path"], replace(corpora["validation_path"], subset_field=config.subset_field)
+    if twice := {*map(os.path.realpath, train.paths)} & {*map(os.path.realpath, validation.paths)}:
+        raise DatasetError(f"{min(twice)} is in dataset.path and in dataset.validation_path")
+    try:
+        held = hold(validation, "validation", sequences)
+    except (BrokenInputError, OSError) as error:
+        raise DatasetError(f"dataset.validation_path={config.validation_path!r}: {error}") from None
+    train = replace(train, streams=config.streams, window=config.window, seed=seed)
+    return Streamed(config.path, train, {"validation": held})
+
+
+def _find(pattern: str, name: str) -> list[Path]:
+    """The files that a glob or a folder names."""
+    if Path(pattern).is_dir():
+        found = [path for path in Path(pattern).rglob("*") if path.name.endswith(SUFFIXES)]
+    else:
+        found = [Path(path) for path in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+    if not found:
+        raise DatasetError(f"{name}={pattern!r}: there is no such file ({', '.join(SUFFIXES)})")
+    for path in found:
+        if not path.is_file() or not path.name.endswith(SUFFIXES):
+            raise DatasetError(f"{name}: {path} is no file that ends in one of {', '.join(SUFFIXES)}")
+    once = {path.resolve(): path for path in found}  # a link and its target are one
+    return sorted(Path(os.path.abspath(path)) for path in once.values())  # noqa: PTH100, a link's name counts

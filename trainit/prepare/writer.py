@@ -1,0 +1,337 @@
+"""What preparing leaves on disk on its way: the shards of one unit of work, which can be resumed.
+
+A unit is a file of the input, or some small ones in a row. While it is worked on, its files only grow,
+and now and then a journal says, in one atomic step, how long they are and where in the input that is.
+After a stop of any kind, what they hold beyond the journal is cut off, and work goes on from there:
+
+    unfinished/UNIT.json            the journal
+    unfinished/SHARD.tokens, .documents, .subsets    as in trainit/data/dataset.py, but that subsets are
+                                    numbered by the unit
+    unfinished/UNIT.SPLIT.hashes    16 bytes for each document, where duplicates are to be found
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trainit.data.documents import Batch, Broken, Position, parse
+from trainit.data.tokenizers.base import to_bytes
+from trainit.data.tokenizers.sentencepiece import Tokenizer
+
+LISTED = 1000  # of what is broken in a unit; all is counted
+HASH = 16  # bytes of a document's hash: BLAKE2b
+PARTS = ("tokens", "documents", "subsets")  # the files of a shard
+
+
+class BrokenInputError(ValueError):
+    """Something in the input cannot be read, and it is not to be skipped."""
+
+
+class StateError(ValueError):
+    """The unfinished folder is not as it was left, or is in use."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides, beside the input and the tokenizer, which tokens come out."""
+
+    text_field: str = "text"
+    subset_field: str = "meta.pile_set_name"
+    on_error: str = "stop"
+    validation_fraction: float = 0.0
+    deduplicate: bool = False
+    shard_tokens: int = 1 << 28  # half a GiB of uint16
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that one process does in order. Its name is SPLIT-NUMBER."""
+
+    name: str
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]  # what messages and dataset.json call the files
+
+    @property
+    def split(self) -> str:
+        return self.name.partition("-")[0]
+
+
+class Part(NamedTuple):
+    """The documents of a batch that go to one split; n of them, or pieces of them."""
+
+    ids: np.ndarray  # of all documents, each ended by the end-of-text id
+    lengths: np.ndarray  # int64 (n,): ids of each
+    bytes: np.ndarray  # int64 (n,): UTF-8 bytes of each
+    subsets: np.ndarray  # int64 (n,): number of its subset among the batch's names
+    first: np.ndarray  # bool (n,): whether its document begins with it
+    last: np.ndarray  # bool (n,): whether its document ends with it
+    hashes: np.ndarray  # uint8 (n, HASH)
+
+
+class Encoded(NamedTuple):
+    """A batch, encoded."""
+
+    parts: dict[str, Part]
+    names: list[str]  # of subsets, in order of appearance
+    broken: list[Broken]
+
+
+def dtype_of(vocab_size: int) -> str:
+    """The narrow type of ids on disk."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def encode(batch: Batch, tokenizer: Tokenizer, recipe: Recipe, split: str) -> Encoded:
+    """Parses and encodes a batch; a function of its arguments alone, whoever calls it."""
+    documents, broken = parse(batch, (recipe.text_field, recipe.subset_field))
+    try:
+        encoded = tokenizer.encode([document.text for document in documents])
+    except ValueError:  # one of them has no ids: which?
+        encoded, kept = [], []
+        for document in documents:
+            try:
+                encoded += tokenizer.encode([document.text])
+                kept.append(document)
+            except ValueError as error:
+                broken.append(Broken(batch.file, document.line, str(error)))
+        documents = kept
+    names = list(dict.fromkeys(document.subset for document in documents))
+    number = {name: i for i, name in enumerate(names)}
+    hashed = recipe.deduplicate or recipe.validation_fraction
+    chosen: dict[str, list] = {}
+    for document, ids in zip(documents, encoded, strict=True):
+        content = to_bytes(document.text)
+        digest = document.hash or (hashlib.blake2b(content, digest_size=HASH).digest() if hashed else b"")
+        aside = int.from_bytes(digest[:8], "big") < recipe.validation_fraction * 2.0**64
+        chosen.setdefault("validation" if hashed and aside else split, []).append(
+            (ids, len(content), number[document.subset], document.first, document.last, digest)
+        )
+    dtype, end = dtype_of(tokenizer.vocab_size), tokenizer.end_of_text
+    parts = {name: _part(rows, dtype, end, bool(recipe.deduplicate)) for name, rows in chosen.items()}
+    return Encoded(parts, names, sorted(broken, key=lambda b: b.line))
+
+
+def _part(rows: list[tuple], dtype: str, end_of_text: int, hashed: bool) -> Part:
+    ids, sizes, subsets, first, last, hashes = zip(*rows, strict=True)
+    last = np.array(last)
+    lengths = np.array([len(one) for one in ids], np.int64) + last
+    joined, at = np.empty(lengths.sum(), dtype), 0
+    for one, length, ends in zip(ids, lengths.tolist(), last.tolist(), strict=True):
+        joined[at : at + len(one)] = one
+        at += length
+        if ends:
+            joined[at - 1] = end_of_text
+    digests = np.frombuffer(b"".join(hashes) if hashed else b"", np.uint8).reshape(-1, HASH)
+    return Part(joined, lengths, np.array(sizes), np.array(subsets), np.array(first), last, digests)
+
+
+class GrowingFile:
+    """A file that grows, its size and its hash. What it holds beyond `size` is cut off."""
+
+    def __init__(self, path: Path, size: int = 0):
+        self.path, self.size, self.sha256 = path, size, hashlib.sha256()
+        self.file = path.open("r+b" if size else "wb")
+        left = size
+        while left:
+            content = self.file.read(min(left, 1 << 20))
+            if not content:
+                raise StateError(
+                    f"{path} is shorter than its journal says; remove its folder and start again"
+                )
+            self.sha256.update(content)
+            left -= len(content)
+        self.file.truncate(size)
+
+    def write(self, array: np.ndarray):
+        content = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
+        self.file.write(content)
+        self.sha256.update(content)
+        self.size += len(content)
+
+    def sync(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.sync()
+        self.file.close()
+
+
+class SplitWriter:
+    """The shards that a unit makes for one split."""
+
+    def __init__(self, folder: Path, unit: Unit, split: str, dtype: str, recipe: Recipe, state: dict):
+        """
+        Args:
+            folder: in which to write.
+            unit: whose documents they are.
+            split: for which they are.
+            dtype: of the ids.
+            recipe: says when a shard is full, and if documents are hashed.
+            state: what `state` gave when the files were last synced; empty: from the start.
+        """
+        self.folder, self.stem, self.dtype, self.recipe = folder, f"{split}-{unit.name[-5:]}", dtype, recipe
+        self.shards = state.get("shards", [])
+        sizes = state.get("open")
+        self.files = self._open(sizes) if sizes else {}
+        self.hashes = None
+        if recipe.deduplicate:
+            path = folder / f"{unit.name}.{split}.hashes"
+            self.hashes = GrowingFile(path, state.get("hashes", 0))
+
+    def _open(self, sizes: dict[str, int]) -> dict[str, GrowingFile]:
+        shard = f"{self.stem}-{len(self.shards):05d}"
+        return {part: GrowingFile(self.folder / f"{shard}.{part}", sizes[part]) for part in PARTS}
+
+    def write(self, part: Part, subsets: np.ndarray):
+        """Appends a part; a shard is closed at the first document end past so many tokens.
+
+        Args:
+            part: what to write.
+            subsets: (n,) the numbers of its documents' subsets in the unit.
+        """
+        ends = np.cumsum(part.lengths)
+        starts = ends - part.lengths
+        if self.hashes:
+            self.hashes.write(part.hashes[part.first])
+        begin = 0
+        while begin < len(ends):
+            if not self.files:
+                self.files = self._open(dict.fromkeys(PARTS, 0))
+            tokens = self.files["tokens"]
+            before = tokens.size // np.dtype(self.dtype).itemsize - int(starts[begin])
+            full = (ends[begin:] + before >= self.recipe.shard_tokens) & part.last[begin:]
+            closes = bool(full.any())
+            stop = begin + int(full.argmax()) + 1 if closes else len(ends)
+            rows = slice(begin, stop)
+            tokens.write(part.ids[starts[begin] : ends[stop - 1]])
+            first = part.first[rows]
+            self.files["documents"].write((starts[rows] + before)[first].astype("<u8"))
+            self.files["subsets"].write(subsets[rows][first].astype("<u2"))
+            if closes:
+                self.close_shard()
+            begin = stop
+
+    def close_shard(self):
+        """Ends the shard that is open, if one is."""
+        if self.files:
+            files, self.files = self.files, {}
+            for file in files.values():
+                file.close()
+            self.shards.append(
+                {
+                    "file": files["tokens"].path.name,
+                    "tokens": files["tokens"].size // np.dtype(self.dtype).itemsize,
+                    "documents": files["documents"].size // 8,
+                    "sha256": {part: file.sha256.hexdigest() for part, file in files.items()},
+                }
+            )
+
+    def state(self) -> dict:
+        """What a journal must know, after everything before it is on the disk."""
+        for file in [*self.files.values(), *([self.hashes] if self.hashes else [])]:
+            file.sync()
+        return {
+            "shards": self.shards,
+            "open": {part: file.size for part, file in self.files.items()},
+            "hashes": self.hashes.size if self.hashes else 0,
+        }
+
+
+class UnitWriter:
+    """Everything that a unit makes, and its journal. One process at a time may hold it."""
+
+    def __init__(self, folder: Path, unit: Unit, dtype: str, recipe: Recipe):
+        self.folder, self.unit, self.dtype, self.recipe = folder, unit, dtype, recipe
+        self._lock = (folder / f"{unit.name}.lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not handed down to child processes
+        except OSError:
+            raise StateError(f"{unit.name} of {folder} is being prepared by another process") from None
+        journal = read_journal(folder, unit)
+        self.done = journal.get("done", False)
+        self.position = Position(**journal.get("position", {}))
+        self.subsets: list[str] = journal.get("subsets", [])
+        self.counts: dict[str, list[list[int]]] = journal.get("counts", {})
+        self.broken: dict = journal.get("broken", {"count": 0, "damaged_files": 0, "list": []})
+        self.splits = {} if self.done else {name: self._split(name, journal) for name in self.counts}
+
+    def _split(self, name: str, journal: dict) -> SplitWriter:
+        state = journal.get("splits", {}).get(name, {})
+        return SplitWriter(self.folder, self.unit, name, self.dtype, self.recipe, state)
+
+    def write(self, position: Position, encoded: Encoded):
+        """Appends an encoded batch, behind which the input goes on at `position`.
+
+        Raises:
+            BrokenInputError: it has something that cannot be read, and the recipe says to stop.
+        """
+        if encoded.broken and self.recipe.on_error == "stop":
+            raise BrokenInputError(
+                f"{encoded.broken[0]}; --on_error=skip leaves out what is broken, and lists it"
+            )
+        known = [*self.subsets, *(name for name in encoded.names if name not in self.subsets)]
+        if len(known) > 1 << 16:
+            raise BrokenInputError("more than 65,536 subsets: is --subset_field the right one?")
+        self.subsets = known
+        for broken in encoded.broken:
+            self.broken["count"] += 1
+            self.broken["damaged_files"] += broken.damaged
+            if len(self.broken["list"]) < LISTED:
+                self.broken["list"].append([broken.file, broken.line, broken.reason])
+        numbers = np.array([self.subsets.index(name) for name in encoded.names], np.int64)
+        for split, part in encoded.parts.items():
+            counts = self.counts.setdefault(split, [])
+            counts += [[0, 0, 0] for _ in range(len(self.subsets) - len(counts))]
+            subsets = numbers[part.subsets]
+            for column, values in enumerate((part.first, part.lengths, part.bytes)):
+                sums = np.bincount(subsets, values, len(self.subsets))
+                for row, total in zip(counts, sums.tolist(), strict=False):
+                    row[column] += round(total)
+            if split not in self.splits:
+                self.splits[split] = self._split(split, {})
+            self.splits[split].write(part, subsets)
+        self.position = position
+
+    def commit(self, done: bool = False):
+        """What is written so far will not be done again."""
+        if done:
+            for split in self.splits.values():
+                split.close_shard()
+        self.done = done
+        journal = {
+            "done": done,
+            "position": asdict(self.position),
+            "subsets": self.subsets,
+            "counts": self.counts,
+            "broken": self.broken,
+            "splits": {name: split.state() for name, split in self.splits.items()},
+        }
+        write_atomically(self.folder / f"{self.unit.name}.json", json.dumps(journal))
+
+    def close(self):
+        self._lock.close()
+
+
+def read_journal(folder: Path, unit: Unit) -> dict:
+    """A unit's journal; empty before its first commit."""
+    try:
+        return json.loads((folder / f"{unit.name}.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def write_atomically(path: Path, content: str | bytes):
+    """A file that is there in full or not at all, whoever else writes it too."""
+    unfinished = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)

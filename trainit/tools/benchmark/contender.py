@@ -1,0 +1,226 @@
+"""One GPT-2 training step, as different programs do it; each in a process of its own.
+
+    python -m trainit.tools.benchmark.contender NAME SHAPE PRECISION STEPS STARTED
+
+prints one line of JSON: seconds from STARTED (of time.time()) to the end of the first step, seconds of each
+step behind it, and the process's peak memory in bytes. The model is GPT-2 with the head untied, no dropout;
+the step is forward, backward, clip by global norm and AdamW, in place, on ids drawn at random.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from trainit.cluster import settings
+
+
+def _shape(
+    num_blocks: int, dim: int, num_heads: int, context_length: int, vocab_size: int, batch: int
+) -> dict:
+    return locals()
+
+
+SHAPES = {
+    "S": _shape(6, 384, 6, 256, 8192, 16),
+    "M": _shape(12, 768, 12, 1024, 50304, 4),
+    "124M": _shape(12, 768, 12, 1024, 50304, 32),
+    "350M": _shape(24, 1024, 16, 1024, 50304, 16),
+    "1.3B": _shape(24, 2048, 16, 1024, 50304, 8),
+    "7B": _shape(32, 4096, 32, 1024, 50304, 4),
+}
+MATMUL = 4096  # rows and columns of the square product whose rate is the yardstick
+LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.1, 1.0
+
+
+def ids(shape: dict) -> np.ndarray:
+    """(batch, context + 1)"""
+    draw = np.random.default_rng(0)
+    return draw.integers(0, shape["vocab_size"], (shape["batch"], shape["context_length"] + 1), np.int32)
+
+
+def trainit(shape: dict, precision: str) -> Callable[[], float]:
+    """Our own, as `python -m trainit.main` would run it, but for the data."""
+    import jax
+
+    from trainit import config as config_lib
+    from trainit import optimizers
+    from trainit.cluster import distributed
+    from trainit.parallel import sharding
+    from trainit.train import step
+
+    distributed.configure("", 1, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    on_cpu = jax.devices()[0].platform == "cpu"
+    config = config_lib.defaults()
+    config.update(
+        batch_size=shape["batch"], precision=precision, clip_norm=CLIP_NORM, device_batch_size=0, steps=1000
+    )
+    config.logits_mib = 64.0 if on_cpu else 1024.0
+    config.model = config_lib.model(**{name: size for name, size in shape.items() if name != "batch"})
+    config.model.remat = (
+        "dots" if on_cpu or shape["dim"] == 2048 else "block" if shape["dim"] > 2048 else "none"
+    )
+    config.model.scan_layers = on_cpu or shape["dim"] > 1024
+    config.optimizer = optimizers.choices()["adamw"]()
+    config = config_lib.resolve(config, shape["vocab_size"])
+    mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[:1])
+    steps = step.build(config, mesh)
+    batch = {"tokens": ids(shape)[None], "lengths": np.full((1, shape["batch"]), shape["context_length"])}
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    steps.train.compile_ahead(steps.abstract_state, batch)
+    state = [steps.init()]
+
+    def train() -> float:
+        state[0], result = steps.train(state[0], batch)
+        return float(result["train/loss"])
+
+    return train
+
+
+def matmul(shape: dict, precision: str) -> Callable[[], float]:
+    """No step, but a square product."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL), jnp.dtype(precision))
+    product = jax.jit(lambda a, b: a @ b)
+    return lambda: float(product(x, x)[0, 0])
+
+
+def flax(shape: dict, precision: str) -> Callable[[], float]:
+    """What one writes with Flax's own layers and optax, without further thought."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    D, H, V, L = (shape[name] for name in ("dim", "num_heads", "vocab_size", "context_length"))
+    dtype = jnp.dtype(precision)
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.norm1, self.norm2 = nnx.LayerNorm(D, rngs=rngs), nnx.LayerNorm(D, rngs=rngs)
+            self.qkv = nnx.Linear(D, 3 * D, dtype=dtype, rngs=rngs)
+            self.out = nnx.Linear(D, D, dtype=dtype, rngs=rngs)
+            self.up = nnx.Linear(D, 4 * D, dtype=dtype, rngs=rngs)
+            self.down = nnx.Linear(4 * D, D, dtype=dtype, rngs=rngs)
+
+        def __call__(self, x):
+            B, L, _ = x.shape
+            q, k, v = (part.reshape(B, L, H, D // H) for part in jnp.split(self.qkv(self.norm1(x)), 3, -1))
+            x = x + self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(B, L, D))
+            return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.tokens, self.positions = nnx.Embed(V, D, rngs=rngs), nnx.Embed(L, D, rngs=rngs)
+            self.blocks = nnx.List([Block(rngs) for _ in range(shape["num_blocks"])])
+            self.norm = nnx.LayerNorm(D, rngs=rngs)
+            self.head = nnx.Linear(D, V, use_bias=False, dtype=dtype, rngs=rngs)
+
+        def __call__(self, tokens):
+            x = (self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))).astype(dtype)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    graph, params = nnx.split(Model(nnx.Rngs(0)))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM), optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    )
+    state = [params, optimizer.init(params)]
+    tokens = jnp.asarray(ids(shape))
+
+    def loss(params):
+        logits = nnx.merge(graph, params)(tokens[:, :-1]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    def update(params, opt_state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    jitted = jax.jit(update, donate_argnums=(0, 1))
+
+    def train() -> float:
+        *state[:], value = jitted(*state)
+        return float(value)
+
+    return train
+
+
+def torch(shape: dict, precision: str, compiled: bool = False) -> Callable[[], float]:
+    """PyTorch with transformers' GPT-2 and its scaled dot product attention."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = GPT2Config(
+        vocab_size=shape["vocab_size"],
+        n_positions=shape["context_length"],
+        n_embd=shape["dim"],
+        n_layer=shape["num_blocks"],
+        n_head=shape["num_heads"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = GPT2LMHeadModel(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    run = torch.compile(model) if compiled else model
+    tokens = torch.from_numpy(ids(shape).astype(np.int64)).to(device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def train() -> float:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = run(inputs).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return train
+
+
+def torch_compile(shape: dict, precision: str) -> Callable[[], float]:
+    """The same, compiled."""
+    return torch(shape, precision, compiled=True)
+
+
+CONTENDERS = {function.__name__: function for function in (matmul, trainit, flax, torch, torch_compile)}
+
+
+def main(name: str, shape: str, precision: str, steps: str, started: str):
+    run = CONTENDERS[name](SHAPES[shape], precision)
+    loss = run()
+    first, seconds = time.time() - float(started), []
+    for _ in range(int(steps)):
+        start = time.perf_counter()
+        loss = run()
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"first": first, "seconds": seconds, "peak": _peak(), "loss": loss}), flush=True)
+
+
+def _peak() -> int:
+    """Most bytes in use so far on the GPU, or by this process where there is none."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated()
+    if "jax" in sys.modules and (stats := sys.modules["jax"].devices()[0].memory_stats()):
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "trainit":  # as its own command does
+        settings.tune_process()
+    main(*sys.argv[1:])

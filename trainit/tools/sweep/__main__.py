@@ -1,0 +1,108 @@
+"""Many runs from one file, compared at the end.
+
+    python -m trainit.tools.sweep FILE[:ARGUMENT] [--output=FOLDER] [--sbatch=OPTIONS | --qsub=OPTIONS]
+
+Finished runs are not run again, so that a sweep that was stopped goes on by the same command.
+Exit codes: 0 all runs are done, 75 stopped on request, 2 bad usage, 1 a run has failed.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from trainit.config import ConfigError
+from trainit.tools.compare.__main__ import compare
+from trainit.tools.compare.runs import find, group
+from trainit.tools.sweep import greedy, launch, spec
+from trainit.tools.sweep.spec import Job, Sweep
+from trainit.train import trackers
+
+
+def _search(sweep: Sweep, runner) -> list[Job]:
+    """Runs what is wanted until nothing more is; returns all of it."""
+    tried: set[Job] = set()
+
+    def loss(job: Job) -> float | None:
+        known = launch.loss(job)
+        return math.inf if known is None and job in tried else known
+
+    while True:
+        jobs = sweep.wanted(loss)
+        todo = [job for job in jobs if job not in tried and not launch.finished(job)]
+        if not todo:
+            return jobs
+        logging.info("%d runs, of which %d are to be done, in %s", len(jobs), len(todo), sweep.output)
+        runner.run(todo)
+        tried |= set(todo)
+
+
+def _tell(sweep: Sweep, jobs: Sequence[Job], command: str):
+    """The table, the picture and the page, if there is anything in them."""
+    runs = find(job.folder for job in jobs if (job.folder / "metrics.jsonl").exists())
+    if not runs:
+        return
+    methods = group(runs, sweep.tuning_seeds)
+    at = sweep.output / sweep.baseline
+    base = next((m for m in methods for s in m.settings for r in s.runs if at in r.path.parents), methods[0])
+    output, page = sweep.output / "sweep.png", sweep.output / "sweep.html"
+    print(compare(runs, base.name, sweep.target, sweep.tuning_seeds, output, page, command))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainit.tools.sweep", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("sweep", metavar="FILE[:ARGUMENT]", help="has get_sweep(argument)")
+    parser.add_argument("--output", type=Path, help="folder of its runs; runs/ and the file's name")
+    parser.add_argument(
+        "--sbatch", metavar="OPTIONS", help="as an array job of Slurm: its options for each run"
+    )
+    parser.add_argument(
+        "--qsub", metavar="OPTIONS", help="as an array job of Grid Engine: options for each run"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="only print the commands of what is to be done"
+    )
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
+    arguments = parser.parse_args()
+    trackers.log_to_terminal(lead=True)
+    try:
+        sweep = spec.read(arguments.sweep, arguments.output)
+        if arguments.dry_run:
+            jobs = sweep.wanted(launch.loss)
+            print(*(spec.command(job) for job in jobs if not launch.finished(job)), sep="\n")
+            return 0
+        chosen = [
+            (name, getattr(arguments, name)) for name in launch.LAUNCH if getattr(arguments, name) is not None
+        ]
+        if len(chosen) > 1:
+            parser.error("--sbatch and --qsub exclude each other")
+        runner = launch.Array(*chosen[0], sweep.output) if chosen else launch.Here()
+        if sweep.greedy:
+            greedy.search(sweep, runner.run)
+            return 0
+        jobs = _search(sweep, runner)
+        _tell(sweep, jobs, shlex.join(["python", "-m", "trainit.tools.sweep", *sys.argv[1:]]))
+    except launch.StoppedError:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return launch.STOPPED
+    except (ConfigError, OSError) as error:
+        print(f"trainit: error: {error}", file=sys.stderr)
+        return 2
+    failed = [job for job in jobs if not launch.finished(job)]
+    for job in failed:
+        print(f"failed  {job}: {launch.failure(job)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Saving and restoring the train state, the position in the data and the config.
+
+Checkpoints are Orbax's: each process writes its own shards in the background, and a checkpoint's
+folder appears under its name only when it is complete.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from trainit.cluster import distributed
+from trainit.config import FREE, ConfigError, flatten
+
+APART = ("diagnostics", "loss_scale")  # fields of a state that may be others, or empty, at a resume
+TIMEOUT_SECONDS = 600  # for the other processes to finish their parts of a save
+
+
+def due(save_steps: int | tuple[int, ...], step: int) -> bool:
+    """Whether `checkpoint.save_steps` asks for a checkpoint after `step` steps."""
+    if isinstance(save_steps, int):
+        return save_steps > 0 and step % save_steps == 0
+    return step in save_steps
+
+
+class Checkpoints:
+    """The checkpoints of one run, in WORKDIR/checkpoints/STEP/."""
+
+    def __init__(self, workdir: Path, keep: int = 0, read_only: bool = False):
+        """
+        Args:
+            workdir: the run's folder.
+            keep: newest checkpoints that stay; 0: all.
+            read_only: another run's, which is only loaded from.
+        """
+        self.folder = (workdir / "checkpoints").absolute()
+        self._keep, self._read_only, self._error = keep, read_only, None
+        self._opened, self._newest = 0, -1  # times; step of the newest save
+        self._manager = self._open() if self.folder.is_dir() else None
+
+    def _open(self) -> ocp.CheckpointManager:
+        # Replicas would share the writing, but cutting their parts blocks the loop and takes device memory.
+        handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+        self._opened += 1
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep or None,
+            create=not self._read_only,
+            read_only=self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
+            cleanup_tmp_directories=not self._read_only,
+            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT_SECONDS),
+            # What still waits for others in a save that failed must not meet what comes after it.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix=f"{self._opened}_"
+            ),
+        )
+        handlers = {
+            "state": _watched(ocp.StandardCheckpointHandler(), self._fail),
+            **{name: _watched(ocp.StandardCheckpointHandler(), self._fail) for name in APART},
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def _fail(self, error: Exception):
+        self._error = self._error or error
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, rising."""
+        return sorted(self._manager.all_steps()) if self._manager else []
+
+    def latest(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state, meta: Mapping):
+        """Starts a save; the state's memory may be given away as soon as this returns.
+
+        Args:
+            step: number of the checkpoint.
+            state: a dataclass of arrays.
+            meta: what goes with it, as JSON.
+
+        What goes wrong in it is told by `error`. In a job of several processes it is a collective; if the
+        folder cannot be written by one of them, none begins.
+        """
+        self._newest = step
+        if jax.process_count() > 1:
+            self._probe()
+            if any(distributed.gather(self._error is not None)):
+                return
+        fields, extra = _split(state)
+        items = {"state": ocp.args.StandardSave(fields), "meta": ocp.args.JsonSave(dict(meta))}
+        items |= {name: ocp.args.StandardSave(tree) for name, tree in extra.items() if tree}
+        try:
+            self._manager = self._manager or self._open()
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:
+            if jax.process_count() > 1:  # the others are on their way through it and cannot be called back
+                raise
+            self._fail(error)
+
+    def _probe(self):
+        """Finds out if this process can write where a save will."""
+        probe = self.folder / f".probe_{jax.process_index()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(bytes(4096))
+            probe.unlink()
+        except OSError as error:
+            self._fail(error)
+
+    def meta(self, step: int) -> dict:
+        """What was saved with the state of `step`."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        except (KeyError, ValueError, OSError) as error:
+            raise ConfigError(f"{self.folder / str(step)} is no checkpoint of Trainit: {error}") from None
+
+    def restore(self, step: int, abstract_state):
+        """The state of `step`, laid out as `abstract_state`, on whatever mesh it was saved.
+
+        What is kept apart is empty where the checkpoint was made with other kinds of it, or none.
+
+        Raises:
+            ConfigError: the checkpoint has other parameters, shapes or types.
+        """
+        fields, extra = _split(abstract_state)
+        self._check(step, fields)
+        items = {"state": ocp.args.StandardRestore(fields)}
+        there = self._manager.item_metadata(step)
+        for name, tree in extra.items():
+            saved = there.get(name)
+            if tree and saved is not None and _shapes(saved.tree) == _shapes(tree):
+                items[name] = ocp.args.StandardRestore(tree)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        kept = {name: restored[name] if name in items else {} for name in extra}
+        return type(abstract_state)(**restored["state"], **kept)
+
+    def restore_params(self, step: int, abstract_params: dict) -> dict:
+        """The parameters alone of the state of `step`, whatever its optimizer."""
+        item = {"params": abstract_params}
+        self._check(step, item)
+        args = ocp.args.PyTreeRestore(
+            item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        with ocp.CheckpointManager(
+            self.folder, options=ocp.CheckpointManagerOptions(read_only=True), item_names=("state",)
+        ) as manager:
+            return manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
+
+    def _check(self, step: int, expected: dict):
+        """Raises ConfigError unless the checkpoint has every array of `expected` in its shape and type."""
+        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
+        wanted = _shapes(expected)
+        if set(expected) == {"params"}:
+            saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}
+        for path in sorted(wanted.keys() | saved.keys(), key=lambda p: (not p.startswith("params/"), p)):
+            if wanted.get(path) != saved.get(path):
+                remedy = (
+                    "take its parameters alone into a new --workdir with --config.checkpoint.load_path= and "
+                    "--config.checkpoint.overwrite_optimizer=True"
+                    if path.startswith("opt_state/")
+                    else "set the model fields that it was made with"
+                )
+                raise ConfigError(
+                    f"checkpoint {self.folder / str(step)} is of another model or optimizer: {path} is "
+                    f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"
+                )
+
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._manager is not None and self._manager.is_saving_in_progress()
+
+    def error(self) -> Exception | None:
+        """What went wrong in this process's part of a save, as soon as it is known; cheap."""
+        if self._manager and not self._error and not self.busy():
+            try:
+                self._manager.wait_until_finished()  # it is; this tells what its last part has met
+            except Exception as error:
+                self._fail(error)
+        return self._error
+
+    def wait(self):
+        """Returns when this process's part of the newest save is durable.
+
+        Raises:
+            Exception: it failed.
+        """
+        try:
+            if self._manager:
+                self._manager.wait_until_finished()
+        except Exception as error:
+            self._fail(error)
+        if self._error:
+            raise self._error
+
+    def reopen(self) -> bool:
+        """Forgets a save that failed, here or elsewhere, and what it left behind.
+
+        Returns:
+            Whether it is complete after all, as the lead sees it: the failure came after that. A collective.
+        """
+        self._manager, self._error = self._open(), None
+        return bool(distributed.agree(self._newest in self.steps()))
+
+    def close(self):
+        if self._manager:
+            self._manager.close()
+
+
+def _split(state) -> tuple[dict, dict]:
+    """A state's fields, and apart from them those of `APART`."""
+    fields = dict(vars(state))
+    return fields, {name: fields.pop(name) for name in APART}
+
+
+def _watched(handler, failed: Callable[[Exception], None]):
+    """The handler; `failed` hears at once of a write that fails here.
+
+    Orbax tells of it only when all processes are through, and those that have written wait for the others.
+    """
+    save = handler.async_save
+
+    async def async_save(*args, **kwargs):
+        return [_Watched(future, failed) for future in await save(*args, **kwargs) or []]
+
+    handler.async_save = async_save
+    return handler
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A future of Orbax's."""
+
+    future: Any
+    failed: Callable[[Exception], None]
+
+    def result(self, timeout: float | None = None):
+        try:
+            return self.future.result(timeout=timeout)
+        except Exception as error:
+            self.failed(error)
+            raise
+
+
+def _shapes(tree) -> dict[str, str]:
+    """{"params/head/kernel": "float32[64,384]", ...}; empty parts of the tree do not count."""
+
+    def name(key) -> str:
+        return str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)))
+
+    return {
+        "/".join(map(name, path)): f"{jax.numpy.dtype(leaf.dtype).name}{list(leaf.shape)}".replace(" ", "")
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }
+
+
+def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
+    """The fields in which two resolved configs differ: {"steps": (old value, new value)}.
+
+    A field that only one of them has stands against None.
+    """
+    old, new = flatten(old), flatten(new)
+    return {
+        field: (old.get(field), new.get(field))
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+    }
+
+
+def check_same_run(old: Mapping, new: Mapping, overwrite: bool, origin: str) -> list[str]:
+    """Compares a checkpoint's config with the one it is to be continued with.
+
+    Args:
+        old: the checkpoint's, as nested dicts.
+        new: the current one.
+        overwrite: `checkpoint.overwrite_config`.
+        origin: where `old` comes from, for messages.
+
+    Returns:
+        "steps: 100 -> 200", for each field that differs.
+
+    Raises:
+        ConfigError: a field differs that changes what the state means, and `overwrite` is off.
+    """
+    changed = differences(old, new)
+    lines = {field: f"{field}: {before!r} -> {after!r}" for field, (before, after) in changed.items()}
+    fatal = [line for field, line in lines.items() if not FREE.match(field)]
+    if fatal and not overwrite:
+        raise ConfigError(
+            f"{origin} was made with another config ({'; '.join(fatal)}); "
+            f"set --config.checkpoint.overwrite_config=True to go on with the new one, or another --workdir"
+        )
+    return list(lines.values())

@@ -1,0 +1,268 @@
+"""Statistics of the trajectory, measured inside the train step.
+
+x_n are the parameters at which step n takes its gradient g_n (the batch's mean, before clipping), u_n is the
+update that it makes of it, and d_n = x_n - x_{n-1}. What is kept from step to step is split over the devices
+as the parameters are.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trainit.config import Config, require
+from trainit.parallel import sharding
+from trainit.train.metrics import inner
+
+NOISE_DECAY = 0.99  # of the means whose ratio is the noise scale
+# Of these the sum over the measured steps is told, too.
+SUMMED = "moved/dot_grad", "moved/dot_grad_unscaled", "moved/dot_last_grad", "loss/difference"
+
+
+class Now(NamedTuple):
+    """What a step knows."""
+
+    params: dict  # x_n
+    gradients: dict  # g_n
+    updates: dict  # u_n
+    loss: jax.Array  # f(x_n, z_n)
+    loss_at: Callable[[dict], jax.Array]  # f(., z_n), with the same dropout
+    micro_square: jax.Array | None  # mean of |gradient of a micro-step|^2, where noise_scale asks for it
+    batches: tuple[int, int]  # sequences of a micro-step, and of the batch
+    factor: jax.Array | None  # by which the optimizer has multiplied d_n, if it draws one
+
+
+def check(config: Config, parameters: dict, micro_steps: int):
+    """Raises ConfigError where something cannot be measured.
+
+    Args:
+        config: the run's sub-config `diagnostics`.
+        parameters: their shapes.
+        micro_steps: of a step.
+    """
+    if not config.every_steps:
+        return
+    require(
+        not config.noise_scale or micro_steps > 1,
+        f"diagnostics.noise_scale=True compares the gradients of micro-steps, of which there is "
+        f"{micro_steps}; lower device_batch_size",
+    )
+    if config.spectra:
+        paths = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(parameters)]
+        require(
+            any(_is_chosen(config, path) for path in paths),
+            f"diagnostics.spectra={config.spectra!r} is no matrix's path; paths are {', '.join(paths)}",
+        )
+
+
+def is_due(config: Config, step: int | jax.Array) -> bool | jax.Array:
+    """Whether this step, the first being 1, is measured."""
+    return config.every_steps > 0 and step % config.every_steps == 0
+
+
+def _copies(config: Config) -> list[str]:
+    """What is kept of the size of the parameters."""
+    asked = {
+        "last_gradient": config.last_gradient,
+        "past_gradients": config.past_gradients,
+        "last_parameters": config.last_parameters,
+    }
+    return [name for name, is_asked in asked.items() if is_asked]
+
+
+def init(config: Config, params: dict) -> dict:
+    """What is kept, before the first step: copies nested as the parameters, and sums."""
+    if not config.every_steps:
+        return {}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    first = {"last_gradient": zeros, "past_gradients": zeros, "last_parameters": params}
+    state = {name: first[name] for name in _copies(config)}
+    names = [*SUMMED, *(("noise/trace", "noise/gradient_square") if config.noise_scale else ())]
+    return state | {"sums": {name: jnp.float32(0) for name in names}}
+
+
+def describe(config: Config, abstract: dict) -> str:
+    """When it is measured, and what it takes of a device's memory; empty if nothing is measured.
+
+    Args:
+        config: the run's sub-config `diagnostics`.
+        abstract: what `init` gives, with shardings.
+    """
+    if not config.every_steps:
+        return ""
+    size = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )
+    copies = ", ".join(_copies(config)) or "no copies"
+    return f"every {config.every_steps} steps; keeps {copies}: {size / 2**20:.1f} MiB on each device"
+
+
+def measure(
+    config: Config, state: dict, now: Now, step: jax.Array, good: jax.Array
+) -> tuple[dict[str, jax.Array], dict]:
+    """The metrics of a step, and what is kept for the next one.
+
+    Args:
+        config: the run's sub-config `diagnostics`.
+        state: what the step before has left.
+        now: of this step.
+        step: number of this step, from 1 on; between measurements the metrics are 0.
+        good: whether all is finite; if not, nothing is kept.
+    """
+
+    def measured() -> tuple[dict, dict]:
+        values = _measure(config, state, now)
+        sums = state["sums"] | {name: state["sums"][name] + values[name] for name in SUMMED if name in values}
+        if config.noise_scale:
+            for name in ("noise/trace", "noise/gradient_square"):
+                sums[name] = NOISE_DECAY * sums[name] + (1 - NOISE_DECAY) * values[name]
+            values["noise/scale"] = sums["noise/trace"] / sums["noise/gradient_square"]
+        values |= {f"{name}_sum": sums[name] for name in SUMMED if name in values}
+        return values, sums
+
+    def nothing() -> tuple[dict, dict]:
+        shapes, _ = jax.eval_shape(measured)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), state["sums"]
+
+    values, sums = jax.lax.cond(is_due(config, step), measured, nothing)
+    new = {"sums": sums, "last_gradient": now.gradients, "last_parameters": now.params}
+    if "past_gradients" in state:
+        new["past_gradients"] = jax.tree.map(jnp.add, state["past_gradients"], now.gradients)
+    kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), {name: new[name] for name in state}, state)
+    return values, kept
+
+
+def _measure(config: Config, state: dict, now: Now) -> dict[str, jax.Array]:
+    values = {}
+    if config.norms:
+        trees = {"params": now.params, "grads": now.gradients, "updates": now.updates}
+        for name, tree in trees.items():
+            values |= {f"{name}/{norm}": value for norm, value in _norms(tree, config.norms_by).items()}
+        for name in [name for name in values if name.startswith("updates/l2")]:
+            of_params = values[name.replace("updates", "params", 1)]  # 0 of biases at the start
+            ratio = values[name] / jnp.where(of_params > 0, of_params, jnp.inf)
+            values[name.replace("l2", "ratio", 1)] = ratio
+    g, last_g = now.gradients, state.get("last_gradient")
+    for name, past in (("last", last_g), ("past", state.get("past_gradients"))):
+        if past is not None:
+            values |= {f"grads/dot_{name}": inner(g, past), f"grads/cos_{name}": _cosine(g, past)}
+    if "last_parameters" in state:
+        values |= _moved(state["last_parameters"], last_g, now)
+        if config.last_loss:
+            values["loss/difference"] = now.loss - now.loss_at(state["last_parameters"])
+    if config.spectra:
+        values |= _spectra(config, now.params)
+    if config.noise_scale:
+        values |= _noise(now)
+    return values
+
+
+def _moved(last: dict, last_gradient: dict | None, now: Now) -> dict[str, jax.Array]:
+    """How d_n lies to gradients and to the update; the unscaled is what a drawn factor has multiplied."""
+    moved = jax.tree.map(jnp.subtract, now.params, last)
+    scale = 1.0 if now.factor is None else 1 / now.factor
+    values = {
+        "params/cos_last": _cosine(now.params, last),
+        "moved/l2": jnp.sqrt(inner(moved, moved)),
+        "moved/dot_grad": inner(now.gradients, moved),
+        "moved/cos_grad": _cosine(now.gradients, moved),
+        "moved/cos_update": _cosine(now.updates, moved),
+    }
+    if now.factor is not None:
+        values["moved/dot_grad_unscaled"] = scale * values["moved/dot_grad"]
+    if last_gradient is not None:
+        values["moved/dot_last_grad"] = scale * inner(last_gradient, moved)
+        values["moved/cos_last_grad"] = _cosine(last_gradient, moved)
+    return values
+
+
+def _cosine(a: dict, b: dict) -> jax.Array:
+    """0 where one of them is 0."""
+    lengths = jnp.sqrt(inner(a, a)) * jnp.sqrt(inner(b, b))
+    return jnp.where(lengths > 0, inner(a, b) / jnp.where(lengths > 0, lengths, 1.0), 0.0)
+
+
+def _norms(tree: dict, groupings: tuple[str, ...]) -> dict[str, jax.Array]:
+    """{"l2": ..., "l1/matrix": ..., "max/layer_0": ...}: l1, l2, and max, the largest absolute value."""
+    groups: dict[str, list] = {}
+    for name, layers in _layers(tree):
+        axes = tuple(range(1, layers.ndim))
+        size = jnp.abs(layers)
+        parts = jnp.sum(size * size, axes), jnp.sum(size, axes), jnp.max(size, axes)
+        for group, chosen in _groups(name, len(layers), groupings):
+            groups.setdefault(group, []).append([part[chosen] for part in parts])
+    values = {}
+    for group, parts in groups.items():
+        squares, sums, most = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+        values[f"l2{group}"] = jnp.sqrt(jnp.sum(squares))
+        values[f"l1{group}"], values[f"max{group}"] = jnp.sum(sums), jnp.max(most)
+    return values
+
+
+def _layers(tree: dict) -> Iterator[tuple[str, jax.Array]]:
+    """The path of each parameter and its layers (n, ...); of one that is not stacked, n is 1."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = sharding.path_name(path)
+        yield name, leaf if sharding.is_stacked(name) else leaf[None]
+
+
+def _end(path: str, layer: int) -> str:
+    """What ends the name of a metric of one parameter in one layer."""
+    return f"/{path}/{layer}" if sharding.is_stacked(path) else f"/{path}"
+
+
+def _groups(path: str, layers: int, groupings: tuple[str, ...]) -> Iterator[tuple[str, slice]]:
+    """The groups to which layers of a parameter belong: the end of the metric's name, and which layers."""
+    yield "", slice(None)
+    if "kind" in groupings:
+        yield f"/{sharding.kind(path)}", slice(None)
+    for layer in range(layers):
+        if "layer" in groupings and sharding.is_stacked(path):
+            yield f"/layer_{layer}", slice(layer, layer + 1)
+        if "parameter" in groupings:
+            yield _end(path, layer), slice(layer, layer + 1)
+
+
+def _is_chosen(config: Config, path: str) -> bool:
+    return sharding.kind(path) != "vector" and re.fullmatch(config.spectra, path) is not None
+
+
+def _spectra(config: Config, params: dict) -> dict[str, jax.Array]:
+    """Largest singular value, and effective rank, of each layer's matrix, one layer at a time.
+
+    The effective rank is exp of the entropy of the singular values over their sum: Roy & Vetterli 2007.
+    """
+    values = {}
+    for name, layers in _layers(params):
+        if not _is_chosen(config, name):
+            continue
+        shape = sharding.matrix_shape(name, layers.shape[1:])
+
+        def one(matrix, shape=shape):
+            s = jnp.linalg.svd(matrix.reshape(shape), compute_uv=False)
+            p = s / jnp.maximum(jnp.sum(s), jnp.finfo(jnp.float32).tiny)
+            return s[0], jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p, p)))
+
+        norms, ranks = jax.lax.map(one, layers)
+        for layer in range(len(layers)):
+            end = _end(name, layer)
+            values[f"spectral/norm{end}"], values[f"spectral/rank{end}"] = norms[layer], ranks[layer]
+    return values
+
+
+def _noise(now: Now) -> dict[str, jax.Array]:
+    """The trace of a sequence's gradient covariance, and the square of the true gradient's norm.
+
+    Unbiased, from the squares of gradients of one micro-step and of the batch: McCandlish et al. 2018,
+    arXiv 1812.06162, appendix A.1. Their ratio is the batch size, in sequences, beyond which more help less.
+    """
+    small, large = now.batches
+    whole = inner(now.gradients, now.gradients)
+    return {
+        "noise/gradient_square": (large * whole - small * now.micro_square) / (large - small),
+        "noise/trace": (now.micro_square - whole) / (1 / small - 1 / large),
+    }

@@ -1,0 +1,82 @@
+"""Saving, by all processes of a job, what may fail on any of them: agreed, and tried again."""
+
+import time
+from collections.abc import Callable
+
+from absl import logging
+
+from trainit.cluster import distributed
+from trainit.cluster.peers import Peers
+from trainit.train.checkpoint import Checkpoints
+
+RETRY_SECONDS = (1, 5, 20)  # pauses before a failed save is tried again; then the run ends
+DURABLE, BUSY, FAILED = range(3)  # what becomes of a save
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be saved, time and again."""
+
+
+class Saves:
+    """The saves of one run: one under way at most, and none lost without notice."""
+
+    def __init__(self, checkpoints: Checkpoints, peers: Peers, start: Callable[[], None]):
+        """
+        Args:
+            checkpoints: of the run.
+            peers: tells of failures elsewhere, and is told of those here.
+            start: starts a save of the present step.
+        """
+        self._checkpoints, self._peers, self._start = checkpoints, peers, start
+        self._failures = 0  # in a row
+
+    def check(self):
+        """Tells the others if a save has failed here; cheap."""
+        if error := self._checkpoints.error():
+            self._peers.save_failed(str(error))
+
+    def again(self):
+        """A save has failed somewhere: all save the present step instead."""
+        if not distributed.is_lead():
+            self._peers.saved_again()
+        self.settle()
+        if distributed.is_lead():
+            self._peers.saved_again()
+
+    def settle(self):
+        """Returns when the newest save is durable. If it has failed anywhere, all save the present step.
+
+        Raises:
+            SaveError: it fails time and again.
+        """
+        with self._peers.pace.patiently("saving"):
+            while self._outcome() == FAILED:
+                reason = self._checkpoints.error() or "another process says why"
+                if self._failures == len(RETRY_SECONDS):
+                    raise SaveError(
+                        f"a checkpoint could not be saved in {self._failures + 1} attempts: {reason}; the "
+                        f"one before it is whole"
+                    )
+                pause = RETRY_SECONDS[self._failures]
+                logging.warning("save       failed, tried again in %d s: %s", pause, reason)
+                self._failures += 1
+                time.sleep(pause)
+                if not self._checkpoints.reopen():
+                    self._start()
+            self._failures = 0
+
+    def _outcome(self) -> int:
+        """What has become of the newest save, on all processes: a collective."""
+        while True:
+            while self._checkpoints.busy() and not self._checkpoints.error():
+                if self._peers.somewhere_a_save_failed():
+                    break
+                time.sleep(0.02)
+            mine = DURABLE
+            if self._checkpoints.error():
+                mine = FAILED
+            elif self._checkpoints.busy():
+                mine = BUSY
+            worst = max(distributed.gather(mine))
+            if worst != BUSY:
+                return worst

@@ -1,0 +1,87 @@
+"""What a run says of itself at its start: all that was chosen."""
+
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+from absl import logging
+
+from trainit import __version__, optimizers
+from trainit import config as config_lib
+from trainit.cluster import distributed
+from trainit.config import Config
+from trainit.data.dataset import Dataset
+from trainit.data.jsonl.dataset import Streamed
+from trainit.parallel import sharding
+from trainit.train import diagnostics, metrics
+from trainit.train.evaluate import MOST_SUBSETS
+from trainit.train.step import Steps
+from trainit.train.trackers import quantity
+
+
+def describe(
+    config: Config, steps: Steps, mesh: jax.sharding.Mesh, dataset: Dataset | Streamed, workdir: Path
+):
+    """Logs it, a line for each topic; a collective where there are several processes."""
+    c, devices = config, jax.devices()
+    parameters = metrics.parameter_count(steps.abstract_state.params)
+    validation = dataset.splits["validation"]
+    for topic, text in {
+        "run": workdir,
+        "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
+        f"Trainit {__version__}, JAX {jax.__version__}",
+        "mesh": " × ".join(f"{axis} {mesh.shape[axis]}" for axis in config_lib.MESH_AXES),
+        "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
+        f"{c.model.dim}, attention {steps.attention}, precision "
+        + ", ".join([c.precision, *(f"{part} {own}" for part, own in c.precision_of.items() if own)]),
+        "dataset": f"{dataset.folder}: {_training(config, dataset)} to train, "
+        f"{quantity(validation.tokens)} to validate",
+        "tokenizer": f"{dataset.tokenizer.name}, vocabulary {dataset.vocab_size}",
+        "batch": _batch(config, mesh, steps.logits),
+        "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
+        f"schedule {c.schedule.name}, state {c.optimizer_state}",
+        "statistics": diagnostics.describe(c.diagnostics, steps.abstract_state.diagnostics),
+    }.items():
+        if text:
+            logging.info("%-10s %s", topic, text)
+    for own, members in _groups(config, steps):
+        logging.info(
+            "%-10s %s, learning rate %g, weight decay %g: %s",
+            "group",
+            own.name,
+            own.learning_rate,
+            own.weight_decay,
+            ", ".join(members) or "nothing",
+        )
+    if len(validation.subsets) > MOST_SUBSETS:
+        logging.info("%-10s %d are too many to validate apart", "subsets", len(validation.subsets))
+    if jax.process_count() > 1:
+        for process, host in enumerate(distributed.gather_text(socket.gethostname())):
+            logging.info("process %-3d%s: %s", process, host, sharding.place(mesh, process))
+
+
+def _groups(config: Config, steps: Steps) -> Iterable[tuple[Config, list[str]]]:
+    """Each group's optimizer and parameters."""
+    if not config.parameter_groups:
+        return ()
+    parameters = steps.abstract_state.params
+    return optimizers.assigned(config.optimizer, config.parameter_groups, parameters)[1].values()
+
+
+def _training(config: Config, dataset: Dataset | Streamed) -> str:
+    if isinstance(dataset, Streamed):
+        return dataset.describe()
+    layout = dataset.layout(config.model.context_length)
+    return f"{layout}, {quantity(dataset.splits['train'].tokens)} tokens"
+
+
+def _batch(config: Config, mesh: jax.sharding.Mesh, logits: str) -> str:
+    """How many sequences a step has, and how they are shared; the same for each size to come."""
+    planned, texts = config_lib.batch_sizes(config), []
+    for start, size in zip(planned.starts, planned.sizes, strict=True):
+        micro_steps, rows, length = sharding.batch_shape(config, mesh.shape, size)
+        share = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+        text = f"{size} sequences of {length} tokens; {micro_steps} × {share} on a device"
+        texts.append(text if start == 0 else f"from step {start} on {size}: {micro_steps} × {share}")
+    return f"{'; '.join(texts)}, logits of {logits} at once"

@@ -1,0 +1,194 @@
+"""Where metrics and messages go: metrics.jsonl, W&B, a progress bar, the terminal, log files."""
+
+import json
+import logging as std_logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import logging
+from tqdm import tqdm
+
+PACKAGE = str(Path(__file__).parents[1])
+LINE_SECONDS = 10.0  # between progress lines where there is no terminal
+
+
+class _Terminal(std_logging.Handler):
+    """Trainit's own messages as they are, and errors of others in a line, above the progress bar."""
+
+    def emit(self, record):
+        if record.pathname.startswith(PACKAGE):
+            tqdm.write(self.format(record), file=sys.stderr)
+        elif record.levelno >= std_logging.ERROR:  # with its traceback it stands in the log file
+            first, *_ = record.getMessage().splitlines() or [""]
+            tqdm.write(f"{record.name}: {first}", file=sys.stderr)
+
+
+def log_to_terminal(lead: bool):
+    """Sends the lead process's messages to the terminal, and of other processes the warnings."""
+    terminal = _Terminal()
+    terminal.setFormatter(std_logging.Formatter("%(message)s"))
+    terminal.setLevel(std_logging.INFO if lead else std_logging.WARNING)
+    std_logging.getLogger().handlers = [terminal]
+    logging.set_verbosity(logging.INFO)
+
+
+def log_to_file(path: Path):
+    """Sends messages of all kinds to this file too, each with its time; what it holds stays."""
+    file = std_logging.FileHandler(path)
+    file.setFormatter(std_logging.Formatter("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
+    std_logging.getLogger().addHandler(file)
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object per logged step, appended."""
+
+    def __init__(self, path: Path, keep_through: int):
+        """
+        Args:
+            path: of the file.
+            keep_through: lines of later steps are dropped: a resume does these steps again. So is a
+                last line that a crash left unfinished.
+        """
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    kept += [line + "\n"] if json.loads(line)["step"] <= keep_through else []
+                except json.JSONDecodeError:
+                    continue
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(kept))
+        replacement.rename(path)
+        self._file = path.open("a")
+
+    def log(self, record: Mapping):
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+
+    def sync(self):
+        """Returns when all lines are on disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self):
+        self._file.close()
+
+
+class WeightsAndBiases:
+    """A W&B run that a resumed job continues. WANDB_MODE=offline keeps it on this machine."""
+
+    def __init__(self, workdir: Path, project: str, name: str, run_id: str, config: Mapping):
+        import wandb  # slow to import, and not everybody's
+
+        self._run = wandb.init(
+            project=project, name=name, id=run_id, resume="allow", dir=workdir, config=dict(config)
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, record: Mapping):
+        self._run.log(dict(record))
+
+    def close(self, code: int):
+        self._run.finish(exit_code=code)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, start: int, steps: int):
+        self._steps, self._bar, self._newest = steps, None, {}
+        self._line_at, self._start = 0.0, start
+        if sys.stderr.isatty():
+            layout = "{percentage:3.0f}% {bar:24} step {n_fmt}/{total_fmt}{postfix} [{elapsed} < {remaining}]"
+            self._bar = tqdm(total=steps, initial=start, bar_format=layout, dynamic_ncols=True, smoothing=0.1)
+
+    def show(self, step: int, metrics: Mapping):
+        if step == self._start:
+            return
+        self._newest |= metrics
+        text = ""
+        if "train/loss" in self._newest:
+            text = f"loss {self._newest['train/loss']:.3f}"
+        if "throughput/tokens_per_second" in self._newest:
+            text += f"  {quantity(self._newest['throughput/tokens_per_second'])} tokens/s"
+        if "throughput/mfu" in self._newest:
+            text += f"  MFU {self._newest['throughput/mfu']:.1%}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._line_at > LINE_SECONDS or step == self._steps:
+            self._line_at = time.monotonic()
+            seconds = self._newest.get("time/step_seconds", 0) * (self._steps - step)
+            left = f"  {tqdm.format_interval(seconds)} left" if seconds else ""
+            logging.info("step %d/%d  %s%s", step, self._steps, text, left)
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.close()
+
+
+def quantity(number: float) -> str:
+    """1234567 -> "1.23 M"."""
+    for factor, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+class Trackers:
+    """All of them on the lead process; on the others, nothing."""
+
+    def __init__(
+        self,
+        lead: bool,
+        workdir: Path,
+        config: Mapping,
+        start: int,
+        keep_through: int,
+        wandb_id: str,
+    ):
+        """
+        Args:
+            lead: whether this process writes.
+            workdir: the run's folder.
+            config: the resolved config.
+            start: steps done so far.
+            keep_through: see `JsonLines`.
+            wandb_id: of the W&B run to begin or to continue.
+        """
+        self._jsonl = self._wandb = self._progress = None
+        if not lead:
+            return
+        self._jsonl = JsonLines(workdir / "metrics.jsonl", keep_through)
+        if config["wandb"]["project"]:
+            name = config["wandb"]["name"] or workdir.name
+            self._wandb = WeightsAndBiases(workdir, config["wandb"]["project"], name, wandb_id, config)
+        self._progress = Progress(start, config["steps"])
+
+    def log(self, step: int, metrics: Mapping, write: bool = True):
+        """Shows the metrics of a step on the progress bar, and writes them down unless told not to."""
+        if self._jsonl is None:
+            return
+        self._progress.show(step, metrics)
+        if write:
+            record = {"step": step, **metrics}
+            self._jsonl.log(record)
+            if self._wandb:
+                self._wandb.log(record)
+
+    def sync(self):
+        """Returns when what was logged is on disk."""
+        if self._jsonl:
+            self._jsonl.sync()
+
+    def close(self, code: int):
+        if self._jsonl:
+            self._progress.close()
+            self._jsonl.close()
+        if self._wandb:
+            self._wandb.close(code)

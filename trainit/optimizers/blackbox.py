@@ -14,7 +14,7 @@ from trainit.config import require
 from trainit.optimizers import kt_bettor, mirror_descent
 from trainit.optimizers.common import online
 from trainit.optimizers.common._bounds import above_0, not_below_0
-from trainit.train.metrics import inner
+from trainit.parallel.trees import inner_product
 
 MAGNITUDES = {"kt_bettor": kt_bettor.bettor, "mirror_descent": mirror_descent.learner}
 
@@ -48,7 +48,7 @@ def make(config, context):
     def update(gradients, state: BlackboxState, rate):
         w, z = online.unit(state.leader), state.length
         pull = config.regularization * z
-        along = inner(gradients, w) + pull
+        along = inner_product(gradients, w) + pull
         length, of_magnitude = magnitude.update(along, state.magnitude, rate=rate)
         leader = jax.tree.map(lambda m, g, w: keep * m - add * (g + pull * w), state.leader, gradients, w)
         point = jax.tree.map(lambda u: length * u, online.unit(leader))

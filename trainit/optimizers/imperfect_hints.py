@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from trainit.optimizers.common import online
 from trainit.optimizers.common._bounds import not_below_0
-from trainit.train.metrics import inner
+from trainit.parallel.trees import inner_product
 
 
 def get_config() -> ConfigDict:
@@ -45,15 +45,15 @@ def make(config, context):
 
     def update(gradients, state: HintState, rate):
         del rate
-        along = inner(gradients, state.hint)
+        along = inner_product(gradients, state.hint)
         curvature = discount * state.curvature + config.mu * jnp.abs(along) / jnp.sqrt(state.trust)
         trust = state.trust + jnp.maximum(-along, 0.0)
-        squares = discount**2 * state.squares + inner(gradients, gradients)
+        squares = discount**2 * state.squares + inner_product(gradients, gradients)
         total = jax.tree.map(lambda s, g: discount * s + g, state.total, gradients)
         weight = jnp.maximum(curvature + jnp.sqrt(squares), jnp.finfo(jnp.float32).tiny)
         leader = online.project(jax.tree.map(lambda s: -s / weight, total), 1.0)
         hint = online.unit(gradients)
-        lean = (1 - inner(leader, leader)) / (2 * jnp.sqrt(trust))
+        lean = (1 - inner_product(leader, leader)) / (2 * jnp.sqrt(trust))
         point = jax.tree.map(lambda y, h: y - lean * h, leader, hint)
         return point, HintState(trust, curvature, squares, total, hint)
 

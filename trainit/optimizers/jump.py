@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from trainit.optimizers.common._bounds import above_0, not_below_0
 from trainit.optimizers.common.moments import scale_by_moments
-from trainit.train.metrics import inner
+from trainit.parallel.trees import inner_product
 
 
 def get_config() -> ConfigDict:
@@ -57,7 +57,7 @@ def make(config, context) -> optax.GradientTransformation:
         direction, normal = adam.update(gradients, anew(turn == 0, state.normal))
         direction, _ = decay.update(direction, decay.init(params), params)
         length = jnp.maximum(optax.tree.norm(params), jnp.finfo(jnp.float32).tiny)
-        along = inner(gradients, params) / length
+        along = inner_product(gradients, params) / length
         grow, jump = adam.update(along, anew(turn == config.normal_steps, state.jump))
 
         def choose(a, b):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from trainit.optimizers.common import online
 from trainit.optimizers.common._bounds import above_0
-from trainit.train.metrics import inner
+from trainit.parallel.trees import inner_product
 
 
 def get_config() -> ConfigDict:
@@ -58,7 +58,7 @@ def learner(eps: float, lipschitz: float, num_grids: int = 1) -> online.Learner:
     def update(gradients, state: MirrorState, rate):
         del rate
         g = online.project(gradients, lipschitz)
-        square = inner(g, g)
+        square = inner_product(g, g)
         squares = state.squares + square
         old, new = alpha(state.squares), alpha(squares)
         points = tuple(step(2.0**-i / lipschitz, w, g, square, old, new) for i, w in enumerate(state.points))

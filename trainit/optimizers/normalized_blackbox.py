@@ -15,7 +15,7 @@ from trainit.optimizers import kt_bettor
 from trainit.optimizers.common import online
 from trainit.optimizers.common._bounds import above_0, not_below_0
 from trainit.optimizers.common.moments import map_layers
-from trainit.train.metrics import inner
+from trainit.parallel.trees import inner_product
 
 
 def get_config() -> ConfigDict:
@@ -45,8 +45,8 @@ def make(config, context):
     def inners(one: dict, other: dict) -> dict:
         """The inner product of each array of each layer, or that of all together for each."""
         if config.per_layer:
-            return map_layers(lambda path, a, b: inner(a, b).reshape([1] * a.ndim), one, other)
-        whole = inner(one, other)
+            return map_layers(lambda path, a, b: inner_product(a, b).reshape([1] * a.ndim), one, other)
+        whole = inner_product(one, other)
         return jax.tree.map(lambda a: whole.reshape([1] * a.ndim), one)
 
     def units(tree: dict) -> dict:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from trainit.optimizers.common._bounds import not_below_0
 from trainit.optimizers.common.moments import scale_by_moments
-from trainit.train.metrics import inner
+from trainit.parallel.trees import inner_product
 
 
 def get_config() -> ConfigDict:
@@ -49,13 +49,13 @@ def make(config, context) -> optax.GradientTransformation:
         rate = context.schedule(step)
         radius = jnp.maximum(optax.tree.norm(params), jnp.finfo(jnp.float32).tiny)
         w = jax.tree.map(lambda x: x / radius, params)
-        along = inner(gradients, w)
+        along = inner_product(gradients, w)
         turn, direction = adam.update(jax.tree.map(lambda g: radius * g, gradients), state.direction)
         turn = jax.tree.map(lambda d: -rate * d, turn)
         grow, length = adam.update(along, state.radius)
         new_radius = radius - rate * config.radius_rate * (grow + context.weight_decay * radius)
         # |w + turn|, written so that without a turn it is 1 exactly, and nothing moves.
-        stretch = jnp.sqrt(1 + 2 * inner(w, turn) + inner(turn, turn))
+        stretch = jnp.sqrt(1 + 2 * inner_product(w, turn) + inner_product(turn, turn))
         factor = new_radius / stretch
         updates = jax.tree.map(lambda x, d: (factor / radius - 1) * x + factor * d, params, turn)
         return updates, PolarState(direction, length)

@@ -5,7 +5,6 @@ update that it makes of it, and d_n = x_n - x_{n-1}. What is kept from step to s
 as the parameters are.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from trainit.config import Config, require
 from trainit.parallel import sharding
-from trainit.train.metrics import inner
+from trainit.parallel.trees import device_bytes, inner_product
 
 NOISE_DECAY = 0.99  # of the means whose ratio is the noise scale
 # Of these the sum over the measured steps is told, too.
@@ -93,12 +92,9 @@ def describe(config: Config, abstract: dict) -> str:
     """
     if not config.every_steps:
         return ""
-    size = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(abstract)
-    )
     copies = ", ".join(_copies(config)) or "no copies"
-    return f"every {config.every_steps} steps; keeps {copies}: {size / 2**20:.1f} MiB on each device"
+    size = device_bytes(abstract) / 2**20
+    return f"every {config.every_steps} steps; keeps {copies}: {size:.1f} MiB on each device"
 
 
 def measure(
@@ -149,7 +145,7 @@ def _measure(config: Config, state: dict, now: Now) -> dict[str, jax.Array]:
     g, last_g = now.gradients, state.get("last_gradient")
     for name, past in (("last", last_g), ("past", state.get("past_gradients"))):
         if past is not None:
-            values |= {f"grads/dot_{name}": inner(g, past), f"grads/cos_{name}": _cosine(g, past)}
+            values |= {f"grads/dot_{name}": inner_product(g, past), f"grads/cos_{name}": _cosine(g, past)}
     if "last_parameters" in state:
         values |= _moved(state["last_parameters"], last_g, now)
         if config.last_loss:
@@ -167,23 +163,23 @@ def _moved(last: dict, last_gradient: dict | None, now: Now) -> dict[str, jax.Ar
     scale = 1.0 if now.factor is None else 1 / now.factor
     values = {
         "params/cos_last": _cosine(now.params, last),
-        "moved/l2": jnp.sqrt(inner(moved, moved)),
-        "moved/dot_grad": inner(now.gradients, moved),
+        "moved/l2": jnp.sqrt(inner_product(moved, moved)),
+        "moved/dot_grad": inner_product(now.gradients, moved),
         "moved/cos_grad": _cosine(now.gradients, moved),
         "moved/cos_update": _cosine(now.updates, moved),
     }
     if now.factor is not None:
         values["moved/dot_grad_unscaled"] = scale * values["moved/dot_grad"]
     if last_gradient is not None:
-        values["moved/dot_last_grad"] = scale * inner(last_gradient, moved)
+        values["moved/dot_last_grad"] = scale * inner_product(last_gradient, moved)
         values["moved/cos_last_grad"] = _cosine(last_gradient, moved)
     return values
 
 
 def _cosine(a: dict, b: dict) -> jax.Array:
     """0 where one of them is 0."""
-    lengths = jnp.sqrt(inner(a, a)) * jnp.sqrt(inner(b, b))
-    return jnp.where(lengths > 0, inner(a, b) / jnp.where(lengths > 0, lengths, 1.0), 0.0)
+    lengths = jnp.sqrt(inner_product(a, a)) * jnp.sqrt(inner_product(b, b))
+    return jnp.where(lengths > 0, inner_product(a, b) / jnp.where(lengths > 0, lengths, 1.0), 0.0)
 
 
 def _norms(tree: dict, groupings: tuple[str, ...]) -> dict[str, jax.Array]:
@@ -261,7 +257,7 @@ def _noise(now: Now) -> dict[str, jax.Array]:
     arXiv 1812.06162, appendix A.1. Their ratio is the batch size, in sequences, beyond which more help less.
     """
     small, large = now.batches
-    whole = inner(now.gradients, now.gradients)
+    whole = inner_product(now.gradients, now.gradients)
     return {
         "noise/gradient_square": (large * whole - small * now.micro_square) / (large - small),
         "noise/trace": (now.micro_square - whole) / (1 / small - 1 / large),

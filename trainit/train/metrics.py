@@ -6,11 +6,11 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trainit import __version__
 from trainit.config import Config
+from trainit.parallel.trees import total_bytes
 
 # Dense bfloat16 (V100, T4: float16) TFLOP/s of one device without sparsity, from the vendors' data
 # sheets; the first name that the device's kind contains as whole words counts.
@@ -58,20 +58,11 @@ def facts(model: Config, state) -> dict:
     return {
         "parameters": parameter_count(state.params),
         "flops_per_token": flops_per_token(model),
-        "parameters_bytes": _size(state.params),
-        "optimizer_bytes": _size(state.opt_state),  # on all devices together, replicas counted once
+        "parameters_bytes": total_bytes(state.params),
+        "optimizer_bytes": total_bytes(state.opt_state),  # on all devices together, replicas counted once
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": f"Trainit {__version__}, JAX {jax.__version__}",
     }
-
-
-def _size(tree) -> int:
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def inner(a: dict, b: dict) -> jax.Array:
-    """The inner product of two trees. Unlike optax.tree.vdot it needs no array whole on a device."""
-    return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def flops_per_token(model: Config) -> float:

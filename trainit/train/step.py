@@ -19,7 +19,8 @@ from trainit.model.gpt import GPT, choose_attention
 from trainit.optimizers.common import schedules
 from trainit.parallel import float8, sharding
 from trainit.parallel.matmul import Parallel
-from trainit.train import diagnostics, loss_scale, metrics
+from trainit.parallel.trees import inner_product
+from trainit.train import diagnostics, loss_scale
 from trainit.train.compiled import Program
 
 
@@ -234,7 +235,7 @@ def _sums(config, mesh: Mesh, network: Callable[[Parallel], tuple], layout) -> t
             if factor is not None:
                 grads = jax.tree.map(lambda g: g / (factor * count), grads)
             if with_square:
-                sums["square"] = metrics.inner(grads, grads) * (count / sums["count"]) ** 2
+                sums["square"] = inner_product(grads, grads) * (count / sums["count"]) ** 2
             return grads, sums
 
         zeros = lay_out(jax.tree.map(jnp.zeros_like, params))

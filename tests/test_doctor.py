@@ -1,21 +1,13 @@
 """The doctor: what it finds, alone and among processes, well and broken."""
 
+import jax
 import numpy as np
 import pytest
 from processes import ROOT, end, free_port, start
 
-from trainit.tools.doctor import __main__ as doctor
-from trainit.tools.doctor.__main__ import (
-    FAIL,
-    NOTE,
-    OK,
-    Row,
-    clock_row,
-    devices_row,
-    reduce_rows,
-    table,
-    versions_row,
-)
+from trainit.tools.doctor.environment import clock_row, devices_row, versions_row, wandb_row
+from trainit.tools.doctor.network import reduce_rows
+from trainit.tools.doctor.report import FAIL, NOTE, OK, Row, table
 
 TWO = ["process 0 (n1)", "process 1 (n2)"]
 TINY = f"--config={ROOT}/tests/tiny.py"
@@ -53,10 +45,10 @@ def test_clocks():
 
 
 def test_wandb():
-    assert doctor.wandb_row("", {}).verdict == NOTE
-    assert doctor.wandb_row("p", {"WANDB_MODE": "offline"}).verdict == OK
+    assert wandb_row("", {}).verdict == NOTE
+    assert wandb_row("p", {"WANDB_MODE": "offline"}).verdict == OK
     nobody = f"http://localhost:{free_port()}"
-    row = doctor.wandb_row("p", {"WANDB_BASE_URL": nobody, "WANDB_API_KEY": "secret"})
+    row = wandb_row("p", {"WANDB_BASE_URL": nobody, "WANDB_API_KEY": "secret"})
     assert row.verdict == FAIL
     assert "cannot be reached" in row.seen
     assert "secret" not in row.seen + row.remedy
@@ -66,10 +58,8 @@ def test_wandb():
 def test_all_reduces_are_checked(wrong, monkeypatch):
     """On eight devices; and the check sees it when one sum is wrong."""
     if wrong:
-        psum = doctor.jax.lax.psum
-        monkeypatch.setattr(
-            doctor.jax.lax, "psum", lambda x, axes: psum(x, axes) + (x > 400).astype(np.float32)
-        )
+        psum = jax.lax.psum
+        monkeypatch.setattr(jax.lax, "psum", lambda x, axes: psum(x, axes) + (x > 400).astype(np.float32))
     whole, within, between = reduce_rows(["n1"])
     assert whole.verdict == within.verdict == (FAIL if wrong else OK)
     assert between.verdict == NOTE

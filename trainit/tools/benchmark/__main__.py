@@ -8,7 +8,6 @@
 Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
 """
 
-import os
 import re
 import sys
 
@@ -19,17 +18,15 @@ alone = any(re.match(r"--?(only=prepare|suite)\b", argument) for argument in sys
 if __name__ == "__main__" and not alone:  # as the command that trains
     settings.tune_process()
 
-import jax
 from absl import flags
 
 from trainit import cli
-from trainit.cluster import distributed
 from trainit.config import ConfigError
 from trainit.data.dataset import DatasetError
-from trainit.tools.benchmark import loader, overheads, preparing, step, suite
+from trainit.tools.benchmark import measures, step, suite
+from trainit.tools.benchmark.measures import PARTS
 from trainit.train import trackers
 
-PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
 _ONLY = flags.DEFINE_list("only", list(PARTS[:3]), f"which of {', '.join(PARTS)} to measure")
 _TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
 _CORPUS = flags.DEFINE_string("corpus", "", "files of documents to prepare, for --only=prepare")
@@ -41,18 +38,6 @@ _SUITE = flags.DEFINE_enum(
 _STEPS = flags.DEFINE_integer("steps", 20, "train steps that are timed", lower_bound=3)
 
 
-def measure_prepare() -> int:
-    """Preparing beside the bare tokenizers, without a config and without JAX; the exit code."""
-    if _ONLY.value != ["prepare"] or not _CORPUS.value:
-        raise ConfigError("--only=prepare stands alone and needs --corpus=FILES")
-    try:
-        for line in preparing.measure(_CORPUS.value, rounds=_ROUNDS.value):
-            print(line, flush=True)
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from None
-    return 0
-
-
 def main() -> int:
     try:
         unknown = set(_ONLY.value) - {*PARTS, "prepare"}
@@ -61,27 +46,17 @@ def main() -> int:
         if _SUITE.value:
             return suite.measure(_SUITE.value, _ROUNDS.value)
         if "prepare" in _ONLY.value:
-            return measure_prepare()
+            if _ONLY.value != ["prepare"] or not _CORPUS.value:
+                raise ConfigError("--only=prepare stands alone and needs --corpus=FILES")
+            measures.measure_prepare(_CORPUS.value, _ROUNDS.value)
+            return 0
         trackers.log_to_terminal(lead=True)
         config, dataset = cli.read()
-        distributed.configure(config.platform, config.cpu_devices, cli.cache())
-        distributed.initialize(config.platform, distributed.Place("alone"))
-        device = jax.devices()[0]
-        print(f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}")
-        measures = {
-            "loader": lambda: loader.measure(_TOKENS.value),
-            "step": lambda: step.measure(config, dataset, _STEPS.value),
-            "save": lambda: overheads.measure_save(config),
-            "processes": lambda: overheads.measure_processes(_STEPS.value),
-            "optimizer": lambda: overheads.measure_optimizer(config, _STEPS.value),
-            "loss": lambda: overheads.measure_loss(config, _ROUNDS.value),
-        }
+        measures.take_devices(config)
         if _SWEEP.value:
             step.sweep(config, dataset, _STEPS.value)
-            return 0
-        for part in PARTS:
-            if part in _ONLY.value:
-                measures[part]()
+        else:
+            measures.measure(_ONLY.value, config, dataset, _TOKENS.value, _STEPS.value, _ROUNDS.value)
     except (ConfigError, DatasetError) as error:
         cli.say(error)
         return cli.USAGE_ERROR

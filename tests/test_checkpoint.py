@@ -17,7 +17,7 @@ from test_config import make
 from trainit.config import ConfigError, resolve
 from trainit.parallel import sharding
 from trainit.train import step
-from trainit.train.checkpoint import FREE, Checkpoints, differences, due
+from trainit.train.checkpoint import FREE, CheckpointStore, differences, due
 
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
@@ -38,7 +38,7 @@ def saved(tmp_path_factory):
     """A run's folder with checkpoints 1, 2, 3 and the state behind them."""
     folder = tmp_path_factory.mktemp("run")
     state = build().init()
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointStore(folder)
     for number in (1, 2, 3):
         checkpoints.save(number, state, {"rows": 7 * number, "config": {"a": (1, 2)}})
     checkpoints.wait()
@@ -56,7 +56,7 @@ def test_a_save_is_of_the_state_as_it_was_when_training_goes_on(tmp_path):
     state, _ = steps.train(steps.init(), batch)
     state, _ = steps.train(state, batch)
     before = jax.tree.map(np.array, state)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointStore(tmp_path)
     checkpoints.save(2, state, {})
     for _ in range(5):
         state, _ = steps.train(state, batch)
@@ -72,7 +72,7 @@ def test_a_save_is_of_the_state_as_it_was_when_training_goes_on(tmp_path):
 def test_restores_bit_exact_onto_any_mesh(saved, sizes):
     folder, state = saved
     steps = build(sizes)
-    checkpoints = Checkpoints(folder, read_only=True)
+    checkpoints = CheckpointStore(folder, read_only=True)
     restored = checkpoints.restore(2, steps.abstract_state)
     assert_equal(restored, state)
     for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(steps.abstract_state), strict=True):
@@ -84,7 +84,7 @@ def test_restores_bit_exact_onto_any_mesh(saved, sizes):
 def test_parameters_alone_whatever_the_optimizer(saved):
     folder, state = saved
     steps = build(arg="optimizer=sgdm")
-    params = Checkpoints(folder, read_only=True).restore_params(3, steps.abstract_state.params)
+    params = CheckpointStore(folder, read_only=True).restore_params(3, steps.abstract_state.params)
     assert_equal(params, state.params)
     leaf = params["head"]["kernel"]
     assert leaf.sharding.is_equivalent_to(steps.abstract_state.params["head"]["kernel"].sharding, 2)
@@ -101,7 +101,7 @@ def test_parameters_alone_whatever_the_optimizer(saved):
 )
 def test_another_model_is_refused_by_name_and_shapes(saved, arg, changes, message):
     with pytest.raises(ConfigError, match=message) as error:
-        Checkpoints(saved[0], read_only=True).restore(1, build(arg=arg, **changes).abstract_state)
+        CheckpointStore(saved[0], read_only=True).restore(1, build(arg=arg, **changes).abstract_state)
     assert "\n" not in str(error.value)
 
 
@@ -110,7 +110,7 @@ def test_an_unfinished_save_is_passed_over_and_can_be_done_again(saved, tmp_path
     complete = folder / "checkpoints" / "3"
     complete.rename(folder / "checkpoints" / "3.orbax-checkpoint-tmp")  # as a kill leaves it
     (folder / "checkpoints" / "3.orbax-checkpoint-tmp" / "commit_success.txt").unlink(missing_ok=True)
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointStore(folder)
     assert checkpoints.latest() == 2
     assert_equal(checkpoints.restore(2, build().abstract_state), saved[1])
     checkpoints.save(3, saved[1], {"rows": 1})
@@ -121,12 +121,12 @@ def test_an_unfinished_save_is_passed_over_and_can_be_done_again(saved, tmp_path
 
 
 def test_keep_removes_the_oldest(saved, tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = CheckpointStore(tmp_path, keep=2)
     for number in (1, 5, 9):
         checkpoints.save(number, saved[1], {})
     checkpoints.wait()
     checkpoints.close()
-    assert Checkpoints(tmp_path, read_only=True).steps() == [5, 9]
+    assert CheckpointStore(tmp_path, read_only=True).steps() == [5, 9]
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, 
     assert "No space left on device" in output
     assert "a checkpoint could not be saved in 3 attempts" in output
     assert "trainit: error:" in output
-    checkpoints = Checkpoints(small_disk / "run", read_only=True)
+    checkpoints = CheckpointStore(small_disk / "run", read_only=True)
     assert checkpoints.latest() == 6
     steps = build(model__dim=128)
     assert int(checkpoints.restore(6, steps.abstract_state).step) == 6
@@ -183,7 +183,7 @@ def test_due():
 
 
 def test_importing_the_checkpoints_of_nowhere():
-    assert Checkpoints(Path("/nowhere"), read_only=True).latest() is None
+    assert CheckpointStore(Path("/nowhere"), read_only=True).latest() is None
 
 
 def test_differences_survive_json():

@@ -15,7 +15,7 @@ from trainit.config import ConfigError
 from trainit.model.gpt import GPT
 from trainit.parallel import sharding
 from trainit.train import step
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 LENGTH, ROWS = 32, 16
@@ -254,7 +254,7 @@ def test_a_resume_with_others_begins_them_anew(tmp_path, whole_run):
     """The same ones go on bit for bit; others, or none, are no reason to refuse a checkpoint."""
     _, _, _, data = whole_run
     _, steps = build(**EVERYTHING)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointStore(tmp_path)
     state, _ = train(steps, steps.init(), data[:2])
     checkpoints.save(2, state, {})
     checkpoints.wait()

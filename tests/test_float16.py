@@ -13,7 +13,7 @@ from trainit import config as config_lib
 from trainit.model.gpt import GPT
 from trainit.parallel import sharding
 from trainit.train import loss_scale, step
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 MESH = sharding.make_mesh(SIZES)
@@ -157,7 +157,7 @@ def test_many_good_steps_double_it_up_to_its_ceiling():
 def test_checkpoints_hold_it_and_those_of_other_precisions_do_not(tmp_path):
     """Bit for bit; from bfloat16's, which have none and are as they were, it begins."""
     narrow, plain, data = build(), build("bfloat16"), batches(3)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointStore(tmp_path)
     state, _ = train(narrow, with_scale(narrow.init(), 2.0**9, good_steps=77), data[:2])
     other, _ = train(plain, plain.init(), data[:1])
     for number, saved in ((2, state), (3, other)):

@@ -22,7 +22,7 @@ from optimizer_cases import (
 from trainit import config as config_lib
 from trainit.parallel import sharding
 from trainit.train import step
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 # Each with a part of the model.
 GROUPS = {
@@ -90,7 +90,7 @@ def test_each_trains_its_part_of_a_model_and_goes_on_where_it_was(tmp_path):
         parts = leaf.size / np.prod(leaf.sharding.shard_shape(leaf.shape))
         name = sharding.path_name(path)
         assert parts == 4 or not name.endswith(("kernel", "token_embedding/embedding")), name
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointStore(tmp_path)
     checkpoints.save(6, state, {})
     checkpoints.wait()
     restored = checkpoints.restore(6, steps.abstract_state)

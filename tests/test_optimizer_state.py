@@ -17,7 +17,7 @@ from trainit.config import ConfigError
 from trainit.optimizers.common import low_bit_state
 from trainit.parallel import sharding
 from trainit.train import metrics, step
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 EIGHT, ONE = (2, 2, 2, 1), (1, 1, 1, 1)  # of a mesh
 NARROW = ("bfloat16", "int8")
@@ -183,7 +183,7 @@ def test_a_resume_is_exact(state, tmp_path):
     built = build(state, EIGHT)
     _, _, steps = built
     _, before = train(built, steps.init(), 0, 3)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointStore(tmp_path)
     checkpoints.save(3, before, {})
     checkpoints.wait()
     restored = checkpoints.restore(3, steps.abstract_state)

@@ -30,7 +30,7 @@ from trainit import optimizers
 from trainit.config import ConfigError, choose, defaults, flatten, resolve
 from trainit.parallel import sharding
 from trainit.train import step as step_lib
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 OWN = """
 from ml_collections import ConfigDict
@@ -286,7 +286,7 @@ def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, t
     large = 2 * 16 * 16  # entries of a block's smallest matrices; whatever has so many is split
     for path, leaf in jax.tree.leaves_with_path(state):
         assert leaf.size < large or not leaf.sharding.is_fully_replicated, sharding.path_name(path)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointStore(tmp_path)
     whole = step_lib.TrainState(jnp.int32(5), put(parameters), state, jnp.int32(0), jnp.int32(0), {}, {})
     checkpoints.save(5, whole, {})
     checkpoints.wait()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainit.train.compiled import Program
+from trainit.train.compiled import CompiledFunction
 
 STATE = np.float32(2)  # the first argument of most programs here: what is the same in all calls
 
@@ -32,7 +32,7 @@ def scale():
         traced.append((x.shape, x.dtype.name))
         return state * x
 
-    program = Program("scale", jax.jit(function))
+    program = CompiledFunction("scale", jax.jit(function))
     program.traced = traced
     return program
 
@@ -48,7 +48,7 @@ def test_each_shape_and_type_is_compiled_once(scale, told):
 
 def test_trees_of_one_key_are_told_apart():
     """Leaves alone do not say what a batch is: {a: x} and {b: x} have the same."""
-    program = Program("tree", jax.jit(lambda state, x: state * x.get("a", 0) + x.get("b", 0)))
+    program = CompiledFunction("tree", jax.jit(lambda state, x: state * x.get("a", 0) + x.get("b", 0)))
     assert program(STATE, {"a": np.float32(3)}) == 6
     assert program(STATE, {"b": np.float32(3)}) == 3
 
@@ -94,7 +94,7 @@ def test_an_error_of_compiling_is_raised_where_it_is_called():
     def function(state, x):
         raise RuntimeError(f"cannot do {x.shape}")
 
-    program = Program("broken", jax.jit(function))
+    program = CompiledFunction("broken", jax.jit(function))
     program.compile_ahead(STATE, np.ones(3, np.float32))
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"cannot do \(3,\)"):
@@ -103,7 +103,8 @@ def test_an_error_of_compiling_is_raised_where_it_is_called():
 
 def test_static_arguments(told):
     """They belong to what is compiled, and are not given to it."""
-    program = Program("power", jax.jit(lambda state, x, n: state * x**n, static_argnums=2), static=(2,))
+    power = jax.jit(lambda state, x, n: state * x**n, static_argnums=2)
+    program = CompiledFunction("power", power, static=(2,))
     x = np.arange(3, dtype=np.float32)
     for n in (2, 3, 2):
         np.testing.assert_array_equal(program(STATE, x, n), 2 * x**n)
@@ -117,7 +118,8 @@ def test_hits_and_misses_of_the_cache(told, keep_compiled, tmp_path):
     def tell(folder: Path | None) -> str:
         jax.clear_caches()
         keep_compiled(folder)
-        assert Program("cached", jax.jit(lambda state, x: state * jnp.sin(x)))(STATE, x).shape == (7,)
+        function = jax.jit(lambda state, x: state * jnp.sin(x))
+        assert CompiledFunction("cached", function)(STATE, x).shape == (7,)
         return re.fullmatch(r"program    cached: [\d.]+ s, (.*)", told.pop())[1]
 
     assert tell(tmp_path) == f"compiled, was not in the cache {tmp_path}"

@@ -32,7 +32,7 @@ def clock(monkeypatch):
 
 def test_parts_add_up_to_the_total(clock):
     """Parts of one name are one; time between parts is `other`; an error in a part does not lose it."""
-    begun = startup_timer.Start()
+    begun = startup_timer.StartupTimer()
     assert begun.launched == 980.0
     for name, inside, after in (("data", 3.0, 0.5), ("init", 2.0, 0.25), ("data", 4.0, 0.0)):
         with begun.part(name):
@@ -49,11 +49,11 @@ def test_parts_add_up_to_the_total(clock):
 
 
 def test_it_counts_from_the_launch_of_the_process():
-    """Half a second before Start is made, and none of it in the processor's time, is counted as import."""
+    """Half a second of sleep before the timer is made, no processor time, counts as import."""
     code = (
         "import time; time.sleep(0.5); begun = time.time()\n"
-        "from trainit.train.startup_timer import Start\n"
-        "start = Start(); print(time.monotonic() - start.launched, time.time(), start.over())"
+        "from trainit.train.startup_timer import StartupTimer\n"
+        "start = StartupTimer(); print(time.monotonic() - start.launched, time.time(), start.over())"
     )
     before = time.time()
     words = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split(maxsplit=2)

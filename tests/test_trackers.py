@@ -18,7 +18,7 @@ from processes import ROOT, end, last_step, metrics, run_imported, start, wait_f
 
 from trainit.config import resolve
 from trainit.train import trackers
-from trainit.train.trackers import JsonLines, Progress, Trackers, quantity
+from trainit.train.trackers import JsonLines, Progress, RunLogger, quantity
 
 
 def test_jsonl_drops_what_a_resume_does_again(tmp_path):
@@ -41,12 +41,12 @@ def test_only_the_lead_process_writes(tmp_path):
     config = tiny.get_config()
     config.optimizer.weight_decay = 0.0
     config = resolve(config, 257).to_dict()
-    other = Trackers(False, tmp_path, config, 0, -1, "abc")
+    other = RunLogger(False, tmp_path, config, 0, -1, "abc")
     other.log(1, {"train/loss": 1.0})
     other.sync()
     other.close(0)
     assert not list(tmp_path.iterdir())
-    lead = Trackers(True, tmp_path, config, 0, -1, "abc")
+    lead = RunLogger(True, tmp_path, config, 0, -1, "abc")
     lead.log(1, {"train/loss": 1.0}, write=False)
     lead.log(2, {"train/loss": 2.0})
     lead.close(0)

@@ -28,7 +28,7 @@ from processes import (
 from trainit import config as config_lib
 from trainit.parallel import sharding
 from trainit.train import step
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 KILLS = 10
 # One program, compiled as users' are, for most runs here; others, with which one run is made, are given FAST.
@@ -76,7 +76,7 @@ def test_ten_kills_change_nothing(command, undisturbed, tmp_path):
     draw = random.Random(seed)
     mid_save = 0
     for kill in range(KILLS):
-        saved = Checkpoints(tmp_path, read_only=True).latest() or 0
+        saved = CheckpointStore(tmp_path, read_only=True).latest() or 0
         before = _inode(tmp_path)
         process = start(*command, f"--workdir={tmp_path}")
         try:
@@ -123,7 +123,7 @@ def _run_until(step, workdir, *args, **environment):
     wait_for(process, lambda: last_step(workdir) >= step)
     process.send_signal(signal.SIGTERM)
     output = end(process, 75, 60)
-    assert Checkpoints(workdir, read_only=True).latest() >= step
+    assert CheckpointStore(workdir, read_only=True).latest() >= step
     assert "run the same command to go on" in output
     return output
 
@@ -135,7 +135,7 @@ def test_stop_signals(number, command, tmp_path):
     process.send_signal(number)
     output = end(process, 75, 60)
     assert f"stopped    on {number.name}" in output
-    assert Checkpoints(tmp_path, read_only=True).latest() == last_step(tmp_path)
+    assert CheckpointStore(tmp_path, read_only=True).latest() == last_step(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, rando
     config.dataset.path = str(random_dataset)
     config = config_lib.resolve(config, 257)
     steps = step.build(config, sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1}))
-    saved = Checkpoints(tmp_path, read_only=True)
+    saved = CheckpointStore(tmp_path, read_only=True)
     assert saved.latest() == 5
     state = saved.restore(5, steps.abstract_state)
     assert int(state.skipped_in_a_row) == 5

@@ -29,7 +29,7 @@ from trainit.config import Config, ConfigError
 from trainit.data.dataset import Dataset, DatasetError
 from trainit.train import loop as train
 from trainit.train import trackers
-from trainit.train.startup_timer import Start
+from trainit.train.startup_timer import StartupTimer
 
 USAGE = (ConfigError, DatasetError, distributed.PlaceError)  # errors that are the user's to mend
 
@@ -94,7 +94,7 @@ def _come_together(
     distributed.initialize(config.platform, place, coordinator)
 
 
-def _run(place: distributed.Place, peers: Peers, leave: _Exit, start: Start) -> int:
+def _run(place: distributed.Place, peers: Peers, leave: _Exit, start: StartupTimer) -> int:
     """The run, from reading its config to its exit code."""
     with start.part("data"):
         config, dataset = cli.read()
@@ -113,7 +113,7 @@ def _run(place: distributed.Place, peers: Peers, leave: _Exit, start: Start) -> 
 
 
 def _main():
-    start = Start()
+    start = StartupTimer()
     trackers.log_to_terminal(lead=True)
     try:
         place = cli.place()

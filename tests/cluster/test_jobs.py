@@ -23,7 +23,7 @@ from processes import (
     wait_for,
 )
 
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_stopped_then_each_process_killed_then_left_alone(job, tmp_path):
     process.send_signal(signal.SIGUSR1)
     output = end(process, 75, 60)
     assert "stopped    on SIGUSR1 at step" in output
-    assert Checkpoints(run, read_only=True).latest() == last_step(run) >= 5
+    assert CheckpointStore(run, read_only=True).latest() == last_step(run) >= 5
 
     for rank in (1, 0):
         process, before = job(2, steps), last_step(run)
@@ -149,7 +149,7 @@ def test_asked_to_stop_while_all_wait_for_data(job, patched, tmp_path):
     output = end(process, 75, 60)
     assert time.monotonic() - asked < 20
     assert "stopped    on SIGTERM at step" in output
-    assert Checkpoints(run, read_only=True).latest() == last_step(run)
+    assert CheckpointStore(run, read_only=True).latest() == last_step(run)
 
 
 SLOW_COMPILER = """
@@ -206,7 +206,7 @@ def test_asked_to_stop_while_evaluating(job, patched, tmp_path):
     asked = time.monotonic()
     end(process, 75, 60)
     assert time.monotonic() - asked < 15
-    assert (last_step(run), Checkpoints(run, read_only=True).latest()) == (5, 6)
+    assert (last_step(run), CheckpointStore(run, read_only=True).latest()) == (5, 6)
     end(job(2, *more, "--config.eval.every_steps=6"), 0)
     end(job(2, *more, "--config.eval.every_steps=6", workdir=tmp_path / "calm"), 0)
     assert exact(metrics(run)) == exact(metrics(tmp_path / "calm"))
@@ -226,7 +226,7 @@ def test_asked_to_stop_while_saving(job, tmp_path):
     output = end(process, 75, 60)
     assert time.monotonic() - asked < 20
     assert "stopped    on SIGINT" in output
-    assert Checkpoints(run, read_only=True).latest() == last_step(run)
+    assert CheckpointStore(run, read_only=True).latest() == last_step(run)
 
 
 def test_two_processes_train_as_one(random_dataset, job, tmp_path):
@@ -314,14 +314,14 @@ from trainit import saves
 save_retry.RETRY_SECONDS = (1, 1, 1)
 if RANK == 1:
     import resource
-    from trainit.train.checkpoint import Checkpoints
-    save, left = Checkpoints.save, [FAILURES]
+    from trainit.train.checkpoint import CheckpointStore
+    save, left = CheckpointStore.save, [FAILURES]
     def fail(self, *args):
         left[0] -= 1
         most = 100_000 if left[0] >= 0 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
         save(self, *args)
-    Checkpoints.save = fail
+    CheckpointStore.save = fail
 """
 
 
@@ -332,7 +332,7 @@ def test_a_save_that_fails_on_one_process_is_done_again_by_all(job, patched, tmp
     assert "File too large" in output
     end(job(2, workdir=tmp_path / "calm"), 0)
     assert exact(metrics(tmp_path / "run")) == exact(metrics(tmp_path / "calm"))
-    assert Checkpoints(tmp_path / "run", read_only=True).latest() == 24
+    assert CheckpointStore(tmp_path / "run", read_only=True).latest() == 24
 
 
 def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
@@ -341,7 +341,7 @@ def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
     code = "from trainit.train import save_retry\nsave_retry.RETRY_SECONDS = (1, 1, 1)\n" + never
     output = end(job(2, **patched(code)), 1, 120)
     assert "a checkpoint could not be saved in 4 attempts" in output
-    assert Checkpoints(tmp_path / "run", read_only=True).latest() == 3
+    assert CheckpointStore(tmp_path / "run", read_only=True).latest() == 3
     end(job(2), 0)
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(25))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, SMOOTH, assert_same_but_for_rounding, last_step, metrics
 
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 HERE = Path(__file__).parent
 STEPS = 200  # more than its time limit lets a job do at once
@@ -130,7 +130,7 @@ def test_a_deleted_job_saves_and_stays_deleted(on_head, submit):
     assert job.over()
     assert job.starts() == 1
     assert "stopped    on SIGUSR2 at step" in job.text(), job.text()
-    assert Checkpoints(job.run, read_only=True).latest() == job.step()
+    assert CheckpointStore(job.run, read_only=True).latest() == job.step()
 
 
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):

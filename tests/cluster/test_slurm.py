@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, SMOOTH, assert_same_but_for_rounding, metrics
 
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 HERE = Path(__file__).parent
 STEPS = 240  # more than its time limit lets a job do at once
@@ -125,7 +125,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
     time.sleep(2)  # a revived job would show now
     assert job.field("JobState") == "CANCELLED"
     assert job.field("Restarts") == "0"
-    assert Checkpoints(job.run, read_only=True).latest() == job.step()
+    assert CheckpointStore(job.run, read_only=True).latest() == job.step()
 
 
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):

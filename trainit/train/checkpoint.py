@@ -26,7 +26,7 @@ def due(save_steps: int | tuple[int, ...], step: int) -> bool:
     return step in save_steps
 
 
-class Checkpoints:
+class CheckpointStore:
     """The checkpoints of one run, in WORKDIR/checkpoints/STEP/."""
 
     def __init__(self, workdir: Path, keep: int = 0, read_only: bool = False):

@@ -14,7 +14,7 @@ from trainit.cluster import distributed
 COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compiling than the fastest
 
 
-class Program:
+class CompiledFunction:
     """A jitted function, compiled once for each tree, shape and type of what is behind its first argument.
 
     What it is called with must be laid out as what it was compiled for: else it raises, where a jitted

@@ -11,13 +11,13 @@ from trainit.data import loader
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
 from trainit.data.order import Ordered, Spaced
-from trainit.train.step import Steps
+from trainit.train.step import CompiledSteps
 
 MOST_SUBSETS = 256  # that are validated apart
 
 
 def evaluate(
-    steps: Steps,
+    steps: CompiledSteps,
     params: dict,
     dataset: Dataset | Streamed,
     token_bytes: np.ndarray,

@@ -23,13 +23,13 @@ from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
 from trainit.parallel import sharding
 from trainit.train import diagnostics, loss_scale, metrics, step
-from trainit.train.checkpoint import Checkpoints, due
+from trainit.train.checkpoint import CheckpointStore, due
 from trainit.train.evaluate import evaluate
-from trainit.train.resume import Origin
-from trainit.train.save_retry import Saves
+from trainit.train.resume import Resume
+from trainit.train.save_retry import SaveRetry
 from trainit.train.startup_report import describe
-from trainit.train.startup_timer import Start
-from trainit.train.trackers import Trackers
+from trainit.train.startup_timer import StartupTimer
+from trainit.train.trackers import RunLogger
 
 DONE, STOPPED = 0, 75  # exit codes
 
@@ -47,7 +47,7 @@ class Run:
         dataset: Dataset | Streamed,
         workdir: Path,
         peers: Peers,
-        start: Start,
+        start: StartupTimer,
         debug: bool = False,
     ):
         """
@@ -68,13 +68,13 @@ class Run:
         sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
         self.batch_sizes = config_lib.batch_sizes(config)
         self.mesh = sharding.make_mesh(sizes)
-        self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        self.checkpoints = CheckpointStore(workdir, config.checkpoint.keep)
         with start.part("shapes"):
             self.steps = step.build(config, self.mesh)
         describe(config, self.steps, self.mesh, dataset, workdir)
         newest = distributed.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
         self.resumed = newest >= 0
-        origin = Origin(config, dataset, self.steps, self._compile_ahead)
+        origin = Resume(config, dataset, self.steps, self._compile_ahead)
         with start.part("restore" if self.resumed or config.checkpoint.load_path else "init"):
             state = origin.resume(self.checkpoints, newest) if self.resumed else origin.begin()
             self.state = jax.block_until_ready(state)
@@ -86,7 +86,7 @@ class Run:
         self.postponed = origin.meta.get("postponed")  # measured at a step whose validation is to be done
         self.saved = self.step if self.resumed else None  # step of the newest checkpoint
         self.evaluated = False  # by this process, so that the program is compiled
-        self.saves = Saves(self.checkpoints, peers, self._start_save)
+        self.saves = SaveRetry(self.checkpoints, peers, self._start_save)
         self.pending: tuple[int, dict] | None = None  # the newest step's metrics, still on the device
 
     def _compile_ahead(self, number: int):
@@ -119,7 +119,7 @@ class Run:
         keep = self.step - (self.postponed is not None) if self.resumed else -1
         lead = distributed.is_lead()
         with self.start.part("trackers"):
-            self.tracker = Trackers(lead, self.workdir, c.to_dict(), self.step, keep, self.wandb_id)
+            self.tracker = RunLogger(lead, self.workdir, c.to_dict(), self.step, keep, self.wandb_id)
         self.meter = metrics.Meter(c.model)
         code = 1
         try:

@@ -10,10 +10,10 @@ from trainit.config import Config, ConfigError
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
 from trainit.train import step
-from trainit.train.checkpoint import Checkpoints, check_same_run
+from trainit.train.checkpoint import CheckpointStore, check_same_run
 
 
-class Origin:
+class Resume:
     """Finds a run's first state; `rows` and what follows say then where it is in the data.
 
     Both of its ways raise ConfigError where the checkpoint does not fit the config or the dataset.
@@ -23,7 +23,7 @@ class Origin:
         self,
         config: Config,
         dataset: Dataset | Streamed,
-        steps: step.Steps,
+        steps: step.CompiledSteps,
         compile_ahead: Callable[[int], None],
     ):
         """
@@ -46,7 +46,7 @@ class Origin:
         if not c.load_path:
             self._compile_ahead(0)
             return self._steps.init()
-        source = Checkpoints(Path(c.load_path), read_only=True)
+        source = CheckpointStore(Path(c.load_path), read_only=True)
         steps = source.steps()
         number = max(steps, default=None) if c.load_step < 0 else c.load_step
         if number not in steps:
@@ -71,13 +71,13 @@ class Origin:
         logging.info("begin      from %s step %d", c.load_path, number)
         return self._restore(source, number)
 
-    def resume(self, checkpoints: Checkpoints, number: int) -> step.TrainState:
+    def resume(self, checkpoints: CheckpointStore, number: int) -> step.TrainState:
         """The state of the run's own checkpoint of this step; its meta data are in `meta`."""
         self.meta = self._accept(checkpoints, number)
         logging.info("resume     at step %d of %d", number, self._config.steps)
         return self._restore(checkpoints, number)
 
-    def _restore(self, source: Checkpoints, number: int) -> step.TrainState:
+    def _restore(self, source: CheckpointStore, number: int) -> step.TrainState:
         self._compile_ahead(number)
         state = source.restore(number, self._steps.abstract_state)
         if self._config.diagnostics.every_steps and not state.diagnostics:
@@ -88,7 +88,7 @@ class Origin:
             state = replace(state, loss_scale=self._steps.begin_loss_scale())
         return state
 
-    def _accept(self, source: Checkpoints, number: int) -> dict:
+    def _accept(self, source: CheckpointStore, number: int) -> dict:
         """The meta data of a checkpoint of this config and dataset; sets the position in the data."""
         meta, c = source.meta(number), self._config
         origin = f"checkpoint {source.folder / str(number)}"

@@ -7,7 +7,7 @@ from absl import logging
 
 from trainit.cluster import distributed
 from trainit.cluster.peers import Peers
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 RETRY_SECONDS = (1, 5, 20)  # pauses before a failed save is tried again; then the run ends
 DURABLE, BUSY, FAILED = range(3)  # what becomes of a save
@@ -17,10 +17,10 @@ class SaveError(RuntimeError):
     """A checkpoint could not be saved, time and again."""
 
 
-class Saves:
+class SaveRetry:
     """The saves of one run: one under way at most, and none lost without notice."""
 
-    def __init__(self, checkpoints: Checkpoints, peers: Peers, start: Callable[[], None]):
+    def __init__(self, checkpoints: CheckpointStore, peers: Peers, start: Callable[[], None]):
         """
         Args:
             checkpoints: of the run.

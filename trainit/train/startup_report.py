@@ -16,12 +16,12 @@ from trainit.data.jsonl.dataset import Streamed
 from trainit.parallel import sharding
 from trainit.train import diagnostics, metrics
 from trainit.train.evaluate import MOST_SUBSETS
-from trainit.train.step import Steps
+from trainit.train.step import CompiledSteps
 from trainit.train.trackers import quantity
 
 
 def describe(
-    config: Config, steps: Steps, mesh: jax.sharding.Mesh, dataset: Dataset | Streamed, workdir: Path
+    config: Config, steps: CompiledSteps, mesh: jax.sharding.Mesh, dataset: Dataset | Streamed, workdir: Path
 ):
     """Logs it, a line for each topic; a collective where there are several processes."""
     c, devices = config, jax.devices()
@@ -61,7 +61,7 @@ def describe(
             logging.info("process %-3d%s: %s", process, host, sharding.place(mesh, process))
 
 
-def _groups(config: Config, steps: Steps) -> Iterable[tuple[Config, list[str]]]:
+def _groups(config: Config, steps: CompiledSteps) -> Iterable[tuple[Config, list[str]]]:
     """Each group's optimizer and parameters."""
     if not config.parameter_groups:
         return ()

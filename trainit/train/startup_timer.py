@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class Start:
+class StartupTimer:
     """A clock that runs from the launch of this process, with the time of the main thread in parts."""
 
     def __init__(self):

@@ -21,7 +21,7 @@ from trainit.parallel import float8, sharding
 from trainit.parallel.matmul import Parallel
 from trainit.parallel.trees import inner_product
 from trainit.train import diagnostics, loss_scale
-from trainit.train.compiled import Program
+from trainit.train.compiled import CompiledFunction
 
 
 @functools.partial(
@@ -43,15 +43,15 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Steps:
+class CompiledSteps:
     """The compiled functions of a run on its mesh."""
 
     abstract_state: TrainState  # shapes, types and shardings
-    init: Program  # () -> TrainState, born sharded
-    begin_diagnostics: Program  # params -> what TrainState keeps of them
-    begin_loss_scale: Program  # () -> what TrainState keeps of it
-    train: Program  # (TrainState, batch) -> (TrainState, metrics); gives its state's memory away
-    evaluate: Program  # (params, batch, token_bytes, subsets) -> sums
+    init: CompiledFunction  # () -> TrainState, born sharded
+    begin_diagnostics: CompiledFunction  # params -> what TrainState keeps of them
+    begin_loss_scale: CompiledFunction  # () -> what TrainState keeps of it
+    train: CompiledFunction  # (TrainState, batch) -> (TrainState, metrics); gives its state's memory away
+    evaluate: CompiledFunction  # (params, batch, token_bytes, subsets) -> sums
     attention: str  # the kernel that was chosen
     logits: int  # positions whose logits a device has in memory at once
 
@@ -61,7 +61,7 @@ def named_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def build(config: Config, mesh: Mesh) -> Steps:
+def build(config: Config, mesh: Mesh) -> CompiledSteps:
     """The functions of a run.
 
     Args:
@@ -110,22 +110,22 @@ def build(config: Config, mesh: Mesh) -> Steps:
     abstract = jax.eval_shape(init)
     layout = sharding.state_shardings(abstract, shapes, mesh)
     replicated = sharding.replicated(mesh)
-    return Steps(
+    return CompiledSteps(
         abstract_state=jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout
         ),
-        init=Program("init", jax.jit(init, out_shardings=layout)),
-        begin_diagnostics=Program(
+        init=CompiledFunction("init", jax.jit(init, out_shardings=layout)),
+        begin_diagnostics=CompiledFunction(
             "begin_diagnostics",
             jax.jit(
                 functools.partial(diagnostics.init, config.diagnostics), out_shardings=layout.diagnostics
             ),
         ),
-        begin_loss_scale=Program(
+        begin_loss_scale=CompiledFunction(
             "begin_loss_scale",
             jax.jit(functools.partial(loss_scale.init, is_scaled), out_shardings=layout.loss_scale),
         ),
-        train=Program(
+        train=CompiledFunction(
             "train",
             jax.jit(
                 _train_step(config, _sums(config, mesh, network, layout.params), optimizer, schedule),
@@ -133,7 +133,7 @@ def build(config: Config, mesh: Mesh) -> Steps:
                 out_shardings=(layout, replicated),
             ),
         ),
-        evaluate=Program(
+        evaluate=CompiledFunction(
             "evaluate",
             jax.jit(
                 functools.partial(_eval_step, model, cross_entropy),

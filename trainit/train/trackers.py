@@ -140,7 +140,7 @@ def quantity(number: float) -> str:
     return f"{number:.3g}"
 
 
-class Trackers:
+class RunLogger:
     """All of them on the lead process; on the others, nothing."""
 
     def __init__(

@@ -27,7 +27,7 @@ from trainit.parallel import sharding
 from trainit.parallel.matmul import Parallel
 from trainit.tools.benchmark.step import build
 from trainit.train import metrics
-from trainit.train.checkpoint import Checkpoints
+from trainit.train.checkpoint import CheckpointStore
 
 
 def measure_save(config: Config):
@@ -36,7 +36,7 @@ def measure_save(config: Config):
     state = jax.block_until_ready(steps.init())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder), keep=1)
+        checkpoints = CheckpointStore(Path(folder), keep=1)
         blocks, totals = [], []
         for number in range(6):
             start = time.perf_counter()

@@ -28,7 +28,7 @@ SETTINGS = {
 }
 
 
-def build(config: Config) -> tuple[step.Steps, tuple[int, int, int], jax.sharding.Mesh]:
+def build(config: Config) -> tuple[step.CompiledSteps, tuple[int, int, int], jax.sharding.Mesh]:
     sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=cli.is_debug())
     mesh = sharding.make_mesh(sizes)
     return step.build(config, mesh), sharding.batch_shape(config, sizes), mesh

@@ -86,7 +86,7 @@ def test_bar_on_a_terminal():
     """On a real terminal (a pty): one bar that is rewritten, messages above it."""
     code = """
 import time
-from trainit import trackers
+from trainit.train import trackers
 
 trackers.log_to_terminal(True)
 progress = trackers.Progress(0, 4)

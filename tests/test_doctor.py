@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from processes import ROOT, end, free_port, start
 
-from trainit.tools.doctor.environment import clock_row, devices_row, versions_row, wandb_row
-from trainit.tools.doctor.network import reduce_rows
-from trainit.tools.doctor.report import FAIL, NOTE, OK, Row, table
+from trainit.tools.doctor.environment import check_clocks, check_devices, check_versions, check_wandb
+from trainit.tools.doctor.network import check_all_reduces
+from trainit.tools.doctor.report import FAIL, NOTE, OK, Result, table
 
 TWO = ["process 0 (n1)", "process 1 (n2)"]
 TINY = f"--config={ROOT}/tests/tiny.py"
@@ -24,34 +24,34 @@ def verdicts(output) -> dict[str, str]:
 
 def test_versions_that_differ_name_the_package_and_the_hosts():
     same = {"jax": "0.10.2", "Trainit": "1"}
-    assert versions_row([same, same], TWO).verdict == OK
-    row = versions_row([same, same | {"jax": "0.11.0"}], TWO)
+    assert check_versions([same, same], TWO).verdict == OK
+    row = check_versions([same, same | {"jax": "0.11.0"}], TWO)
     assert row.verdict == FAIL
-    assert row.seen == "jax 0.10.2: process 0 (n1); 0.11.0: process 1 (n2)"
+    assert row.finding == "jax 0.10.2: process 0 (n1); 0.11.0: process 1 (n2)"
 
 
 def test_devices_that_differ():
-    assert devices_row([["H100"] * 4, ["H100"] * 4], TWO).verdict == OK
-    row = devices_row([["H100"] * 4, ["H100"] * 3], TWO)
-    assert (row.verdict, row.seen) == (FAIL, "4 × H100: process 0 (n1); 3 × H100: process 1 (n2)")
+    assert check_devices([["H100"] * 4, ["H100"] * 4], TWO).verdict == OK
+    row = check_devices([["H100"] * 4, ["H100"] * 3], TWO)
+    assert (row.verdict, row.finding) == (FAIL, "4 × H100: process 0 (n1); 3 × H100: process 1 (n2)")
 
 
 def test_clocks():
     """What may have passed between the readings is no skew."""
-    assert clock_row(100.0, [100.1, 100.2], 100.3, TWO).verdict == OK
-    assert clock_row(100.0, [100.1, 107.0], 110.0, TWO).verdict == OK
-    row = clock_row(100.0, [100.1, 40.1], 100.3, TWO)
-    assert (row.verdict, row.seen) == (FAIL, "process 0 (n1) is 60.0 s ahead of process 1 (n2)")
+    assert check_clocks(100.0, [100.1, 100.2], 100.3, TWO).verdict == OK
+    assert check_clocks(100.0, [100.1, 107.0], 110.0, TWO).verdict == OK
+    row = check_clocks(100.0, [100.1, 40.1], 100.3, TWO)
+    assert (row.verdict, row.finding) == (FAIL, "process 0 (n1) is 60.0 s ahead of process 1 (n2)")
 
 
 def test_wandb():
-    assert wandb_row("", {}).verdict == NOTE
-    assert wandb_row("p", {"WANDB_MODE": "offline"}).verdict == OK
+    assert check_wandb("", {}).verdict == NOTE
+    assert check_wandb("p", {"WANDB_MODE": "offline"}).verdict == OK
     nobody = f"http://localhost:{free_port()}"
-    row = wandb_row("p", {"WANDB_BASE_URL": nobody, "WANDB_API_KEY": "secret"})
+    row = check_wandb("p", {"WANDB_BASE_URL": nobody, "WANDB_API_KEY": "secret"})
     assert row.verdict == FAIL
-    assert "cannot be reached" in row.seen
-    assert "secret" not in row.seen + row.remedy
+    assert "cannot be reached" in row.finding
+    assert "secret" not in row.finding + row.remedy
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -60,13 +60,13 @@ def test_all_reduces_are_checked(wrong, monkeypatch):
     if wrong:
         psum = jax.lax.psum
         monkeypatch.setattr(jax.lax, "psum", lambda x, axes: psum(x, axes) + (x > 400).astype(np.float32))
-    whole, within, between = reduce_rows(["n1"])
+    whole, within, between = check_all_reduces(["n1"])
     assert whole.verdict == within.verdict == (FAIL if wrong else OK)
     assert between.verdict == NOTE
 
 
 def test_the_table_fits_a_terminal():
-    rows = [Row("a", OK, "word " * 60), Row("longer", FAIL, "bad", "do something")]
+    rows = [Result("a", OK, "word " * 60), Result("longer", FAIL, "bad", "do something")]
     lines = table(rows).splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[-3:] == ["longer  FAIL  bad", "              -> do something", "1 of 2 checks failed"]

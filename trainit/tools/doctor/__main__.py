@@ -21,11 +21,11 @@ def main() -> int:
     except (ConfigError, distributed.PlaceError) as error:
         cli.say(error)
         return cli.USAGE_ERROR
-    rows = checks.run(place)
+    results, connected = checks.run(place)
     if place.process_id == 0:
-        print(table(rows), flush=True)
-    code, together = int(any(row.verdict == FAIL for row in rows)), any(r.name == "clocks" for r in rows)
-    distributed.leave(distributed.agree(code) if together else code, together)
+        print(table(results), flush=True)
+    code = int(any(result.verdict == FAIL for result in results))
+    distributed.leave(distributed.agree(code) if connected else code, connected)
 
 
 if __name__ == "__main__":

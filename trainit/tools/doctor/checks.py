@@ -1,175 +1,53 @@
-"""All checks of the doctor, in the order of a run's start."""
+"""All checks of the doctor, in the order of a run's start: config, processes, devices, folder, data."""
 
 import json
 import os
-import platform
 import secrets
 import socket
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from jax.sharding import Mesh
 
-from trainit import __version__, cli
+from trainit import cli
 from trainit.cluster import distributed, rendezvous, run_lock
 from trainit.config import Config, ConfigError
 from trainit.data import training_data
 from trainit.data.dataset import Dataset, DatasetError
 from trainit.data.jsonl.dataset import Streamed
 from trainit.parallel import sharding
-from trainit.tools.doctor.environment import (
-    clock_row,
-    devices_row,
-    shared_row,
-    versions_row,
-    wandb_row,
-    write_row,
-)
-from trainit.tools.doctor.network import reduce_rows
-from trainit.tools.doctor.report import FAIL, OK, Row, by_value
+from trainit.tools.doctor import environment
+from trainit.tools.doctor.network import check_all_reduces
+from trainit.tools.doctor.report import FAIL, OK, Result, group_processes
 from trainit.train import trackers
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-SHARED_SECONDS = 10.0  # that a network file system may take to show a new file elsewhere
+T = TypeVar("T")
+DATA_SECONDS = 1.0  # for which the loader is timed
 
 
-def _data_rate(config: Config, dataset: Dataset | Streamed, mesh: Mesh, shape: tuple[int, int, int]) -> float:
-    """Tokens per second that this process reads, as a run would."""
-    batches = training_data.reader(config, dataset, shape, sharding.batch_sharding(mesh)).batches()
-    first = next(batches)
-    mine = sum(part.data.size for part in first["tokens"].addressable_shards if part.replica_id == 0)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 1.0:
-        next(batches)
-        count += 1
-    return count * mine / (time.perf_counter() - start)
+def run(place: distributed.Place) -> tuple[list[Result], bool]:
+    """Runs all checks. A collective, as soon as all processes are connected.
 
-
-def _attempt(work: Callable):
-    """Its result, or the error that it raises, as text: what one process meets must not stop the others."""
-    try:
-        return work()
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _local_findings(folder: Path, process: int) -> dict:
-    """What each process finds by itself."""
-    return {
-        "versions": {"Trainit": __version__, "Python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES},
-        "kinds": [device.device_kind for device in jax.local_devices()],
-        "write": _attempt(lambda: run_lock.make(folder, process) and ""),
-    }
-
-
-def _sees(path: Path, token: str) -> bool:
-    """Whether a file has this content, now or soon."""
-    until = time.monotonic() + SHARED_SECONDS
-    while time.monotonic() < until:
-        if path.exists() and path.read_text() == token:
-            return True
-        time.sleep(0.2)
-    return False
-
-
-def examine(config, dataset: Dataset | Streamed | None, resolved: Config | None, folder: Path) -> list[Row]:
-    """All checks that need the processes together. A collective.
-
-    Args:
-        config: what the flags describe.
-        dataset: if it can be opened.
-        resolved: the config, if it can work.
-        folder: the run's.
+    Returns:
+        the results, and whether the processes were connected: if not, what follows is left out.
     """
-    lead = distributed.is_lead()
-    hosts = distributed.gather_text(socket.gethostname())
-    processes = [f"process {number} ({host})" for number, host in enumerate(hosts)]
-    found = [
-        json.loads(text)
-        for text in distributed.gather_text(json.dumps(_local_findings(folder, jax.process_index())))
-    ]
-    rows = [
-        Row("processes", OK, by_value(["all there"] * len(hosts), processes)),
-        versions_row([f["versions"] for f in found], processes),
-        devices_row([f["kinds"] for f in found], processes),
-    ]
-    before = time.time()
-    distributed.gather(0)
-    clocks = [float(text) for text in distributed.gather_text(repr(time.time()))]
-    rows.append(clock_row(before, clocks, time.time(), processes))
-    rows += reduce_rows(hosts)
-    rows.append(write_row([f["write"] for f in found], processes, folder))
-    token = distributed.gather_text(secrets.token_hex(8))[0]
-    if not any(f["write"] for f in found):
-        path = folder / "logs" / f".doctor_{token}"
-        if lead:
-            path.write_text(token)
-        sees = distributed.gather(_sees(path, token))
-        if lead:
-            path.unlink()
-        rows.append(shared_row(sees, processes, folder))
-    rows += _config_rows(resolved, dataset, processes)
-    if lead:
-        rows.append(wandb_row(config.wandb.project, dict(os.environ)))
-    return rows
-
-
-def _config_rows(
-    config: Config | None, dataset: Dataset | Streamed | None, processes: list[str]
-) -> list[Row]:
-    """Whether the config fits the devices, and how fast its data comes. A collective."""
-    prints = distributed.gather_text(dataset.fingerprint if dataset else "none")
-    rows = []
-    if len(set(prints)) > 1:
-        remedy = "all hosts must see the same dataset.path"
-        rows.append(Row("dataset", FAIL, by_value(prints, processes), remedy))
-    if config is None or dataset is None or len(set(prints)) > 1:
-        return rows
-    try:
-        sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=cli.is_debug())
-    except ConfigError as error:
-        return [*rows, Row("mesh", FAIL, str(error))]
-    shape = sharding.batch_shape(config, sizes)
-    rate = _attempt(lambda: _data_rate(config, dataset, sharding.make_mesh(sizes), shape))
-    rates = distributed.gather_text(str(rate))
-    bad = [f"{who}: {text}" for who, text in zip(processes, rates, strict=True) if not _is_number(text)]
-    micro_steps, size, _ = shape
-    mesh = " × ".join(f"{axis} {length}" for axis, length in sizes.items())
-    seen = f"{mesh}; {config.batch_size} sequences are {micro_steps} micro-steps of {size}"
-    rows.append(Row("mesh", OK, seen))
-    if bad:
-        rows.append(Row("dataset", FAIL, "; ".join(bad), "see that all hosts can read dataset.path"))
-    else:
-        slowest = trackers.quantity(min(map(float, rates)))
-        rows.append(Row("dataset", OK, f"{dataset.folder}: {slowest} tokens/s in the slowest process"))
-    return rows
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return float(text) >= 0
-    except ValueError:
-        return False
-
-
-def run(place: distributed.Place) -> list[Row]:
-    """All checks, in the order in which a run would meet what they find. A collective."""
-    rows, config, dataset, resolved = [], cli.unresolved(), None, None
+    # The config and the dataset: what is wrong with them does not keep the machine from being checked.
+    results, config, dataset, resolved = [], cli.unresolved(), None, None
     try:
         resolved, dataset = cli.read()
+        results.append(Result("config", OK, "valid"))
     except (ConfigError, DatasetError) as error:
         name = "dataset" if isinstance(error, DatasetError) else "config"
-        rows.append(Row(name, FAIL, str(error)))
-    else:
-        rows.append(Row("config", OK, "it can work"))
-    rows.append(Row("place", OK, f"{place.source}, processes: {place.num_processes}"))
+        results.append(Result(name, FAIL, str(error)))
+
+    # The processes find each other as those of a run do.
+    results.append(Result("place", OK, f"{place.source}, processes: {place.num_processes}"))
     try:
         told = distributed.configure(config.platform, config.cpu_devices, cli.cache(), place)
-        rows.append(Row("settings", OK, told))
+        results.append(Result("settings", OK, told))
         coordinator = ""
         if place.num_processes > 1:
             distributed.check_coordinator(place)
@@ -180,7 +58,110 @@ def run(place: distributed.Place) -> list[Row]:
             )
         distributed.initialize(config.platform, place, coordinator)
     except rendezvous.MeetingError as error:
-        return [*rows, Row("processes", FAIL, str(error))]
+        return [*results, Result("processes", FAIL, str(error))], False
     except distributed.PlaceError as error:
-        return [*rows, Row("devices", FAIL, str(error))]
-    return rows + examine(config, dataset, resolved, cli.workdir())
+        return [*results, Result("devices", FAIL, str(error))], False
+
+    hosts = distributed.gather_text(socket.gethostname())
+    processes = [f"process {index} ({host})" for index, host in enumerate(hosts)]
+    results += _check_machines(hosts, processes, cli.workdir())
+    results += _check_data(resolved, dataset, processes)
+    if distributed.is_lead():
+        results.append(environment.check_wandb(config.wandb.project, os.environ))
+    return results, True
+
+
+def _check_machines(hosts: list[str], processes: list[str], folder: Path) -> list[Result]:
+    """Checks everything that does not depend on the config. A collective."""
+    # What each process knows about itself, for all to see.
+    _, write_error = _attempt(lambda: run_lock.make(folder, jax.process_index()))
+    own = {
+        "versions": environment.versions(),
+        "devices": [device.device_kind for device in jax.local_devices()],
+        "write_error": write_error,
+    }
+    gathered = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
+    write_errors = [each["write_error"] for each in gathered]
+    results = [
+        Result("processes", OK, group_processes(["connected"] * len(hosts), processes)),
+        environment.check_versions([each["versions"] for each in gathered], processes),
+        environment.check_devices([each["devices"] for each in gathered], processes),
+    ]
+
+    # All clocks are read between two collectives, whose time bounds the error.
+    before = time.time()
+    distributed.gather(0)
+    clocks = [float(text) for text in distributed.gather_text(repr(time.time()))]
+    results.append(environment.check_clocks(before, clocks, time.time(), processes))
+
+    results += check_all_reduces(hosts)
+
+    # Process 0 writes a file of random content, which every process must see.
+    results.append(environment.check_workdir(write_errors, processes, folder))
+    token = distributed.gather_text(secrets.token_hex(8))[0]
+    if not any(write_errors):
+        file = folder / "logs" / f".doctor_{token}"
+        if distributed.is_lead():
+            file.write_text(token)
+        visible = distributed.gather(environment.appears(file, token))
+        if distributed.is_lead():
+            file.unlink()
+        results.append(environment.check_shared(visible, processes, folder))
+    return results
+
+
+def _check_data(
+    config: Config | None, dataset: Dataset | Streamed | None, processes: list[str]
+) -> list[Result]:
+    """Checks that the config fits the devices, and how fast its data is read. A collective.
+
+    Args:
+        config: None if it is not valid.
+        dataset: None if it cannot be opened.
+        processes: their names.
+    """
+    fingerprints = distributed.gather_text(dataset.fingerprint if dataset else "none")
+    if len(set(fingerprints)) > 1:
+        finding = group_processes(fingerprints, processes)
+        return [Result("dataset", FAIL, finding, "all hosts must see the same dataset.path")]
+    if config is None or dataset is None:
+        return []
+    try:
+        sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=cli.is_debug())
+    except ConfigError as error:
+        return [Result("mesh", FAIL, str(error))]
+    shape = micro_steps, rows, _ = sharding.batch_shape(config, sizes)
+    mesh = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+    finding = f"{mesh}; {config.batch_size} sequences are {micro_steps} micro-steps of {rows}"
+    results = [Result("mesh", OK, finding)]
+
+    own = _attempt(lambda: _data_rate(config, dataset, sharding.make_mesh(sizes), shape))
+    rates, errors = zip(*map(json.loads, distributed.gather_text(json.dumps(own))), strict=True)
+    failures = [f"{process}: {error}" for process, error in zip(processes, errors, strict=True) if error]
+    if failures:
+        remedy = "check that all hosts can read dataset.path"
+        results.append(Result("dataset", FAIL, "; ".join(failures), remedy))
+    else:
+        finding = f"{dataset.folder}: {trackers.quantity(min(rates))} tokens/s in the slowest process"
+        results.append(Result("dataset", OK, finding))
+    return results
+
+
+def _data_rate(config: Config, dataset: Dataset | Streamed, mesh: Mesh, shape: tuple[int, int, int]) -> float:
+    """Returns the tokens per second that this process reads in the way of a run."""
+    batches = training_data.reader(config, dataset, shape, sharding.batch_sharding(mesh)).batches()
+    tokens = next(batches)["tokens"]
+    own_tokens = sum(shard.data.size for shard in tokens.addressable_shards if shard.replica_id == 0)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < DATA_SECONDS:
+        next(batches)
+        count += 1
+    return count * own_tokens / (time.perf_counter() - start)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
+    """Returns the result and "", or None and the error, so that no process misses the next collective."""
+    try:
+        return work(), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())}"

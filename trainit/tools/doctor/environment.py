@@ -1,85 +1,124 @@
-"""Whether all processes have the same environment: versions, devices, clocks, the run's folder, W&B."""
+"""Checks that all processes have the same environment: versions, devices, clocks, the run's folder, W&B.
+
+Each check judges values that were gathered from all processes; `processes` are their names, such as
+"process 0 (host1)", in the same order.
+"""
 
 import netrc
+import platform
 import shutil
 import socket
+import time
 import urllib.parse
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
-from trainit.tools.doctor.report import FAIL, NOTE, OK, Row, by_value
+from trainit import __version__
+from trainit.tools.doctor.report import FAIL, NOTE, OK, Result, group_processes
 
-SKEW_SECONDS = 5.0  # by which clocks may differ: logs and file times are compared across hosts
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+SKEW_SECONDS = 5.0  # that clocks may differ by: logs and file times are compared across hosts
+SHARED_SECONDS = 10.0  # that a network file system may take to show a new file on another host
 
 
-def versions_row(found: list[dict], processes: list[str]) -> Row:
-    """Whether all processes have the same versions."""
-    different = [name for name in found[0] if len({f[name] for f in found}) > 1]
+def versions() -> dict[str, str]:
+    """Returns the versions that this process has."""
+    own = {"Trainit": __version__, "Python": platform.python_version()}
+    return own | {name: version(name) for name in PACKAGES}
+
+
+def check_versions(by_process: list[dict[str, str]], processes: list[str]) -> Result:
+    """Checks that all processes have the same versions."""
+    first = by_process[0]
+    different = [name for name in first if len({each[name] for each in by_process}) > 1]
     if different:
-        seen = "; ".join(f"{name} {by_value([f[name] for f in found], processes)}" for name in different)
-        return Row("versions", FAIL, seen, "install the same environment on all hosts: see TRAINIT_ACTIVATE")
-    return Row("versions", OK, ", ".join(f"{name} {number}" for name, number in found[0].items()))
-
-
-def devices_row(kinds: list[list[str]], processes: list[str]) -> Row:
-    """Whether all processes have the same devices."""
-    texts = [f"{len(k)} × {k[0]}" for k in kinds]
-    if len(set(texts)) > 1:
-        return Row(
-            "devices",
-            FAIL,
-            by_value(texts, processes),
-            "ask for the same number and kind of GPUs on each host",
+        finding = "; ".join(
+            f"{name} {group_processes([each[name] for each in by_process], processes)}" for name in different
         )
-    return Row("devices", OK, f"{texts[0]} in each of {len(processes)} processes")
+        remedy = "install the same environment on all hosts: see TRAINIT_ACTIVATE"
+        return Result("versions", FAIL, finding, remedy)
+    return Result("versions", OK, ", ".join(f"{name} {number}" for name, number in first.items()))
 
 
-def clock_row(before: float, clocks: list[float], after: float, processes: list[str]) -> Row:
-    """How far clocks are apart that were read at the same time, but for the time between two barriers."""
-    skew, bound = max(clocks) - min(clocks), after - before
-    slowest, fastest = (processes[clocks.index(choose(clocks))] for choose in (min, max))
-    seen = f"{skew:.2f} s apart at most (read within {bound:.2f} s)"
-    if skew - bound > SKEW_SECONDS:
-        seen = f"{fastest} is {skew:.1f} s ahead of {slowest}"
-        return Row("clocks", FAIL, seen, "have the hosts' clocks set by NTP")
-    return Row("clocks", OK, seen)
+def check_devices(by_process: list[list[str]], processes: list[str]) -> Result:
+    """Checks that all processes have the same devices.
+
+    Args:
+        by_process: the kinds of each process's devices.
+        processes: names of the processes.
+    """
+    texts = [f"{len(kinds)} × {kinds[0]}" for kinds in by_process]
+    if len(set(texts)) > 1:
+        remedy = "ask for the same number and kind of GPUs on each host"
+        return Result("devices", FAIL, group_processes(texts, processes), remedy)
+    return Result("devices", OK, f"{texts[0]} in each of {len(processes)} processes")
 
 
-def write_row(errors: list[str], processes: list[str], folder: Path) -> Row:
-    """Whether every process can write to the run's folder."""
-    bad = {process: error for process, error in zip(processes, errors, strict=True) if error}
-    if bad:
-        remedy = "give a --workdir= that all hosts can write to, and see its quota"
-        return Row("workdir", FAIL, "; ".join(f"{who}: {why}" for who, why in bad.items()), remedy)
+def check_clocks(before: float, clocks: list[float], after: float, processes: list[str]) -> Result:
+    """Checks that the hosts' clocks agree.
+
+    Args:
+        before: this process's time before all clocks were read, in seconds.
+        clocks: each process's time; they were read at some moment between `before` and `after`.
+        after: this process's time after that.
+        processes: names of the processes.
+    """
+    skew, uncertainty = max(clocks) - min(clocks), after - before
+    if skew - uncertainty > SKEW_SECONDS:
+        slowest, fastest = (processes[clocks.index(extreme(clocks))] for extreme in (min, max))
+        finding = f"{fastest} is {skew:.1f} s ahead of {slowest}"
+        return Result("clocks", FAIL, finding, "have the hosts' clocks set by NTP")
+    return Result("clocks", OK, f"at most {skew:.2f} s apart (all read within {uncertainty:.2f} s)")
+
+
+def check_workdir(errors: list[str], processes: list[str], folder: Path) -> Result:
+    """Checks that every process can write to the run's folder; `errors` are empty where it can."""
+    failures = [f"{process}: {error}" for process, error in zip(processes, errors, strict=True) if error]
+    if failures:
+        remedy = "give a --workdir= that all hosts can write to, and check its quota"
+        return Result("workdir", FAIL, "; ".join(failures), remedy)
     free = shutil.disk_usage(folder).free / 2**30
-    return Row("workdir", OK, f"{folder} can be written, {free:.0f} GiB free")
+    return Result("workdir", OK, f"{folder} can be written, {free:.0f} GiB free")
 
 
-def shared_row(sees: list[bool], processes: list[str], folder: Path) -> Row:
-    """Whether what the lead writes into the run's folder is seen by all."""
-    blind = [process for process, good in zip(processes, sees, strict=True) if not good]
+def appears(file: Path, content: str) -> bool:
+    """Whether a file with this content appears within SHARED_SECONDS."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while time.monotonic() < deadline:
+        if file.exists() and file.read_text() == content:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def check_shared(visible: list[bool], processes: list[str], folder: Path) -> Result:
+    """Checks that each process sees the file that process 0 has written to the run's folder."""
+    blind = [process for process, sees in zip(processes, visible, strict=True) if not sees]
     if blind:
-        seen = f"what {processes[0]} writes to {folder} is not seen by {', '.join(blind[:8])}"
-        return Row("shared", FAIL, seen, "give a --workdir= on a file system that all hosts share")
-    return Row("shared", OK, f"what process 0 writes there is seen by all of {len(processes)}")
+        finding = f"{', '.join(blind[:8])} cannot see what {processes[0]} writes to {folder}"
+        return Result("shared", FAIL, finding, "give a --workdir= on a file system that all hosts share")
+    return Result("shared", OK, f"all {len(processes)} processes see what process 0 writes to the workdir")
 
 
-def wandb_row(project: str, environment: dict[str, str]) -> Row:
-    """Whether W&B can be reached, if it is used. Tells where a key is found, never the key."""
+def check_wandb(project: str, environment: Mapping[str, str]) -> Result:
+    """Checks that W&B can be reached, if it is used. Reports whether there is a key, never the key."""
     if not project:
-        return Row("wandb", NOTE, "not used: wandb.project is empty")
+        return Result("wandb", NOTE, "not used: wandb.project is empty")
     if environment.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return Row("wandb", OK, f"{environment['WANDB_MODE']}: nothing leaves this machine")
+        return Result("wandb", OK, f"{environment['WANDB_MODE']}: nothing leaves this machine")
     url = urllib.parse.urlparse(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai")
-    port = url.port or (443 if url.scheme == "https" else 80)
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     try:
-        socket.create_connection((url.hostname, port), timeout=5).close()
+        socket.create_connection((host, port), timeout=5).close()
     except OSError as error:
-        seen = f"{url.hostname}:{port} cannot be reached: {error.strerror or error}"
-        return Row("wandb", FAIL, seen, "set WANDB_MODE=offline, and wandb sync later, or see the proxy")
+        finding = f"{host}:{port} cannot be reached: {error.strerror or error}"
+        remedy = "set WANDB_MODE=offline and run `wandb sync` later, or check the proxy"
+        return Result("wandb", FAIL, finding, remedy)
     try:
-        login = netrc.netrc().authenticators(url.hostname)
+        login = netrc.netrc().authenticators(host)
     except (OSError, netrc.NetrcParseError):
         login = None
     if not (environment.get("WANDB_API_KEY") or login):
-        return Row("wandb", FAIL, f"{url.hostname} is there, but no login", "run: wandb login")
-    return Row("wandb", OK, f"{url.hostname} is there, with a login")
+        return Result("wandb", FAIL, f"{host} can be reached, but there is no login", "run: wandb login")
+    return Result("wandb", OK, f"{host} can be reached, with a login")

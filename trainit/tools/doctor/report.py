@@ -1,39 +1,38 @@
-"""The outcome of checks, and the table in which they are printed."""
+"""The results of the doctor's checks, and the table in which they are printed."""
 
-import textwrap
 from dataclasses import dataclass
 
-OK, NOTE, FAIL = "ok", "note", "FAIL"
-COLUMNS = 84  # of what was found, beside the names of checks
+from tabulate import tabulate
+
+OK, NOTE, FAIL = "ok", "note", "FAIL"  # verdicts
+FINDING_WIDTH = 84  # characters; with the two columns before it, the table fits a terminal of 100
 
 
 @dataclass(frozen=True)
-class Row:
-    """The outcome of one check."""
+class Result:
+    """The result of one check."""
 
-    name: str
+    check: str
     verdict: str  # OK, NOTE or FAIL
-    seen: str
-    remedy: str = ""
+    finding: str
+    remedy: str = ""  # what to do if it failed
 
 
-def table(rows: list[Row]) -> str:
-    """Aligned, a remedy under each check that failed, and a count."""
-    width = max(len(row.name) for row in rows)
-    lines = []
-    for row in rows:
-        remedy = f"\n-> {row.remedy}" * (row.verdict == FAIL and row.remedy != "")
-        parts = [part for text in (row.seen + remedy).splitlines() for part in textwrap.wrap(text, COLUMNS)]
-        heads = [f"{row.name:{width}}  {row.verdict:4}  "] + [" " * (width + 8)] * (len(parts) - 1)
-        lines += [head + part for head, part in zip(heads, parts, strict=True)]
-    failed = sum(row.verdict == FAIL for row in rows)
-    lines.append(f"{failed} of {len(rows)} checks failed" if failed else f"all {len(rows)} checks passed")
-    return "\n".join(lines)
+def table(results: list[Result]) -> str:
+    """Returns the results as a table, each failure with its remedy below, and the number of failures."""
+    rows = []
+    for result in results:
+        remedy = f"\n-> {result.remedy}" if result.verdict == FAIL and result.remedy else ""
+        rows.append((result.check, result.verdict, result.finding + remedy))
+    text = tabulate(rows, tablefmt="plain", maxcolwidths=[None, None, FINDING_WIDTH], disable_numparse=True)
+    failed = sum(result.verdict == FAIL for result in results)
+    count = f"{failed} of {len(results)} checks failed" if failed else f"all {len(results)} checks passed"
+    return f"{text}\n{count}"
 
 
-def by_value(values: list, processes: list[str]) -> str:
-    """'0.10.2: process 0 (n1); 0.11.0: process 1 (n2)', for values that should be the same everywhere."""
+def group_processes(values: list, processes: list[str]) -> str:
+    """Returns which processes have which value: '0.10.2: process 0 (n1); 0.11.0: process 1 (n2)'."""
     groups: dict[str, list[str]] = {}
     for value, process in zip(values, processes, strict=True):
         groups.setdefault(str(value), []).append(process)
-    return "; ".join(f"{value}: {', '.join(who[:8])}" for value, who in groups.items())
+    return "; ".join(f"{value}: {', '.join(group[:8])}" for value, group in groups.items())

@@ -13,6 +13,7 @@ from trainit import config as config_lib
 from trainit.model import attention
 from trainit.model.gpt import GPT
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
 BLOCK = 4
@@ -140,8 +141,8 @@ def test_blockwise_over_a_mesh_is_that_of_one_device():
         config.model.update(num_kv_heads=2, context_length=attention.BLOCK + 32, attention="blockwise")
         config.model.update(document_mask=True, end_of_text=3)
         config = config_lib.resolve(config, 100)
-        mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-        steps = step.build(config, mesh)
+        mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+        steps = step.build(config, shape_on(config, mesh))
         ids = np.random.default_rng(0).integers(0, 100, (1, 8, config.model.context_length + 1))
         batch = {"tokens": ids.astype(np.uint16), "lengths": np.full((1, 8), ids.shape[2] - 1, np.int32)}
         batch, state, found = jax.device_put(batch, sharding.batch_sharding(mesh)), steps.init(), []

@@ -15,6 +15,7 @@ from trainit import optimizers
 from trainit.cluster import distributed
 from trainit.config import MESH_AXES, defaults, model, resolve
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.tools.benchmark import contender, suite
 from trainit.tools.benchmark import profile as where
 from trainit.train import step
@@ -88,12 +89,13 @@ def test_time_is_shared_out_by_scopes():
 
 def test_a_real_profile_finds_every_part():
     """The named scopes of model and step are in the compiled program, forward and backward."""
-    mesh = sharding.make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
+    mesh = make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
     config = defaults()
     config.update(batch_size=2, precision="float32")
     config.model = model(dim=32, num_heads=2, num_blocks=2, context_length=32, vocab_size=128)
     config.optimizer = optimizers.choices()["adamw"]()
-    steps = step.build(resolve(config, 100), mesh)
+    config = resolve(config, 100)
+    steps = step.build(config, shape_on(config, mesh))
     batch = {"tokens": np.zeros((1, 2, 33), np.uint16), "lengths": np.full((1, 2), 32, np.int32)}
     state, batch = steps.init(), jax.device_put(batch, sharding.batch_sharding(mesh))
     compiled = steps.train.lower(state, batch).compile()

@@ -16,6 +16,7 @@ from test_config import make
 
 from trainit.config import ConfigError, resolve
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 from trainit.train.checkpoint import FREE, CheckpointStore, differences, due
 
@@ -26,7 +27,8 @@ def build(sizes=EIGHT, arg="", **changes):
     config = tiny.get_config(arg)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-    return step.build(resolve(config, 257), sharding.make_mesh(sizes, devices))
+    config = resolve(config, 257)
+    return step.build(config, shape_on(config, make_mesh(sizes, devices)))
 
 
 def assert_equal(a, b):

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh
 from trainit.tools.plan import hlo
 from trainit.tools.plan.hlo import Collective
 
@@ -17,7 +18,7 @@ F = jnp.float32
 
 def found(function, shape, spec, outputs, dtype=F, sizes=SIZES) -> list[tuple]:
     """(kind, dtype, axes, devices, size, times) of a function under shard_map."""
-    mesh = sharding.make_mesh(sizes)
+    mesh = make_mesh(sizes)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=outputs, check_vma=False)
     argument = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
     _, text = hlo.compile_with_text(jax.jit(mapped).lower(argument))
@@ -79,7 +80,7 @@ def test_the_text_does_not_come_from_the_cache(keep_compiled, tmp_path):
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 
     def lowered():
-        layout = sharding.replicated(sharding.make_mesh(SIZES))
+        layout = sharding.replicated(make_mesh(SIZES))
         return jax.jit(lambda x: jnp.sin(x) * 41.5, out_shardings=layout).lower(jnp.ones(3))
 
     for _ in range(2):
@@ -108,7 +109,7 @@ def test_equal_ones_count_once():
 
 def test_what_the_partitioner_adds():
     """A product over a split dimension is a sum over its axis, written in another form than shard_map's."""
-    mesh = sharding.make_mesh(SIZES)
+    mesh = make_mesh(SIZES)
     a, b = (
         jax.ShapeDtypeStruct(shape, F, sharding=NamedSharding(mesh, spec))
         for shape, spec in (((8, 16), P(None, ("data", "tensor"))), ((16, 4), P(("data", "tensor"))))

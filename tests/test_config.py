@@ -6,7 +6,7 @@ import pytest
 from trainit import config as config_lib
 from trainit import optimizers
 from trainit.config import ConfigError, choose, defaults, resolve
-from trainit.parallel.sharding import mesh_sizes, micro_steps
+from trainit.parallel.mesh import abstract_mesh, mesh_sizes, shape_on
 
 
 def make(arg="", **changes):
@@ -180,6 +180,9 @@ def test_debug_shrinks_any_config_to_the_devices(devices):
 
 
 def test_micro_steps_are_the_fewest_that_fit():
+    def micro_steps(config, sizes: dict[str, int]) -> int:
+        return shape_on(config, abstract_mesh({"tensor": 1, "context": 1, **sizes})).batch_at(0).micro_steps
+
     config = resolve(make(batch_size=96, device_batch_size=5), 50257)
     assert micro_steps(config, {"data": 2, "fsdp": 4}) == 3  # 12 a device: 3 times 4
     assert micro_steps(config, {"data": 1, "fsdp": 96}) == 1

@@ -14,6 +14,7 @@ from trainit import config as config_lib
 from trainit.config import ConfigError
 from trainit.model.gpt import GPT
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore
 
@@ -27,7 +28,7 @@ def build(mesh=None, arg="diagnostics=full,optimizer=ogd_md", **changes):
     config.model.attn_dropout = 0.0
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     config = config_lib.resolve(config, 257)
-    return config, step.build(config, mesh or sharding.make_mesh(SIZES))
+    return config, step.build(config, shape_on(config, mesh or make_mesh(SIZES)))
 
 
 def batches(count: int) -> list[dict]:
@@ -42,7 +43,7 @@ def batches(count: int) -> list[dict]:
 
 def train(steps, state, data, mesh=None):
     """The state and the metrics behind each step."""
-    layout, trail = sharding.batch_sharding(mesh or sharding.make_mesh(SIZES)), []
+    layout, trail = sharding.batch_sharding(mesh or make_mesh(SIZES)), []
     for batch in data:
         state, metrics = steps.train(state, jax.device_put(batch, layout))
         trail.append(jax.device_get((state, metrics)))
@@ -211,7 +212,7 @@ def test_the_run_is_the_same_with_and_without(whole_run):
     texts = []
     for more in ({}, {name: value for name, value in EVERYTHING.items() if name not in fields}):
         _, steps = build(**fields | more, diagnostics__every_steps=0)
-        batch = jax.device_put(data[0], sharding.batch_sharding(sharding.make_mesh(SIZES)))
+        batch = jax.device_put(data[0], sharding.batch_sharding(make_mesh(SIZES)))
         texts.append(steps.train.lower(steps.abstract_state, batch).as_text())
         assert steps.abstract_state.diagnostics == {}
     assert texts[0] == texts[1]

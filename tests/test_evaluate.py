@@ -10,6 +10,7 @@ from trainit.cluster.peers import Peers
 from trainit.data.dataset import open_dataset
 from trainit.model.gpt import GPT
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 from trainit.train.evaluate import evaluate
 
@@ -20,8 +21,8 @@ def test_metrics_of_each_subset(sequences, subset_dataset):
     config = tiny.get_config()
     config = config_lib.resolve(config, dataset.vocab_size)
     sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-    mesh = sharding.make_mesh(sizes)
-    steps = step.build(config, mesh)
+    mesh = make_mesh(sizes)
+    steps = step.build(config, shape_on(config, mesh))
     params, length = steps.init().params, config.model.context_length
     token_bytes = dataset.tokenizer.token_bytes()
     result = evaluate(

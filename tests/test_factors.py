@@ -16,6 +16,7 @@ from trainit import config as config_lib
 from trainit.model.gpt import GPT
 from trainit.parallel import float8 as factors
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
 B, L, D, F = 8, 16, 24, 32
@@ -160,8 +161,8 @@ def run(**precision_of):
     config.precision_of.update(precision_of)
     config.model.update(attn_dropout=0.0, num_blocks=1)
     config = config_lib.resolve(config, 257)
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
-    steps = step.build(config, mesh)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    steps = step.build(config, shape_on(config, mesh))
     state, losses, rng = steps.init(), [], np.random.default_rng(4)
     for _ in range(12):
         tokens = (rng.integers(0, 4, (2, 8, 33)).cumsum(-1) % 16).astype(np.uint16)

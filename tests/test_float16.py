@@ -12,11 +12,12 @@ import tiny
 from trainit import config as config_lib
 from trainit.model.gpt import GPT
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import loss_scale, step
 from trainit.train.checkpoint import CheckpointStore
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-MESH = sharding.make_mesh(SIZES)
+MESH = make_mesh(SIZES)
 
 
 @functools.cache
@@ -25,7 +26,8 @@ def build(precision="float16", arg="", **changes):
     config.precision = precision
     config.model.update(attn_dropout=0.0, num_blocks=1)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-    return step.build(config_lib.resolve(config, 257), MESH)
+    config = config_lib.resolve(config, 257)
+    return step.build(config, shape_on(config, MESH))
 
 
 def batches(count: int) -> list[dict]:

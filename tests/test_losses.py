@@ -11,18 +11,19 @@ import pytest
 from jax.sharding import NamedSharding
 
 from trainit.config import MESH_AXES
-from trainit.model.cross_entropy import CrossEntropy, chunk_size
+from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import Head
 from trainit.parallel import sharding
 from trainit.parallel.matmul import Parallel
+from trainit.parallel.mesh import chunk_size, make_mesh
 
 B, L, V = 3, 7, 19
 MESHES = ({}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"fsdp": 8}, {"tensor": 8})
 
 
-def make_mesh(**sizes):
+def one_mesh(**sizes):
     sizes = dict.fromkeys(MESH_AXES, 1) | sizes
-    return sharding.make_mesh(sizes, jax.devices()[: np.prod(list(sizes.values()))])
+    return make_mesh(sizes, jax.devices()[: np.prod(list(sizes.values()))])
 
 
 def numpy_sums(logits_BLV, targets_BL, mask_BL, z_loss=0.0):
@@ -60,7 +61,7 @@ def draw(seed: int, scale: float = 1.0, offset: float = 0.0):
 def minimized(logits_BLV, targets_BL, mask_BL):
     """Of logits, which a head that is the identity leaves as they are."""
     head = Head(jnp.eye(logits_BLV.shape[-1]), None, 0.0)
-    return CrossEntropy(Parallel(make_mesh())).sums(head, logits_BLV, targets_BL, mask_BL)
+    return CrossEntropy(Parallel(one_mesh())).sums(head, logits_BLV, targets_BL, mask_BL)
 
 
 def cross_entropy(logits_BLV, targets_BL, mask_BL):
@@ -189,7 +190,7 @@ def mesh_name(sizes) -> str:
 def test_chunks_on_a_mesh_equal_numpy(name, sizes):
     """Sums and gradients by head and states, the factor before them 3."""
     arguments, expected, expected_gradients = case(**HEADS[name])
-    loss = CrossEntropy(Parallel(make_mesh(**sizes)), logits_mib=0.01, z_loss=HEADS[name].get("z_loss", 0.0))
+    loss = CrossEntropy(Parallel(one_mesh(**sizes)), logits_mib=0.01, z_loss=HEADS[name].get("z_loss", 0.0))
 
     def tripled(head, x_BLD):
         objective, sums = loss.sums(head, x_BLD, *arguments[2:])
@@ -224,7 +225,7 @@ def test_a_scale_keeps_small_float16_gradients(sizes):
     _, d = numpy_sums(x @ kernel + bias_V, targets_BL, mask_BL)
     expected = [np.delete(np.einsum("bld,blv->dv", x, d), 5, axis=1), d @ kernel.T]
     head = head.replace(kernel_DV.astype(jnp.float32), jnp.asarray(bias_V))
-    loss = CrossEntropy(Parallel(make_mesh(**sizes)), logits_mib=0.01)
+    loss = CrossEntropy(Parallel(one_mesh(**sizes)), logits_mib=0.01)
 
     def errors(scale):
         """Of the gradients by kernel and by states, over the scale, in units of their norms."""
@@ -246,7 +247,7 @@ def test_tokens_equal_numpy(sizes):
     (head, x_BLD, targets_BL, _), _, _ = case(softcap=2.0, bias=True)
     logits = np.asarray(x_BLD, np.float64) @ np.asarray(head.kernel_DV, np.float64) + head.bias_V
     logits = 2 * np.tanh(logits / 2)
-    tokens = jax.jit(CrossEntropy(Parallel(make_mesh(**sizes)), 0.01).tokens)(head, x_BLD, targets_BL)
+    tokens = jax.jit(CrossEntropy(Parallel(one_mesh(**sizes)), 0.01).tokens)(head, x_BLD, targets_BL)
     log_total = np.log(np.exp(logits).sum(-1))
     target = np.take_along_axis(logits, targets_BL[..., None], -1)[..., 0]
     np.testing.assert_allclose(tokens["log_total"], log_total, rtol=2e-6)
@@ -284,7 +285,7 @@ def compiled(function, mesh, vocab):
 
 def test_memory_does_not_grow_with_the_vocabulary():
     """Temporaries of loss and gradient at V and 2 V, beside a kernel's size, against optax on all logits."""
-    mesh, vocab, kernel = make_mesh(), 4096, 4 * 64 * 4096
+    mesh, vocab, kernel = one_mesh(), 4096, 4 * 64 * 4096
 
     def plain(head, x_BLD, targets_BL, mask_BL):
         losses_BL = optax.softmax_cross_entropy_with_integer_labels(head(x_BLD), targets_BL)
@@ -302,7 +303,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
 
 def test_logits_are_computed_once():
     """The head is multiplied once for the loss, three times for loss and gradient: no chunk anew."""
-    mesh = make_mesh()
+    mesh = one_mesh()
     loss, arguments = CrossEntropy(Parallel(mesh), logits_mib=2).sums, abstract(mesh, 4096)
     for function, products in ((loss, 1), (jax.grad(loss, argnums=(0, 1), has_aux=True), 3)):
         assert str(jax.make_jaxpr(function)(*arguments)).count("dot_general[") == products
@@ -310,7 +311,7 @@ def test_logits_are_computed_once():
 
 def test_the_kernel_travels_once():
     """On data 2, fsdp 2, tensor 2, in chunks: the loop exchanges a few numbers a position, and no more."""
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = one_mesh(data=2, fsdp=2, tensor=2)
     program = compiled(CrossEntropy(Parallel(mesh), logits_mib=1).sums, mesh, 4096).as_text()
     exchanges, where = {"loop": [], "outside": []}, ""
     for line in program.splitlines():

@@ -10,8 +10,9 @@ import pytest
 import trainit.config
 from trainit import optimizers
 from trainit.model.attention import dropout, plain
-from trainit.model.gpt import GPT, choose_attention
+from trainit.model.gpt import GPT
 from trainit.parallel import sharding
+from trainit.parallel.mesh import choose_attention
 
 MODERN = {
     "norm": "rmsnorm",

@@ -26,6 +26,7 @@ from trainit import optimizers
 from trainit.config import ConfigError
 from trainit.model.gpt import GPT
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
 
@@ -60,8 +61,8 @@ def test_gradients_are_taken_at_y_and_the_model_is_x(random_dataset):
         "blocks/.* optimizer=schedule_free+sgdm learning_rate=0.4 weight_decay=0 schedule_free.beta=0.6",
     )
     config = config_lib.resolve(config, 257)
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
-    steps, model = step.build(config, mesh), GPT(config.model)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    steps, model = step.build(config, shape_on(config, mesh)), GPT(config.model)
     tokens = np.random.default_rng(3).integers(0, 256, (4, 2, 8, 33)).astype(np.uint16)
     layout = sharding.batch_sharding(mesh)
 

@@ -20,6 +20,7 @@ from optimizer_cases import (
 )
 
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh
 
 FIELDS = {"beta1": 0.8, "beta2": 0.7, "shampoo_beta": 0.6, "precondition_every": 2}
 # Sides of 64 are left out: of one gradient's 64 x 64 factor, 48 eigenvectors are anybody's.
@@ -101,7 +102,7 @@ def test_soap():
 def test_a_device_has_one_layers_squares_at_a_time():
     """No buffer is larger than a device's share of the largest squares, all layers, or one whole square."""
     shapes = {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((8, 32, 128), jnp.float32)}}}}
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 4, "context": 1})
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 4, "context": 1})
     optimizer = build("soap", {}, shapes=shapes, mesh=mesh)
     state = jax.eval_shape(optimizer.init, shapes)
     layout = sharding.state_shardings((shapes, state, shapes), shapes, mesh)
@@ -178,7 +179,7 @@ def test_refusals(name, changes, message):
 def test_squares_are_split_where_that_divides():
     """A side of 6 is not split over 4 devices, and a square that belongs to no parameter not at all."""
     shapes = {"blocks": {"mlp": {"down": {"kernel": jax.ShapeDtypeStruct((3, 6, 8), jnp.float32)}}}}
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
     left, right = ({"blocks": {"mlp": {"down": {"kernel": jnp.zeros((3, n, n))}}}} for n in (6, 8))
     layout = sharding.state_shardings((left, right, jnp.zeros((3, 8, 8))), shapes, mesh)
     specs = [s.spec for s in jax.tree.leaves(layout)]

@@ -33,6 +33,7 @@ from trainit import optimizers
 from trainit.config import ConfigError, choose, defaults, resolve
 from trainit.model.gpt import GPT
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
 ADAM = {"beta1": 0.8, "beta2": 0.97, "eps": 1e-3}
@@ -232,8 +233,8 @@ def test_gradients_elsewhere_are_the_batch_s_own(name, random_dataset):
     }
     config.optimizer.update(changes[name])
     config = resolve(config, 257)
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
-    steps, model = step.build(config, mesh), GPT(config.model)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    steps, model = step.build(config, shape_on(config, mesh)), GPT(config.model)
     tokens = np.random.default_rng(3).integers(0, 256, (2, 2, 8, 33)).astype(np.uint16)
     lengths = np.full((2, 8), 32, np.int32)
 

@@ -12,6 +12,7 @@ from optimizer_cases import RATES, by_path, draw, draw_gradients, run, some_shap
 from trainit import optimizers
 from trainit.config import ConfigError, defaults, flatten, resolve
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh
 
 PEAK = 0.5
 
@@ -62,7 +63,7 @@ def test_each_group_has_the_updates_of_its_optimizer():
 def test_state_is_laid_out_as_the_parameters():
     optimizer = build("adamw", ("head/.* optimizer=sgdm",))
     state = jax.eval_shape(optimizer.init, some_shapes())
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
     layouts = sharding.state_shardings(state, some_shapes(), mesh)
     names = [
         sharding.path_name(path)

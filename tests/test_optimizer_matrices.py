@@ -23,6 +23,7 @@ from test_optimizer_formulas import numpy_adam, numpy_momentum
 
 from trainit.optimizers.common import newton_schulz as _orthogonal
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh
 
 FLOAT32 = {"ns_precision": "float32"}
 INPUTS = {"query/kernel": 1, "up/kernel": 1, "head/kernel": 1}  # axes; all but the last for the others
@@ -157,7 +158,7 @@ def test_muon_refuses(changes, message):
 def test_a_device_has_one_whole_matrix_at_a_time(sizes, layers, padded):
     """On any mesh: the same result, and no buffer larger than the device's share or one layer's matrix."""
     path, shape = "blocks/mlp/up/kernel", (layers, 64, 256)
-    mesh = sharding.make_mesh(dict(zip(("data", "fsdp", "tensor", "context"), (*sizes, 1), strict=True)))
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor", "context"), (*sizes, 1), strict=True)))
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     layout = jax.NamedSharding(mesh, sharding.spec(sharding.logical_axes(path)))
     options = {"steps": 5, "dtype": "float32", "eps": 1e-7}

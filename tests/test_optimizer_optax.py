@@ -21,6 +21,7 @@ from optimizer_cases import (
 
 from trainit import config as config_lib
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore
 
@@ -74,8 +75,8 @@ def test_each_trains_its_part_of_a_model_and_goes_on_where_it_was(tmp_path):
         for line in lines
     )
     config = config_lib.resolve(config, 257)
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
-    steps = step.build(config, mesh)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    steps = step.build(config, shape_on(config, mesh))
     tokens = np.tile(np.random.default_rng(3).integers(0, 256, 33), (2, 8, 1)).astype(np.uint16)
     batch = {"tokens": tokens, "lengths": np.full((2, 8), 32, np.int32)}
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))

@@ -12,6 +12,7 @@ from optimizer_cases import RATES, STEPS, build, by_path, draw, draw_gradients, 
 from trainit import config as config_lib
 from trainit.model.gpt import GPT
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
 LENGTHS = np.array([5, 0, 17] + [32] * 13, np.int32)  # of the sequences' targets
@@ -56,9 +57,9 @@ def estimates(sizes: tuple, device_batch_size: int, count: int):
     config.optimizer.update(estimator="gnb", learning_rate=0.0, weight_decay=0.0, beta2=0.0, every_steps=1)
     config = config_lib.resolve(config, 257)
     sizes = dict(zip(("data", "fsdp", "tensor", "context"), (*sizes, 1), strict=True))
-    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    steps = step.build(config, mesh)
-    micro_steps, rows, length = sharding.batch_shape(config, sizes)
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    shape = shape_on(config, mesh)
+    steps, (micro_steps, rows, length) = step.build(config, shape), shape.batch_at(0)
     tokens = np.random.default_rng(3).integers(0, 256, (micro_steps, rows, length + 1)).astype(np.uint16)
     batch = {"tokens": tokens, "lengths": LENGTHS.reshape(micro_steps, rows)}
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))

@@ -16,6 +16,7 @@ from trainit import optimizers
 from trainit.config import ConfigError
 from trainit.optimizers.common import low_bit_state
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import metrics, step
 from trainit.train.checkpoint import CheckpointStore
 
@@ -118,14 +119,14 @@ def build(state: str, sizes, arg="", **changes):
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     config = config_lib.resolve(config, 257)
     sizes = dict(zip(config_lib.MESH_AXES, sizes, strict=True))
-    mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    return config, mesh, step.build(config, mesh)
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    return config, mesh, step.build(config, shape_on(config, mesh))
 
 
 def train(built, state, first: int, last: int):
     """The losses of steps first to last, and the state behind them."""
     config, mesh, steps = built
-    shape, losses = sharding.batch_shape(config, dict(mesh.shape)), []
+    shape, losses = shape_on(config, mesh).batch_at(0), []
     for number in range(first, last):
         rng = np.random.default_rng(number)
         tokens = (rng.integers(0, 4, (*shape[:2], 33)).cumsum(-1) % 16).astype(np.uint16)

@@ -29,6 +29,7 @@ from processes import ROOT
 from trainit import optimizers
 from trainit.config import ConfigError, choose, defaults, flatten, resolve
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh
 from trainit.train import step as step_lib
 from trainit.train.checkpoint import CheckpointStore
 
@@ -105,7 +106,7 @@ def run(name, parameters, gradients, num_blocks=2, mesh=None, put=lambda tree: t
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    return make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
 
 
 def same(got, want, rtol):

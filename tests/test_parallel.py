@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from trainit.config import MESH_AXES
-from trainit.parallel import sharding
 from trainit.parallel.matmul import ONE_DEVICE, Parallel
+from trainit.parallel.mesh import describe_devices, make_mesh
 
 B, L, D, F, V = 8, 16, 24, 32, 40
 MESHES = ({}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 8})
@@ -17,7 +17,7 @@ TYPED = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
 def parallel(sizes) -> Parallel:
     sizes = dict.fromkeys(MESH_AXES, 1) | sizes
-    return Parallel(sharding.make_mesh(sizes)) if any(n > 1 for n in sizes.values()) else ONE_DEVICE
+    return Parallel(make_mesh(sizes)) if any(n > 1 for n in sizes.values()) else ONE_DEVICE
 
 
 def draw(dtype, *shapes):
@@ -51,13 +51,13 @@ class Device:
 def test_inner_axes_stay_inside_a_machine(per_process):
     """On 4 machines of 8, of one process a device or a machine: fsdp × tensor on one, data across."""
     devices = [Device(number, number // per_process) for number in range(32)]
-    mesh = sharding.make_mesh({"data": 4, "fsdp": 4, "tensor": 2, "context": 1}, devices)
+    mesh = make_mesh({"data": 4, "fsdp": 4, "tensor": 2, "context": 1}, devices)
     machines = np.vectorize(lambda device: device.id // 8)(mesh.devices)
     assert [set(machines[at].ravel()) for at in range(4)] == [{0}, {1}, {2}, {3}]
     expected = "8 devices, data 2, fsdp 0-3, tensor 0-1, context 0"
     if per_process == 1:
         expected = "1 devices, data 0, fsdp 1, tensor 0, context 0"
-    assert sharding.place(mesh, 2) == expected
+    assert describe_devices(mesh, 2) == expected
 
 
 @SPLIT

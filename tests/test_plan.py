@@ -11,6 +11,7 @@ from processes import ROOT, start
 from trainit import config as config_lib
 from trainit.config import MESH_AXES
 from trainit.parallel import sharding
+from trainit.parallel.mesh import abstract_mesh, run_shape, shape_on
 from trainit.tools.plan import formula as traffic
 from trainit.tools.plan import hlo, roofline
 from trainit.train import step
@@ -62,17 +63,16 @@ def test_the_compiled_step_exchanges_what_is_planned(mesh, model, fields):
     config.model.update(**sizes | model)
     config.update(fields)
     config = config_lib.resolve(config, 1024)
-    sizes = sharding.mesh_sizes(config, 8)
-    steps = step.build(config, sharding.make_mesh(sizes))
-    micro_steps, rows, length = sharding.batch_shape(config, sizes)
+    shape = run_shape(config, jax.devices())
+    steps, (micro_steps, rows, length) = step.build(config, shape), shape.batch_at(0)
     batch = {
         "tokens": np.zeros((micro_steps, rows, length + 1), np.uint16),
         "lengths": np.full((micro_steps, rows), length, np.int32),
     }
-    batch = jax.device_put(batch, sharding.batch_sharding(sharding.make_mesh(sizes)))
+    batch = jax.device_put(batch, sharding.batch_sharding(shape.mesh))
     _, text = hlo.compile_with_text(steps.train.lower(steps.abstract_state, batch))
-    compiled = by_kind(hlo.read(text, sizes))
-    planned = by_kind(traffic.predict(config, sizes, steps.abstract_state.params))
+    compiled = by_kind(hlo.read(text, shape.sizes))
+    planned = by_kind(traffic.predict(config, shape, steps.abstract_state.params))
     assert compiled.keys() == planned.keys()
     for key, size in compiled.items():
         assert planned[key] == pytest.approx(size, rel=0.05), key
@@ -140,7 +140,7 @@ def test_times():
     config.model.update(remat="block", vocab_size=1024)
     config = config_lib.resolve(config, 1024)
     sizes = {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
-    gpu = roofline.GPUS["H100"]
+    shape, gpu = shape_on(config, abstract_mesh(sizes)), roofline.GPUS["H100"]
     tokens = 16 * 32
     # 4 layers' products of 4 D^2 and 8 D^2 weights, the head's, and attention; remat adds a third.
     flops = tokens * (6 * (2 * 12 * 32**2 + 32 * 1024) + 12 * 2 * 32 * 32)
@@ -149,14 +149,15 @@ def test_times():
         return hlo.Collective("all-gather", "bf16", axes, 2, size, 1, "")
 
     compute = flops * 4 / 3 / (8 * 989.4e12 * 0.5)
-    few = roofline.times(config, sizes, [exchange(("tensor",), 900)], gpu, 0.5)
+    few = roofline.times(config, shape, [exchange(("tensor",), 900)], gpu, 0.5)
     assert few.step == pytest.approx(compute + 1e-9)
     assert few.mfu == pytest.approx(flops / (few.step * 8 * 989.4e12))
-    many = roofline.times(config, sizes, [exchange(("fsdp",), 9e9)], gpu, 0.5)
+    many = roofline.times(config, shape, [exchange(("fsdp",), 9e9)], gpu, 0.5)
     assert many.step == pytest.approx(1e-2) and many.unhidden == pytest.approx(compute + 1e-2)
     # Gradients go over data when all micro-steps are done, and nothing is left to hide them.
     sizes |= {"data": 2, "fsdp": 2}
     for bound, beside in ((0, 1e-2), (1, compute + 1e-2)):
         config = config_lib.Config(config.to_dict() | {"device_batch_size": bound})
-        data = roofline.times(config, sizes, [exchange(("data",), 9e9)], gpu, 0.5)
+        shape = shape_on(config, abstract_mesh(sizes))
+        data = roofline.times(config, shape, [exchange(("data",), 9e9)], gpu, 0.5)
         assert data.step == pytest.approx(beside, rel=1e-9)

@@ -15,6 +15,7 @@ from trainit.data import loader
 from trainit.data.dataset import open_dataset
 from trainit.data.order import Ordered, Shuffled
 from trainit.parallel import sharding
+from trainit.parallel.mesh import abstract_mesh, make_mesh, shape_on
 from trainit.train import step
 
 SPLITS = [
@@ -35,19 +36,23 @@ def make_config(path, arg="", **changes):
     return config_lib.resolve(config, 257)
 
 
-build = functools.cache(step.build)  # what several tests need is compiled once
+@functools.cache
+def build(config, mesh) -> step.CompiledSteps:  # what several tests need is compiled once
+    return step.build(config, shape_on(config, mesh))
+
+
 NAMES = ("train/loss", "train/grad_norm", "train/accuracy")
 
 
 def train(config, sizes, path, count, names=NAMES):
     """Runs `count` steps; their metrics of these names, and the state behind them."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
-    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     steps = build(config, mesh)
     split = open_dataset(path).splits["train"]
     batches = loader.batches(
         Ordered(split, Shuffled(split.sequences(config.model.context_length), config.seed)),
-        sharding.batch_shape(config, sizes),
+        shape_on(config, mesh).batch_at(0),
         sharding.batch_sharding(mesh),
     )
     state, curve = steps.init(), []
@@ -81,7 +86,8 @@ def test_accumulation_is_one_large_batch(random_dataset, one_device):
     """One to sixteen micro-steps; the sums are the same. In the first, four chunks of logits."""
     for bound, micro_steps in ((0, 1), (8, 2), (5, 4), (1, 16)):
         config = make_config(random_dataset, device_batch_size=bound, logits_mib=0.2)
-        assert sharding.micro_steps(config, {"data": 1, "fsdp": 1}) == micro_steps
+        one = abstract_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
+        assert shape_on(config, one).batch_at(0).micro_steps == micro_steps
         curve, _ = train(config, {}, random_dataset, 5)
         np.testing.assert_allclose(curve, one_device[0][:5], rtol=5e-5)
 
@@ -92,7 +98,7 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
     config = make_config(random_dataset, clip_norm=0.5, z_loss=0.01, **off)
     names = ("train/loss", "train/z_loss", "train/grad_norm")
     curve, state = train(config, {"data": 2, "fsdp": 2, "tensor": 2}, random_dataset, 3, names)
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     steps = build(config, mesh)
     model = step.GPT(config.model)
     split = open_dataset(random_dataset).splits["train"]
@@ -133,7 +139,7 @@ def test_everything_is_born_and_stays_sharded(optimizer, random_dataset):
     """Every leaf of the state before and after a step: how much of it lies on each device."""
     config = make_config(random_dataset, f"optimizer={optimizer}")
     sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-    steps = build(config, sharding.make_mesh(sizes))
+    steps = build(config, make_mesh(sizes))
     _, after = train(config, sizes, random_dataset, 1)
     for state in (steps.abstract_state, steps.init(), after):
         for path, leaf in jax.tree.leaves_with_path(state):
@@ -155,7 +161,7 @@ def test_everything_is_born_and_stays_sharded(optimizer, random_dataset):
 def test_no_whole_parameter_is_made_when_the_state_is_born(random_dataset):
     """The compiled init holds shards alone: its largest buffer is smaller than the embedding."""
     config = make_config(random_dataset, model__vocab_size=4096)
-    steps = step.build(config, sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1}))
+    steps = step.build(config, shape_on(config, make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})))
     memory = steps.init.lower().compile().memory_analysis()
     embedding = 4 * 4096 * config.model.dim
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 3 * 2 * embedding / 4
@@ -164,7 +170,7 @@ def test_no_whole_parameter_is_made_when_the_state_is_born(random_dataset):
 def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
     config = make_config(random_dataset)
     sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-    mesh = sharding.make_mesh(sizes)
+    mesh = make_mesh(sizes)
     steps = build(config, mesh)
     _, state = train(config, sizes, random_dataset, 2)
     before = jax.device_get(state)
@@ -195,7 +201,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
 def test_lengths_mask_the_loss(random_dataset):
     """Rows without targets and tokens behind a row's length count for nothing."""
     config = make_config(random_dataset)
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     steps = build(config, mesh)
     params, bytes_per_token = steps.init().params, np.arange(257, dtype=np.int32)
     tokens = np.random.default_rng(0).integers(0, 256, (1, 4, 33)).astype(np.uint16)
@@ -214,7 +220,7 @@ def test_dropout_follows_seed_and_step(random_dataset):
 
     def first_losses(seed):
         config = make_config(random_dataset, model__gpt_dropout=0.5, optimizer__learning_rate=0.0, seed=seed)
-        mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
+        mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
         steps = build(config, mesh)
         batch = {"tokens": np.ones((2, 8, 33), np.uint16), "lengths": np.full((2, 8), 32, np.int32)}
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -231,5 +237,5 @@ def test_dropout_follows_seed_and_step(random_dataset):
 
 
 def test_batch_sharding_splits_rows_alone():
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
     assert sharding.batch_sharding(mesh).spec == PartitionSpec(None, ("data", "fsdp"))

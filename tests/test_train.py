@@ -26,7 +26,7 @@ from processes import (
 )
 
 from trainit import config as config_lib
-from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore
 
@@ -189,7 +189,7 @@ def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, rando
     config = tiny.get_config()
     config.dataset.path = str(random_dataset)
     config = config_lib.resolve(config, 257)
-    steps = step.build(config, sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1}))
+    steps = step.build(config, shape_on(config, make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})))
     saved = CheckpointStore(tmp_path, read_only=True)
     assert saved.latest() == 5
     state = saved.restore(5, steps.abstract_state)

@@ -22,6 +22,7 @@ def main(argv):
     from trainit.data.dataset import open_dataset
     from trainit.data.order import Ordered, Shuffled
     from trainit.parallel import sharding
+    from trainit.parallel.mesh import make_mesh
 
     folder, output, coordinator, processes, process, *kill = argv[1:]
     processes = int(processes)
@@ -29,7 +30,7 @@ def main(argv):
     place = distributed.Place("test", coordinator, processes, int(process))
     distributed.configure("cpu", 12 // processes, cache)
     distributed.initialize("cpu", place, place.coordinator)
-    mesh = sharding.make_mesh({"data": 3, "fsdp": 4, "tensor": 1, "context": 1})
+    mesh = make_mesh({"data": 3, "fsdp": 4, "tensor": 1, "context": 1})
     split = open_dataset(Path(folder)).splits["train"]
     order = Shuffled(split.sequences(LENGTH), SEED)
     layout = sharding.batch_sharding(mesh)

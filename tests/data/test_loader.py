@@ -14,6 +14,7 @@ from trainit.data import loader
 from trainit.data.dataset import open_dataset
 from trainit.data.order import Ordered, Shuffled, Spaced
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh
 
 
 def expected_batches(folder) -> list[np.ndarray]:
@@ -71,7 +72,7 @@ def test_micro_steps_and_meshes_only_arrange_the_rows(shape, random_dataset):
     expected = expected_batches(random_dataset)
     for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 1}):
         devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-        mesh = sharding.make_mesh(sizes | {"context": 1}, devices)
+        mesh = make_mesh(sizes | {"context": 1}, devices)
         batches = loader.batches(
             Ordered(split, order), (*shape, LENGTH), sharding.batch_sharding(mesh), FIRST_ROW, BATCHES
         )

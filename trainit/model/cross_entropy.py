@@ -16,23 +16,7 @@ from jax.sharding import PartitionSpec
 
 from trainit.model.gpt import Head
 from trainit.parallel.matmul import Parallel, gather, scatter_sum
-
-MULTIPLE = 128  # of a chunk's positions: matrix units like it
-
-
-def chunk_size(positions: int, vocab_size: int, logits_mib: float) -> int:
-    """Positions of a chunk: their float32 logits take `logits_mib` at most, but there are 128 at least.
-
-    Args:
-        positions: of a device in a micro-step.
-        vocab_size: a device's part.
-        logits_mib: 0: no bound.
-    """
-    most = max(1, int(logits_mib * 2**20 / (4 * vocab_size * MULTIPLE))) * MULTIPLE
-    if not logits_mib or positions <= most:
-        return positions
-    count = -(-positions // most)
-    return MULTIPLE * -(-positions // (MULTIPLE * count))
+from trainit.parallel.mesh import chunk_size
 
 
 @dataclass(frozen=True)

@@ -92,35 +92,6 @@ def rope(x_BLHK: jax.Array, theta: float, position_BL: jax.Array | None = None) 
     return turned.astype(x_BLHK.dtype)
 
 
-def choose_attention(config: Config, platform: str, precision: str) -> str:
-    """The kernel that `model.attention` stands for on this platform.
-
-    cuDNN's takes bfloat16, no dropout and no document mask here, and head sizes that 8 divides, up to 128 on
-    every card.
-
-    Args:
-        config: the sub-config `model`.
-        platform: "cuda" for NVIDIA's GPUs, else what JAX calls it.
-        precision: of the activations.
-
-    Raises:
-        ValueError: cudnn was asked for where it cannot run.
-    """
-    size = config.dim // config.num_heads
-    fits = precision == "bfloat16" and not config.attn_dropout and size % 8 == 0 and size <= 128
-    fits = fits and not config.document_mask
-    possible = platform == "cuda" and fits
-    if config.attention == "cudnn" and not possible:
-        raise ValueError(
-            f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16, a head size that 8 divides up "
-            f"to 128, no document mask; here are platform={platform}, precision={precision}, head size "
-            f"{size} and document_mask={config.document_mask}; take model.attention=auto"
-        )
-    if config.attention != "auto":
-        return config.attention
-    return "cudnn" if possible else "blockwise"
-
-
 def _for_heads(key_B: jax.Array, heads: int) -> jax.Array:
     """A key of dropout on attention's weights for each row and head (B, heads): site 0 of the layer."""
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, 0)

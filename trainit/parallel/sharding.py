@@ -10,10 +10,9 @@ import re
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainit.config import MESH_AXES, Config, check_mesh, require
+from trainit.config import require
 
 # Logical axis -> mesh axes. An axis that is not named here is not split.
 RULES = {
@@ -49,90 +48,6 @@ PARAMETERS = (
     ("blocks/mlp/down/kernel", ("layers", "mlp", "embed"), "matrix"),
     ("blocks/(attention/out|mlp/down)/bias", ("layers", "norm"), "vector"),
 )
-
-
-def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dict[str, int]:
-    """The size of each mesh axis on so many devices, with -1 filled in.
-
-    Args:
-        config: a resolved config.
-        devices: of the whole job.
-        shrink_to_fit: set axes that do not fit to 1 (`--debug`) rather than refuse.
-
-    Raises:
-        ConfigError: the axes do not cover the devices, or a size does not divide what it splits.
-    """
-    sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
-    free = next((axis for axis, size in sizes.items() if size == -1), "data" if shrink_to_fit else None)
-    if free:
-        left = devices
-        for axis in [axis for axis in reversed(MESH_AXES) if axis != free]:
-            if shrink_to_fit and left % sizes[axis]:
-                sizes[axis] = 1
-            left //= sizes[axis]
-        sizes[free] = max(left, 1)
-    needed = math.prod(sizes.values())
-    require(
-        needed == devices,
-        "mesh=(" + ", ".join(f"{axis} {config.mesh[axis]}" for axis in MESH_AXES) + f") covers {needed} "
-        f"devices, but there are {devices}; let the sizes multiply to that, or set one to -1",
-    )
-    check_mesh(sizes, config)
-    return sizes
-
-
-def micro_steps(config: Config, sizes: Mapping[str, int], batch_size: int = 0) -> int:
-    """Micro-steps that accumulate one gradient: the fewest that keep to `device_batch_size`."""
-    share = (batch_size or config.batch_size) // (sizes["data"] * sizes["fsdp"])
-    bound = config.device_batch_size or share
-    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= bound)
-
-
-def wants_squares(config: Config) -> bool:
-    """Whether the squares of the micro-steps' gradients are asked for."""
-    return config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
-
-
-def adds_up_apart(config: Config, sizes: Mapping[str, int], micro_steps: int) -> bool:
-    """Whether a step sums gradients over data once, not in each of its micro-steps.
-
-    Not where each one's is asked for, nor where float8's factors are scaled by what all have in common.
-    """
-    several = sizes["data"] > 1 and micro_steps > 1
-    return several and not wants_squares(config) and "float8" not in config.precision_of.values()
-
-
-def batch_shape(config: Config, sizes: Mapping[str, int], batch_size: int = 0) -> tuple[int, int, int]:
-    """Of a global batch: micro-steps G, rows of one, length L.
-
-    Args:
-        config: resolved.
-        sizes: of the mesh.
-        batch_size: sequences; 0: those of `batch_size`.
-    """
-    count = micro_steps(config, sizes, batch_size)
-    return count, (batch_size or config.batch_size) // count, config.model.context_length
-
-
-def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """The devices in their own order, process after process, as a mesh with axes `MESH_AXES`.
-
-    Args:
-        sizes: devices along each axis; their product is the number of devices.
-        devices: default: all of the job's.
-    """
-    devices = jax.devices() if devices is None else devices
-    return Mesh(np.array(devices).reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
-
-
-def place(mesh: Mesh, process: int) -> str:
-    """A process's devices: how many, and where they are in the mesh."""
-    mine = [at for at, device in np.ndenumerate(mesh.devices) if device.process_index == process]
-    ranges = (
-        f"{axis} {min(at)}" + f"-{max(at)}" * (min(at) < max(at))
-        for axis, at in zip(mesh.axis_names, zip(*mine, strict=True), strict=True)
-    )
-    return f"{len(mine)} devices, {', '.join(ranges)}"
 
 
 def path_name(path) -> str:

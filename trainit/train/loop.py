@@ -13,7 +13,6 @@ import jax
 from absl import logging
 
 from trainit import __version__
-from trainit import config as config_lib
 from trainit.cluster import distributed
 from trainit.cluster import run_lock as folders
 from trainit.cluster.peers import Peers
@@ -22,6 +21,7 @@ from trainit.data import training_data
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
 from trainit.parallel import sharding
+from trainit.parallel.mesh import run_shape
 from trainit.train import diagnostics, loss_scale, metrics, step
 from trainit.train.checkpoint import CheckpointStore, due
 from trainit.train.evaluate import evaluate
@@ -65,13 +65,13 @@ class Run:
         self.config, self.dataset, self.workdir, self.peers = config, dataset, workdir, peers
         self.start = start
         self.token_bytes = dataset.tokenizer.token_bytes()
-        sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
-        self.batch_sizes = config_lib.batch_sizes(config)
-        self.mesh = sharding.make_mesh(sizes)
+        self.shape = run_shape(config, jax.devices(), shrink_to_fit=debug)
+        self.batch_sizes = self.shape.batch_sizes
+        self.batch_sharding = sharding.batch_sharding(self.shape.mesh)
         self.checkpoints = CheckpointStore(workdir, config.checkpoint.keep)
         with start.part("shapes"):
-            self.steps = step.build(config, self.mesh)
-        describe(config, self.steps, self.mesh, dataset, workdir)
+            self.steps = step.build(config, self.shape)
+        describe(config, self.steps, self.shape, dataset, workdir)
         newest = distributed.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
         self.resumed = newest >= 0
         origin = Resume(config, dataset, self.steps, self._compile_ahead)
@@ -92,10 +92,8 @@ class Run:
     def _compile_ahead(self, number: int):
         """Begins to compile the step behind step `number`, while its state is made or read."""
         if number < self.config.steps:
-            shape = sharding.batch_shape(self.config, self.mesh.shape, self.batch_sizes.at(number))
-            batch = training_data.abstract_batch(
-                self.config, self.dataset, shape, sharding.batch_sharding(self.mesh)
-            )
+            shape = self.shape.batch_at(number)
+            batch = training_data.abstract_batch(self.config, self.dataset, shape, self.batch_sharding)
             self.steps.train.compile_ahead(self.steps.abstract_state, batch)
 
     def loop(self) -> int:
@@ -196,10 +194,10 @@ class Run:
 
         Where streams go on with another size is known only when they have come so far.
         """
-        c, layout, rows, readers = self.config, sharding.batch_sharding(self.mesh), self.rows, []
+        c, layout, rows, readers = self.config, self.batch_sharding, self.rows, []
         stages = self.batch_sizes.stages(self.step, c.steps) or [(c.batch_size, 0)]
         for size, count in stages[:1] if isinstance(self.dataset, Streamed) else stages:
-            shape = sharding.batch_shape(c, self.mesh.shape, size)
+            shape = self.shape.batch_of(size)
             readers.append((training_data.reader(c, self.dataset, shape, layout, rows, self.streams), count))
             rows += size * count
         self.reader = readers[0][0]  # a streamed dataset's only one
@@ -297,7 +295,7 @@ class Run:
 
     def _evaluate(self) -> dict[str, float] | None:
         """Validation metrics; None if the run is to stop before they are complete."""
-        _, rows, length = sharding.batch_shape(self.config, self.mesh.shape)
+        _, rows, length = self.shape.batch_at(0)
         pace, self.evaluated, first = self.peers.pace, True, not self.evaluated
         patience = pace.patiently("compiling the evaluation") if first else nullcontext()
         with patience, self.start.part("validation"):
@@ -308,7 +306,7 @@ class Run:
                 self.token_bytes,
                 self.config.eval.sequences,
                 (1, rows, length),
-                sharding.batch_sharding(self.mesh),
+                self.batch_sharding,
                 self.peers,
             )
         if result is None:

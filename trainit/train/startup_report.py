@@ -13,7 +13,7 @@ from trainit.cluster import distributed
 from trainit.config import Config
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
-from trainit.parallel import sharding
+from trainit.parallel.mesh import RunShape, describe_devices
 from trainit.train import diagnostics, metrics
 from trainit.train.evaluate import MOST_SUBSETS
 from trainit.train.step import CompiledSteps
@@ -21,7 +21,7 @@ from trainit.train.trackers import quantity
 
 
 def describe(
-    config: Config, steps: CompiledSteps, mesh: jax.sharding.Mesh, dataset: Dataset | Streamed, workdir: Path
+    config: Config, steps: CompiledSteps, shape: RunShape, dataset: Dataset | Streamed, workdir: Path
 ):
     """Logs it, a line for each topic; a collective where there are several processes."""
     c, devices = config, jax.devices()
@@ -31,14 +31,14 @@ def describe(
         "run": workdir,
         "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
         f"Trainit {__version__}, JAX {jax.__version__}",
-        "mesh": " × ".join(f"{axis} {mesh.shape[axis]}" for axis in config_lib.MESH_AXES),
+        "mesh": " × ".join(f"{axis} {shape.mesh.shape[axis]}" for axis in config_lib.MESH_AXES),
         "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
-        f"{c.model.dim}, attention {steps.attention}, precision "
+        f"{c.model.dim}, attention {shape.attention}, precision "
         + ", ".join([c.precision, *(f"{part} {own}" for part, own in c.precision_of.items() if own)]),
         "dataset": f"{dataset.folder}: {_training(config, dataset)} to train, "
         f"{quantity(validation.tokens)} to validate",
         "tokenizer": f"{dataset.tokenizer.name}, vocabulary {dataset.vocab_size}",
-        "batch": _batch(config, mesh, steps.logits),
+        "batch": _batch(shape),
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
         f"schedule {c.schedule.name}, state {c.optimizer_state}",
         "statistics": diagnostics.describe(c.diagnostics, steps.abstract_state.diagnostics),
@@ -58,7 +58,7 @@ def describe(
         logging.info("%-10s %d are too many to validate apart", "subsets", len(validation.subsets))
     if jax.process_count() > 1:
         for process, host in enumerate(distributed.gather_text(socket.gethostname())):
-            logging.info("process %-3d%s: %s", process, host, sharding.place(mesh, process))
+            logging.info("process %-3d%s: %s", process, host, describe_devices(shape.mesh, process))
 
 
 def _groups(config: Config, steps: CompiledSteps) -> Iterable[tuple[Config, list[str]]]:
@@ -76,12 +76,12 @@ def _training(config: Config, dataset: Dataset | Streamed) -> str:
     return f"{layout}, {quantity(dataset.splits['train'].tokens)} tokens"
 
 
-def _batch(config: Config, mesh: jax.sharding.Mesh, logits: str) -> str:
+def _batch(shape: RunShape) -> str:
     """How many sequences a step has, and how they are shared; the same for each size to come."""
-    planned, texts = config_lib.batch_sizes(config), []
-    for start, size in zip(planned.starts, planned.sizes, strict=True):
-        micro_steps, rows, length = sharding.batch_shape(config, mesh.shape, size)
-        share = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    texts = []
+    for start, size in zip(shape.batch_sizes.starts, shape.batch_sizes.sizes, strict=True):
+        micro_steps, rows, length = shape.batch_of(size)
+        share = rows // shape.shares
         text = f"{size} sequences of {length} tokens; {micro_steps} × {share} on a device"
         texts.append(text if start == 0 else f"from step {start} on {size}: {micro_steps} × {share}")
-    return f"{'; '.join(texts)}, logits of {logits} at once"
+    return f"{'; '.join(texts)}, logits of {shape.logits_chunk} at once"

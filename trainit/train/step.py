@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from trainit import config as config_lib
 from trainit import optimizers
 from trainit.config import Config
 from trainit.model import attention as kernels
 from trainit.model import cross_entropy as losses
-from trainit.model.gpt import GPT, choose_attention
+from trainit.model.gpt import GPT
 from trainit.optimizers.common import schedules
 from trainit.parallel import float8, sharding
 from trainit.parallel.matmul import Parallel
+from trainit.parallel.mesh import RunShape, wants_squares
 from trainit.parallel.trees import inner_product
 from trainit.train import diagnostics, loss_scale
 from trainit.train.compiled import CompiledFunction
@@ -52,8 +52,6 @@ class CompiledSteps:
     begin_loss_scale: CompiledFunction  # () -> what TrainState keeps of it
     train: CompiledFunction  # (TrainState, batch) -> (TrainState, metrics); gives its state's memory away
     evaluate: CompiledFunction  # (params, batch, token_bytes, subsets) -> sums
-    attention: str  # the kernel that was chosen
-    logits: int  # positions whose logits a device has in memory at once
 
 
 def named_key(seed: int, name: str) -> jax.Array:
@@ -61,44 +59,36 @@ def named_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def build(config: Config, mesh: Mesh) -> CompiledSteps:
+def build(config: Config, shape: RunShape) -> CompiledSteps:
     """The functions of a run.
 
     Args:
         config: resolved.
-        mesh: with axes `config.MESH_AXES`.
+        shape: from `run_shape`, or `shape_on` for a mesh that there is.
 
     Raises:
         ConfigError: something was asked for that this platform cannot do.
     """
-    device = mesh.devices.flat[0]
-    # Its attention kernel wants bfloat16 units, which came with compute capability 8 (Ampere).
-    ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
-    platform = "cuda" if ampere else device.platform
+    mesh, device = shape.mesh, shape.mesh.devices.flat[0]
     try:
         parts = float8.parts(config.precision_of, config.precision, device)
-        attention = choose_attention(config.model, platform, parts["attention"].dtype.name)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from None
 
     @functools.cache
     def network(parallel: Parallel) -> tuple[GPT, losses.CrossEntropy]:
-        attend = _attention(attention, device.platform, parallel)
+        attend = _attention(shape.attention, device.platform, parallel)
         model = GPT(config.model, config.precision, attend, parallel, parts)
         return model, losses.CrossEntropy(parallel, config.logits_mib, config.z_loss)
 
     model, cross_entropy = network(Parallel(mesh))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    schedule = schedules.build(
-        config.schedule, config.optimizer.learning_rate, config_lib.batch_sizes(config)
-    )
+    schedule = schedules.build(config.schedule, config.optimizer.learning_rate, shape.batch_sizes)
     key = jax.random.key_data(named_key(config.seed, "optimizer"))
     optimizer = optimizers.of_run(config, schedule, shapes, key, mesh)
 
     is_scaled = "float16" in (config.precision, *config.precision_of.values())
-    micro_steps, rows, length = sharding.batch_shape(config, mesh.shape)
-    positions = rows // (mesh.shape["data"] * mesh.shape["fsdp"]) * length
-    diagnostics.check(config.diagnostics, shapes, micro_steps)
+    diagnostics.check(config.diagnostics, shapes, shape.batch_at(0).micro_steps)
 
     def init() -> TrainState:
         params = model.init(named_key(config.seed, "parameters"))
@@ -128,7 +118,7 @@ def build(config: Config, mesh: Mesh) -> CompiledSteps:
         train=CompiledFunction(
             "train",
             jax.jit(
-                _train_step(config, _sums(config, mesh, network, layout.params), optimizer, schedule),
+                _train_step(config, _sums(config, shape, network, layout.params), optimizer, schedule),
                 donate_argnums=0,
                 out_shardings=(layout, replicated),
             ),
@@ -141,10 +131,6 @@ def build(config: Config, mesh: Mesh) -> CompiledSteps:
                 out_shardings=replicated,
             ),
             static=(3,),
-        ),
-        attention=attention,
-        logits=losses.chunk_size(
-            positions, config.model.vocab_size // mesh.shape["tensor"], config.logits_mib
         ),
     )
 
@@ -189,7 +175,7 @@ def _over_micro_steps(function: Callable[[int, dict], tuple], batch: dict, zeros
     return jax.lax.scan(add, zeros, (jnp.arange(micro_steps), batch))[0]
 
 
-def _sums(config, mesh: Mesh, network: Callable[[Parallel], tuple], layout) -> tuple[Callable, Callable]:
+def _sums(config, shape: RunShape, network: Callable[[Parallel], tuple], layout) -> tuple[Callable, Callable]:
     """Functions of (params, batch, step), for one and the same dropout, over all micro-steps.
 
     The first gives the mean loss's gradient (float32, laid out as params) and sums of the loss's parts, and
@@ -202,8 +188,8 @@ def _sums(config, mesh: Mesh, network: Callable[[Parallel], tuple], layout) -> t
     them, and they are summed in the end.
     """
     uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
-    with_square = sharding.wants_squares(config)
-    whole, apart = Parallel(mesh), Parallel(mesh, apart=True)
+    with_square = wants_squares(config)
+    whole, apart = Parallel(shape.mesh), Parallel(shape.mesh, apart=True)
     names = ("loss", "correct", "count", "z_loss") if config.z_loss else ("loss", "correct", "count")
     no_sums = dict.fromkeys(names, jnp.float32(0))
 
@@ -247,7 +233,7 @@ def _sums(config, mesh: Mesh, network: Callable[[Parallel], tuple], layout) -> t
         lengths = batch["lengths"]
         count = jnp.sum(lengths.astype(jnp.float32))  # of targets: nothing is divided by it later
         arguments = batch, params, step, sampling, scale, count
-        if sharding.adds_up_apart(config, mesh.shape, lengths.shape[0]):
+        if shape.accumulates_locally(lengths.shape[0]):
             return apart.of_replicas(functools.partial(add_up, apart), *arguments)
         return add_up(whole, *arguments)
 

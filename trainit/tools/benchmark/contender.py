@@ -52,6 +52,7 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
     from trainit import optimizers
     from trainit.cluster import distributed
     from trainit.parallel import sharding
+    from trainit.parallel.mesh import make_mesh, shape_on
     from trainit.train import step
 
     distributed.configure("", 1, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
@@ -68,8 +69,8 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
     config.model.scan_layers = on_cpu or shape["dim"] > 1024
     config.optimizer = optimizers.choices()["adamw"]()
     config = config_lib.resolve(config, shape["vocab_size"])
-    mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[:1])
-    steps = step.build(config, mesh)
+    mesh = make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[:1])
+    steps = step.build(config, shape_on(config, mesh))
     batch = {"tokens": ids(shape)[None], "lengths": np.full((1, shape["batch"]), shape["context_length"])}
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     steps.train.compile_ahead(steps.abstract_state, batch)

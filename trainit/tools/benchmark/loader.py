@@ -16,6 +16,7 @@ from trainit.data import loader
 from trainit.data.dataset import Split
 from trainit.data.order import Ordered, Shuffled
 from trainit.parallel import sharding
+from trainit.parallel.mesh import make_mesh
 
 LOADER_BATCH, LOADER_LENGTH, LOADER_SECONDS = 64, 1024, 1.5
 HUGE = 300_000_000_000  # tokens, as of the Pile
@@ -39,7 +40,7 @@ def _shuffled(path: str, tokens: int) -> Ordered:
 
 def _batches(path: str, tokens: int, first_row: int = 0) -> Iterator[dict[str, jax.Array]]:
     """Shuffled batches of a file of uint16 ids, on one device."""
-    mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
+    mesh = make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
     source = _shuffled(path, tokens)
     shape = (1, LOADER_BATCH, LOADER_LENGTH)
     return loader.batches(source, shape, sharding.batch_sharding(mesh), first_row)

@@ -25,6 +25,7 @@ from trainit.model import cross_entropy
 from trainit.model.gpt import Head
 from trainit.parallel import sharding
 from trainit.parallel.matmul import Parallel
+from trainit.parallel.mesh import make_mesh
 from trainit.tools.benchmark.step import build
 from trainit.train import metrics
 from trainit.train.checkpoint import CheckpointStore
@@ -32,7 +33,7 @@ from trainit.train.checkpoint import CheckpointStore
 
 def measure_save(config: Config):
     """How long a save blocks the loop, and how long it takes to be durable; the first apart."""
-    steps, _, _ = build(config)
+    steps, _ = build(config)
     state = jax.block_until_ready(steps.init())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with tempfile.TemporaryDirectory() as folder:
@@ -116,13 +117,13 @@ def measure_optimizer(config: Config, steps: int):
         raise ConfigError("--only=optimizer compares with adamw: choose another one, as :optimizer=muon")
     built, states, sizes = {}, {}, {}
     for label, c in ((name, config), ("adamw", adamw)):
-        built[label], shape, mesh = build(c)
+        built[label], shape = build(c)
         states[label] = built[label].init()
         sizes[label] = metrics.facts(c.model, states[label])["optimizer_bytes"] / 2**20
-    micro_steps, rows, length = shape
+    micro_steps, rows, length = shape.batch_at(0)
     ids = np.random.default_rng(0).integers(0, 256, (micro_steps, rows, length + 1)).astype(np.uint16)
     batch = {"tokens": ids, "lengths": np.full((micro_steps, rows), length, np.int32)}
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    batch = jax.device_put(batch, sharding.batch_sharding(shape.mesh))
 
     def train(label: str) -> dict:
         states[label], result = built[label].train(states[label], batch)
@@ -138,7 +139,7 @@ def measure_optimizer(config: Config, steps: int):
 
 def measure_loss(config: Config, rounds: int):
     """GPT-2's head, loss and gradient in float32 on a device: as a step does it, and optax on all logits."""
-    mesh = sharding.make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
+    mesh = make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
     ours = cross_entropy.CrossEntropy(Parallel(mesh), config.logits_mib)
 
     def plain(head, x_BLD, targets_BL, mask_BL):

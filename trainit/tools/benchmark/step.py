@@ -14,6 +14,7 @@ from trainit.data import training_data
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
 from trainit.parallel import sharding
+from trainit.parallel.mesh import RunShape, run_shape
 from trainit.tools.benchmark import profile
 from trainit.tools.plan import hlo
 from trainit.train import metrics, step
@@ -28,10 +29,9 @@ SETTINGS = {
 }
 
 
-def build(config: Config) -> tuple[step.CompiledSteps, tuple[int, int, int], jax.sharding.Mesh]:
-    sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=cli.is_debug())
-    mesh = sharding.make_mesh(sizes)
-    return step.build(config, mesh), sharding.batch_shape(config, sizes), mesh
+def build(config: Config) -> tuple[step.CompiledSteps, RunShape]:
+    shape = run_shape(config, jax.devices(), shrink_to_fit=cli.is_debug())
+    return step.build(config, shape), shape
 
 
 class _Bench:
@@ -39,10 +39,9 @@ class _Bench:
 
     def __init__(self, config: Config, dataset: Dataset | Streamed):
         self.config = config
-        self.steps, shape, self.mesh = build(config)
-        self._batches = training_data.reader(
-            config, dataset, shape, sharding.batch_sharding(self.mesh)
-        ).batches()
+        self.steps, shape = build(config)
+        self.mesh, layout = shape.mesh, sharding.batch_sharding(shape.mesh)
+        self._batches = training_data.reader(config, dataset, shape.batch_at(0), layout).batches()
         self.state = jax.block_until_ready(self.steps.init())
         start = time.perf_counter()
         self.lowered = self.steps.train.lower(self.state, next(self._batches))

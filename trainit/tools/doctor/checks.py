@@ -19,6 +19,7 @@ from trainit.data import training_data
 from trainit.data.dataset import Dataset, DatasetError
 from trainit.data.jsonl.dataset import Streamed
 from trainit.parallel import sharding
+from trainit.parallel.mesh import run_shape
 from trainit.tools.doctor import environment
 from trainit.tools.doctor.network import check_all_reduces
 from trainit.tools.doctor.report import FAIL, OK, Result, group_processes
@@ -127,15 +128,15 @@ def _check_data(
     if config is None or dataset is None:
         return []
     try:
-        sizes = sharding.mesh_sizes(config, jax.device_count(), shrink_to_fit=cli.is_debug())
+        shape = run_shape(config, jax.devices(), shrink_to_fit=cli.is_debug())
     except ConfigError as error:
         return [Result("mesh", FAIL, str(error))]
-    shape = micro_steps, rows, _ = sharding.batch_shape(config, sizes)
-    mesh = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
-    finding = f"{mesh}; {config.batch_size} sequences are {micro_steps} micro-steps of {rows}"
+    batch = shape.batch_at(0)
+    mesh = " × ".join(f"{axis} {size}" for axis, size in shape.sizes.items())
+    finding = f"{mesh}; {config.batch_size} sequences are {batch.micro_steps} micro-steps of {batch.rows}"
     results = [Result("mesh", OK, finding)]
 
-    own = _attempt(lambda: _data_rate(config, dataset, sharding.make_mesh(sizes), shape))
+    own = _attempt(lambda: _data_rate(config, dataset, shape.mesh, batch))
     rates, errors = zip(*map(json.loads, distributed.gather_text(json.dumps(own))), strict=True)
     failures = [f"{process}: {error}" for process, error in zip(processes, errors, strict=True) if error]
     if failures:

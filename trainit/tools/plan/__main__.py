@@ -15,7 +15,7 @@ from trainit import config as config_lib
 from trainit.cluster import distributed
 from trainit.config import Config, ConfigError
 from trainit.data.dataset import DatasetError
-from trainit.parallel import sharding
+from trainit.parallel.mesh import mesh_sizes
 from trainit.tools.plan import report, roofline
 from trainit.tools.plan.plan import plan
 
@@ -33,7 +33,7 @@ def _config(devices: int) -> Config:
     config = cli.unresolved()
     if _ROWS.value:
         config.batch_size = _ROWS.value * devices  # which every mesh can share
-        sizes = sharding.mesh_sizes(config, devices)
+        sizes = mesh_sizes(config, devices)
         config.batch_size = _ROWS.value * sizes["data"] * sizes["fsdp"]
     if config.model.vocab_size:
         return config_lib.resolve(config, config.model.vocab_size)

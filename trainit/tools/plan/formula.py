@@ -21,23 +21,23 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from trainit.config import MESH_AXES, Config
-from trainit.model import cross_entropy
 from trainit.parallel import sharding
+from trainit.parallel.mesh import RunShape, chunk_size
 from trainit.tools.plan.hlo import Collective
 
 
-def predict(config: Config, sizes: Mapping[str, int], shapes: dict) -> list[Collective]:
+def predict(config: Config, shape: RunShape, shapes: dict) -> list[Collective]:
     """The collectives of a train step, but for scalars.
 
     Args:
         config: resolved; without diagnostics, and with an optimizer that is elementwise.
-        sizes: of the mesh.
+        shape: of the run.
         shapes: the parameters'.
     """
-    micro_steps, rows, length = sharding.batch_shape(config, sizes)
+    sizes, (micro_steps, rows, length) = shape.sizes, shape.batch_at(0)
     found: list[Collective] = []
 
-    apart, summed = sharding.adds_up_apart(config, sizes, micro_steps), set()
+    apart, summed = shape.accumulates_locally(micro_steps), set()
 
     def add(kind: str, dtype: str, axes: tuple[str, ...], numbers: float, times: int, name: str):
         if apart and "data" in axes:  # a gradient's sum: over data when all micro-steps are done
@@ -53,7 +53,7 @@ def predict(config: Config, sizes: Mapping[str, int], shapes: dict) -> list[Coll
         if axes and times:
             found.append(Collective(kind, dtype, axes, devices, round(size), times, name))
 
-    own_rows = rows // (sizes["data"] * sizes["fsdp"])
+    own_rows = rows // shape.shares
     for kinds in (_kernels(config, sizes, shapes), _vectors(config, sizes, shapes)):
         for one in kinds:
             add(*one)
@@ -124,5 +124,5 @@ def _activations(config: Config, sizes: Mapping[str, int], rows: int, length: in
     yield "all-gather", compute, ("tensor",), residual, 1, "token_embedding"
     yield "all-gather", compute, ("tensor",), residual, 1, "head"
     yield "reduce-scatter", "f32", ("tensor",), residual, 1, "head"
-    chunk = cross_entropy.chunk_size(rows * length, m.vocab_size // sizes["tensor"], config.logits_mib)
+    chunk = chunk_size(rows * length, m.vocab_size // sizes["tensor"], config.logits_mib)
     yield "all-reduce", "f32", ("tensor",), chunk, 3 * -(-rows * length // chunk), "loss"

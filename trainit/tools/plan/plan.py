@@ -8,6 +8,7 @@ import numpy as np
 
 from trainit.config import MESH_AXES, Config
 from trainit.parallel import sharding
+from trainit.parallel.mesh import RunShape, abstract_mesh, make_mesh, mesh_sizes, run_shape, shape_on
 from trainit.tools.plan import formula, hlo, roofline
 from trainit.tools.plan.hlo import Collective
 from trainit.train import metrics, step
@@ -19,7 +20,7 @@ class Planned:
 
     gpu: str
     efficiency: float
-    sizes: dict[str, int]
+    shape: RunShape
     parameters: int
     state: float  # bytes of parameters and optimizer state on a device
     temporaries: float  # bytes of all else, as compiled for the CPU; nan: not compiled
@@ -46,41 +47,48 @@ def plan(config: Config, devices: int, gpu: roofline.Gpu, efficiency: float, com
         efficiency: see `roofline.times`.
         compiled_too: whether the step is compiled for as many virtual devices, which JAX must have.
     """
-    sizes = sharding.mesh_sizes(config, devices)
     compiled, temporaries = None, math.nan
     if compiled_too:
-        mesh = sharding.make_mesh(sizes, jax.devices()[:devices])
-        built = step.build(config, mesh)
-        program, text = hlo.compile_with_text(built.train.lower(built.abstract_state, _batch(config, mesh)))
-        compiled = hlo.read(text, sizes)
+        shape = run_shape(config, jax.devices()[:devices])
+        built = step.build(config, shape)
+        program, text = hlo.compile_with_text(built.train.lower(built.abstract_state, _batch(shape)))
+        compiled = hlo.read(text, shape.sizes)
         memory = program.memory_analysis()
         temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     else:  # its shapes, from any mesh
-        alone = dict.fromkeys(MESH_AXES, 1)
-        built = step.build(config, sharding.make_mesh(alone, jax.devices()[:1]))
+        shape = shape_on(config, abstract_mesh(mesh_sizes(config, devices)))
+        one = make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
+        built = step.build(config, shape_on(config, one))
     shapes = built.abstract_state
-    planned = formula.predict(config, sizes, shapes.params)
-    times = roofline.times(config, sizes, planned, gpu, efficiency)
+    planned = formula.predict(config, shape, shapes.params)
+    times = roofline.times(config, shape, planned, gpu, efficiency)
     parameters = metrics.parameter_count(shapes.params)
     return Planned(
-        gpu.kind, efficiency, sizes, parameters, _state(shapes, sizes), temporaries, planned, compiled, times
+        gpu.kind,
+        efficiency,
+        shape,
+        parameters,
+        _state(shapes, shape.sizes),
+        temporaries,
+        planned,
+        compiled,
+        times,
     )
 
 
-def _batch(config: Config, mesh) -> dict:
-    micro_steps, rows, length = sharding.batch_shape(config, mesh.shape)
-    layout = sharding.batch_sharding(mesh)
+def _batch(shape: RunShape) -> dict:
+    micro_steps, rows, length = shape.batch_at(0)
+    layout = sharding.batch_sharding(shape.mesh)
 
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((micro_steps, rows, *shape), dtype, sharding=layout)
+    def array(dtype, *rest):
+        return jax.ShapeDtypeStruct((micro_steps, rows, *rest), dtype, sharding=layout)
 
     return {"tokens": array(np.uint16, length + 1), "lengths": array(np.int32)}
 
 
 def _state(shapes: step.TrainState, sizes: dict[str, int]) -> float:
     """Bytes of a state on one device."""
-    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    layout = sharding.state_shardings(shapes, shapes.params, mesh)
+    layout = sharding.state_shardings(shapes, shapes.params, abstract_mesh(sizes))
     return sum(
         math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(layout), strict=True)

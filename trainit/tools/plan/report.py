@@ -3,7 +3,6 @@
 import math
 
 from trainit.config import Config
-from trainit.parallel import sharding
 from trainit.tools.plan import hlo
 from trainit.tools.plan.plan import Planned
 from trainit.train.trackers import quantity
@@ -14,9 +13,9 @@ MIB, GIB = 2**20, 2**30
 
 def tell(p: Planned, config: Config):
     """Prints a plan, a line for each topic."""
-    mesh = " × ".join(f"{axis} {size}" for axis, size in p.sizes.items() if size > 1) or "one device"
-    micro_steps, rows, length = sharding.batch_shape(config, p.sizes)
-    share = rows // (p.sizes["data"] * p.sizes["fsdp"])
+    mesh = " × ".join(f"{axis} {size}" for axis, size in p.shape.sizes.items() if size > 1) or "one device"
+    micro_steps, rows, length = p.shape.batch_at(0)
+    share = rows // p.shape.shares
     print(
         f"mesh       {mesh}; {micro_steps} × {share} sequences of {length} on a part of data × fsdp, "
         f"{quantity(p.parameters)} parameters, remat {config.model.remat}"
@@ -54,12 +53,12 @@ def table(plans: list[Planned]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for p in plans:
-        mesh = " × ".join(f"{axis} {size}" for axis, size in p.sizes.items() if size > 1)
+        mesh = " × ".join(f"{axis} {size}" for axis, size in p.shape.sizes.items() if size > 1)
         error = "not compiled" if math.isnan(p.error) else f"{abs(p.error):.2%}"
         memory = " + ".join(f"{n / GIB:.1f}" for n in (p.state, p.temporaries) if not math.isnan(n))
         exchanged, t = sum(one.bytes for one in p.planned) / GIB, p.times
         lines.append(
-            f"| {quantity(p.parameters)} | {math.prod(p.sizes.values())} | {mesh} | {memory} | "
+            f"| {quantity(p.parameters)} | {math.prod(p.shape.sizes.values())} | {mesh} | {memory} | "
             f"{exchanged:.2f} | {error} | {t.step:.3g}, {t.unhidden:.3g} | {t.mfu:.0%}, "
             f"{t.mfu * t.step / t.unhidden:.0%} |"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainit.config import Config
-from trainit.parallel import sharding
+from trainit.parallel.mesh import RunShape
 from trainit.tools.plan.hlo import Collective
 from trainit.train import metrics
 
@@ -56,22 +56,23 @@ class Times:
 
 
 def times(
-    config: Config, sizes: Mapping[str, int], exchanged: Iterable[Collective], gpu: Gpu, efficiency: float
+    config: Config, shape: RunShape, exchanged: Iterable[Collective], gpu: Gpu, efficiency: float
 ) -> Times:
     """The times of a step.
 
     Args:
         config: resolved.
-        sizes: of the mesh.
+        shape: of the run.
         exchanged: a step's collectives.
         gpu: of the table.
         efficiency: the part of the GPU's peak that all products and what is between them reach together.
     """
+    sizes = shape.sizes
     flops = metrics.flops_per_token(config.model) * config.batch_size * config.model.context_length
     done = flops * (4 / 3 if config.model.remat == "block" else 1)
     devices = math.prod(sizes.values())
     compute = done / (devices * gpu.flops * efficiency)
-    apart = sharding.adds_up_apart(config, sizes, sharding.micro_steps(config, sizes))
+    apart = shape.accumulates_locally(shape.batch_at(0).micro_steps)
     exposed = hidden = 0.0
     for one in exchanged:
         seconds = one.bytes / bandwidth(one.axes, sizes, gpu)

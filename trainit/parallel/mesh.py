@@ -1,0 +1,233 @@
+"""The mesh of devices, and `RunShape`: everything about a run that follows from its config and its devices.
+
+The mesh has four axes. `data` holds replicas of the model; `fsdp` splits parameters and optimizer state;
+`tensor` splits heads, MLP width and vocabulary; `context` is reserved for splitting sequences and is 1. A
+batch is split over data and fsdp. `parallel/layout.py` says how each array lies on these axes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from trainit.config import MESH_AXES, BatchSizes, Config, batch_sizes, check_mesh, require
+
+MULTIPLE = 128  # a chunk's positions are a multiple of it, because matrix units like that
+
+
+class BatchShape(NamedTuple):
+    """The shape of a global batch: its tokens are an array (micro_steps, rows, length + 1)."""
+
+    micro_steps: int  # G: gradients of that many parts of the batch are added up in one optimizer step
+    rows: int  # sequences of one micro-step, counted over the whole job
+    length: int  # tokens of a sequence that the model reads
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """How a run is laid out on its devices. `run_shape` makes it, once, when the devices are known."""
+
+    mesh: Mesh | AbstractMesh  # with axes `config.MESH_AXES`; abstract where a step is only planned
+    batch_sizes: BatchSizes  # sequences of each optimizer step
+    device_batch_size: int  # most sequences that a device takes in one micro-step; 0: no bound
+    attention: str  # the attention kernel: "plain", "blockwise" or "cudnn"
+    logits_chunk: int  # positions whose logits a device has in memory at once
+    sums_once: bool  # whether gradients may be summed over data once a step: see `accumulates_locally`
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of devices along each mesh axis."""
+        return dict(self.mesh.shape)
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts a batch's rows are split."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def batch_at(self, step: int) -> BatchShape:
+        """The shape of the batch of the optimizer step that follows `step` others."""
+        return self.batch_of(self.batch_sizes.at(step))
+
+    def batch_of(self, batch_size: int) -> BatchShape:
+        """The shape of a batch of this many sequences, with the fewest micro-steps that fit the devices."""
+        count = _micro_steps(batch_size // self.shares, self.device_batch_size)
+        return BatchShape(count, batch_size // count, self.batch_sizes.context_length)
+
+    def accumulates_locally(self, micro_steps: int) -> bool:
+        """Whether each replica adds up its own gradients over the micro-steps, to be summed over data once.
+
+        Otherwise gradients are summed over data in each micro-step. So they are where each micro-step's own
+        is asked for, and with float8, whose scales must be the same on all replicas.
+        """
+        return self.sums_once and micro_steps > 1
+
+
+def run_shape(config: Config, devices: Sequence[jax.Device], shrink_to_fit: bool = False) -> RunShape:
+    """The shape of a run on all of the job's devices.
+
+    Args:
+        config: resolved.
+        devices: in the order of processes, as `jax.devices()` gives them.
+        shrink_to_fit: set mesh axes that do not fit to 1 (`--debug`) instead of raising.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices, or they lack the attention kernel that is asked for.
+    """
+    return shape_on(config, make_mesh(mesh_sizes(config, len(devices), shrink_to_fit), devices))
+
+
+def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
+    """The shape of a run on a mesh; an abstract one is taken to consist of this machine's devices.
+
+    Args:
+        config: resolved.
+        mesh: with axes `config.MESH_AXES`; it counts instead of `config.mesh`.
+
+    Raises:
+        ConfigError: the devices lack the attention kernel that is asked for.
+    """
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
+    # cuDNN's attention kernel needs bfloat16 units, which came with compute capability 8 (Ampere).
+    ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
+    platform = "cuda" if ampere else device.platform
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    share = config.batch_size // shares
+    positions = share // _micro_steps(share, config.device_batch_size) * config.model.context_length
+    vocabulary = config.model.vocab_size // mesh.shape["tensor"]
+    float8 = "float8" in config.precision_of.values()
+    return RunShape(
+        mesh=mesh,
+        batch_sizes=batch_sizes(config),
+        device_batch_size=config.device_batch_size,
+        attention=choose_attention(config.model, platform, compute_type(config, "attention")),
+        logits_chunk=chunk_size(positions, vocabulary, config.logits_mib),
+        sums_once=mesh.shape["data"] > 1 and not wants_squares(config) and not float8,
+    )
+
+
+def _micro_steps(share: int, bound: int) -> int:
+    """The fewest equal parts of `share` sequences of which none has more than `bound`; 0: no bound."""
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= (bound or share))
+
+
+def wants_squares(config: Config) -> bool:
+    """Whether the squares of the micro-steps' gradients are asked for, to measure the noise scale."""
+    return config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
+
+
+def compute_type(config: Config, part: str) -> str:
+    """The type of a part's activations: "float32", "bfloat16" or "float16".
+
+    Args:
+        config: resolved.
+        part: "attention", "mlp" or "head".
+    """
+    own = config.precision_of[part]
+    return config.precision if own in ("", "float8") else own
+
+
+def choose_attention(config: Config, platform: str, precision: str) -> str:
+    """The attention kernel that `model.attention` stands for on this platform.
+
+    cuDNN's kernel works here in bfloat16, without dropout and document mask, with head sizes that are
+    multiples of 8, up to 128 on every card.
+
+    Args:
+        config: the sub-config `model`.
+        platform: "cuda" for NVIDIA's GPUs with bfloat16 units, otherwise JAX's name.
+        precision: of attention's activations.
+
+    Raises:
+        ConfigError: cudnn is asked for where it cannot run.
+    """
+    size = config.dim // config.num_heads
+    fits = precision == "bfloat16" and not config.attn_dropout and size % 8 == 0 and size <= 128
+    possible = platform == "cuda" and fits and not config.document_mask
+    require(
+        config.attention != "cudnn" or possible,
+        f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16, a head size that 8 divides up "
+        f"to 128, no document mask; here are platform={platform}, precision={precision}, head size "
+        f"{size} and document_mask={config.document_mask}; take model.attention=auto",
+    )
+    if config.attention != "auto":
+        return config.attention
+    return "cudnn" if possible else "blockwise"
+
+
+def chunk_size(positions: int, vocab_size: int, logits_mib: float) -> int:
+    """How many positions' logits to compute at once: at most `logits_mib` of them, but at least 128.
+
+    Args:
+        positions: of a device in a micro-step.
+        vocab_size: a device's part.
+        logits_mib: MiB of float32 logits; 0: no bound.
+    """
+    maximum = max(1, int(logits_mib * 2**20 / (4 * vocab_size * MULTIPLE))) * MULTIPLE
+    if not logits_mib or positions <= maximum:
+        return positions
+    # As many chunks as are needed, and all about equally large, so that little of the last one is padding.
+    count = -(-positions // maximum)
+    return MULTIPLE * -(-positions // (MULTIPLE * count))
+
+
+def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dict[str, int]:
+    """The number of devices along each mesh axis, with -1 filled in.
+
+    Args:
+        config: a resolved config.
+        devices: number of devices of the whole job.
+        shrink_to_fit: set axes that do not fit to 1 (`--debug`) instead of raising.
+
+    Raises:
+        ConfigError: the axes do not cover the devices, or a size does not divide what it splits.
+    """
+    sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
+    # One axis takes the devices that the others leave: the one set to -1, or data if the mesh may shrink.
+    free = next((axis for axis, size in sizes.items() if size == -1), "data" if shrink_to_fit else None)
+    if free:
+        left = devices
+        for axis in [axis for axis in reversed(MESH_AXES) if axis != free]:
+            if shrink_to_fit and left % sizes[axis]:
+                sizes[axis] = 1
+            left //= sizes[axis]
+        sizes[free] = max(left, 1)
+
+    needed = math.prod(sizes.values())
+    require(
+        needed == devices,
+        "mesh=(" + ", ".join(f"{axis} {config.mesh[axis]}" for axis in MESH_AXES) + f") covers {needed} "
+        f"devices, but there are {devices}; let the sizes multiply to that, or set one to -1",
+    )
+    check_mesh(sizes, config)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices in their own order, process after process, as a mesh with axes `MESH_AXES`.
+
+    Args:
+        sizes: devices along each axis; their product is the number of devices.
+        devices: default: all of the job's.
+    """
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.array(devices).reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of these sizes without devices, to plan for more of them than there are."""
+    return AbstractMesh(tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES)
+
+
+def describe_devices(mesh: Mesh, process: int) -> str:
+    """How many devices a process has, and where they are in the mesh: "8 devices, data 2, fsdp 0-7, ..."."""
+    own = [index for index, device in np.ndenumerate(mesh.devices) if device.process_index == process]
+    ranges = (
+        f"{axis} {min(indices)}" + f"-{max(indices)}" * (min(indices) < max(indices))
+        for axis, indices in zip(mesh.axis_names, zip(*own, strict=True), strict=True)
+    )
+    return f"{len(own)} devices, {', '.join(ranges)}"

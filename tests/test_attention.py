@@ -12,7 +12,7 @@ from test_model import model_config, random_parameters, random_tokens
 from trainit import config as config_lib
 from trainit.model import attention
 from trainit.model.gpt import GPT
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
@@ -145,7 +145,7 @@ def test_blockwise_over_a_mesh_is_that_of_one_device():
         steps = step.build(config, shape_on(config, mesh))
         ids = np.random.default_rng(0).integers(0, 100, (1, 8, config.model.context_length + 1))
         batch = {"tokens": ids.astype(np.uint16), "lengths": np.full((1, 8), ids.shape[2] - 1, np.int32)}
-        batch, state, found = jax.device_put(batch, sharding.batch_sharding(mesh)), steps.init(), []
+        batch, state, found = jax.device_put(batch, batch_sharding(mesh)), steps.init(), []
         for _ in range(2):
             state, result = steps.train(state, batch)
             found += [float(result["train/loss"]), float(result["train/grad_norm"])]

@@ -14,7 +14,7 @@ from processes import ROOT, start
 from trainit import optimizers
 from trainit.cluster import distributed
 from trainit.config import MESH_AXES, defaults, model, resolve
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.tools.benchmark import contender, suite
 from trainit.tools.benchmark import profile as where
@@ -97,7 +97,7 @@ def test_a_real_profile_finds_every_part():
     config = resolve(config, 100)
     steps = step.build(config, shape_on(config, mesh))
     batch = {"tokens": np.zeros((1, 2, 33), np.uint16), "lengths": np.full((1, 2), 32, np.int32)}
-    state, batch = steps.init(), jax.device_put(batch, sharding.batch_sharding(mesh))
+    state, batch = steps.init(), jax.device_put(batch, batch_sharding(mesh))
     compiled = steps.train.lower(state, batch).compile()
     jax.block_until_ready(compiled(state, batch))
     state = steps.init()

@@ -15,7 +15,7 @@ from processes import ROOT, exact, metrics, run, run_imported
 from test_config import make
 
 from trainit.config import ConfigError, resolve
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 from trainit.train.checkpoint import FREE, CheckpointStore, differences, due
@@ -54,7 +54,7 @@ def test_a_save_is_of_the_state_as_it_was_when_training_goes_on(tmp_path):
     steps = build(**size, model__context_length=4, model__attn_dropout=0.0)
     mesh = steps.abstract_state.step.sharding.mesh
     batch = {"tokens": np.ones((2, 8, 5), np.uint16), "lengths": np.full((2, 8), 4, np.int32)}
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    batch = jax.device_put(batch, batch_sharding(mesh))
     state, _ = steps.train(steps.init(), batch)
     state, _ = steps.train(state, batch)
     before = jax.tree.map(np.array, state)

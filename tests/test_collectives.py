@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainit.parallel import sharding
+from trainit.parallel.layout import replicated_sharding
 from trainit.parallel.mesh import make_mesh
 from trainit.tools.plan import hlo
 from trainit.tools.plan.hlo import Collective
@@ -80,7 +80,7 @@ def test_the_text_does_not_come_from_the_cache(keep_compiled, tmp_path):
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 
     def lowered():
-        layout = sharding.replicated(make_mesh(SIZES))
+        layout = replicated_sharding(make_mesh(SIZES))
         return jax.jit(lambda x: jnp.sin(x) * 41.5, out_shardings=layout).lower(jnp.ones(3))
 
     for _ in range(2):

@@ -13,8 +13,9 @@ from optimizer_cases import by_path, flat
 from trainit import config as config_lib
 from trainit.config import ConfigError
 from trainit.model.gpt import GPT
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
+from trainit.parallel.trees import path_name
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore
 
@@ -43,7 +44,7 @@ def batches(count: int) -> list[dict]:
 
 def train(steps, state, data, mesh=None):
     """The state and the metrics behind each step."""
-    layout, trail = sharding.batch_sharding(mesh or make_mesh(SIZES)), []
+    layout, trail = batch_sharding(mesh or make_mesh(SIZES)), []
     for batch in data:
         state, metrics = steps.train(state, jax.device_put(batch, layout))
         trail.append(jax.device_get((state, metrics)))
@@ -212,7 +213,7 @@ def test_the_run_is_the_same_with_and_without(whole_run):
     texts = []
     for more in ({}, {name: value for name, value in EVERYTHING.items() if name not in fields}):
         _, steps = build(**fields | more, diagnostics__every_steps=0)
-        batch = jax.device_put(data[0], sharding.batch_sharding(make_mesh(SIZES)))
+        batch = jax.device_put(data[0], batch_sharding(make_mesh(SIZES)))
         texts.append(steps.train.lower(steps.abstract_state, batch).as_text())
         assert steps.abstract_state.diagnostics == {}
     assert texts[0] == texts[1]
@@ -226,10 +227,10 @@ def test_the_run_is_the_same_with_and_without(whole_run):
 def test_what_is_kept_is_split_as_the_parameters_are():
     _, steps = build()
     state = steps.abstract_state
-    layout = {sharding.path_name(p): leaf.sharding for p, leaf in jax.tree.leaves_with_path(state.params)}
+    layout = {path_name(p): leaf.sharding for p, leaf in jax.tree.leaves_with_path(state.params)}
     for name in ("last_gradient", "past_gradients", "last_parameters"):
         for path, leaf in jax.tree.leaves_with_path(state.diagnostics[name]):
-            assert leaf.sharding == layout[sharding.path_name(path)]
+            assert leaf.sharding == layout[path_name(path)]
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace(whole_run):

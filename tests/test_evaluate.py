@@ -9,7 +9,7 @@ from trainit import config as config_lib
 from trainit.cluster.peers import Peers
 from trainit.data.dataset import open_dataset
 from trainit.model.gpt import GPT
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 from trainit.train.evaluate import evaluate
@@ -32,7 +32,7 @@ def test_metrics_of_each_subset(sequences, subset_dataset):
         token_bytes,
         sequences,
         (1, 16, length),
-        sharding.batch_sharding(mesh),
+        batch_sharding(mesh),
         Peers(0, 1, lambda code: None, 40.0),
     )
 

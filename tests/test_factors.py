@@ -15,7 +15,7 @@ from test_parallel import MESHES, parallel
 from trainit import config as config_lib
 from trainit.model.gpt import GPT
 from trainit.parallel import float8 as factors
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
@@ -167,7 +167,7 @@ def run(**precision_of):
     for _ in range(12):
         tokens = (rng.integers(0, 4, (2, 8, 33)).cumsum(-1) % 16).astype(np.uint16)
         batch = {"tokens": tokens, "lengths": np.full((2, 8), 32, np.int32)}
-        state, told = steps.train(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        state, told = steps.train(state, jax.device_put(batch, batch_sharding(mesh)))
         losses.append(float(told["train/loss"]))
     return np.array(losses), state
 

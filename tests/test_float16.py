@@ -11,7 +11,7 @@ import tiny
 
 from trainit import config as config_lib
 from trainit.model.gpt import GPT
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import loss_scale, step
 from trainit.train.checkpoint import CheckpointStore
@@ -33,7 +33,7 @@ def build(precision="float16", arg="", **changes):
 def batches(count: int) -> list[dict]:
     """Of two micro-steps, some rows of which end early."""
     rng = np.random.default_rng(3)
-    layout = sharding.batch_sharding(MESH)
+    layout = batch_sharding(MESH)
     return [
         jax.device_put(
             {

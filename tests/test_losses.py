@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from trainit.config import MESH_AXES
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import Head
-from trainit.parallel import sharding
+from trainit.parallel.layout import partition_spec
 from trainit.parallel.matmul import Parallel
 from trainit.parallel.mesh import chunk_size, make_mesh
 
@@ -269,7 +269,7 @@ def abstract(mesh, vocab, positions=(8, 256), dim=64):
     """Head, states, targets and mask as they lie on the mesh."""
 
     def array(shape, dtype, *axes):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.spec(axes)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes)))
 
     return (
         Head(array((dim, vocab), jnp.float32, "embed", "vocab"), None, 0.0),

@@ -11,7 +11,7 @@ import trainit.config
 from trainit import optimizers
 from trainit.model.attention import dropout, plain
 from trainit.model.gpt import GPT
-from trainit.parallel import sharding
+from trainit.parallel.layout import PARAMETERS, logical_axes, parameter_kind
 from trainit.parallel.mesh import choose_attention
 
 MODERN = {
@@ -476,7 +476,7 @@ def test_every_parameter_of_every_model_choice_has_its_row(name):
     parameters = by_path(jax.eval_shape(GPT(c).init, jax.random.key(0)))
     assert {path: leaf.shape for path, leaf in parameters.items()} == expected_shapes(c)
     for path, leaf in parameters.items():
-        assert len(sharding.logical_axes(path)) == leaf.ndim, path
+        assert len(logical_axes(path)) == leaf.ndim, path
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -494,14 +494,14 @@ def test_logical_axes_name_the_right_dimensions(changes):
         "mlp": c.mlp_dim,
     }
     for path, leaf in by_path(jax.eval_shape(GPT(c).init, jax.random.key(0))).items():
-        assert tuple(sizes[axis] for axis in sharding.logical_axes(path)) == leaf.shape, path
+        assert tuple(sizes[axis] for axis in logical_axes(path)) == leaf.shape, path
         if path.endswith(("bias", "scale")):
             expected = "vector"
         elif path.endswith("embedding"):
             expected = "embedding"
         else:
             expected = "head" if path == "head/kernel" else "matrix"
-        assert sharding.kind(path) == expected, path
+        assert parameter_kind(path) == expected, path
 
 
 def test_table_has_no_row_without_parameters_and_refuses_others():
@@ -509,13 +509,12 @@ def test_table_has_no_row_without_parameters_and_refuses_others():
     for changes in VARIANTS.values():
         paths |= by_path(jax.eval_shape(GPT(model_config(**changes)).init, jax.random.key(0))).keys()
     used = {
-        next(row for row, (pattern, *_) in enumerate(sharding.PARAMETERS) if re.fullmatch(pattern, p))
-        for p in paths
+        next(row for row, (pattern, *_) in enumerate(PARAMETERS) if re.fullmatch(pattern, p)) for p in paths
     }
-    assert used == set(range(len(sharding.PARAMETERS)))
+    assert used == set(range(len(PARAMETERS)))
     for path in ("blocks/mlp/up", "blocks/mlp/up/kernel/more", "head/scale"):
         with pytest.raises(KeyError, match=path):
-            sharding.kind(path)
+            parameter_kind(path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "tied", "everything"])

@@ -25,7 +25,7 @@ from trainit import config as config_lib
 from trainit import optimizers
 from trainit.config import ConfigError
 from trainit.model.gpt import GPT
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
@@ -64,7 +64,7 @@ def test_gradients_are_taken_at_y_and_the_model_is_x(random_dataset):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
     steps, model = step.build(config, shape_on(config, mesh)), GPT(config.model)
     tokens = np.random.default_rng(3).integers(0, 256, (4, 2, 8, 33)).astype(np.uint16)
-    layout = sharding.batch_sharding(mesh)
+    layout = batch_sharding(mesh)
 
     def loss(p, ids):
         logits = model(p, ids[:, :-1].astype(np.int32))

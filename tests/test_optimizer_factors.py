@@ -19,7 +19,7 @@ from optimizer_cases import (
     some_shapes,
 )
 
-from trainit.parallel import sharding
+from trainit.parallel.layout import state_shardings
 from trainit.parallel.mesh import make_mesh
 
 FIELDS = {"beta1": 0.8, "beta2": 0.7, "shampoo_beta": 0.6, "precondition_every": 2}
@@ -105,7 +105,7 @@ def test_a_device_has_one_layers_squares_at_a_time():
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 4, "context": 1})
     optimizer = build("soap", {}, shapes=shapes, mesh=mesh)
     state = jax.eval_shape(optimizer.init, shapes)
-    layout = sharding.state_shardings((shapes, state, shapes), shapes, mesh)
+    layout = state_shardings((shapes, state, shapes), shapes, mesh)
     arguments = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (shapes, state, shapes), layout
     )
@@ -181,6 +181,6 @@ def test_squares_are_split_where_that_divides():
     shapes = {"blocks": {"mlp": {"down": {"kernel": jax.ShapeDtypeStruct((3, 6, 8), jnp.float32)}}}}
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
     left, right = ({"blocks": {"mlp": {"down": {"kernel": jnp.zeros((3, n, n))}}}} for n in (6, 8))
-    layout = sharding.state_shardings((left, right, jnp.zeros((3, 8, 8))), shapes, mesh)
+    layout = state_shardings((left, right, jnp.zeros((3, 8, 8))), shapes, mesh)
     specs = [s.spec for s in jax.tree.leaves(layout)]
     assert specs == [P(None, "tensor", None), P(None, "tensor", "fsdp"), P()]

@@ -32,7 +32,7 @@ from trainit import config as config_lib
 from trainit import optimizers
 from trainit.config import ConfigError, choose, defaults, resolve
 from trainit.model.gpt import GPT
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
@@ -267,7 +267,7 @@ def test_gradients_elsewhere_are_the_batch_s_own(name, random_dataset):
 
     for number in range(2):
         batch = {"tokens": tokens[number], "lengths": lengths}
-        state, _ = steps.train(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        state, _ = steps.train(state, jax.device_put(batch, batch_sharding(mesh)))
         ids = tokens[number].reshape(16, 33)
         update, opt_state = plain_update(x, opt_state, number, ids)
         for path, value in by_path(opt_state).items():

@@ -11,8 +11,9 @@ from optimizer_cases import RATES, by_path, draw, draw_gradients, run, some_shap
 
 from trainit import optimizers
 from trainit.config import ConfigError, defaults, flatten, resolve
-from trainit.parallel import sharding
+from trainit.parallel.layout import state_shardings
 from trainit.parallel.mesh import make_mesh
+from trainit.parallel.trees import path_name
 
 PEAK = 0.5
 
@@ -64,9 +65,9 @@ def test_state_is_laid_out_as_the_parameters():
     optimizer = build("adamw", ("head/.* optimizer=sgdm",))
     state = jax.eval_shape(optimizer.init, some_shapes())
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
-    layouts = sharding.state_shardings(state, some_shapes(), mesh)
+    layouts = state_shardings(state, some_shapes(), mesh)
     names = [
-        sharding.path_name(path)
+        path_name(path)
         for path, layout in jax.tree.leaves_with_path(layouts)
         if layout.spec and any(layout.spec)
     ]

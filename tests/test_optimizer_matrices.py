@@ -22,7 +22,7 @@ from optimizer_cases import (
 from test_optimizer_formulas import numpy_adam, numpy_momentum
 
 from trainit.optimizers.common import newton_schulz as _orthogonal
-from trainit.parallel import sharding
+from trainit.parallel.layout import logical_axes, parameter_kind, partition_spec
 from trainit.parallel.mesh import make_mesh
 
 FLOAT32 = {"ns_precision": "float32"}
@@ -160,7 +160,7 @@ def test_a_device_has_one_whole_matrix_at_a_time(sizes, layers, padded):
     path, shape = "blocks/mlp/up/kernel", (layers, 64, 256)
     mesh = make_mesh(dict(zip(("data", "fsdp", "tensor", "context"), (*sizes, 1), strict=True)))
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    layout = jax.NamedSharding(mesh, sharding.spec(sharding.logical_axes(path)))
+    layout = jax.NamedSharding(mesh, partition_spec(logical_axes(path)))
     options = {"steps": 5, "dtype": "float32", "eps": 1e-7}
     compiled = (
         jax.jit(lambda x: _orthogonal.orthogonalize(path, x, mesh, **options), out_shardings=layout)
@@ -177,7 +177,7 @@ def test_a_device_has_one_whole_matrix_at_a_time(sizes, layers, padded):
 
 def test_every_matrix_has_rows_and_columns():
     for path, leaf in by_path(draw(parameter_shapes(), 0)).items():
-        if sharding.kind(path) != "vector":
+        if parameter_kind(path) != "vector":
             shape = leaf.shape[1:] if path.startswith("blocks") else leaf.shape
             rows, columns = _orthogonal.matrix_shape(path, shape)
             assert rows * columns == np.prod(shape)

@@ -20,8 +20,9 @@ from optimizer_cases import (
 )
 
 from trainit import config as config_lib
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
+from trainit.parallel.trees import path_name
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore
 
@@ -45,7 +46,7 @@ def test_it_is_called_with_the_runs_rate_and_decay(name):
     got = run(build(name, changes, 0.3), parameters, gradients)
     function = getattr(optax.contrib if "contrib" in name else optax, name.split(".")[-1])
     mask = jax.tree.map_with_path(
-        lambda path, _: sharding.path_name(path).endswith(("kernel", "embedding")), parameters
+        lambda path, _: path_name(path).endswith(("kernel", "embedding")), parameters
     )
     decays = {"weight_decay": 0.3} | ({} if learns else {"mask": mask})
     fields = changes | ({} if name.endswith("adopt") else decays)
@@ -79,7 +80,7 @@ def test_each_trains_its_part_of_a_model_and_goes_on_where_it_was(tmp_path):
     steps = step.build(config, shape_on(config, mesh))
     tokens = np.tile(np.random.default_rng(3).integers(0, 256, 33), (2, 8, 1)).astype(np.uint16)
     batch = {"tokens": tokens, "lengths": np.full((2, 8), 32, np.int32)}
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    batch = jax.device_put(batch, batch_sharding(mesh))
     state, losses, begin = steps.init(), [], by_path(steps.init().params)
     for _ in range(6):
         state, metrics = steps.train(state, batch)
@@ -89,7 +90,7 @@ def test_each_trains_its_part_of_a_model_and_goes_on_where_it_was(tmp_path):
         assert np.isfinite(value).all() and np.abs(value - begin[path]).max() > 0, path
     for path, leaf in jax.tree.leaves_with_path(state.opt_state):
         parts = leaf.size / np.prod(leaf.sharding.shard_shape(leaf.shape))
-        name = sharding.path_name(path)
+        name = path_name(path)
         assert parts == 4 or not name.endswith(("kernel", "token_embedding/embedding")), name
     checkpoints = CheckpointStore(tmp_path)
     checkpoints.save(6, state, {})

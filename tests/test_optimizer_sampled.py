@@ -11,7 +11,7 @@ from optimizer_cases import RATES, STEPS, build, by_path, draw, draw_gradients, 
 
 from trainit import config as config_lib
 from trainit.model.gpt import GPT
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
@@ -62,7 +62,7 @@ def estimates(sizes: tuple, device_batch_size: int, count: int):
     steps, (micro_steps, rows, length) = step.build(config, shape), shape.batch_at(0)
     tokens = np.random.default_rng(3).integers(0, 256, (micro_steps, rows, length + 1)).astype(np.uint16)
     batch = {"tokens": tokens, "lengths": LENGTHS.reshape(micro_steps, rows)}
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    batch = jax.device_put(batch, batch_sharding(mesh))
     state, found = steps.init(), []
     bias = 2 * np.random.default_rng(4).standard_normal(config.model.vocab_size).astype(np.float32)
     bias = jax.device_put(bias, state.params["head"]["bias"].sharding)

@@ -15,8 +15,9 @@ from trainit import config as config_lib
 from trainit import optimizers
 from trainit.config import ConfigError
 from trainit.optimizers.common import low_bit_state
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding, parameter_kind
 from trainit.parallel.mesh import make_mesh, shape_on
+from trainit.parallel.trees import path_name
 from trainit.train import metrics, step
 from trainit.train.checkpoint import CheckpointStore
 
@@ -131,7 +132,7 @@ def train(built, state, first: int, last: int):
         rng = np.random.default_rng(number)
         tokens = (rng.integers(0, 4, (*shape[:2], 33)).cumsum(-1) % 16).astype(np.uint16)
         batch = {"tokens": tokens, "lengths": np.full(shape[:2], 32, np.int32)}
-        state, told = steps.train(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        state, told = steps.train(state, jax.device_put(batch, batch_sharding(mesh)))
         losses.append(float(told["train/loss"]))
     return np.array(losses), state
 
@@ -144,20 +145,18 @@ def test_its_size_by_formula(state, share):
     vectors = sum(
         leaf.size
         for path, leaf in jax.tree.leaves_with_path(shapes)
-        if sharding.kind(sharding.path_name(path)) == "vector"
+        if parameter_kind(path_name(path)) == "vector"
     )
     rest = metrics.parameter_count(shapes) - vectors
     expected = 4 + 2 * 4 * (vectors + share * rest)  # the count of updates before all
     assert metrics.facts(config.model, steps.abstract_state)["optimizer_bytes"] == expected
-    layout = {
-        sharding.path_name(path): leaf.sharding.spec for path, leaf in jax.tree.leaves_with_path(shapes)
-    }
+    layout = {path_name(path): leaf.sharding.spec for path, leaf in jax.tree.leaves_with_path(shapes)}
     found = 0
     for path, leaf in jax.tree.leaves_with_path(steps.abstract_state.opt_state):
-        if owner := next((name for name in layout if sharding.path_name(path).endswith(name)), None):
+        if owner := next((name for name in layout if path_name(path).endswith(name)), None):
             assert leaf.sharding.spec == layout[owner], path
             found += 1
-    vectors = sum(sharding.kind(name) == "vector" for name in layout)
+    vectors = sum(parameter_kind(name) == "vector" for name in layout)
     assert found == 2 * (vectors + (len(layout) - vectors) * (2 if state == "int8" else 1))
 
 
@@ -240,7 +239,7 @@ def test_copies_of_parameters_stay_and_averages_are_found():
     """Mechanic's start is a copy of the parameters; Schedule-Free says where gradients are taken."""
     _, _, steps = build("int8", EIGHT, arg="optimizer=mechanic+adamw")
     head = {
-        (sharding.path_name(path).split("/")[0], str(leaf.dtype))
+        (path_name(path).split("/")[0], str(leaf.dtype))
         for path, leaf in jax.tree.leaves_with_path(steps.abstract_state.opt_state)
         if leaf.shape == (64, 384)
     }

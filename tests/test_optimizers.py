@@ -28,8 +28,9 @@ from processes import ROOT
 
 from trainit import optimizers
 from trainit.config import ConfigError, choose, defaults, flatten, resolve
-from trainit.parallel import sharding
+from trainit.parallel.layout import state_shardings
 from trainit.parallel.mesh import make_mesh
+from trainit.parallel.trees import path_name
 from trainit.train import step as step_lib
 from trainit.train.checkpoint import CheckpointStore
 
@@ -280,13 +281,13 @@ def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, t
     one, _ = run(name, parameters, gradients)
 
     def put(tree):
-        return jax.device_put(tree, sharding.state_shardings(tree, shapes, mesh))
+        return jax.device_put(tree, state_shardings(tree, shapes, mesh))
 
     eight, state = run(name, parameters, gradients, mesh=mesh, put=put)
     same(eight, one, ROUNDING.get(name, 1e-4))
     large = 2 * 16 * 16  # entries of a block's smallest matrices; whatever has so many is split
     for path, leaf in jax.tree.leaves_with_path(state):
-        assert leaf.size < large or not leaf.sharding.is_fully_replicated, sharding.path_name(path)
+        assert leaf.size < large or not leaf.sharding.is_fully_replicated, path_name(path)
     checkpoints = CheckpointStore(tmp_path)
     whole = step_lib.TrainState(jnp.int32(5), put(parameters), state, jnp.int32(0), jnp.int32(0), {}, {})
     checkpoints.save(5, whole, {})

@@ -10,7 +10,7 @@ from processes import ROOT, start
 
 from trainit import config as config_lib
 from trainit.config import MESH_AXES
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import abstract_mesh, run_shape, shape_on
 from trainit.tools.plan import formula as traffic
 from trainit.tools.plan import hlo, roofline
@@ -69,7 +69,7 @@ def test_the_compiled_step_exchanges_what_is_planned(mesh, model, fields):
         "tokens": np.zeros((micro_steps, rows, length + 1), np.uint16),
         "lengths": np.full((micro_steps, rows), length, np.int32),
     }
-    batch = jax.device_put(batch, sharding.batch_sharding(shape.mesh))
+    batch = jax.device_put(batch, batch_sharding(shape.mesh))
     _, text = hlo.compile_with_text(steps.train.lower(steps.abstract_state, batch))
     compiled = by_kind(hlo.read(text, shape.sizes))
     planned = by_kind(traffic.predict(config, shape, steps.abstract_state.params))

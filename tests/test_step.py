@@ -14,8 +14,9 @@ from trainit import config as config_lib
 from trainit.data import loader
 from trainit.data.dataset import open_dataset
 from trainit.data.order import Ordered, Shuffled
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import abstract_mesh, make_mesh, shape_on
+from trainit.parallel.trees import path_name
 from trainit.train import step
 
 SPLITS = [
@@ -53,7 +54,7 @@ def train(config, sizes, path, count, names=NAMES):
     batches = loader.batches(
         Ordered(split, Shuffled(split.sequences(config.model.context_length), config.seed)),
         shape_on(config, mesh).batch_at(0),
-        sharding.batch_sharding(mesh),
+        batch_sharding(mesh),
     )
     state, curve = steps.init(), []
     for _ in range(count):
@@ -104,7 +105,7 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
     split = open_dataset(random_dataset).splits["train"]
     order = Shuffled(split.sequences(32), config.seed)
     mask = jax.tree.map_with_path(
-        lambda path, _: sharding.path_name(path).endswith(("kernel", "embedding")),
+        lambda path, _: path_name(path).endswith(("kernel", "embedding")),
         steps.abstract_state.params,
     )
     # Cosine with 10 % of 40 steps of warm-up, written out.
@@ -143,7 +144,7 @@ def test_everything_is_born_and_stays_sharded(optimizer, random_dataset):
     _, after = train(config, sizes, random_dataset, 1)
     for state in (steps.abstract_state, steps.init(), after):
         for path, leaf in jax.tree.leaves_with_path(state):
-            name = sharding.path_name(path)
+            name = path_name(path)
             parts = leaf.size / np.prod(leaf.sharding.shard_shape(leaf.shape))
             if name.endswith(("kernel", "token_embedding/embedding")):
                 assert parts == 4, name  # fsdp * tensor
@@ -154,7 +155,7 @@ def test_everything_is_born_and_stays_sharded(optimizer, random_dataset):
             else:
                 assert parts == 1, name
     moments = {"adamw": 2, "sgdm": 1, "muon": 1}[optimizer]
-    names = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(after)]
+    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(after)]
     assert sum(name.endswith("query/kernel") for name in names) == 1 + moments
 
 
@@ -181,9 +182,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
         return step.TrainState(**vars(state) | {"params": params})
 
     tokens = np.zeros((2, 8, 33), np.uint16)
-    batch = jax.device_put(
-        {"tokens": tokens, "lengths": np.full((2, 8), 32, np.int32)}, sharding.batch_sharding(mesh)
-    )
+    batch = jax.device_put({"tokens": tokens, "lengths": np.full((2, 8), 32, np.int32)}, batch_sharding(mesh))
     for count in (1, 2):
         state, metrics = steps.train(with_scale(state, good.at[3].set(jnp.nan)), batch)
         assert not np.isfinite(metrics["train/loss"])
@@ -223,7 +222,7 @@ def test_dropout_follows_seed_and_step(random_dataset):
         mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
         steps = build(config, mesh)
         batch = {"tokens": np.ones((2, 8, 33), np.uint16), "lengths": np.full((2, 8), 32, np.int32)}
-        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        batch = jax.device_put(batch, batch_sharding(mesh))
         state, losses = steps.init(), []
         for _ in range(2):
             state, metrics = steps.train(state, batch)
@@ -238,4 +237,4 @@ def test_dropout_follows_seed_and_step(random_dataset):
 
 def test_batch_sharding_splits_rows_alone():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
-    assert sharding.batch_sharding(mesh).spec == PartitionSpec(None, ("data", "fsdp"))
+    assert batch_sharding(mesh).spec == PartitionSpec(None, ("data", "fsdp"))

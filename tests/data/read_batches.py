@@ -21,7 +21,7 @@ def main(argv):
     from trainit.data import loader
     from trainit.data.dataset import open_dataset
     from trainit.data.order import Ordered, Shuffled
-    from trainit.parallel import sharding
+    from trainit.parallel.layout import batch_sharding
     from trainit.parallel.mesh import make_mesh
 
     folder, output, coordinator, processes, process, *kill = argv[1:]
@@ -33,7 +33,7 @@ def main(argv):
     mesh = make_mesh({"data": 3, "fsdp": 4, "tensor": 1, "context": 1})
     split = open_dataset(Path(folder)).splits["train"]
     order = Shuffled(split.sequences(LENGTH), SEED)
-    layout = sharding.batch_sharding(mesh)
+    layout = batch_sharding(mesh)
     for workers in (2,) if kill else (0, 1, 2):
         count = 1 << 20 if kill else BATCHES
         batches = loader.batches(Ordered(split, order), (1, ROWS, LENGTH), layout, FIRST_ROW, count, workers)

@@ -13,7 +13,7 @@ from read_batches import BATCHES, FIRST_ROW, LENGTH, ROWS, SEED
 from trainit.data import loader
 from trainit.data.dataset import open_dataset
 from trainit.data.order import Ordered, Shuffled, Spaced
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh
 
 
@@ -74,11 +74,11 @@ def test_micro_steps_and_meshes_only_arrange_the_rows(shape, random_dataset):
         devices = jax.devices()[: int(np.prod(list(sizes.values())))]
         mesh = make_mesh(sizes | {"context": 1}, devices)
         batches = loader.batches(
-            Ordered(split, order), (*shape, LENGTH), sharding.batch_sharding(mesh), FIRST_ROW, BATCHES
+            Ordered(split, order), (*shape, LENGTH), batch_sharding(mesh), FIRST_ROW, BATCHES
         )
         for batch, wanted in zip(batches, expected, strict=True):
             assert batch["tokens"].dtype == np.uint16
-            assert batch["tokens"].sharding.spec == sharding.batch_sharding(mesh).spec
+            assert batch["tokens"].sharding.spec == batch_sharding(mesh).spec
             np.testing.assert_array_equal(np.asarray(batch["tokens"]).reshape(ROWS, LENGTH + 1), wanted)
 
 

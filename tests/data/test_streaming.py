@@ -19,7 +19,7 @@ from trainit.data.dataset import DatasetError
 from trainit.data.jsonl import dataset as streaming
 from trainit.data.jsonl.stream import Corpus, State, Stream, deal
 from trainit.data.tokenizers.sentencepiece import ByteTokenizer
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh
 from trainit.prepare.writer import BrokenInputError
 
@@ -162,9 +162,7 @@ def test_resume_is_exact_at_any_position(sizes, tmp_path):
 
 def batches_of(corpus, hosts: int, states, count: int, shape, monkeypatch, first_row=0):
     """The next batches (count, G, b, L + 1) out of what hosts read, and where all streams are behind them."""
-    layout = sharding.batch_sharding(
-        make_mesh({"data": 1, "fsdp": 4, "tensor": 1, "context": 1}, jax.devices()[:4])
-    )
+    layout = batch_sharding(make_mesh({"data": 1, "fsdp": 4, "tensor": 1, "context": 1}, jax.devices()[:4]))
     batches, behind = np.zeros((count, *shape[:2], shape[2] + 1), np.uint16), {}
     for host in range(hosts):
         mine = slice(host * shape[1] // hosts, (host + 1) * shape[1] // hosts)
@@ -200,10 +198,10 @@ def test_batches_do_not_depend_on_hosts_or_micro_steps(folder, monkeypatch):
 def test_batches_on_devices(folder):
     corpus = corpus_of(folder, 4, window=4)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
-    reader = streaming.Reader(corpus, (2, 8, LENGTH), sharding.batch_sharding(mesh), prefetch=1)
+    reader = streaming.Reader(corpus, (2, 8, LENGTH), batch_sharding(mesh), prefetch=1)
     batches = list(reader.batches(3))
     assert len(batches) == 3
-    assert batches[0]["tokens"].sharding.spec == sharding.batch_sharding(mesh).spec
+    assert batches[0]["tokens"].sharding.spec == batch_sharding(mesh).spec
     expected = np.stack([take(corpus, number, 4) for number in range(4)]).reshape(2, 8, LENGTH + 1)
     np.testing.assert_array_equal(np.asarray(batches[0]["tokens"]), expected)
 

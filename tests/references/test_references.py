@@ -27,7 +27,8 @@ from adam_mini import Adam_mini
 from optimizer_cases import parameter_shapes, some_shapes
 from trajectories import RATES, STEPS, Problem, compare, ours, slope, split
 
-from trainit.parallel import sharding
+from trainit.parallel.layout import parameter_kind
+from trainit.parallel.trees import path_name
 
 RISING = np.minimum(0.001 * np.arange(1, STEPS + 1), 0.02)
 TINY = 1e-30  # where the place of eps differs, which is thereby out of the comparison
@@ -352,9 +353,7 @@ def test_schedule_free(base):
 def test_adam_mini():
     """The authors', which goes by names. Biases are left out: it gives them Adam, the paper one mean each."""
     whole = parameter_shapes()
-    shapes = jax.tree.map_with_path(
-        lambda path, p: None if sharding.path_name(path).endswith("bias") else p, whole
-    )
+    shapes = jax.tree.map_with_path(lambda path, p: None if path_name(path).endswith("bias") else p, whole)
     renamed = {
         **{"attention/out": "wo", "head/kernel": "lm_head", "mlp_norm": "second_norm"},
         **{"query_norm": "q_norm", "key_norm": "k_norm"},
@@ -431,7 +430,7 @@ def test_muon():
     fields |= {"rest_beta2": 0.97, "rest_eps": 1e-3}
 
     def reference(groups, named):
-        hidden = [p for name, p in named.items() if sharding.kind(name.rpartition("/")[0]) == "matrix"]
+        hidden = [p for name, p in named.items() if parameter_kind(name.rpartition("/")[0]) == "matrix"]
         muons = [{"params": hidden, "lr": 1.0, "momentum": 0.9, "weight_decay": 0.3, "use_muon": True}]
         there = {id(p) for p in hidden}
         rest = [

@@ -10,7 +10,7 @@ import torch
 from optimizer_cases import build, by_path, decays, draw, some_shapes
 
 from trainit import optimizers
-from trainit.parallel import sharding
+from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 
 STEPS = 40
 RATES = 0.02 + 0.01 * np.sin(np.arange(STEPS))
@@ -25,9 +25,9 @@ def split(tree: dict) -> dict[str, np.ndarray]:
     """Each layer's parameters as torch has them: the kernel of a linear map is (outputs, inputs)."""
     parts = {}
     for path, x in by_path(tree).items():
-        kind = sharding.kind(path)
-        for number, layer in enumerate(x if sharding.is_stacked(path) else [x]):
-            shape = -1 if kind == "vector" else sharding.matrix_shape(path, layer.shape)
+        kind = parameter_kind(path)
+        for number, layer in enumerate(x if is_stacked(path) else [x]):
+            shape = -1 if kind == "vector" else matrix_shape(path, layer.shape)
             part = layer.reshape(shape)
             parts[f"{path}/{number}"] = np.ascontiguousarray(part.T if kind in ("matrix", "head") else part)
     return parts

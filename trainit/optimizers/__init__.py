@@ -31,7 +31,8 @@ from trainit.optimizers import wrappers
 from trainit.optimizers.common import groups as _groups
 from trainit.optimizers.common import low_bit_state, optax_adapter, registry, schedules
 from trainit.optimizers.common.schedules import Schedule
-from trainit.parallel import sharding
+from trainit.parallel.layout import check_blocks, parameter_kind
+from trainit.parallel.trees import path_name
 
 ROUNDING = zlib.crc32(b"rounding")  # what the key is folded with, from which the state is rounded
 
@@ -137,7 +138,7 @@ class Context:
     mesh: Mesh | None = None  # None: one device
 
     def by_path(self, function: Callable[[str, str], Any]) -> dict:
-        """function(path, kind) for every parameter, kinds being those of `sharding.kind`."""
+        """function(path, kind) for every parameter, kinds being those of `parameter_kind`."""
         return _by_path(function, self.parameters)
 
     @property
@@ -187,8 +188,8 @@ def _clip(most: float) -> optax.GradientTransformation:
 
 def _by_path(function: Callable[[str, str], Any], tree: dict) -> dict:
     def apply(path, _):
-        name = sharding.path_name(path)
-        return function(name, sharding.kind(name))
+        name = path_name(path)
+        return function(name, parameter_kind(name))
 
     return jax.tree.map_with_path(apply, tree)
 
@@ -219,7 +220,7 @@ def logged(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """
     found = {}
     for path, leaf in jax.tree.leaves_with_path(opt_state):
-        names = sharding.path_name(path).split("/")
+        names = path_name(path).split("/")
         if "logged" in names:
             group = names[names.index("inner_states") + 1 :][:1] if "inner_states" in names else []
             found["/".join(["optimizer", *group, names[-1]])] = leaf
@@ -289,7 +290,7 @@ def check(config: Config):
     for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(begin)):
         require(
             not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended),
-            f"optimizer.name={config.optimizer.name}: its state has {sharding.path_name(path)} of type "
+            f"optimizer.name={config.optimizer.name}: its state has {path_name(path)} of type "
             f"{leaf.dtype}, which no checkpoint can hold; keep jax.random.key_data of it",
         )
 
@@ -342,7 +343,7 @@ def build(
     if state == "float32":
         return optimizer
     if state == "int8" and context.mesh is not None:
-        sharding.check_blocks(context.parameters, context.mesh)
+        check_blocks(context.parameters, context.mesh)
     key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(context.key), ROUNDING))
     return low_bit_state.narrow(optimizer, state, context.parameters, key)
 

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from trainit.optimizers.common._bounds import above_0
 from trainit.optimizers.common.moments import map_layers, norm
-from trainit.parallel import sharding
-from trainit.parallel.sharding import is_stacked, matrix_shape
+from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
+from trainit.parallel.trees import path_name
 
 
 def get_config() -> ConfigDict:
@@ -43,8 +43,8 @@ def make(config, context) -> optax.GradientTransformation:
     def init(params) -> AdafactorState:
         def of_matrices(axis: int):
             def zeros(path, p):
-                name = sharding.path_name(path)
-                if sharding.kind(name) == "vector":
+                name = path_name(path)
+                if parameter_kind(name) == "vector":
                     return None
                 stack = p.shape[: is_stacked(name)]
                 return jnp.zeros((*stack, matrix_shape(name, p.shape[len(stack) :])[axis]))
@@ -53,7 +53,7 @@ def make(config, context) -> optax.GradientTransformation:
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         nu = jax.tree.map_with_path(
-            lambda path, z: z if sharding.kind(sharding.path_name(path)) == "vector" else None, zeros
+            lambda path, z: z if parameter_kind(path_name(path)) == "vector" else None, zeros
         )
         return AdafactorState(
             jnp.int32(0), zeros if config.beta1 else None, of_matrices(0), of_matrices(1), nu

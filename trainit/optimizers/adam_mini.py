@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from trainit.parallel import sharding
+from trainit.parallel.layout import logical_axes
+from trainit.parallel.trees import path_name
 
 # The logical axes along which each place has a mean square of its own. Any other parameter has one a layer.
 OWN = {
@@ -48,9 +49,9 @@ def make(config, context) -> optax.GradientTransformation:
 
     def mean_squares(gradients: dict) -> dict:
         def mean(path, g):
-            name = sharding.path_name(path)
+            name = path_name(path)
             own = OWN.get(name, set()) | {"layers"}
-            axes = [i for i, axis in enumerate(sharding.logical_axes(name)) if axis not in own]
+            axes = [i for i, axis in enumerate(logical_axes(name)) if axis not in own]
             return jnp.mean(g * g, axes, keepdims=True)
 
         return jax.tree.map_with_path(mean, gradients)

@@ -17,8 +17,8 @@ from trainit.config import require
 from trainit.optimizers.common._bounds import above_0, not_below_0
 from trainit.optimizers.common.moments import map_layers, norm, scale_by_moments
 from trainit.optimizers.common.newton_schulz import orthogonalize, spectral_norm
-from trainit.parallel import sharding
-from trainit.parallel.sharding import matrix_shape
+from trainit.parallel.layout import matrix_shape, parameter_kind
+from trainit.parallel.trees import path_name
 
 NORMALIZE = ("none", "l2", "l2_row", "l2_split", "inf", "inf_row", "inf_split", "ns", "ns_split")
 SCALE = ("none", "l2", "l2_row", "inf", "inf_row", "op")
@@ -66,10 +66,10 @@ def _kind_config(normalize: str, scale: str) -> ConfigDict:
 
 def kind(path: str) -> str:
     """Which of `KINDS` the parameter with this path is."""
-    if sharding.kind(path) in ("embedding", "head"):
-        return sharding.kind(path)
+    if parameter_kind(path) in ("embedding", "head"):
+        return parameter_kind(path)
     is_attention = any(f"attention/{name}/" in path for name in ("query", "key", "value"))
-    if sharding.kind(path) == "matrix":
+    if parameter_kind(path) == "matrix":
         return "attention_kernel" if is_attention else "matrix"
     if path.endswith("scale"):
         return "scale"
@@ -111,7 +111,7 @@ def _direction(name: str, config, context) -> optax.GradientTransformation:
 
             def one(path, u):
                 blocks = u.shape[-2] if c.normalize == "ns_split" else 1
-                return orthogonalize(sharding.path_name(path), u, context.mesh, blocks, **options)
+                return orthogonalize(path_name(path), u, context.mesh, blocks, **options)
 
             return jax.tree.map_with_path(one, updates)
         return map_layers(lambda path, u: u / (size(path, u, c.normalize) + config.eps), updates)
@@ -157,11 +157,11 @@ def size(path: str, x: jax.Array, name: str) -> jax.Array:
         heads = jnp.moveaxis(x, -2, 0).reshape(x.shape[-2], -1, x.shape[-1])
         largest = jnp.max(jnp.sum(jnp.abs(heads), 1), 1)
         return (largest if name == "inf_split" else jax.vmap(norm)(heads))[:, None]
-    if sharding.kind(path) == "vector":
+    if parameter_kind(path) == "vector":
         own, whole = jnp.abs(x), {"l2": norm(x), "inf": jnp.max(jnp.abs(x))}
         return whole.get(name, own)
     matrix = x.reshape(matrix_shape(path, x.shape))
-    inputs = 1 if sharding.kind(path) == "embedding" else 0
+    inputs = 1 if parameter_kind(path) == "embedding" else 0
     match name:
         case "l2":
             return norm(matrix)

@@ -32,7 +32,7 @@ def make(config, context) -> optax.GradientTransformation:
 
 
 def by_kind(config, context, kinds: set[str]) -> optax.GradientTransformation:
-    """Muon for parameters of these kinds of `sharding.kind`, the config's `rest` for the others."""
+    """Muon for parameters of these kinds of `layout.parameter_kind`, the config's `rest` for the others."""
     rests = {"adamw": scale_by_moments, "laprop": scale_by_laprop}
     require(
         config.ns_precision in ("bfloat16", "float32"),

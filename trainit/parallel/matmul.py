@@ -21,8 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainit.model.attention import PRODUCT
-from trainit.parallel import sharding
 from trainit.parallel.float8 import BACKWARD, FORWARD, Factor, dot, factor
+from trainit.parallel.layout import mesh_axes
 
 Weights = tuple[jax.Array, jax.Array | None]  # a kernel and its bias
 
@@ -129,7 +129,7 @@ class Parallel:
         """The mesh axes over which logical axes are split, but for those of one device."""
         if self.mesh is None:
             return ()
-        used = (axis for axis in sharding.mesh_axes(*logical) if not (self.apart and axis == "data"))
+        used = (axis for axis in mesh_axes(*logical) if not (self.apart and axis == "data"))
         return tuple(axis for axis in used if self.mesh.shape[axis] > 1)
 
     def spec(self, *logical: str | None) -> PartitionSpec:

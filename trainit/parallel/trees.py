@@ -1,4 +1,4 @@
-"""Sums over trees of arrays that may be split over devices: inner product, bytes."""
+"""What is common to trees of arrays that may be split over devices: names of paths, inner product, bytes."""
 
 import math
 
@@ -23,3 +23,8 @@ def device_bytes(tree) -> int:
     """Bytes that one device holds of a tree of arrays, or of shapes with shardings."""
     shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
+def path_name(path: tuple) -> str:
+    """A key path of `jax.tree_util` as text: blocks/attention/query/kernel."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from trainit.config import Config, require
-from trainit.parallel import sharding
-from trainit.parallel.trees import device_bytes, inner_product
+from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
+from trainit.parallel.trees import device_bytes, inner_product, path_name
 
 NOISE_DECAY = 0.99  # of the means whose ratio is the noise scale
 # Of these the sum over the measured steps is told, too.
@@ -50,7 +50,7 @@ def check(config: Config, parameters: dict, micro_steps: int):
         f"{micro_steps}; lower device_batch_size",
     )
     if config.spectra:
-        paths = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(parameters)]
+        paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(parameters)]
         require(
             any(_is_chosen(config, path) for path in paths),
             f"diagnostics.spectra={config.spectra!r} is no matrix's path; paths are {', '.join(paths)}",
@@ -202,29 +202,29 @@ def _norms(tree: dict, groupings: tuple[str, ...]) -> dict[str, jax.Array]:
 def _layers(tree: dict) -> Iterator[tuple[str, jax.Array]]:
     """The path of each parameter and its layers (n, ...); of one that is not stacked, n is 1."""
     for path, leaf in jax.tree.leaves_with_path(tree):
-        name = sharding.path_name(path)
-        yield name, leaf if sharding.is_stacked(name) else leaf[None]
+        name = path_name(path)
+        yield name, leaf if is_stacked(name) else leaf[None]
 
 
 def _end(path: str, layer: int) -> str:
     """What ends the name of a metric of one parameter in one layer."""
-    return f"/{path}/{layer}" if sharding.is_stacked(path) else f"/{path}"
+    return f"/{path}/{layer}" if is_stacked(path) else f"/{path}"
 
 
 def _groups(path: str, layers: int, groupings: tuple[str, ...]) -> Iterator[tuple[str, slice]]:
     """The groups to which layers of a parameter belong: the end of the metric's name, and which layers."""
     yield "", slice(None)
     if "kind" in groupings:
-        yield f"/{sharding.kind(path)}", slice(None)
+        yield f"/{parameter_kind(path)}", slice(None)
     for layer in range(layers):
-        if "layer" in groupings and sharding.is_stacked(path):
+        if "layer" in groupings and is_stacked(path):
             yield f"/layer_{layer}", slice(layer, layer + 1)
         if "parameter" in groupings:
             yield _end(path, layer), slice(layer, layer + 1)
 
 
 def _is_chosen(config: Config, path: str) -> bool:
-    return sharding.kind(path) != "vector" and re.fullmatch(config.spectra, path) is not None
+    return parameter_kind(path) != "vector" and re.fullmatch(config.spectra, path) is not None
 
 
 def _spectra(config: Config, params: dict) -> dict[str, jax.Array]:
@@ -236,7 +236,7 @@ def _spectra(config: Config, params: dict) -> dict[str, jax.Array]:
     for name, layers in _layers(params):
         if not _is_chosen(config, name):
             continue
-        shape = sharding.matrix_shape(name, layers.shape[1:])
+        shape = matrix_shape(name, layers.shape[1:])
 
         def one(matrix, shape=shape):
             s = jnp.linalg.svd(matrix.reshape(shape), compute_uv=False)

@@ -20,7 +20,7 @@ from trainit.config import Config
 from trainit.data import training_data
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import run_shape
 from trainit.train import diagnostics, loss_scale, metrics, step
 from trainit.train.checkpoint import CheckpointStore, due
@@ -67,7 +67,7 @@ class Run:
         self.token_bytes = dataset.tokenizer.token_bytes()
         self.shape = run_shape(config, jax.devices(), shrink_to_fit=debug)
         self.batch_sizes = self.shape.batch_sizes
-        self.batch_sharding = sharding.batch_sharding(self.shape.mesh)
+        self.batch_sharding = batch_sharding(self.shape.mesh)
         self.checkpoints = CheckpointStore(workdir, config.checkpoint.keep)
         with start.part("shapes"):
             self.steps = step.build(config, self.shape)

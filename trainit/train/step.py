@@ -16,7 +16,8 @@ from trainit.model import attention as kernels
 from trainit.model import cross_entropy as losses
 from trainit.model.gpt import GPT
 from trainit.optimizers.common import schedules
-from trainit.parallel import float8, sharding
+from trainit.parallel import float8
+from trainit.parallel.layout import replicated_sharding, state_shardings
 from trainit.parallel.matmul import Parallel
 from trainit.parallel.mesh import RunShape, wants_squares
 from trainit.parallel.trees import inner_product
@@ -98,8 +99,8 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
         return TrainState(zero, params, optimizer.init(params), zero, zero, kept, scale)
 
     abstract = jax.eval_shape(init)
-    layout = sharding.state_shardings(abstract, shapes, mesh)
-    replicated = sharding.replicated(mesh)
+    layout = state_shardings(abstract, shapes, mesh)
+    replicated = replicated_sharding(mesh)
     return CompiledSteps(
         abstract_state=jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout

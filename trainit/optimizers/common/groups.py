@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from trainit.config import Config, ConfigError, check_ranges, flatten, require
-from trainit.parallel import sharding
+from trainit.parallel.trees import path_name
 
 REST = "rest"  # the group of what no pattern matches
 
@@ -67,7 +67,7 @@ def assign(patterns: Sequence[re.Pattern], parameters: dict) -> dict:
     """
 
     def label(path, _) -> str:
-        name = sharding.path_name(path)
+        name = path_name(path)
         return next((str(i) for i, pattern in enumerate(patterns) if pattern.fullmatch(name)), REST)
 
     labels = jax.tree.map_with_path(label, parameters)
@@ -83,7 +83,5 @@ def assign(patterns: Sequence[re.Pattern], parameters: dict) -> dict:
 def paths(labels: dict, label: str | None) -> list[str]:
     """Of the parameters with this label; None: of all."""
     return [
-        sharding.path_name(path)
-        for path, own in jax.tree.leaves_with_path(labels)
-        if label is None or own == label
+        path_name(path) for path, own in jax.tree.leaves_with_path(labels) if label is None or own == label
     ]

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from trainit.optimizers.common import per_layer
-from trainit.parallel import sharding
-from trainit.parallel.sharding import is_stacked, matrix_shape
+from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
+from trainit.parallel.trees import path_name
 
 
 def squares(params: dict, max_size: int, fill: Callable[[int], jax.Array]) -> tuple[dict, dict]:
@@ -21,9 +21,9 @@ def squares(params: dict, max_size: int, fill: Callable[[int], jax.Array]) -> tu
 
     def side(number: int) -> dict:
         def one(path, p):
-            name = sharding.path_name(path)
+            name = path_name(path)
             size = matrix_shape(name, p.shape[1:] if is_stacked(name) else p.shape)[number]
-            if size > max_size or {"embedding": 0, "head": 1}.get(sharding.kind(name)) == number:
+            if size > max_size or {"embedding": 0, "head": 1}.get(parameter_kind(name)) == number:
                 return None
             return jnp.broadcast_to(fill(size), (*p.shape[: is_stacked(name)], size, size))
 
@@ -59,7 +59,7 @@ def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dic
     """
 
     def one(path, *leaves):
-        name, first = sharding.path_name(path), leaves[0]
+        name, first = path_name(path), leaves[0]
         stack = first.shape[: is_stacked(name)]
         shape = (*stack, *matrix_shape(name, first.shape[len(stack) :]))
         own, sides = [x.reshape(shape) for x in leaves[: len(arrays)]], list(leaves[len(arrays) :])

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainit.parallel import sharding
+from trainit.parallel.layout import owner_path, parameter_kind, quantization_block
+from trainit.parallel.trees import path_name
 
 
 class NarrowState(NamedTuple):
@@ -53,10 +54,10 @@ def narrow(
         def one(path, leaf, owner: str) -> NarrowState:
             if not owner:
                 return NarrowState(leaf, None, None)
-            leaf_key = jax.random.fold_in(step_key, zlib.crc32(sharding.path_name(path).encode()))
+            leaf_key = jax.random.fold_in(step_key, zlib.crc32(path_name(path).encode()))
             if dtype == "bfloat16":
                 return NarrowState(None, round_to_bfloat16(leaf, leaf_key), None)
-            axis, size = sharding.block(owner, leaf.shape)
+            axis, size = quantization_block(owner, leaf.shape)
             return NarrowState(None, *encode_blocks(leaf, axis, size, leaf_key))
 
         parts = jax.tree.map_with_path(one, state, owners)
@@ -100,8 +101,8 @@ def _owners(optimizer: optax.GradientTransformation, parameters: dict):
 
 
 def _owner(path, leaf: jax.ShapeDtypeStruct, parameters: dict) -> str:
-    owner = sharding.owner(path, leaf.shape, parameters)
-    is_narrowed = owner and leaf.dtype == jnp.float32 and sharding.kind(owner) != "vector"
+    owner = owner_path(path, leaf.shape, parameters)
+    is_narrowed = owner and leaf.dtype == jnp.float32 and parameter_kind(owner) != "vector"
     return owner if is_narrowed else ""
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainit.parallel import sharding
+from trainit.parallel.layout import is_stacked
+from trainit.parallel.trees import path_name
 
 
 class MomentsState(NamedTuple):
@@ -95,12 +96,12 @@ def map_layers(function: Callable[..., jax.Array], tree: dict, *others: dict):
     """
 
     def apply(path, *arrays):
-        name = sharding.path_name(path)
+        name = path_name(path)
 
         def one(*arrays):
             return function(name, *arrays)
 
-        return jax.vmap(one)(*arrays) if sharding.is_stacked(name) else one(*arrays)
+        return jax.vmap(one)(*arrays) if is_stacked(name) else one(*arrays)
 
     return jax.tree.map_with_path(apply, tree, *others)
 

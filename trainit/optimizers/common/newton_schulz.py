@@ -8,8 +8,8 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from trainit.optimizers.common import per_layer
-from trainit.parallel import sharding
-from trainit.parallel.sharding import is_stacked, matrix_shape
+from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
+from trainit.parallel.trees import path_name
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at 0, singular values end in about [0.7, 1.2]
 
@@ -61,7 +61,7 @@ def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, blocks: int = 1, *
         options: of `newton_schulz`.
     """
     rows, columns = matrix_shape(path, x.shape[1:] if is_stacked(path) else x.shape)
-    ratio = rows / columns if sharding.kind(path) == "embedding" else columns / blocks / rows
+    ratio = rows / columns if parameter_kind(path) == "embedding" else columns / blocks / rows
 
     def one(matrix):
         parts = jnp.moveaxis(matrix.reshape(rows, blocks, -1), 1, 0)
@@ -81,7 +81,7 @@ def scale_by_newton_schulz(mesh: Mesh | None, **options) -> optax.GradientTransf
     def update(updates, params=None):
         del params
         return jax.tree.map_with_path(
-            lambda path, u: orthogonalize(sharding.path_name(path), u, mesh, **options), updates
+            lambda path, u: orthogonalize(path_name(path), u, mesh, **options), updates
         )
 
     return optax.stateless(update)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainit.parallel import sharding
+from trainit.parallel.layout import logical_axes, matrix_spec, partition_spec
 
 
 def map_layers(path: str, mesh: Mesh | None, function: Callable, *stacks):
@@ -60,7 +60,7 @@ def _owners(path: str, mesh: Mesh, layers: int) -> tuple[tuple[str, ...], int]:
 
     They are those that hold parts of a matrix, times replicas up to `layers`.
     """
-    axes = sharding.spec(sharding.logical_axes(path))
+    axes = partition_spec(logical_axes(path))
     owners = [axis for axis in mesh.axis_names if axis in axes]
     devices = math.prod(mesh.shape[axis] for axis in owners)
     for axis in mesh.axis_names:
@@ -76,7 +76,7 @@ def _layouts(path: str, mesh: Mesh, shape: tuple[int, ...], owners: tuple[str, .
     One axis of the mesh moves at a time, which is an exchange among its devices; XLA would gather all
     matrices everywhere if asked for both at once.
     """
-    split = sharding.matrix_spec(path, shape, mesh)
+    split = matrix_spec(path, shape, mesh)
     _, rows, columns = split
     held = tuple(axis for axis in owners if axis in (rows, columns))
     return [split, PartitionSpec(rows, None, columns), PartitionSpec(held), PartitionSpec(owners)]
@@ -90,7 +90,7 @@ def _move(x: jax.Array, mesh: Mesh, layouts: list[PartitionSpec]) -> jax.Array:
 
 def as_parameter(path: str, matrices: jax.Array, shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
     """A parameter's matrices in its own shape and layout."""
-    return constrain(matrices.reshape(shape), mesh, sharding.spec(sharding.logical_axes(path)))
+    return constrain(matrices.reshape(shape), mesh, partition_spec(logical_axes(path)))
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:

@@ -51,7 +51,7 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
     from trainit import config as config_lib
     from trainit import optimizers
     from trainit.cluster import distributed
-    from trainit.parallel import sharding
+    from trainit.parallel.layout import batch_sharding
     from trainit.parallel.mesh import make_mesh, shape_on
     from trainit.train import step
 
@@ -72,7 +72,7 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
     mesh = make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[:1])
     steps = step.build(config, shape_on(config, mesh))
     batch = {"tokens": ids(shape)[None], "lengths": np.full((1, shape["batch"]), shape["context_length"])}
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    batch = jax.device_put(batch, batch_sharding(mesh))
     steps.train.compile_ahead(steps.abstract_state, batch)
     state = [steps.init()]
 

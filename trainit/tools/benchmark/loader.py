@@ -15,7 +15,7 @@ from trainit import config as config_lib
 from trainit.data import loader
 from trainit.data.dataset import Split
 from trainit.data.order import Ordered, Shuffled
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh
 
 LOADER_BATCH, LOADER_LENGTH, LOADER_SECONDS = 64, 1024, 1.5
@@ -43,7 +43,7 @@ def _batches(path: str, tokens: int, first_row: int = 0) -> Iterator[dict[str, j
     mesh = make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
     source = _shuffled(path, tokens)
     shape = (1, LOADER_BATCH, LOADER_LENGTH)
-    return loader.batches(source, shape, sharding.batch_sharding(mesh), first_row)
+    return loader.batches(source, shape, batch_sharding(mesh), first_row)
 
 
 def _random_crops(path: str, draw: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:

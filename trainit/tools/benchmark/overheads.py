@@ -23,7 +23,7 @@ from trainit.cluster.peers import Peers
 from trainit.config import Config, ConfigError
 from trainit.model import cross_entropy
 from trainit.model.gpt import Head
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.matmul import Parallel
 from trainit.parallel.mesh import make_mesh
 from trainit.tools.benchmark.step import build
@@ -123,7 +123,7 @@ def measure_optimizer(config: Config, steps: int):
     micro_steps, rows, length = shape.batch_at(0)
     ids = np.random.default_rng(0).integers(0, 256, (micro_steps, rows, length + 1)).astype(np.uint16)
     batch = {"tokens": ids, "lengths": np.full((micro_steps, rows), length, np.int32)}
-    batch = jax.device_put(batch, sharding.batch_sharding(shape.mesh))
+    batch = jax.device_put(batch, batch_sharding(shape.mesh))
 
     def train(label: str) -> dict:
         states[label], result = built[label].train(states[label], batch)

@@ -13,7 +13,7 @@ from trainit.config import Config
 from trainit.data import training_data
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape, run_shape
 from trainit.tools.benchmark import profile
 from trainit.tools.plan import hlo
@@ -40,7 +40,7 @@ class _Bench:
     def __init__(self, config: Config, dataset: Dataset | Streamed):
         self.config = config
         self.steps, shape = build(config)
-        self.mesh, layout = shape.mesh, sharding.batch_sharding(shape.mesh)
+        self.mesh, layout = shape.mesh, batch_sharding(shape.mesh)
         self._batches = training_data.reader(config, dataset, shape.batch_at(0), layout).batches()
         self.state = jax.block_until_ready(self.steps.init())
         start = time.perf_counter()

@@ -18,7 +18,7 @@ from trainit.config import Config, ConfigError
 from trainit.data import training_data
 from trainit.data.dataset import Dataset, DatasetError
 from trainit.data.jsonl.dataset import Streamed
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import run_shape
 from trainit.tools.doctor import environment
 from trainit.tools.doctor.network import check_all_reduces
@@ -150,7 +150,7 @@ def _check_data(
 
 def _data_rate(config: Config, dataset: Dataset | Streamed, mesh: Mesh, shape: tuple[int, int, int]) -> float:
     """Returns the tokens per second that this process reads in the way of a run."""
-    batches = training_data.reader(config, dataset, shape, sharding.batch_sharding(mesh)).batches()
+    batches = training_data.reader(config, dataset, shape, batch_sharding(mesh)).batches()
     tokens = next(batches)["tokens"]
     own_tokens = sum(shard.data.size for shard in tokens.addressable_shards if shard.replica_id == 0)
     count, start = 0, time.perf_counter()

@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from trainit.config import MESH_AXES, Config
-from trainit.parallel import sharding
+from trainit.parallel.layout import is_stacked, logical_axes, mesh_axes, parameter_kind
 from trainit.parallel.mesh import RunShape, chunk_size
+from trainit.parallel.trees import path_name
 from trainit.tools.plan.hlo import Collective
 
 
@@ -75,11 +76,11 @@ def _passes(config: Config) -> int:
 
 def _kernels(config: Config, sizes: Mapping[str, int], shapes: dict) -> Iterator[tuple]:
     for path, leaf in jax.tree.leaves_with_path(shapes):
-        name = sharding.path_name(path)
-        kind = sharding.kind(name)
+        name = path_name(path)
+        kind = parameter_kind(name)
         if kind == "vector" or name == "position_embedding/embedding":
             continue
-        layers = leaf.shape[0] if sharding.is_stacked(name) else 1
+        layers = leaf.shape[0] if is_stacked(name) else 1
         part = math.prod(leaf.shape) / layers / sizes["tensor"]
         if kind == "embedding":
             yield "all-reduce", "f32", ("data",), part / sizes["fsdp"], 1, name
@@ -95,14 +96,14 @@ def _vectors(config: Config, sizes: Mapping[str, int], shapes: dict) -> Iterator
     """Sums over positions, which are split over data and fsdp, and over tensor where the length is."""
     batch = ("data", "fsdp")
     for path, leaf in jax.tree.leaves_with_path(shapes):
-        name = sharding.path_name(path)
+        name = path_name(path)
         if name == "position_embedding/embedding":
             yield "all-reduce", "f32", ("data", "tensor"), math.prod(leaf.shape) / sizes["fsdp"], 1, name
-        if sharding.kind(name) != "vector":
+        if parameter_kind(name) != "vector":
             continue
-        layers = leaf.shape[0] if sharding.is_stacked(name) else 1
+        layers = leaf.shape[0] if is_stacked(name) else 1
         numbers = math.prod(leaf.shape) / layers
-        if "tensor" in sharding.mesh_axes(*sharding.logical_axes(name)):
+        if "tensor" in mesh_axes(*logical_axes(name)):
             yield "all-reduce", "f32", batch, numbers / sizes["tensor"], layers, name
         elif name.endswith("bias") and "norm" not in name:
             yield "all-reduce", "f32", (*batch, "tensor"), numbers, layers, name

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from trainit.config import MESH_AXES, Config
-from trainit.parallel import sharding
+from trainit.parallel.layout import batch_sharding, state_shardings
 from trainit.parallel.mesh import RunShape, abstract_mesh, make_mesh, mesh_sizes, run_shape, shape_on
 from trainit.tools.plan import formula, hlo, roofline
 from trainit.tools.plan.hlo import Collective
@@ -78,7 +78,7 @@ def plan(config: Config, devices: int, gpu: roofline.Gpu, efficiency: float, com
 
 def _batch(shape: RunShape) -> dict:
     micro_steps, rows, length = shape.batch_at(0)
-    layout = sharding.batch_sharding(shape.mesh)
+    layout = batch_sharding(shape.mesh)
 
     def array(dtype, *rest):
         return jax.ShapeDtypeStruct((micro_steps, rows, *rest), dtype, sharding=layout)
@@ -88,7 +88,7 @@ def _batch(shape: RunShape) -> dict:
 
 def _state(shapes: step.TrainState, sizes: dict[str, int]) -> float:
     """Bytes of a state on one device."""
-    layout = sharding.state_shardings(shapes, shapes.params, abstract_mesh(sizes))
+    layout = state_shardings(shapes, shapes.params, abstract_mesh(sizes))
     return sum(
         math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(layout), strict=True)

@@ -1,0 +1,232 @@
+"""How every array lies on the mesh: one table of logical axes, and one of all parameters.
+
+A parameter's dimensions have names, its logical axes: an attention kernel has ("layers", "embed", "heads",
+"head_size"). `RULES` says over which axes of the mesh each of them is split. From these two tables follow the
+shardings of parameters, gradients, optimizer state and batches, here; and every exchange between devices in
+`parallel/matmul.py`, which also says where a kernel that is split over fsdp is gathered. `PARAMETERS` names
+each parameter's kind, too, by which decay masks, Muon and the logs per kind choose.
+
+A new parameter needs one row in `PARAMETERS`; without it, the first use of its path raises KeyError.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from trainit.config import require
+from trainit.parallel.trees import path_name
+
+AnyMesh = Mesh | AbstractMesh
+
+# Logical axis -> the mesh axes that it is split over. Axes that are not named here are not split.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    "residual_length": ("context", "tensor"),  # of the residual stream between attention and MLP
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+# (path, logical axes, kind). Paths are regular expressions; the first that matches counts. Vectors are small,
+# so that every device has them whole, except those that are added to an activation which is split.
+PARAMETERS = (
+    ("token_embedding/embedding", ("vocab", "embed"), "embedding"),
+    ("position_embedding/embedding", ("position", "embed"), "embedding"),
+    ("head/kernel", ("embed", "vocab"), "head"),
+    ("head/bias", ("vocab",), "vector"),
+    ("final_norm/(scale|bias)", ("norm",), "vector"),
+    ("blocks/(attention|mlp)_norm/(scale|bias)", ("layers", "norm"), "vector"),
+    ("blocks/attention/query/kernel", ("layers", "embed", "heads", "head_size"), "matrix"),
+    ("blocks/attention/(key|value)/kernel", ("layers", "embed", "kv_heads", "head_size"), "matrix"),
+    ("blocks/attention/query/bias", ("layers", "heads", "head_size"), "vector"),
+    ("blocks/attention/(key|value)/bias", ("layers", "kv_heads", "head_size"), "vector"),
+    ("blocks/attention/(query|key)_norm/scale", ("layers", "head_size"), "vector"),
+    ("blocks/attention/out/kernel", ("layers", "heads", "head_size", "embed"), "matrix"),
+    ("blocks/mlp/(up|gate)/kernel", ("layers", "embed", "mlp"), "matrix"),
+    ("blocks/mlp/(up|gate)/bias", ("layers", "mlp"), "vector"),
+    ("blocks/mlp/down/kernel", ("layers", "mlp", "embed"), "matrix"),
+    ("blocks/(attention/out|mlp/down)/bias", ("layers", "norm"), "vector"),
+)
+
+BLOCK = 32  # optimizer state in 8 bits has one scale for at most this many numbers
+
+
+def _row(path: str) -> tuple[tuple[str, ...], str]:
+    """The logical axes and the kind in the parameter's row of the table."""
+    for pattern, axes, kind in PARAMETERS:
+        if re.fullmatch(pattern, path):
+            return axes, kind
+    raise KeyError(f"parameter {path!r} is missing in the table trainit.parallel.layout.PARAMETERS")
+
+
+def logical_axes(path: str) -> tuple[str, ...]:
+    """The logical axes of the parameter with this path. Raises KeyError if the table lacks it."""
+    return _row(path)[0]
+
+
+def parameter_kind(path: str) -> str:
+    """What the parameter with this path is: "embedding", "head", "matrix" or "vector"."""
+    return _row(path)[1]
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the parameter's leading axis counts layers."""
+    return logical_axes(path)[0] == "layers"
+
+
+def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The size (inputs, outputs) of one layer's parameter as the linear map that it is.
+
+    Attention's kernels join heads and head size; an embedding maps from its rows.
+
+    Args:
+        path: of a parameter that is not a vector.
+        shape: without a layers axis.
+    """
+    axes = [axis for axis in logical_axes(path) if axis != "layers"]
+    inputs = 1 if axes[0] == "embed" else len(axes) - 1
+    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+
+
+def mesh_axes(*axes: str | None) -> tuple[str, ...]:
+    """All mesh axes over which an array with these logical axes is split."""
+    split = (RULES.get(axis, ()) if axis else () for axis in axes)
+    return tuple(name for names in split for name in ((names,) if isinstance(names, str) else names))
+
+
+def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """For each dimension of an array with these logical axes, the mesh axes over which it is split."""
+    return PartitionSpec(*(RULES.get(axis) if axis else None for axis in axes))
+
+
+def matrix_spec(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
+    """How matrices that belong to a parameter are split: like its rows and columns, where that divides them.
+
+    Args:
+        path: of a parameter that is not a vector.
+        shape: ([layers,] rows, columns): of its own matrices, or of others such as products of these.
+        mesh: with axes `MESH_AXES`.
+    """
+    axes = [axis for axis in logical_axes(path) if axis != "layers"]
+    # A matrix has an axis for its inputs and one for its outputs: heads stand for heads * head size.
+    own = RULES.get(axes[0]), RULES.get(axes[1 if axes[0] == "embed" else -1])
+    sizes = zip(own, shape[-2:], strict=True)
+    fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in sizes)
+    return PartitionSpec(*[None] * (len(shape) - 2), *fits)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays (micro-steps, rows, ...): rows are split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+
+
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays that every device has whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(state: Any, parameters: Mapping, mesh: AnyMesh) -> Any:
+    """The sharding of every leaf of a train state: split like the parameter that the leaf belongs to.
+
+    A leaf belongs to the parameter whose path ends the leaf's own path: optimizer state repeats the tree of
+    parameters. It is split
+
+    - like the parameter, if it has its shape (the parameter itself, a moment, the sum of gradients), or one
+      number for each of its blocks;
+    - as `matrix_spec` says, if it holds a square matrix for each of the parameter's matrices;
+    - not at all otherwise, nor if it belongs to no parameter.
+
+    Args:
+        state: a tree of arrays or of their shapes.
+        parameters: the tree of parameters, or of their shapes.
+        mesh: with axes `MESH_AXES`.
+    """
+    shapes = _shapes(parameters)
+
+    def sharding(path, leaf) -> NamedSharding:
+        for suffix in _suffixes(path):
+            if shapes.get(suffix) == leaf.shape:
+                return NamedSharding(mesh, partition_spec(logical_axes(suffix)))
+            if suffix in shapes and leaf.shape == _blocks_shape(suffix, shapes[suffix], mesh):
+                return NamedSharding(mesh, partition_spec(logical_axes(suffix)))
+            if suffix in shapes and _is_square(suffix, leaf.shape):
+                return NamedSharding(mesh, matrix_spec(suffix, leaf.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map_with_path(sharding, state)
+
+
+def owner_path(path: tuple, shape: tuple[int, ...], parameters: Mapping) -> str:
+    """The path of the parameter that a leaf of optimizer state belongs to and has the shape of, or "".
+
+    Args:
+        path: the leaf's key path.
+        shape: the leaf's.
+        parameters: the tree of parameters, or of their shapes.
+    """
+    shapes = _shapes(parameters)
+    return next((suffix for suffix in _suffixes(path) if shapes.get(suffix) == shape), "")
+
+
+def _shapes(parameters: Mapping) -> dict[str, tuple[int, ...]]:
+    return {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(parameters)}
+
+
+def _suffixes(path: tuple) -> list[str]:
+    """A leaf's path, the path without its first key, and so on."""
+    keys = path_name(path).split("/")
+    return ["/".join(keys[start:]) for start in range(len(keys))]
+
+
+def _is_square(path: str, shape: tuple[int, ...]) -> bool:
+    return parameter_kind(path) != "vector" and len(shape) == 2 + is_stacked(path) and shape[-1] == shape[-2]
+
+
+def quantization_block(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The axis along which a parameter's numbers form blocks with one scale each, and a block's size.
+
+    The axis is chosen so that no block lies on several devices, unless `check_blocks` raises.
+
+    Args:
+        path: of a parameter that is not a vector.
+        shape: the parameter's.
+    """
+    axes = logical_axes(path)
+    axis = axes.index(next(name for name in ("head_size", "mlp", "embed") if name in axes))
+    return axis, math.gcd(shape[axis], BLOCK)
+
+
+def check_blocks(parameters: Mapping, mesh: AnyMesh) -> None:
+    """Raises ConfigError where a block of a parameter's numbers would lie on several devices."""
+    for path, shape in _shapes(parameters).items():
+        if parameter_kind(path) == "vector":
+            continue
+        axis, size = quantization_block(path, shape)
+        count, devices = shape[axis] // size, _devices_along(path, axis, mesh)
+        require(
+            count % devices == 0,
+            f"optimizer_state=int8: {path} has {count} blocks of {size} numbers along its axis "
+            f"{logical_axes(path)[axis]!r}, which mesh.{RULES.get(logical_axes(path)[axis])}={devices} does "
+            f"not divide; take a smaller one, or bfloat16",
+        )
+
+
+def _blocks_shape(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> tuple[int, ...] | None:
+    """The shape of an array with one number for each block; None where the mesh would split blocks."""
+    if parameter_kind(path) == "vector":
+        return None
+    axis, size = quantization_block(path, shape)
+    count = shape[axis] // size
+    return None if count % _devices_along(path, axis, mesh) else (*shape[:axis], count, *shape[axis + 1 :])
+
+
+def _devices_along(path: str, axis: int, mesh: AnyMesh) -> int:
+    """Over how many devices a parameter's dimension is split."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(logical_axes(path)[axis]))

@@ -35,6 +35,7 @@ from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
+from trainit.train.state import named_key
 
 ADAM = {"beta1": 0.8, "beta2": 0.97, "eps": 1e-3}
 
@@ -255,7 +256,7 @@ def test_gradients_elsewhere_are_the_batch_s_own(name, random_dataset):
             parameters=x,
             weight_decay=0.0,
             clip_norm=0.0,
-            key=jax.random.key_data(step.named_key(config.seed, "optimizer")),
+            key=jax.random.key_data(named_key(config.seed, "optimizer")),
         ),
     )
     opt_state = plain.init(x)

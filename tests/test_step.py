@@ -14,10 +14,12 @@ from trainit import config as config_lib
 from trainit.data import loader
 from trainit.data.dataset import open_dataset
 from trainit.data.order import Ordered, Shuffled
+from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import abstract_mesh, make_mesh, shape_on
 from trainit.parallel.trees import path_name
 from trainit.train import step
+from trainit.train.state import TrainState
 
 SPLITS = [
     {"data": d, "fsdp": f, "tensor": t, "context": 1}
@@ -101,7 +103,7 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
     curve, state = train(config, {"data": 2, "fsdp": 2, "tensor": 2}, random_dataset, 3, names)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     steps = build(config, mesh)
-    model = step.GPT(config.model)
+    model = GPT(config.model)
     split = open_dataset(random_dataset).splits["train"]
     order = Shuffled(split.sequences(32), config.seed)
     mask = jax.tree.map_with_path(
@@ -179,7 +181,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
 
     def with_scale(state, scale):
         params = state.params | {"final_norm": state.params["final_norm"] | {"scale": scale}}
-        return step.TrainState(**vars(state) | {"params": params})
+        return TrainState(**vars(state) | {"params": params})
 
     tokens = np.zeros((2, 8, 33), np.uint16)
     batch = jax.device_put({"tokens": tokens, "lengths": np.full((2, 8), 32, np.int32)}, batch_sharding(mesh))

@@ -310,7 +310,7 @@ def test_a_mixture_in_blocks_goes_on_in_other_numbers_of_processes(job, subset_d
 
 
 FULL_DISK = """
-from trainit import saves
+from trainit.train import save_retry
 save_retry.RETRY_SECONDS = (1, 1, 1)
 if RANK == 1:
     import resource

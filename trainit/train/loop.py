@@ -29,6 +29,7 @@ from trainit.train.resume import Resume
 from trainit.train.save_retry import SaveRetry
 from trainit.train.startup_report import describe
 from trainit.train.startup_timer import StartupTimer
+from trainit.train.state import TrainState
 from trainit.train.trackers import RunLogger
 
 DONE, STOPPED = 0, 75  # exit codes
@@ -172,7 +173,7 @@ class Run:
             self._log(self._read(before))  # while this step runs
             self.saves.check()
 
-    def _train_first(self, batch: dict[str, jax.Array]) -> tuple[step.TrainState, dict]:
+    def _train_first(self, batch: dict[str, jax.Array]) -> tuple[TrainState, dict]:
         """The first step of this process, to its end."""
         with self.start.part("compile"):
             self.steps.train.compiled(self.state, batch)
@@ -181,7 +182,7 @@ class Run:
         logging.info("start      to the end of step %d: %s", self.step + 1, self.start.over())
         return result
 
-    def _train(self, batch: dict[str, jax.Array]) -> tuple[step.TrainState, dict]:
+    def _train(self, batch: dict[str, jax.Array]) -> tuple[TrainState, dict]:
         """A step. The first one with batches of another size is compiled before it runs."""
         grown = self.step > 0 and self.step in self.batch_sizes.starts
         if grown:

@@ -11,6 +11,7 @@ from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore, check_same_run
+from trainit.train.state import TrainState
 
 
 class Resume:
@@ -40,7 +41,7 @@ class Resume:
         self.trained_as: dict | None = None  # config of the checkpoint
         self.meta: dict = {}  # of the run's own checkpoint
 
-    def begin(self) -> step.TrainState:
+    def begin(self) -> TrainState:
         """A new state, or that of another run's checkpoint."""
         c = self._config.checkpoint
         if not c.load_path:
@@ -71,13 +72,13 @@ class Resume:
         logging.info("begin      from %s step %d", c.load_path, number)
         return self._restore(source, number)
 
-    def resume(self, checkpoints: CheckpointStore, number: int) -> step.TrainState:
+    def resume(self, checkpoints: CheckpointStore, number: int) -> TrainState:
         """The state of the run's own checkpoint of this step; its meta data are in `meta`."""
         self.meta = self._accept(checkpoints, number)
         logging.info("resume     at step %d of %d", number, self._config.steps)
         return self._restore(checkpoints, number)
 
-    def _restore(self, source: CheckpointStore, number: int) -> step.TrainState:
+    def _restore(self, source: CheckpointStore, number: int) -> TrainState:
         self._compile_ahead(number)
         state = source.restore(number, self._steps.abstract_state)
         if self._config.diagnostics.every_steps and not state.diagnostics:

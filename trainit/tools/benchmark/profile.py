@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from trainit.tools.plan import hlo
-from trainit.train.step import TrainState
+from trainit.train.state import TrainState
 
 PARTS = ("attention", "mlp", "head", "embedding", "optimizer")  # named scopes of model and step
 LABELS = {"mlp": "MLP", "head": "head and loss"}

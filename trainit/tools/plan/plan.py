@@ -12,6 +12,7 @@ from trainit.parallel.mesh import RunShape, abstract_mesh, make_mesh, mesh_sizes
 from trainit.tools.plan import formula, hlo, roofline
 from trainit.tools.plan.hlo import Collective
 from trainit.train import metrics, step
+from trainit.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _batch(shape: RunShape) -> dict:
     return {"tokens": array(np.uint16, length + 1), "lengths": array(np.int32)}
 
 
-def _state(shapes: step.TrainState, sizes: dict[str, int]) -> float:
+def _state(shapes: TrainState, sizes: dict[str, int]) -> float:
     """Bytes of a state on one device."""
     layout = state_shardings(shapes, shapes.params, abstract_mesh(sizes))
     return sum(

@@ -1,0 +1,156 @@
+"""The loss of a global batch and its gradient, summed over micro-steps and devices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainit import config as config_lib
+from trainit.config import Config
+from trainit.model.cross_entropy import CrossEntropy
+from trainit.model.gpt import GPT
+from trainit.parallel.matmul import Parallel
+from trainit.parallel.mesh import RunShape, wants_squares
+from trainit.parallel.trees import inner_product
+from trainit.train.state import named_key
+
+
+def inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Splits rows of L + 1 tokens: inputs (b, L) int32, targets (b, L) int32, and which targets count."""
+    tokens = micro_batch["tokens"].astype(jnp.int32)  # small unsigned integers until here
+    mask_BL = jnp.arange(tokens.shape[1] - 1) < micro_batch["lengths"][:, None]
+    return tokens[:, :-1], tokens[:, 1:], mask_BL
+
+
+class LossAndGradient:
+    """Loss and gradient of a batch (G micro-steps, rows, L + 1), for one train step.
+
+    Dropout depends on the seed, the step and the row, so that all methods, and all layouts of the batch, see
+    the same masks. Reductions are sums divided once by the number of targets in the whole batch: neither the
+    number of micro-steps nor that of devices changes the result, except for rounding.
+
+    Gradients are summed over the mesh axis `data` within each micro-step; or, where
+    `RunShape.accumulates_locally` allows, each replica accumulates its own and one sum follows at the end.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        shape: RunShape,
+        model_for: Callable[[Parallel], tuple[GPT, CrossEntropy]],
+        layout,
+    ):
+        """
+        Args:
+            config: resolved.
+            shape: of the run.
+            model_for: gives the model and its loss for a way to compute on the mesh.
+            layout: the shardings of the parameters, which the gradient gets too.
+        """
+        self._config, self._shape, self._model_for, self._layout = config, shape, model_for, layout
+        self._global, self._replica = Parallel(shape.mesh), Parallel(shape.mesh, apart=True)
+        self._uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
+        names = ("loss", "correct", "count", "z_loss") if config.z_loss else ("loss", "correct", "count")
+        self._no_sums = dict.fromkeys(names, jnp.float32(0))
+
+    def gradient(
+        self,
+        params: dict,
+        batch: dict,
+        step: jax.Array,
+        sampling_key: jax.Array | None = None,
+        scale: jax.Array | None = None,
+    ) -> tuple[dict, dict]:
+        """The gradient of the batch's mean loss, z-loss included.
+
+        Args:
+            params: the point at which to take it.
+            batch: "tokens" (G, rows, L + 1) and "lengths" (G, rows), the number of targets in each row.
+            step: chooses the dropout masks.
+            sampling_key: if given, targets are drawn from the model's own distribution with it.
+            scale: what the loss is multiplied with during the backward pass (see `loss_scale`).
+
+        Returns:
+            The gradient, float32 and laid out as the parameters; and the sums "loss", "correct", "count" and,
+            where the config asks for it, "z_loss" over all targets. For the noise scale also "square": the
+            sum over micro-steps of the squared norm of the gradient of each one's mean loss.
+        """
+        lengths = batch["lengths"]
+        count = jnp.sum(lengths.astype(jnp.float32))
+        arguments = batch, params, step, sampling_key, scale, count
+        if self._shape.accumulates_locally(lengths.shape[0]):
+            replica = functools.partial(self._accumulate, self._replica)
+            return self._replica.of_replicas(replica, *arguments)
+        return self._accumulate(self._global, *arguments)
+
+    def loss_sums(self, params: dict, batch: dict, step: jax.Array) -> dict:
+        """The sums that `gradient` gives, without a gradient."""
+
+        def micro_step(index, micro_batch):
+            return self._micro_loss(self._global, params, step, index, micro_batch)[1]
+
+        return _sum_over_micro_steps(micro_step, batch, self._no_sums)
+
+    def _accumulate(self, parallel: Parallel, batch, params, step, sampling_key, scale, count):
+        """What `gradient` returns, from these rows, with `count` targets in the whole batch."""
+        # Each sequence's mean loss is scaled, not the batch's: a scale that fits then fits any batch size.
+        factor = None if scale is None else scale / self._config.model.context_length
+        with_square = wants_squares(self._config)
+
+        def lay_out(grads):
+            return jax.tree.map(lambda g, s: parallel.lay_out(g, s.spec), grads, self._layout)
+
+        def micro_step(index, micro_batch):
+            def share_of_loss(params):
+                total, sums = self._micro_loss(
+                    parallel, params, step, index, micro_batch, sampling_key, factor
+                )
+                return total / count if factor is None else total, sums
+
+            grads, sums = jax.grad(share_of_loss, has_aux=True)(params)
+            grads = lay_out(grads)
+            if factor is not None:
+                grads = jax.tree.map(lambda g: g / (factor * count), grads)
+            if with_square:
+                sums["square"] = inner_product(grads, grads) * (count / sums["count"]) ** 2
+            return grads, sums
+
+        zeros = lay_out(jax.tree.map(jnp.zeros_like, params))
+        no_sums = self._no_sums | ({"square": jnp.float32(0)} if with_square else {})
+        return _sum_over_micro_steps(micro_step, batch, (zeros, no_sums))
+
+    def _micro_loss(
+        self, parallel: Parallel, params, step, index, micro_batch, sampling_key=None, scale=None
+    ) -> tuple[jax.Array, dict]:
+        """The sum of the losses of a micro-step's targets, to differentiate, and its parts."""
+        dropout_key = None
+        if self._uses_dropout:
+            dropout_key = jax.random.fold_in(named_key(self._config.seed, "dropout"), step)
+        inputs_BL, targets_BL, mask_BL = inputs_and_targets(micro_batch)
+        first_row = parallel.first_row(index, len(inputs_BL))
+        model, cross_entropy = self._model_for(parallel)
+        x_BLD, head = model.hidden(params, inputs_BL, dropout_key, first_row)
+        if sampling_key is not None:
+            targets_BL = _sample(jax.lax.stop_gradient(head(x_BLD)), sampling_key, first_row)
+        with jax.named_scope("head"):
+            return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL, scale)
+
+
+def _sample(logits_BLV: jax.Array, key: jax.Array, first_row: jax.Array | int) -> jax.Array:
+    """Targets (B, L) drawn from the model's distribution; each row has its own key."""
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(first_row + jnp.arange(len(logits_BLV)))
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BLV.astype(jnp.float32))
+
+
+def _sum_over_micro_steps(function: Callable[[Any, dict], Any], batch: dict, zeros):
+    """The sum of function(index, micro-batch) over the batch's leading axis; `zeros` is the empty sum."""
+    micro_steps = batch["lengths"].shape[0]
+    if micro_steps == 1:
+        return function(0, jax.tree.map(lambda x: x[0], batch))
+
+    def add(total, indexed):
+        return jax.tree.map(jnp.add, total, function(*indexed)), None
+
+    return jax.lax.scan(add, zeros, (jnp.arange(micro_steps), batch))[0]

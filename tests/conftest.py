@@ -23,12 +23,12 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from trainit.cluster import settings
+from trainit.cluster.process import collect_garbage_rarely
 
 # A suite that is started in the background ignores SIGINT, and so would all that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.collect_garbage_rarely()
+collect_garbage_rarely()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 if "PYTEST_XDIST_WORKER" not in os.environ:

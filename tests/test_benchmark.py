@@ -12,7 +12,7 @@ import pytest
 from processes import ROOT, start
 
 from trainit import optimizers
-from trainit.cluster import distributed
+from trainit.cluster import devices
 from trainit.config import MESH_AXES, defaults, model, resolve
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
@@ -112,7 +112,7 @@ def test_a_real_profile_finds_every_part():
 def test_contenders_train_the_same_kind_of_model(name, monkeypatch, tmp_path):
     """Untrained, the loss is that of guessing; on one batch it then falls."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(distributed, "configure", lambda *args: None)  # JAX runs already
+    monkeypatch.setattr(devices, "configure", lambda *args: None)  # JAX runs already
     shape = contender.SHAPES["S"] | {
         "num_blocks": 2,
         "dim": 32,

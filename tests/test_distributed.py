@@ -3,7 +3,7 @@
 import pytest
 from processes import ROOT, run_imported, start
 
-from trainit.cluster.distributed import Place, PlaceError, check_coordinator, find_place
+from trainit.cluster.place import Place, SetupError, check_coordinator, find_place
 
 # What srun sets for the last task of two nodes with two tasks and two GPUs each; the values are made up.
 SLURM = {
@@ -57,7 +57,7 @@ def test_alone():
 
 
 def test_a_batch_script_without_srun_is_refused():
-    with pytest.raises(PlaceError, match=r"job 9 has SLURM_NTASKS=4.*without srun.*train alone"):
+    with pytest.raises(SetupError, match=r"job 9 has SLURM_NTASKS=4.*without srun.*train alone"):
         find_place({"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
 
 
@@ -74,7 +74,7 @@ def test_grid_engine():
         "CUDA_VISIBLE_DEVICES": "2,3",
     }
     assert find_place(sge | script) == Place("Grid Engine job 12", "n1:61452", 4, 3, (1,), 2)
-    with pytest.raises(PlaceError, match=r"job 12 has NHOSTS=2.*without launch/sge.sh.*train alone"):
+    with pytest.raises(SetupError, match=r"job 12 has NHOSTS=2.*without launch/sge.sh.*train alone"):
         find_place(sge)
     assert find_place(sge | {"NHOSTS": "1"}) == Place("Grid Engine job 12")
     shell = sge | {"ENVIRONMENT": "INTERACTIVE"}
@@ -82,7 +82,7 @@ def test_grid_engine():
 
 
 def test_gpus_that_cannot_be_shared_evenly():
-    with pytest.raises(PlaceError, match=r"CUDA_VISIBLE_DEVICES=0,1,2 cannot be shared evenly by 2"):
+    with pytest.raises(SetupError, match=r"CUDA_VISIBLE_DEVICES=0,1,2 cannot be shared evenly by 2"):
         find_place(SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"})
 
 
@@ -98,12 +98,12 @@ def test_open_mpi():
     assert (place.num_processes, place.process_id, place.hosts) == (4, 2, 2)
     assert place.coordinator.startswith("10.96.0.1:")
     del environment["OMPI_MCA_orte_hnp_uri"]
-    with pytest.raises(PlaceError, match=r"add --coordinator=HOST:PORT"):
+    with pytest.raises(SetupError, match=r"add --coordinator=HOST:PORT"):
         check_coordinator(find_place(environment))
 
 
 def test_a_loopback_coordinator_of_several_hosts():
-    with pytest.raises(PlaceError, match=r"localhost:1 has the loopback address 127.*2 hosts cannot share"):
+    with pytest.raises(SetupError, match=r"localhost:1 has the loopback address 127.*2 hosts cannot share"):
         check_coordinator(Place("test", "localhost:1", 2, 0, hosts=2))
 
 

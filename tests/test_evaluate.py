@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from trainit import config as config_lib
-from trainit.cluster.peers import Peers
+from trainit.cluster.monitor import JobMonitor
 from trainit.data.dataset import open_dataset
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
@@ -33,7 +33,7 @@ def test_metrics_of_each_subset(sequences, subset_dataset):
         sequences,
         (1, 16, length),
         batch_sharding(mesh),
-        Peers(0, 1, lambda code: None, 40.0),
+        JobMonitor(0, 1, lambda code: None, 40.0),
     )
 
     tokens, of = [], []

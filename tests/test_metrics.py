@@ -6,6 +6,7 @@ import pytest
 
 from trainit import config as config_lib
 from trainit import optimizers
+from trainit.cluster import hardware
 from trainit.train import metrics
 
 
@@ -45,7 +46,7 @@ def test_flops_of_the_modern_parts_by_hand():
     ],
 )
 def test_peaks(kind, tera):
-    assert metrics.peak_flops(kind) == (tera and tera * 1e12)
+    assert hardware.peak_flops(kind) == (tera and tera * 1e12)
 
 
 def test_meter_measures_between_steps_and_forgets_pauses(monkeypatch):

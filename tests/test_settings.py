@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from processes import ROOT, end, start
 
-from trainit.cluster.distributed import Place, visible_gpus
-from trainit.cluster.settings import TABLE, TUNABLES, Here, SettingsError, apply, find
+from trainit.cluster.devices import visible_gpus
+from trainit.cluster.hardware import JobDevices, detect
+from trainit.cluster.place import Place, SetupError
+from trainit.cluster.process import TUNABLES
+from trainit.cluster.xla_flags import SETTINGS, apply
 
 H100, B200, A100, T4 = "NVIDIA H100 80GB HBM3", "NVIDIA B200", "NVIDIA A100-SXM4-80GB", "Tesla T4"
 CPU_FLAGS = {
@@ -48,7 +51,7 @@ def flags(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, _, value in words}
 
 
-def applied(here: Here, **environment: str) -> dict[str, str]:
+def applied(here: JobDevices, **environment: str) -> dict[str, str]:
     """Flags and variables that are there afterwards."""
     apply(here, environment)
     found = flags(environment)
@@ -63,22 +66,22 @@ IN_MANY = joined(128, 128, 1024)
 @pytest.mark.parametrize(
     ("here", "expected"),
     [
-        (Here(), CPU_FLAGS),
-        (Here("", 0, hosts=4), CPU_FLAGS),
-        (Here(H100, 1), memory("0.9")),
-        (Here(H100, 8), OVERLAP | IN_ONE | GRAPHS | QUEUE | memory("0.9")),
-        (Here("NVIDIA GH200 480GB", 32, 32), OVERLAP | IN_MANY | GRAPHS | QUEUE | memory("0.85")),
-        (Here(A100, 1), memory("0.9")),
-        (Here(A100, 4), OVERLAP | IN_ONE | GRAPHS | memory("0.9")),
-        (Here(A100, 16, 2), OVERLAP | IN_MANY | GRAPHS | memory("0.85")),
-        (Here(B200, 1), BLACKWELL | memory("0.9")),
-        (Here("NVIDIA GB200", 4), OVERLAP | IN_ONE | BLACKWELL | memory("0.9")),
-        (Here(B200, 64, 8), OVERLAP | IN_MANY | BLACKWELL | memory("0.85")),
-        (Here(T4, 1), {}),
-        (Here(T4, 4, 2), OVERLAP | GRAPHS),
-        (Here("several kinds", 2), OVERLAP | GRAPHS),
+        (JobDevices(), CPU_FLAGS),
+        (JobDevices("", 0, hosts=4), CPU_FLAGS),
+        (JobDevices(H100, 1), memory("0.9")),
+        (JobDevices(H100, 8), OVERLAP | IN_ONE | GRAPHS | QUEUE | memory("0.9")),
+        (JobDevices("NVIDIA GH200 480GB", 32, 32), OVERLAP | IN_MANY | GRAPHS | QUEUE | memory("0.85")),
+        (JobDevices(A100, 1), memory("0.9")),
+        (JobDevices(A100, 4), OVERLAP | IN_ONE | GRAPHS | memory("0.9")),
+        (JobDevices(A100, 16, 2), OVERLAP | IN_MANY | GRAPHS | memory("0.85")),
+        (JobDevices(B200, 1), BLACKWELL | memory("0.9")),
+        (JobDevices("NVIDIA GB200", 4), OVERLAP | IN_ONE | BLACKWELL | memory("0.9")),
+        (JobDevices(B200, 64, 8), OVERLAP | IN_MANY | BLACKWELL | memory("0.85")),
+        (JobDevices(T4, 1), {}),
+        (JobDevices(T4, 4, 2), OVERLAP | GRAPHS),
+        (JobDevices("several kinds", 2), OVERLAP | GRAPHS),
     ],
-    ids=lambda value: str(value) if isinstance(value, Here) else "",
+    ids=lambda value: str(value) if isinstance(value, JobDevices) else "",
 )
 def test_what_holds_where(here, expected):
     assert applied(here) == expected
@@ -87,19 +90,19 @@ def test_what_holds_where(here, expected):
 def test_a_setting_has_one_value_anywhere_and_a_source():
     for kind in (H100, B200, A100, T4, ""):
         for gpus, hosts in ((1, 1), (8, 1), (16, 2)):
-            names = [row.name for row in TABLE if row.holds(Here(kind, gpus, hosts))]
+            names = [row.name for row in SETTINGS if row.holds(JobDevices(kind, gpus, hosts))]
             assert len(set(names)) == len(names)
-    assert all(row.source for row in TABLE)
+    assert all(row.source for row in SETTINGS)
     used = [
-        any(row.holds(Here(k, g, h)) for k in (H100, B200, A100, "") for g, h in ((8, 1), (8, 2)))
-        for row in TABLE
+        any(row.holds(JobDevices(k, g, h)) for k in (H100, B200, A100, "") for g, h in ((8, 1), (8, 2)))
+        for row in SETTINGS
     ]
     assert all(used)
 
 
 def test_what_the_user_has_set_wins(tmp_path):
     """Flags, variables, older names of variables, and a file of flags; and all of ours can be left out."""
-    here = Here(H100, 16, 2)
+    here = JobDevices(H100, 16, 2)
     everything = applied(here)
     mine = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_dump_to=/tmp/x"
     environment = {"XLA_FLAGS": mine, "CUDA_DEVICE_MAX_CONNECTIONS": "8", "HOME": "/h"}
@@ -124,17 +127,17 @@ def test_what_the_user_has_set_wins(tmp_path):
     file.write_text(f"{mine}\n")
     assert applied(here, XLA_FLAGS=str(file)) == everything | changed
     assert applied(here, XLA_FLAGS=mine, TRAINIT_SETTINGS="off") == changed | {"TRAINIT_SETTINGS": "off"}
-    assert applied(Here(), TRAINIT_SETTINGS="off") == {"TRAINIT_SETTINGS": "off"}
-    with pytest.raises(SettingsError, match=r"TRAINIT_SETTINGS='no' must be 'off', or not set"):
+    assert applied(JobDevices(), TRAINIT_SETTINGS="off") == {"TRAINIT_SETTINGS": "off"}
+    with pytest.raises(SetupError, match=r"TRAINIT_SETTINGS='no' must be 'off', or not set"):
         apply(here, {"TRAINIT_SETTINGS": "no"})
 
 
 def test_what_was_set_is_told():
     environment = {}
-    told = apply(Here(H100, 16, 2), environment)
+    told = apply(JobDevices(H100, 16, 2), environment)
     variables = " ".join(f"{name}={value}" for name, value in environment.items() if name != "XLA_FLAGS")
     assert told == f"16 × {H100} (Hopper), 2 hosts: {environment['XLA_FLAGS'].strip()} {variables}"
-    assert apply(Here(T4, 1), {}) == "1 × Tesla T4 (other): none"
+    assert apply(JobDevices(T4, 1), {}) == "1 × Tesla T4 (other): none"
 
 
 def driver(folder: Path, *names: str) -> Path:
@@ -164,22 +167,22 @@ def test_devices_are_found_without_jax(tmp_path):
     silent = nvidia_smi(tmp_path / "silent") | {"CUDA_VISIBLE_DEVICES": "0"}
     empty = {"PATH": str(none)}
     for platform, environment, processes, hosts, folder, expected in (
-        ("", empty, 1, 1, eight, Here(H100, 8)),
-        ("cuda", smi, 1, 1, eight, Here(H100, 8)),
-        ("", empty, 16, 2, eight, Here(H100, 16, 2)),
-        ("", empty | {"CUDA_VISIBLE_DEVICES": "3"}, 1, 1, eight, Here(H100, 1)),
-        ("", empty | {"CUDA_VISIBLE_DEVICES": "3"}, 8, 1, eight, Here(H100, 8)),
-        ("", empty | {"CUDA_VISIBLE_DEVICES": "3,4"}, 1, 1, eight, Here(H100, 2)),
-        ("", smi, 1, 1, none, Here(A100, 2)),
-        ("", smi, 1, 1, mixed, Here(A100, 2)),  # the others are not let through
-        ("", both, 2, 1, mixed, Here("several kinds", 2)),
-        ("", silent, 1, 1, none, Here()),
-        ("", empty, 4, 2, none, Here()),
-        ("cpu", smi, 1, 1, eight, Here()),
-        ("", smi | {"CUDA_VISIBLE_DEVICES": ""}, 1, 1, eight, Here()),
-        ("", smi | {"CUDA_VISIBLE_DEVICES": "-1"}, 1, 1, eight, Here()),
+        ("", empty, 1, 1, eight, JobDevices(H100, 8)),
+        ("cuda", smi, 1, 1, eight, JobDevices(H100, 8)),
+        ("", empty, 16, 2, eight, JobDevices(H100, 16, 2)),
+        ("", empty | {"CUDA_VISIBLE_DEVICES": "3"}, 1, 1, eight, JobDevices(H100, 1)),
+        ("", empty | {"CUDA_VISIBLE_DEVICES": "3"}, 8, 1, eight, JobDevices(H100, 8)),
+        ("", empty | {"CUDA_VISIBLE_DEVICES": "3,4"}, 1, 1, eight, JobDevices(H100, 2)),
+        ("", smi, 1, 1, none, JobDevices(A100, 2)),
+        ("", smi, 1, 1, mixed, JobDevices(A100, 2)),  # the others are not let through
+        ("", both, 2, 1, mixed, JobDevices("several kinds", 2)),
+        ("", silent, 1, 1, none, JobDevices()),
+        ("", empty, 4, 2, none, JobDevices()),
+        ("cpu", smi, 1, 1, eight, JobDevices()),
+        ("", smi | {"CUDA_VISIBLE_DEVICES": ""}, 1, 1, eight, JobDevices()),
+        ("", smi | {"CUDA_VISIBLE_DEVICES": "-1"}, 1, 1, eight, JobDevices()),
     ):
-        assert find(platform, environment, processes, hosts, folder) == expected
+        assert detect(platform, environment, processes, hosts, folder) == expected
 
 
 def test_names_of_visible_gpus(tmp_path):
@@ -193,7 +196,7 @@ def test_names_of_visible_gpus(tmp_path):
 
 def test_the_installed_jaxlib_knows_all_flags():
     """A flag that it does not know ends a process at once."""
-    rows = " ".join(f"{row.name}={row.value}" for row in TABLE if row.name.startswith("--"))
+    rows = " ".join(f"{row.name}={row.value}" for row in SETTINGS if row.name.startswith("--"))
     code = "from jaxlib import xla_client; print(xla_client.make_cpu_client().device_count())"
 
     def devices(text: str) -> subprocess.CompletedProcess:
@@ -227,7 +230,7 @@ def test_commands_tell_the_settings_of_gpus(random_dataset, tmp_path):
 
 def test_readme_has_the_table():
     text = (ROOT / "README.md").read_text()
-    for row in TABLE:
+    for row in SETTINGS:
         line = next(line for line in text.splitlines() if f"`{row.name.removeprefix('--')}" in line)
         assert row.source.partition(";")[0].partition(":")[0] in line, row
 
@@ -235,8 +238,8 @@ def test_readme_has_the_table():
 def test_the_command_begins_anew_with_glibc_s_settings_and_stays_the_same_process():
     """The program sees its own arguments, the setting and the process's number from before."""
     program = (
-        "import os, sys; from trainit.cluster import settings; print(os.getpid()); sys.stdout.flush();"
-        "settings.tune_process(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
+        "import os, sys; from trainit.cluster import process; print(os.getpid()); sys.stdout.flush();"
+        "process.tune_process(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
 

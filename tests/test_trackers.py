@@ -86,9 +86,10 @@ def test_bar_on_a_terminal():
     """On a real terminal (a pty): one bar that is rewritten, messages above it."""
     code = """
 import time
+from trainit import logs
 from trainit.train import trackers
 
-trackers.log_to_terminal(True)
+logs.log_to_terminal(True)
 progress = trackers.Progress(0, 4)
 for n in range(1, 5):
     time.sleep(0.15)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from trainit.cluster import run_lock
-from trainit.cluster.run_lock import Lock
+from trainit.cluster.run_lock import RunLock
 from trainit.config import ConfigError
 
 
@@ -20,8 +20,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(run_lock, "DEAD_SECONDS", 1.0)
 
 
-def lock(lost=None) -> Lock:
-    return Lock("Slurm job 7", lost or pytest.fail)
+def lock(lost=None) -> RunLock:
+    return RunLock("Slurm job 7", lost or pytest.fail)
 
 
 def holder(folder) -> dict:
@@ -41,8 +41,8 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
 
 
 def test_a_dead_process_of_this_host_does_not_block(tmp_path):
-    code = "import sys, os, pathlib; from trainit.cluster.run_lock import Lock; "
-    code += "Lock('job 1', print).take(pathlib.Path(sys.argv[1])); os._exit(9)"
+    code = "import sys, os, pathlib; from trainit.cluster.run_lock import RunLock; "
+    code += "RunLock('job 1', print).take(pathlib.Path(sys.argv[1])); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
     assert holder(tmp_path)["job"] == "job 1"
     start = time.monotonic()
@@ -96,7 +96,7 @@ def test_a_holder_on_another_host_lives_as_long_as_it_touches_the_lock(tmp_path)
 
 def test_who_loses_the_folder_hears_of_it(tmp_path):
     lost = []
-    mine = Lock("job 1", lost.append)
+    mine = RunLock("job 1", lost.append)
     mine.take(tmp_path)
     (tmp_path / "lock.json").write_text(json.dumps(holder(tmp_path) | {"id": "other", "job": "job 2"}))
     end = time.monotonic() + 5
@@ -110,7 +110,7 @@ def test_of_many_that_take_over_at_once_one_has_it(tmp_path):
     outcomes = []
 
     def take():
-        mine = Lock("race", lambda text: None)
+        mine = RunLock("race", lambda text: None)
         try:
             mine.take(tmp_path)
             outcomes.append(mine)
@@ -122,7 +122,7 @@ def test_of_many_that_take_over_at_once_one_has_it(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    winners = [outcome for outcome in outcomes if isinstance(outcome, Lock)]
+    winners = [outcome for outcome in outcomes if isinstance(outcome, RunLock)]
     assert len(winners) == 1, outcomes
     winners[0].release()
 
@@ -130,6 +130,6 @@ def test_of_many_that_take_over_at_once_one_has_it(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file/run cannot be written: Not a directory"):
-        run_lock.make(tmp_path / "file" / "run", 0)
-    assert run_lock.make(tmp_path / "run", 3).is_dir()
+        run_lock.make_folder(tmp_path / "file" / "run", 0)
+    assert run_lock.make_folder(tmp_path / "run", 3).is_dir()
     assert list((tmp_path / "run" / "logs").iterdir()) == []

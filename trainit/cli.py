@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from trainit import config as config_lib
 from trainit import optimizers
-from trainit.cluster import distributed
+from trainit.cluster.place import Place, find_place
 from trainit.config import Config, ConfigError
 from trainit.data import dataset as tokens
 from trainit.data import training_data
@@ -63,15 +63,15 @@ def unresolved() -> ConfigDict:
     return _CONFIG.value
 
 
-def place() -> distributed.Place:
+def place() -> Place:
     """This process's place among the job's processes, from the flags or from the environment.
 
     Raises:
-        ConfigError, PlaceError: it has no right one.
+        ConfigError, SetupError: it has no right one.
     """
-    found = distributed.find_place(os.environ)
+    found = find_place(os.environ)
     if _NUM_PROCESSES.value:
-        found = distributed.Place("flags", "", _NUM_PROCESSES.value, _PROCESS_ID.value)
+        found = Place("flags", "", _NUM_PROCESSES.value, _PROCESS_ID.value)
         if found.process_id >= found.num_processes:
             raise ConfigError(
                 f"--process_id={found.process_id} must be below --num_processes={found.num_processes}"

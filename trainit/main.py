@@ -9,29 +9,28 @@ usage, 1 anything else.
 import hashlib
 import json
 import os
-import signal
 from pathlib import Path
 
-from trainit.cluster import settings
-from trainit.cluster.peers import STOP_SIGNALS, Peers
+from trainit.cluster.process import block_stop_signals, tune_process
 
 if __name__ == "__main__":
-    settings.tune_process()
-    # What follows takes seconds to import. A signal that comes meanwhile waits until Peers listens.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    tune_process()
+    block_stop_signals()  # the imports that follow take seconds; signals wait until JobMonitor listens
 
 import jax
 from absl import logging
 
-from trainit import __version__, cli, optimizers
-from trainit.cluster import distributed, rendezvous, run_lock
+from trainit import __version__, cli, logs, optimizers
+from trainit.cluster import devices, rendezvous, run_lock
+from trainit.cluster.monitor import JobMonitor
+from trainit.cluster.place import Place, SetupError, check_coordinator
+from trainit.cluster.process import exit_process
 from trainit.config import Config, ConfigError
 from trainit.data.dataset import Dataset, DatasetError
 from trainit.train import loop as train
-from trainit.train import trackers
 from trainit.train.startup_timer import StartupTimer
 
-USAGE = (ConfigError, DatasetError, distributed.PlaceError)  # errors that are the user's to mend
+USAGE = (ConfigError, DatasetError, SetupError)  # errors that are the user's to mend
 
 
 class _Exit:
@@ -40,9 +39,9 @@ class _Exit:
     MARKER says that the run stopped on request and is saved; MARKER.failed that a process failed.
     """
 
-    def __init__(self, place: distributed.Place):
+    def __init__(self, place: Place):
         self._lead, self._marker = place.process_id == 0, os.environ.get("TRAINIT_MARKER", "")
-        self.lock: run_lock.Lock | None = None
+        self.lock: run_lock.RunLock | None = None
 
     def __call__(self, code: int, together: bool = False):
         if self._marker and code == train.STOPPED and self._lead:
@@ -51,7 +50,7 @@ class _Exit:
             Path(f"{self._marker}.failed").touch()
         if self.lock and code in (train.DONE, train.STOPPED):
             self.lock.release()
-        distributed.leave(code, together)
+        exit_process(code, together)
 
 
 def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
@@ -68,63 +67,63 @@ def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
 
 
 def _come_together(
-    config: Config, dataset: Dataset, folder: Path, place: distributed.Place, peers: Peers, leave: _Exit
+    config: Config, dataset: Dataset, folder: Path, place: Place, monitor: JobMonitor, leave: _Exit
 ):
     """Joins the job's processes, locks the run's folder and takes this process's devices."""
     coordinator = ""
-    told = distributed.configure(config.platform, config.cpu_devices, cli.cache(), place)
+    told = devices.configure(config.platform, config.cpu_devices, cli.cache(), place)
     where = f": process {place.process_id} of {place.num_processes}, coordinator {place.coordinator}"
     logging.info("%-10s %s", "place", place.source + where * (place.num_processes > 1))
     logging.info("%-10s %s", "settings", told)
     if place.num_processes > 1:
-        distributed.check_coordinator(place)
+        check_coordinator(place)
         connections, coordinator = rendezvous.meet(
             place.process_id,
             place.num_processes,
             place.coordinator,
             _about(config, dataset, folder),
-            distributed.visible_gpus(os.environ, place) if config.platform != "cpu" else [],
+            devices.visible_gpus(os.environ, place) if config.platform != "cpu" else [],
             cli.wait_seconds(),
-            peers.asked,
+            monitor.stop_requested,
         )
-        peers.join(connections)
+        monitor.connect(connections)
     if place.process_id == 0:
-        leave.lock = run_lock.Lock(place.source, peers.end)
+        leave.lock = run_lock.RunLock(place.source, monitor.end_job)
         leave.lock.take(folder)
-    distributed.initialize(config.platform, place, coordinator)
+    devices.initialize(config.platform, place, coordinator)
 
 
-def _run(place: distributed.Place, peers: Peers, leave: _Exit, start: StartupTimer) -> int:
+def _run(place: Place, monitor: JobMonitor, leave: _Exit, start: StartupTimer) -> int:
     """The run, from reading its config to its exit code."""
     with start.part("data"):
         config, dataset = cli.read()
     own_files = optimizers.own_files_hash(config.optimizer, config.parameter_groups)
     config = Config({**config.to_dict(), "optimizer_files": own_files})
-    folder = run_lock.make(cli.workdir(), place.process_id)
+    folder = run_lock.make_folder(cli.workdir(), place.process_id)
     log = folder / "logs" / f"process_{place.process_id}.log"
-    trackers.log_to_file(log)
+    logs.log_to_file(log)
     with start.part("processes"):
-        _come_together(config, dataset, folder, place, peers, leave)
-    peers.watch(config.stall_seconds, log)
-    peers.stop_after(config.max_minutes, start.launched)
-    code = train.Run(config, dataset, folder, peers, start, cli.is_debug()).loop()
-    peers.close()
+        _come_together(config, dataset, folder, place, monitor, leave)
+    monitor.watch(config.stall_seconds, log)
+    monitor.stop_after(config.max_minutes, start.launched)
+    code = train.Run(config, dataset, folder, monitor, start, cli.is_debug()).loop()
+    monitor.close()
     return code
 
 
 def _main():
     start = StartupTimer()
-    trackers.log_to_terminal(lead=True)
+    logs.log_to_terminal(lead=True)
     try:
         place = cli.place()
     except USAGE as error:
         cli.say(error)
-        _Exit(distributed.Place("unknown"))(cli.USAGE_ERROR)
-    trackers.log_to_terminal(lead=place.process_id == 0)
+        _Exit(Place("unknown"))(cli.USAGE_ERROR)
+    logs.log_to_terminal(lead=place.process_id == 0)
     leave = _Exit(place)
-    peers = Peers(place.process_id, place.num_processes, leave, cli.silence_seconds())
+    monitor = JobMonitor(place.process_id, place.num_processes, leave, cli.silence_seconds())
     try:
-        code = _run(place, peers, leave, start)
+        code = _run(place, monitor, leave, start)
     except rendezvous.Stopped:
         logging.info("stopped    before all processes were there; run the same command to go on")
         leave(train.STOPPED)
@@ -133,10 +132,10 @@ def _main():
         leave(1)
     except USAGE as error:
         cli.say(error)
-        peers.fail(error, cli.USAGE_ERROR)
+        monitor.report_failure(error, cli.USAGE_ERROR)
         leave(cli.USAGE_ERROR)
     except Exception as error:
-        peers.fail(error, 1, patience=3)
+        monitor.report_failure(error, 1, patience=3)
         logging.exception("trainit: error: %s", error)
         leave(1)
     leave(code, together=True)

@@ -17,7 +17,9 @@ FIRST_ROW = 2 * ROWS
 def main(argv):
     import numpy as np
 
-    from trainit.cluster import distributed
+    from trainit.cluster import devices
+    from trainit.cluster.place import Place
+    from trainit.cluster.process import exit_process
     from trainit.data import loader
     from trainit.data.dataset import open_dataset
     from trainit.data.order import Ordered, Shuffled
@@ -27,9 +29,9 @@ def main(argv):
     folder, output, coordinator, processes, process, *kill = argv[1:]
     processes = int(processes)
     cache = Path(os.environ["TRAINIT_CACHE"])
-    place = distributed.Place("test", coordinator, processes, int(process))
-    distributed.configure("cpu", 12 // processes, cache)
-    distributed.initialize("cpu", place, place.coordinator)
+    place = Place("test", coordinator, processes, int(process))
+    devices.configure("cpu", 12 // processes, cache)
+    devices.initialize("cpu", place, place.coordinator)
     mesh = make_mesh({"data": 3, "fsdp": 4, "tensor": 1, "context": 1})
     split = open_dataset(Path(folder)).splits["train"]
     order = Shuffled(split.sequences(LENGTH), SEED)
@@ -45,7 +47,7 @@ def main(argv):
             if kill and len(parts) == 5:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         np.savez(Path(output) / f"{workers}-{process}.npz", tokens=np.stack(parts), rows=rows)
-    distributed.leave(0, together=True)
+    exit_process(0, together=True)
 
 
 if __name__ == "__main__":

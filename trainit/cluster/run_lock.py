@@ -17,7 +17,7 @@ BEAT_SECONDS = 5.0  # between two signs of life of the holder
 DEAD_SECONDS = 17.0  # without any, a holder on another host is dead
 
 
-def make(folder: Path, process: int) -> Path:
+def make_folder(folder: Path, process: int) -> Path:
     """The folder, created and writable.
 
     Raises:
@@ -40,7 +40,7 @@ def write_json(path: Path, value: dict):
     unfinished.rename(path)
 
 
-class Lock:
+class RunLock:
     """WORKDIR/lock.json says which job writes here. Its holder touches it as long as it lives."""
 
     def __init__(self, job: str, lost: Callable[[str], None]):

@@ -14,7 +14,7 @@ REMEMBERED = 100  # steps from whose times the usual one is taken
 PATIENCE = 12  # what may take long, such as compiling, may take so many times the least that is a stall
 
 
-class Pace:
+class Watchdog:
     """Written by the main thread, read by the one that watches it."""
 
     def __init__(self):
@@ -28,7 +28,7 @@ class Pace:
         """The main thread gets on: with steps, or with batches of an evaluation."""
         self._since = time.monotonic()
 
-    def step(self):
+    def step_done(self):
         """A train step is done. From the first one on, steps are expected."""
         now = time.monotonic()
         if self._last_step is not None:
@@ -36,12 +36,12 @@ class Pace:
         self._since = self._last_step = now
         self._patient = False
 
-    def forgive(self):
+    def restart_clock(self):
         """Time that has gone by until now does not count: the whole process was suspended."""
         self._since, self._last_step = time.monotonic(), None
 
     @contextmanager
-    def patiently(self, doing: str) -> Iterator[None]:
+    def long_task(self, doing: str) -> Iterator[None]:
         """For what may take long: no step is expected meanwhile."""
         before = self.doing, self._patient
         self.doing, self._patient = doing, True
@@ -50,13 +50,13 @@ class Pace:
             yield
         finally:
             self.doing, self._patient = before
-            self.forgive()
+            self.restart_clock()
 
     def seconds(self) -> float:
         """Since the main thread last got on."""
         return time.monotonic() - self._since
 
-    def stall(self) -> str:
+    def stall_message(self) -> str:
         """What is wrong when nothing has come for too long, or ""."""
         usual = statistics.median(list(self._intervals) or [0.0])
         limit = max(self.stall_seconds, USUAL_STEPS * usual)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from trainit.cluster import distributed
+from trainit.cluster import sync
 from trainit.config import FREE, ConfigError, flatten
 
 APART = ("diagnostics", "loss_scale")  # fields of a state that may be others, or empty, at a resume
@@ -89,7 +89,7 @@ class CheckpointStore:
         self._newest = step
         if jax.process_count() > 1:
             self._probe()
-            if any(distributed.gather(self._error is not None)):
+            if any(sync.gather(self._error is not None)):
                 return
         fields, extra = _split(state)
         items = {"state": ocp.args.StandardSave(fields), "meta": ocp.args.JsonSave(dict(meta))}
@@ -204,7 +204,7 @@ class CheckpointStore:
             Whether it is complete after all, as the lead sees it: the failure came after that. A collective.
         """
         self._manager, self._error = self._open(), None
-        return bool(distributed.agree(self._newest in self.steps()))
+        return bool(sync.agree(self._newest in self.steps()))
 
     def close(self):
         if self._manager:

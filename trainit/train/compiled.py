@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 from absl import logging
 
-from trainit.cluster import distributed
+from trainit.cluster import sync
+from trainit.cluster.process import release_free_memory
 
 COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compiling than the fastest
 
@@ -49,7 +50,7 @@ class CompiledFunction:
         program = self._compiled[key].result()
         if key not in self._met:
             self._met.add(key)
-            distributed.barrier(f"compiled {self._name} {len(self._met)}", COMPILE_SECONDS)
+            sync.barrier(f"compiled {self._name} {len(self._met)}", COMPILE_SECONDS)
         return program
 
     def __call__(self, *args):
@@ -67,7 +68,7 @@ class CompiledFunction:
         elif folder and "/jax/compilation_cache/compile_requests_use_cache" in events.seen:
             how = f"compiled, was not in the cache {folder}"
         logging.info("%-10s %s: %.1f s, %s", "program", self._name, seconds, how)
-        distributed.give_back_memory()  # a compiler leaves some hundred MB behind
+        release_free_memory()  # a compiler leaves some hundred MB behind
         return compiled
 
 

@@ -6,7 +6,7 @@ import statistics
 import jax
 import numpy as np
 
-from trainit.cluster.peers import Peers
+from trainit.cluster.monitor import JobMonitor
 from trainit.data import loader
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
@@ -24,7 +24,7 @@ def evaluate(
     sequences: int,
     shape: tuple[int, int, int],
     sharding: jax.sharding.NamedSharding,
-    peers: Peers,
+    monitor: JobMonitor,
 ) -> dict[str, float] | None:
     """Metrics over always the same sequences, evenly spaced over the split.
 
@@ -36,7 +36,7 @@ def evaluate(
         sequences: how many; 0: all.
         shape: (1, rows, L) of an eval batch.
         sharding: of the batches.
-        peers: tells when to stop.
+        monitor: tells when to stop.
 
     Returns:
         "valid/loss" nats per token, "valid/accuracy", "valid/bits_per_byte", over all tokens; where the
@@ -60,7 +60,7 @@ def evaluate(
     totals = {name: np.zeros(parts) for name in ("loss", "correct", "count", "bytes")}
     previous = None
     for batch in batches:
-        if peers.stop():
+        if monitor.stop_reason():
             return None
         sums = steps.evaluate(params, batch, token_bytes, parts)
         _add(totals, previous)  # read while the device works on this batch

@@ -13,9 +13,9 @@ import jax
 from absl import logging
 
 from trainit import __version__
-from trainit.cluster import distributed
 from trainit.cluster import run_lock as folders
-from trainit.cluster.peers import Peers
+from trainit.cluster import sync
+from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
 from trainit.data import training_data
 from trainit.data.dataset import Dataset
@@ -47,7 +47,7 @@ class Run:
         config: Config,
         dataset: Dataset | Streamed,
         workdir: Path,
-        peers: Peers,
+        monitor: JobMonitor,
         start: StartupTimer,
         debug: bool = False,
     ):
@@ -56,14 +56,14 @@ class Run:
             config: resolved.
             dataset: prepared, with splits "train" and "validation"; or streamed.
             workdir: the run's folder; what it holds is resumed.
-            peers: tells when to stop, and is told how far this process is.
+            monitor: tells when to stop, and is told how far this process is.
             start: of this process, whose parts are counted up to the first step.
             debug: let the mesh shrink to the devices that there are.
 
         Raises:
             ConfigError: the config does not fit the devices, the run folder or the checkpoint.
         """
-        self.config, self.dataset, self.workdir, self.peers = config, dataset, workdir, peers
+        self.config, self.dataset, self.workdir, self.monitor = config, dataset, workdir, monitor
         self.start = start
         self.token_bytes = dataset.tokenizer.token_bytes()
         self.shape = run_shape(config, jax.devices(), shrink_to_fit=debug)
@@ -73,7 +73,7 @@ class Run:
         with start.part("shapes"):
             self.steps = step.build(config, self.shape)
         describe(config, self.steps, self.shape, dataset, workdir)
-        newest = distributed.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
+        newest = sync.agree(-1 if (latest := self.checkpoints.latest()) is None else latest)
         self.resumed = newest >= 0
         origin = Resume(config, dataset, self.steps, self._compile_ahead)
         with start.part("restore" if self.resumed or config.checkpoint.load_path else "init"):
@@ -87,7 +87,7 @@ class Run:
         self.postponed = origin.meta.get("postponed")  # measured at a step whose validation is to be done
         self.saved = self.step if self.resumed else None  # step of the newest checkpoint
         self.evaluated = False  # by this process, so that the program is compiled
-        self.saves = SaveRetry(self.checkpoints, peers, self._start_save)
+        self.saves = SaveRetry(self.checkpoints, monitor, self._start_save)
         self.pending: tuple[int, dict] | None = None  # the newest step's metrics, still on the device
 
     def _compile_ahead(self, number: int):
@@ -116,7 +116,7 @@ class Run:
             )
         self._write_config_and_facts()
         keep = self.step - (self.postponed is not None) if self.resumed else -1
-        lead = distributed.is_lead()
+        lead = sync.is_lead()
         with self.start.part("trackers"):
             self.tracker = RunLogger(lead, self.workdir, c.to_dict(), self.step, keep, self.wandb_id)
         self.meter = metrics.Meter(c.model)
@@ -141,25 +141,25 @@ class Run:
         if self.postponed is not None and path.exists():
             last = (path.read_text().splitlines() or ["{}"])[-1]
             logged = f'"step": {self.step},' in last and '"valid/loss"' in last
-        return bool(distributed.agree(self.postponed is None or logged))
+        return bool(sync.agree(self.postponed is None or logged))
 
     def _loop(self) -> str:
         """The steps; returns why they were stopped, or "" when all are done."""
-        c, peers = self.config, self.peers
+        c, monitor = self.config, self.monitor
         batches = self._batches()
         ahead = ThreadPoolExecutor(1, "data")  # not closed: it would wait for data that may never come
         following = ahead.submit(next, batches)
         while True:
-            reason, last = peers.stop(), self.step == c.steps
+            reason, last = monitor.stop_reason(), self.step == c.steps
             reason = self._milestone(last, reason)
             if reason or last:
                 return reason
-            if peers.save_again():
+            if monitor.must_save_again():
                 self._log(self._read_pending())
                 self.saves.again()
             with self.start.part("data"):
                 batch = self._wait_for(following)
-            if reason := peers.stop():  # all alike, whether they have their data or still wait for it
+            if reason := monitor.stop_reason():  # the same everywhere, also where data is missing
                 self._log(self._read_pending())
                 self._save()
                 return reason
@@ -187,7 +187,7 @@ class Run:
         grown = self.step > 0 and self.step in self.batch_sizes.starts
         if grown:
             logging.info("batch      %d sequences from step %d on", self.batch_sizes.at(self.step), self.step)
-        with self.peers.pace.patiently("compiling for another batch size") if grown else nullcontext():
+        with self.monitor.watchdog.long_task("compiling for another batch size") if grown else nullcontext():
             return self.steps.train(self.state, batch)
 
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
@@ -207,12 +207,12 @@ class Run:
     def _wait_for(self, following: Future) -> dict[str, jax.Array] | None:
         """The next batch; None if it is still to come when all stop here."""
         waiting = time.perf_counter()
-        self.peers.pace.doing = "waiting for data"
-        while not self.peers.stopping():
+        self.monitor.watchdog.doing = "waiting for data"
+        while not self.monitor.stop_is_due():
             if wait([following], timeout=0.2).done:
                 batch = following.result()
                 self.meter.waited_for_data(time.perf_counter() - waiting)
-                self.peers.pace.doing = "training"
+                self.monitor.watchdog.doing = "training"
                 return batch
         return None
 
@@ -230,7 +230,7 @@ class Run:
             return reason
         record = (self.postponed or {}) | self._read_pending()
         validation = self._evaluate() if validate and not reason else None
-        reason = reason or self.peers.stop()
+        reason = reason or self.monitor.stop_reason()
         if validate and not validation:  # whoever resumes validates, and logs both as one
             self.postponed = record
         else:
@@ -268,7 +268,7 @@ class Run:
             | values
             | self.meter.step(self.batch_sizes.at(number - 1))
         )
-        self.peers.trained()
+        self.monitor.step_done()
         if in_a_row == self.config.max_skipped:
             self._give_up(record)
         return record
@@ -297,8 +297,8 @@ class Run:
     def _evaluate(self) -> dict[str, float] | None:
         """Validation metrics; None if the run is to stop before they are complete."""
         _, rows, length = self.shape.batch_at(0)
-        pace, self.evaluated, first = self.peers.pace, True, not self.evaluated
-        patience = pace.patiently("compiling the evaluation") if first else nullcontext()
+        watchdog, self.evaluated, first = self.monitor.watchdog, True, not self.evaluated
+        patience = watchdog.long_task("compiling the evaluation") if first else nullcontext()
         with patience, self.start.part("validation"):
             result = evaluate(
                 self.steps,
@@ -308,7 +308,7 @@ class Run:
                 self.config.eval.sequences,
                 (1, rows, length),
                 self.batch_sharding,
-                self.peers,
+                self.monitor,
             )
         if result is None:
             return None
@@ -338,7 +338,7 @@ class Run:
             "postponed": self.postponed,
             "version": __version__,
         }
-        with self.peers.pace.patiently("saving"):
+        with self.monitor.watchdog.long_task("saving"):
             self.checkpoints.save(self.step, self.state, meta)
         self.saved = self.step
 
@@ -347,12 +347,12 @@ class Run:
         if not isinstance(self.dataset, Streamed):
             return None
         states: dict[str, list[int]] = {}
-        for text in distributed.gather_text(json.dumps(self.reader.states(self.rows))):
+        for text in sync.gather_text(json.dumps(self.reader.states(self.rows))):
             states |= json.loads(text)
         return [states[number] for number in sorted(states, key=int)]
 
     def _write_config_and_facts(self):
-        if distributed.is_lead():
+        if sync.is_lead():
             facts = metrics.facts(self.config.model, self.steps.abstract_state)
             folders.write_json(self.workdir / "config.json", self.config.to_dict())
             folders.write_json(self.workdir / "run.json", facts)

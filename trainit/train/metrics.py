@@ -1,6 +1,5 @@
 """What a run says of itself: norms, FLOPs, MFU, throughput, memory."""
 
-import re
 import resource
 import sys
 import time
@@ -9,38 +8,9 @@ import jax
 import numpy as np
 
 from trainit import __version__
+from trainit.cluster.hardware import peak_flops
 from trainit.config import Config
 from trainit.parallel.trees import total_bytes
-
-# Dense bfloat16 (V100, T4: float16) TFLOP/s of one device without sparsity, from the vendors' data
-# sheets; the first name that the device's kind contains as whole words counts.
-PEAK_TFLOPS = (
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("H200", 989.4),
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.4),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("A40", 149.7),
-    ("L40S", 362.0),
-    ("L4", 121.0),
-    ("A10", 125.0),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-    ("V100", 125.0),
-    ("T4", 65.0),
-    ("TPU v6", 918.0),
-    ("TPU v5p", 459.0),
-    ("TPU v5", 197.0),
-    ("TPU v4", 275.0),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Floating-point operations per second of one device at best; None where it is not known."""
-    return next((1e12 * t for name, t in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 def parameter_count(parameters: dict) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from absl import logging
 
-from trainit.cluster import distributed
-from trainit.cluster.peers import Peers
+from trainit.cluster import sync
+from trainit.cluster.monitor import JobMonitor
 from trainit.train.checkpoint import CheckpointStore
 
 RETRY_SECONDS = (1, 5, 20)  # pauses before a failed save is tried again; then the run ends
@@ -20,28 +20,28 @@ class SaveError(RuntimeError):
 class SaveRetry:
     """The saves of one run: one under way at most, and none lost without notice."""
 
-    def __init__(self, checkpoints: CheckpointStore, peers: Peers, start: Callable[[], None]):
+    def __init__(self, checkpoints: CheckpointStore, monitor: JobMonitor, start: Callable[[], None]):
         """
         Args:
             checkpoints: of the run.
-            peers: tells of failures elsewhere, and is told of those here.
+            monitor: tells of failures elsewhere, and is told of those here.
             start: starts a save of the present step.
         """
-        self._checkpoints, self._peers, self._start = checkpoints, peers, start
+        self._checkpoints, self._monitor, self._start = checkpoints, monitor, start
         self._failures = 0  # in a row
 
     def check(self):
         """Tells the others if a save has failed here; cheap."""
         if error := self._checkpoints.error():
-            self._peers.save_failed(str(error))
+            self._monitor.report_failed_save(str(error))
 
     def again(self):
         """A save has failed somewhere: all save the present step instead."""
-        if not distributed.is_lead():
-            self._peers.saved_again()
+        if not sync.is_lead():
+            self._monitor.clear_failed_save()
         self.settle()
-        if distributed.is_lead():
-            self._peers.saved_again()
+        if sync.is_lead():
+            self._monitor.clear_failed_save()
 
     def settle(self):
         """Returns when the newest save is durable. If it has failed anywhere, all save the present step.
@@ -49,7 +49,7 @@ class SaveRetry:
         Raises:
             SaveError: it fails time and again.
         """
-        with self._peers.pace.patiently("saving"):
+        with self._monitor.watchdog.long_task("saving"):
             while self._outcome() == FAILED:
                 reason = self._checkpoints.error() or "another process says why"
                 if self._failures == len(RETRY_SECONDS):
@@ -69,7 +69,7 @@ class SaveRetry:
         """What has become of the newest save, on all processes: a collective."""
         while True:
             while self._checkpoints.busy() and not self._checkpoints.error():
-                if self._peers.somewhere_a_save_failed():
+                if self._monitor.save_failed_somewhere():
                     break
                 time.sleep(0.02)
             mine = DURABLE
@@ -77,6 +77,6 @@ class SaveRetry:
                 mine = FAILED
             elif self._checkpoints.busy():
                 mine = BUSY
-            worst = max(distributed.gather(mine))
+            worst = max(sync.gather(mine))
             if worst != BUSY:
                 return worst

@@ -9,7 +9,7 @@ from absl import logging
 
 from trainit import __version__, optimizers
 from trainit import config as config_lib
-from trainit.cluster import distributed
+from trainit.cluster import sync
 from trainit.config import Config
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
@@ -57,7 +57,7 @@ def describe(
     if len(validation.subsets) > MOST_SUBSETS:
         logging.info("%-10s %d are too many to validate apart", "subsets", len(validation.subsets))
     if jax.process_count() > 1:
-        for process, host in enumerate(distributed.gather_text(socket.gethostname())):
+        for process, host in enumerate(sync.gather_text(socket.gethostname())):
             logging.info("process %-3d%s: %s", process, host, describe_devices(shape.mesh, process))
 
 

@@ -1,7 +1,6 @@
-"""Where metrics and messages go: metrics.jsonl, W&B, a progress bar, the terminal, log files."""
+"""Where metrics go: metrics.jsonl, W&B, a progress bar."""
 
 import json
-import logging as std_logging
 import math
 import os
 import sys
@@ -12,35 +11,7 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
-PACKAGE = str(Path(__file__).parents[1])
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal
-
-
-class _Terminal(std_logging.Handler):
-    """Trainit's own messages as they are, and errors of others in a line, above the progress bar."""
-
-    def emit(self, record):
-        if record.pathname.startswith(PACKAGE):
-            tqdm.write(self.format(record), file=sys.stderr)
-        elif record.levelno >= std_logging.ERROR:  # with its traceback it stands in the log file
-            first, *_ = record.getMessage().splitlines() or [""]
-            tqdm.write(f"{record.name}: {first}", file=sys.stderr)
-
-
-def log_to_terminal(lead: bool):
-    """Sends the lead process's messages to the terminal, and of other processes the warnings."""
-    terminal = _Terminal()
-    terminal.setFormatter(std_logging.Formatter("%(message)s"))
-    terminal.setLevel(std_logging.INFO if lead else std_logging.WARNING)
-    std_logging.getLogger().handlers = [terminal]
-    logging.set_verbosity(logging.INFO)
-
-
-def log_to_file(path: Path):
-    """Sends messages of all kinds to this file too, each with its time; what it holds stays."""
-    file = std_logging.FileHandler(path)
-    file.setFormatter(std_logging.Formatter("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
-    std_logging.getLogger().addHandler(file)
 
 
 class JsonLines:

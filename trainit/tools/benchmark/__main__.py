@@ -11,21 +11,20 @@ Times are medians over repetitions on this machine as it is; what counts is the 
 import re
 import sys
 
-from trainit.cluster import settings
+from trainit.cluster.process import tune_process
 
 # Which need no config; what --suite compares is started without our settings.
 alone = any(re.match(r"--?(only=prepare|suite)\b", argument) for argument in sys.argv[1:])
 if __name__ == "__main__" and not alone:  # as the command that trains
-    settings.tune_process()
+    tune_process()
 
 from absl import flags
 
-from trainit import cli
+from trainit import cli, logs
 from trainit.config import ConfigError
 from trainit.data.dataset import DatasetError
 from trainit.tools.benchmark import measures, step, suite
 from trainit.tools.benchmark.measures import PARTS
-from trainit.train import trackers
 
 _ONLY = flags.DEFINE_list("only", list(PARTS[:3]), f"which of {', '.join(PARTS)} to measure")
 _TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "tokens of the synthetic dataset; a quarter GB by default")
@@ -50,7 +49,7 @@ def main() -> int:
                 raise ConfigError("--only=prepare stands alone and needs --corpus=FILES")
             measures.measure_prepare(_CORPUS.value, _ROUNDS.value)
             return 0
-        trackers.log_to_terminal(lead=True)
+        logs.log_to_terminal(lead=True)
         config, dataset = cli.read()
         measures.take_devices(config)
         if _SWEEP.value:

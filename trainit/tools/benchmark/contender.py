@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainit.cluster import settings
+from trainit.cluster.process import tune_process
 
 
 def _shape(
@@ -50,12 +50,12 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
 
     from trainit import config as config_lib
     from trainit import optimizers
-    from trainit.cluster import distributed
+    from trainit.cluster import devices
     from trainit.parallel.layout import batch_sharding
     from trainit.parallel.mesh import make_mesh, shape_on
     from trainit.train import step
 
-    distributed.configure("", 1, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    devices.configure("", 1, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
     on_cpu = jax.devices()[0].platform == "cpu"
     config = config_lib.defaults()
     config.update(
@@ -223,5 +223,5 @@ def _peak() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "trainit":  # as its own command does
-        settings.tune_process()
+        tune_process()
     main(*sys.argv[1:])

@@ -6,7 +6,8 @@ from collections.abc import Collection
 import jax
 
 from trainit import cli
-from trainit.cluster import distributed
+from trainit.cluster import devices
+from trainit.cluster.place import Place
 from trainit.config import Config, ConfigError
 from trainit.data.dataset import Dataset
 from trainit.data.jsonl.dataset import Streamed
@@ -17,8 +18,8 @@ PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
 
 def take_devices(config: Config):
     """Starts JAX as a run in one process would, and prints the devices."""
-    distributed.configure(config.platform, config.cpu_devices, cli.cache())
-    distributed.initialize(config.platform, distributed.Place("alone"))
+    devices.configure(config.platform, config.cpu_devices, cli.cache())
+    devices.initialize(config.platform, Place("alone"))
     device = jax.devices()[0]
     print(f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}")
 

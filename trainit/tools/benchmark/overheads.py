@@ -19,7 +19,7 @@ import optax
 from trainit import config as config_lib
 from trainit import optimizers
 from trainit.cluster import rendezvous
-from trainit.cluster.peers import Peers
+from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config, ConfigError
 from trainit.model import cross_entropy
 from trainit.model.gpt import Head
@@ -89,10 +89,10 @@ def measure_processes(steps: int):
         f"process {two / one - 1:+7.1%} of a step when two processes share the two devices of one: "
         f"{1e3 * two:.1f} ms against {1e3 * one:.1f} ms (medians of {len(times[1])}, in three turns)"
     )
-    peers = Peers(0, 1, lambda code: None, 40.0)
+    monitor = JobMonitor(0, 1, lambda code: None, 40.0)
     start = time.perf_counter()
     for _ in range(10_000):
-        peers.stop()
+        monitor.stop_reason()
     print(f"process {100 * (time.perf_counter() - start):7.1f} µs  a step to hear if the run should stop")
 
 

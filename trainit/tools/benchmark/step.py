@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
 from trainit import cli
+from trainit.cluster import hardware
 from trainit.config import Config
 from trainit.data import training_data
 from trainit.data.dataset import Dataset
@@ -79,7 +80,7 @@ def measure(config: Config, dataset: Dataset | Streamed, count: int):
     median = statistics.median(times)
     tokens = config.batch_size * config.model.context_length
     flops = metrics.flops_per_token(config.model) * tokens / median
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    peak = hardware.peak_flops(jax.devices()[0].device_kind)
     lines = [
         f"{bench.compile_seconds:7.1f} s  to compile (or to read back what was compiled before)",
         f"{1e3 * median:7.1f} ms  median of {len(times)}; {1e3 * min(times):.1f} to {1e3 * max(times):.1f}",

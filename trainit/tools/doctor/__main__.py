@@ -6,26 +6,27 @@
 Prints a table, with what to do about each check that fails. Exit code 0 if none does, else 1.
 """
 
-from trainit import cli
-from trainit.cluster import distributed
+from trainit import cli, logs
+from trainit.cluster import sync
+from trainit.cluster.place import SetupError
+from trainit.cluster.process import exit_process
 from trainit.config import ConfigError
 from trainit.tools.doctor import checks
 from trainit.tools.doctor.report import FAIL, table
-from trainit.train import trackers
 
 
 def main() -> int:
-    trackers.log_to_terminal(lead=False)
+    logs.log_to_terminal(lead=False)
     try:
         place = cli.place()
-    except (ConfigError, distributed.PlaceError) as error:
+    except (ConfigError, SetupError) as error:
         cli.say(error)
         return cli.USAGE_ERROR
     results, connected = checks.run(place)
     if place.process_id == 0:
         print(table(results), flush=True)
     code = int(any(result.verdict == FAIL for result in results))
-    distributed.leave(distributed.agree(code) if connected else code, connected)
+    exit_process(sync.agree(code) if connected else code, connected)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from trainit import cli
-from trainit.cluster import distributed, rendezvous, run_lock
+from trainit.cluster import devices, rendezvous, run_lock, sync
+from trainit.cluster.place import Place, SetupError, check_coordinator
 from trainit.config import Config, ConfigError
 from trainit.data import training_data
 from trainit.data.dataset import Dataset, DatasetError
@@ -29,7 +30,7 @@ T = TypeVar("T")
 DATA_SECONDS = 1.0  # for which the loader is timed
 
 
-def run(place: distributed.Place) -> tuple[list[Result], bool]:
+def run(place: Place) -> tuple[list[Result], bool]:
     """Runs all checks. A collective, as soon as all processes are connected.
 
     Returns:
@@ -47,27 +48,27 @@ def run(place: distributed.Place) -> tuple[list[Result], bool]:
     # The processes find each other as those of a run do.
     results.append(Result("place", OK, f"{place.source}, processes: {place.num_processes}"))
     try:
-        told = distributed.configure(config.platform, config.cpu_devices, cli.cache(), place)
+        told = devices.configure(config.platform, config.cpu_devices, cli.cache(), place)
         results.append(Result("settings", OK, told))
         coordinator = ""
         if place.num_processes > 1:
-            distributed.check_coordinator(place)
-            gpus = distributed.visible_gpus(os.environ, place) if config.platform != "cpu" else []
+            check_coordinator(place)
+            gpus = devices.visible_gpus(os.environ, place) if config.platform != "cpu" else []
             _, coordinator = rendezvous.meet(
                 *(place.process_id, place.num_processes, place.coordinator, {}, gpus),
                 *(cli.wait_seconds(), lambda: ""),
             )
-        distributed.initialize(config.platform, place, coordinator)
+        devices.initialize(config.platform, place, coordinator)
     except rendezvous.MeetingError as error:
         return [*results, Result("processes", FAIL, str(error))], False
-    except distributed.PlaceError as error:
+    except SetupError as error:
         return [*results, Result("devices", FAIL, str(error))], False
 
-    hosts = distributed.gather_text(socket.gethostname())
+    hosts = sync.gather_text(socket.gethostname())
     processes = [f"process {index} ({host})" for index, host in enumerate(hosts)]
     results += _check_machines(hosts, processes, cli.workdir())
     results += _check_data(resolved, dataset, processes)
-    if distributed.is_lead():
+    if sync.is_lead():
         results.append(environment.check_wandb(config.wandb.project, os.environ))
     return results, True
 
@@ -75,13 +76,13 @@ def run(place: distributed.Place) -> tuple[list[Result], bool]:
 def _check_machines(hosts: list[str], processes: list[str], folder: Path) -> list[Result]:
     """Checks everything that does not depend on the config. A collective."""
     # What each process knows about itself, for all to see.
-    _, write_error = _attempt(lambda: run_lock.make(folder, jax.process_index()))
+    _, write_error = _attempt(lambda: run_lock.make_folder(folder, jax.process_index()))
     own = {
         "versions": environment.versions(),
         "devices": [device.device_kind for device in jax.local_devices()],
         "write_error": write_error,
     }
-    gathered = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
+    gathered = [json.loads(text) for text in sync.gather_text(json.dumps(own))]
     write_errors = [each["write_error"] for each in gathered]
     results = [
         Result("processes", OK, group_processes(["connected"] * len(hosts), processes)),
@@ -91,21 +92,21 @@ def _check_machines(hosts: list[str], processes: list[str], folder: Path) -> lis
 
     # All clocks are read between two collectives, whose time bounds the error.
     before = time.time()
-    distributed.gather(0)
-    clocks = [float(text) for text in distributed.gather_text(repr(time.time()))]
+    sync.gather(0)
+    clocks = [float(text) for text in sync.gather_text(repr(time.time()))]
     results.append(environment.check_clocks(before, clocks, time.time(), processes))
 
     results += check_all_reduces(hosts)
 
     # Process 0 writes a file of random content, which every process must see.
     results.append(environment.check_workdir(write_errors, processes, folder))
-    token = distributed.gather_text(secrets.token_hex(8))[0]
+    token = sync.gather_text(secrets.token_hex(8))[0]
     if not any(write_errors):
         file = folder / "logs" / f".doctor_{token}"
-        if distributed.is_lead():
+        if sync.is_lead():
             file.write_text(token)
-        visible = distributed.gather(environment.appears(file, token))
-        if distributed.is_lead():
+        visible = sync.gather(environment.appears(file, token))
+        if sync.is_lead():
             file.unlink()
         results.append(environment.check_shared(visible, processes, folder))
     return results
@@ -121,7 +122,7 @@ def _check_data(
         dataset: None if it cannot be opened.
         processes: their names.
     """
-    fingerprints = distributed.gather_text(dataset.fingerprint if dataset else "none")
+    fingerprints = sync.gather_text(dataset.fingerprint if dataset else "none")
     if len(set(fingerprints)) > 1:
         finding = group_processes(fingerprints, processes)
         return [Result("dataset", FAIL, finding, "all hosts must see the same dataset.path")]
@@ -137,7 +138,7 @@ def _check_data(
     results = [Result("mesh", OK, finding)]
 
     own = _attempt(lambda: _data_rate(config, dataset, shape.mesh, batch))
-    rates, errors = zip(*map(json.loads, distributed.gather_text(json.dumps(own))), strict=True)
+    rates, errors = zip(*map(json.loads, sync.gather_text(json.dumps(own))), strict=True)
     failures = [f"{process}: {error}" for process, error in zip(processes, errors, strict=True) if error]
     if failures:
         remedy = "check that all hosts can read dataset.path"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainit.cluster import distributed
+from trainit.cluster import sync
 from trainit.tools.doctor.report import FAIL, NOTE, OK, Result
 
 REPETITIONS = 5  # of each all-reduce that is timed
@@ -41,7 +41,7 @@ def check_all_reduces(hosts: list[str]) -> list[Result]:
             continue
         correct, rate = _time_all_reduce(mesh, axes, size)
         # Each process knows of its own devices only.
-        all_correct = distributed.gather(correct)
+        all_correct = sync.gather(correct)
         wrong = sorted({host for host, right in zip(hosts, all_correct, strict=True) if not right})
         if wrong:
             remedy = "check the network and drivers of these hosts with NCCL_DEBUG=INFO, or run without them"

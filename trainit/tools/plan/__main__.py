@@ -12,7 +12,7 @@ from absl import flags
 
 from trainit import cli
 from trainit import config as config_lib
-from trainit.cluster import distributed
+from trainit.cluster import devices
 from trainit.config import Config, ConfigError
 from trainit.data.dataset import DatasetError
 from trainit.parallel.mesh import mesh_sizes
@@ -46,7 +46,7 @@ def main() -> int:
             raise ConfigError(f"--devices={','.join(_DEVICES.value)}: write numbers above 0, as 8,64")
         numbers = [int(number) for number in _DEVICES.value]
         virtual = max([number for number in numbers if number <= _MOST.value], default=1)
-        distributed.configure("cpu", virtual, cli.cache())
+        devices.configure("cpu", virtual, cli.cache())
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
         plans = []
         for number in numbers:

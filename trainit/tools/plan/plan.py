@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from trainit.cluster.hardware import Accelerator
 from trainit.config import MESH_AXES, Config
 from trainit.parallel.layout import batch_sharding, state_shardings
 from trainit.parallel.mesh import RunShape, abstract_mesh, make_mesh, mesh_sizes, run_shape, shape_on
@@ -38,7 +39,7 @@ class Planned:
         return planned / there - 1 if there else 0.0
 
 
-def plan(config: Config, devices: int, gpu: roofline.Gpu, efficiency: float, compiled_too: bool) -> Planned:
+def plan(config: Config, devices: int, gpu: Accelerator, efficiency: float, compiled_too: bool) -> Planned:
     """Plans a step.
 
     Args:

@@ -6,34 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainit.cluster.hardware import ACCELERATORS, Accelerator
 from trainit.config import Config
 from trainit.parallel.mesh import RunShape
 from trainit.tools.plan.hlo import Collective
 from trainit.train import metrics
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU in the vendor's own machines; bandwidths are of one direction, in bytes a second."""
-
-    kind: str
-    node: int  # GPUs that share a machine
-    inside: float  # of a GPU within its machine
-    across: float  # of a GPU between machines
-
-    @property
-    def flops(self) -> float:
-        return metrics.peak_flops(self.kind)
-
-
-# Data sheets of NVIDIA's DGX A100, H100, H200 and B200: NVLink's half, and a network card for each GPU, of
-# 200 Gb/s (HDR) and 400 Gb/s (NDR).
-GPUS = {
-    "A100": Gpu("A100", 8, 300e9, 25e9),
-    "H100": Gpu("H100", 8, 450e9, 50e9),
-    "H200": Gpu("H200", 8, 450e9, 50e9),
-    "B200": Gpu("B200", 8, 900e9, 50e9),
-}
+# Those whose links are known.
+GPUS = {gpu.name: gpu for gpu in ACCELERATORS if gpu.node}
 
 
 @dataclass(frozen=True)
@@ -56,7 +36,7 @@ class Times:
 
 
 def times(
-    config: Config, shape: RunShape, exchanged: Iterable[Collective], gpu: Gpu, efficiency: float
+    config: Config, shape: RunShape, exchanged: Iterable[Collective], gpu: Accelerator, efficiency: float
 ) -> Times:
     """The times of a step.
 
@@ -84,7 +64,7 @@ def times(
     return Times(compute, exposed, hidden, flops / (step * devices * gpu.flops))
 
 
-def bandwidth(axes: tuple[str, ...], sizes: Mapping[str, int], gpu: Gpu) -> float:
+def bandwidth(axes: tuple[str, ...], sizes: Mapping[str, int], gpu: Accelerator) -> float:
     """Bytes a second that a device of a group sends, if all groups over these axes exchange at once.
 
     The ring of a group leaves a machine once, through the network cards of all of its members there.

@@ -11,9 +11,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from trainit import logs
 from trainit.config import ConfigError
 from trainit.tools.sweep import greedy, launch, search, spec
-from trainit.train import trackers
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     parser = _parser()
     arguments = parser.parse_args()
-    trackers.log_to_terminal(lead=True)
+    logs.log_to_terminal(lead=True)
     try:
         sweep = spec.read(arguments.sweep, arguments.output)
         if arguments.dry_run:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from absl import logging
 
-from trainit.cluster.watchdog import Pace
+from trainit.cluster.process import STOP_SIGNALS
+from trainit.cluster.watchdog import Watchdog
 from trainit.cluster.watchdog import stacks as stacks_of_all
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 BEAT_SECONDS = 2.0  # between signs of life
 
 
@@ -42,7 +42,7 @@ class Peer:
         return f"process {self.process} ({self.host}, pid {self.pid})"
 
 
-class Peers:
+class JobMonitor:
     """This process's tie to the others, and its ear for requests to stop. One thread."""
 
     def __init__(self, process: int, count: int, leave: Callable[[int], None], silence_seconds: float):
@@ -70,7 +70,7 @@ class Peers:
         self._listening: set[socket.socket] = set()
         self._answers: dict[int, dict] = {}  # the lead's: how far each process is, when asked to stop
         self._fresh = True  # nothing is trained yet that a save could keep
-        self.pace, self._behind = Pace(), ""
+        self.watchdog, self._behind = Watchdog(), ""
         self._stacks: Path | None = None
         self._over = False
         for number in STOP_SIGNALS:
@@ -82,11 +82,11 @@ class Peers:
 
     # What the main thread calls.
 
-    def asked(self) -> str:
+    def stop_requested(self) -> str:
         """Why somebody wants the run to stop, or "": before all have agreed where."""
         return self._wanted["stop"]
 
-    def join(self, connections: list[tuple[int, str, int, socket.socket]]):
+    def connect(self, connections: list[tuple[int, str, int, socket.socket]]):
         """From now on each hears of the others.
 
         Args:
@@ -104,19 +104,19 @@ class Peers:
             stall_seconds: at least; 0: never.
             stacks: file that each thread's stack is then added to.
         """
-        self.pace.stall_seconds, self._stacks = stall_seconds, stacks
+        self.watchdog.stall_seconds, self._stacks = stall_seconds, stacks
 
     def stop_after(self, max_minutes: float, started: float):
         """Asks to stop so many minutes after `started` (`time.monotonic()`); 0: never."""
         if max_minutes:
             self._deadline = started + 60 * max_minutes
 
-    def stop(self) -> str:
+    def stop_reason(self) -> str:
         """Why to stop here, or "". To be called at the same places by every process; all stop at the same."""
         with self._changed:
             while self._frozen and self._agreed is None:
                 self._changed.wait()
-            self.pace.progress()
+            self.watchdog.progress()
             if self._due("stop"):
                 return self._event["reason"]
             if self._due("save"):
@@ -125,25 +125,25 @@ class Peers:
                 self._polls += 1
             return ""
 
-    def stopping(self) -> bool:
+    def stop_is_due(self) -> bool:
         """Whether `stop` would now say so; for whoever waits between two calls of it."""
         return self._due("stop")
 
-    def save_failed(self, reason: str):
+    def report_failed_save(self, reason: str):
         """Tells all that this process's part of a save failed."""
         if not self._wanted["save"]:
             self._wanted["save"] = reason
             self._wake.send(b"\0")
 
-    def somewhere_a_save_failed(self) -> bool:
+    def save_failed_somewhere(self) -> bool:
         """Whether a process has said so, as far as is known here."""
         return bool(self._wanted["save"])
 
-    def save_again(self) -> bool:
+    def must_save_again(self) -> bool:
         """Whether to repeat a save here, as the newest `stop` has found: the same on all processes."""
         return self._save_here
 
-    def saved_again(self):
+    def clear_failed_save(self):
         """That is done with. On the lead after, on the others before, a collective that parts the two."""
         with self._changed:
             self._wanted["save"], self._save_here = "", False
@@ -155,13 +155,13 @@ class Peers:
         agreed = self._agreed
         return agreed is not None and self._polls >= agreed and self._event["kind"] == kind
 
-    def trained(self):
+    def step_done(self):
         """A step is done: from the first one on, a stop saves."""
-        self.pace.step()
+        self.watchdog.step_done()
         with self._changed:
             self._fresh = False
 
-    def fail(self, error: Exception, code: int, patience: float = 0.0):
+    def report_failure(self, error: Exception, code: int, patience: float = 0.0):
         """Tells the others that this process ends on an error.
 
         Args:
@@ -197,7 +197,7 @@ class Peers:
             events = self._selector.select(0.25)
             now = time.monotonic()
             if now - before > self._silence_seconds / 4:  # it was itself suspended, others perhaps too
-                self.pace.forgive()
+                self.watchdog.restart_clock()
                 for peer in self._peers:
                     peer.heard = now
             before = now
@@ -290,7 +290,7 @@ class Peers:
         if not data:
             self._selector.unregister(peer.connection)
             if not (peer.left or self._over):
-                self.end(f"{peer} is gone: it was killed or has crashed")
+                self.end_job(f"{peer} is gone: it was killed or has crashed")
             peer.left = True
             return
         peer.heard = time.monotonic()
@@ -320,10 +320,10 @@ class Peers:
             case {"bye": _}:
                 peer.left = True
             case {"lost": text, "code": code, "stacks": stacks}:
-                self.end(text, code, stacks, first=False)
+                self.end_job(text, code, stacks, first=False)
 
     def _beat(self):
-        mine = {"polls": self._polls, "doing": self.pace.doing, "seconds": round(self.pace.seconds())}
+        mine = {"polls": self._polls, "doing": self.watchdog.doing, "seconds": round(self.watchdog.seconds())}
         if self._process:
             self._tell({"status": mine})
             return
@@ -339,13 +339,13 @@ class Peers:
         for peer in self._peers:
             if now - peer.heard > self._silence_seconds and not (peer.left or self._over):
                 silence = f"no sign of life for {now - peer.heard:.0f} s"
-                self.end(f"{peer} is lost: {silence}; it is suspended, or its host is down", stacks=True)
-        if (stall := self.pace.stall()) and not self._over:
+                self.end_job(f"{peer} is lost: {silence}; it is suspended, or its host is down", stacks=True)
+        if (stall := self.watchdog.stall_message()) and not self._over:
             self._beat()
             behind = f"; behind: {self._behind}" if self._peers else ""
-            self.end(f"{self._me()} stalls: {stall}{behind}", stacks=True)
+            self.end_job(f"{self._me()} stalls: {stall}{behind}", stacks=True)
 
-    def end(self, text: str, code: int = 1, stacks: bool = False, first: bool = True):
+    def end_job(self, text: str, code: int = 1, stacks: bool = False, first: bool = True):
         """The job cannot go on: tells the others, says why, ends the process."""
         self._over = True
         if self._process == 0 or first:

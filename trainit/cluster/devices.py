@@ -1,0 +1,117 @@
+"""This process's devices: chooses and configures them, and makes them part of the job's."""
+
+import os
+import platform as host_platform
+import socket
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from trainit.cluster import hardware, xla_flags
+from trainit.cluster.place import Place, SetupError
+from trainit.cluster.process import delay_abort
+
+# After this long without a sign of life JAX itself gives a process up. Trainit's own monitor does so much
+# earlier, and says more, so that this is only a second line of defence.
+JAX_HEARTBEAT_SECONDS = 90
+
+
+def configure(platform: str, cpu_devices: int, cache: Path, place: Place | None = None) -> str:
+    """Chooses the devices and their settings. Call it before any other use of JAX.
+
+    Args:
+        platform: "cpu", "cuda", ...; empty: the best available one.
+        cpu_devices: virtual devices of this process if it runs on the CPU.
+        cache: folder for compiled programs, which later starts read; JAX_COMPILATION_CACHE_DIR overrides it.
+        place: of this process; without it, the process is alone.
+
+    Returns:
+        the settings, for the log.
+
+    Raises:
+        SetupError: TRAINIT_SETTINGS has a value that means nothing.
+    """
+    place = place or Place("alone")
+    job_devices = hardware.detect(platform, os.environ, place.num_processes, place.hosts)
+    settings = xla_flags.apply(job_devices, os.environ)
+    if platform:
+        jax.config.update("jax_platforms", platform)
+    jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache / f"compiled-{_processor()}"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return settings
+
+
+def initialize(platform: str, place: Place, coordinator: str = ""):
+    """Makes this process's devices part of the job's.
+
+    Args:
+        platform: as for `configure`.
+        place: of this process.
+        coordinator: host:port for JAX's coordination service, if there are several processes.
+
+    Raises:
+        SetupError: this host has no such platform, or other devices than the scheduler promised.
+    """
+    if place.num_processes > 1:
+        _connect(place, coordinator)
+    try:
+        devices = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        raise SetupError(
+            f"platform={platform!r} cannot be used here: {error or 'JAX has no such backend'}"
+        ) from None
+    if place.gpus and platform != "cpu" and len(devices) != place.gpus:
+        raise SetupError(
+            f"{place.source} promises {place.gpus} GPUs to process {place.process_id} on "
+            f"{socket.gethostname()}, but JAX has {len(devices)} × {devices[0].device_kind} there; see "
+            f"nvidia-smi, and that the extra cuda12 or cuda13 is installed, or set --config.platform=cpu"
+        )
+
+
+def _connect(place: Place, coordinator: str):
+    """Starts JAX's coordination service and connects to it; returns when all processes have."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX's preemption service would take SIGTERM away from cluster/monitor.py.
+    jax.config.update("jax_enable_preemption_service", False)
+    delay_abort()
+    jax.distributed.initialize(
+        coordinator_address=coordinator,
+        num_processes=place.num_processes,
+        process_id=place.process_id,
+        local_device_ids=place.local_device_ids,
+        # JAX's own detection would override local_device_ids under Slurm.
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=20,
+    )
+
+
+def visible_gpus(environment: Mapping[str, str], place: Place) -> list[str]:
+    """Worldwide unique names of the NVIDIA GPUs that this process will use, in no particular order.
+
+    Processes compare names, not indices: in containers and control groups each may have a GPU 0 of its own.
+    """
+    installed = list(hardware.ask_nvidia_smi(environment))
+    visible = installed
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        visible = []
+        for word in environment["CUDA_VISIBLE_DEVICES"].split(","):
+            if word.isdigit():
+                visible += installed[int(word) : int(word) + 1]
+            else:
+                visible += [uuid for uuid in installed if word and uuid.startswith(word)]
+    if place.local_device_ids is not None:
+        visible = [visible[i] for i in place.local_device_ids if i < len(visible)]
+    return visible
+
+
+def _processor() -> str:
+    """A short name for this host's kind of CPU: programs compiled for another one must not run here."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [host_platform.processor()]
+    features = [line for line in lines if line.startswith(("flags", "Features"))] or lines
+    return f"{host_platform.machine()}-{zlib.crc32(features[0].encode()):08x}"

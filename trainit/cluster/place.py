@@ -1,0 +1,157 @@
+"""Finds out which of the job's processes this one is: from the launcher's environment variables."""
+
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class SetupError(ValueError):
+    """This process cannot take part in the job as it was started. The message is one line, with a remedy."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in its job."""
+
+    source: str  # the launcher or scheduler that the rest was read from
+    coordinator: str = ""  # host:port at which process 0 listens while the processes meet
+    num_processes: int = 1
+    process_id: int = 0
+    local_device_ids: tuple[int, ...] | None = None  # this process's share of the visible GPUs; None: all
+    hosts: int = 1  # on which the job's processes run
+    gpus: int = 0  # that the scheduler promises to this process; 0: it does not say
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """Returns this process's place: from a launch script, Slurm's srun, Grid Engine, Open MPI, or alone.
+
+    Raises:
+        SetupError: the allocation is for several processes, but this one was started without the others.
+    """
+    # Launch scripts come first: they run inside of Slurm, Grid Engine or Open MPI and know more.
+    if "TRAINIT_NUM_PROCESSES" in environment:
+        return _from_launch_script(environment)
+    if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:  # started by srun
+        return _from_slurm(environment)
+    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        raise SetupError(
+            f"Slurm job {environment['SLURM_JOB_ID']} has SLURM_NTASKS={environment['SLURM_NTASKS']}, but "
+            f"this process was started without srun and would train alone; use launch/slurm.sh, or put srun "
+            f"in front"
+        )
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return _from_open_mpi(environment)
+    if "SGE_TASK_ID" in environment:
+        return _from_grid_engine(environment)
+    return Place("alone, in a shell of a Slurm job" if "SLURM_JOB_ID" in environment else "alone")
+
+
+def check_coordinator(place: Place):
+    """Raises SetupError unless all hosts of the job can reach the coordinator's address."""
+    host, _, _ = place.coordinator.rpartition(":")
+    if not host:
+        raise SetupError(
+            f"{place.source}: there are {place.num_processes} processes; add --coordinator=HOST:PORT"
+        )
+    try:
+        address = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)[0][4][0]
+    except OSError as error:
+        raise SetupError(
+            f"the coordinator {place.coordinator} has no address ({error.strerror}); give --coordinator= a "
+            f"name that this host knows, or an address"
+        ) from None
+    if place.hosts > 1 and (str(address).startswith("127.") or address == "::1"):
+        raise SetupError(
+            f"the coordinator {place.coordinator} has the loopback address {address}, which "
+            f"{place.hosts} hosts cannot share; give --coordinator= a name or address that all reach"
+        )
+
+
+def _from_launch_script(e: Mapping[str, str]) -> Place:
+    """launch/local.sh and launch/sge.sh export all of it."""
+    count, on_host = int(e["TRAINIT_NUM_PROCESSES"]), int(e["TRAINIT_LOCAL_PROCESSES"])
+    return Place(
+        e.get("TRAINIT_JOB", "launch script"),
+        e["TRAINIT_COORDINATOR"],
+        count,
+        int(e["TRAINIT_PROCESS_ID"]),
+        _local_devices(e, on_host, int(e["TRAINIT_LOCAL_ID"])),
+        hosts=-(-count // on_host),
+    )
+
+
+def _from_slurm(e: Mapping[str, str]) -> Place:
+    """srun sets SLURM_STEP_* for the job step that it starts; a step may be smaller than the job."""
+    job = f"Slurm job {e['SLURM_JOB_ID']}"
+    count = int(e["SLURM_STEP_NUM_TASKS"])
+    on_host = _tasks_per_node(e["SLURM_STEP_TASKS_PER_NODE"])[int(e["SLURM_NODEID"])]
+    gpus = int(e.get("SLURM_GPUS_ON_NODE", 0)) // on_host
+    if count == 1:
+        return Place(job, gpus=gpus)
+    address = f"{_first_host(e['SLURM_STEP_NODELIST'])}:{_port(e['SLURM_JOB_ID'])}"
+    devices = _local_devices(e, on_host, int(e["SLURM_LOCALID"]))
+    return Place(job, address, count, int(e["SLURM_PROCID"]), devices, int(e["SLURM_STEP_NUM_NODES"]), gpus)
+
+
+def _from_open_mpi(e: Mapping[str, str]) -> Place:
+    """The first address of mpirun's own URI, where it sets one, is on the host of process 0."""
+    count, on_host = int(e["OMPI_COMM_WORLD_SIZE"]), int(e["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    head = re.search(r"tcp://([^,:;]+)", e.get("OMPI_MCA_orte_hnp_uri", ""))
+    address = f"{head[1]}:{_port(e['OMPI_MCA_orte_hnp_uri'])}" if head else ""
+    devices = _local_devices(e, on_host, int(e["OMPI_COMM_WORLD_LOCAL_RANK"]))
+    return Place("Open MPI", address, count, int(e["OMPI_COMM_WORLD_RANK"]), devices, -(-count // on_host))
+
+
+def _from_grid_engine(e: Mapping[str, str]) -> Place:
+    """Grid Engine itself starts one process only; launch/sge.sh starts the others."""
+    is_batch = e.get("ENVIRONMENT") == "BATCH"
+    if is_batch and int(e.get("NHOSTS", 1)) > 1:
+        raise SetupError(
+            f"Grid Engine job {e['JOB_ID']} has NHOSTS={e['NHOSTS']}, but this process was started "
+            f"without launch/sge.sh and would train alone; submit launch/sge.sh, or ask for one host"
+        )
+    return Place(f"{'' if is_batch else 'alone, in a shell of '}Grid Engine job {e['JOB_ID']}")
+
+
+def _port(job: str) -> int:
+    """A port in the upper, rarely used, end of the range: the same for all processes of a job."""
+    match = re.match(r"\d+", job)
+    return 61440 + int(match[0] if match else 0) % 4096
+
+
+def _first_host(nodelist: str) -> str:
+    """'n[03-05,9],m1' -> 'n03'"""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
+    assert match is not None, nodelist
+    return match[1] + (match[2] or "")
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """'2(x3),1' -> [2, 2, 2, 1]"""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
+
+
+def _local_devices(environment: Mapping[str, str], processes: int, local_id: int) -> tuple[int, ...] | None:
+    """Splits the GPUs that CUDA_VISIBLE_DEVICES names evenly among the processes of this host.
+
+    Args:
+        environment: of this process.
+        processes: how many the job has on this host.
+        local_id: number of this one among them.
+
+    Returns:
+        indices into the visible GPUs; None: all of them are for this process.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    count = len(visible.split(",")) if visible else 0
+    if processes == 1 or count <= 1:  # one process on this host, or each was given a GPU of its own
+        return None
+    if count % processes:
+        raise SetupError(
+            f"CUDA_VISIBLE_DEVICES={visible} cannot be shared evenly by {processes} processes on this host; "
+            f"ask for as many processes as GPUs, or for one"
+        )
+    each = count // processes
+    return tuple(range(local_id * each, (local_id + 1) * each))

@@ -1,0 +1,40 @@
+"""Messages in the terminal and in log files."""
+
+import logging as std_logging
+import sys
+from pathlib import Path
+
+from absl import logging
+from tqdm import tqdm
+
+PACKAGE = str(Path(__file__).parent)
+
+
+class _Terminal(std_logging.Handler):
+    """Prints Trainit's own messages as they are, and other libraries' errors as one line each.
+
+    tqdm prints them above its progress bar, which they would tear apart otherwise.
+    """
+
+    def emit(self, record: std_logging.LogRecord):
+        if record.pathname.startswith(PACKAGE):
+            tqdm.write(self.format(record), file=sys.stderr)
+        elif record.levelno >= std_logging.ERROR:  # the log file has the traceback
+            first, *_ = record.getMessage().splitlines() or [""]
+            tqdm.write(f"{record.name}: {first}", file=sys.stderr)
+
+
+def log_to_terminal(lead: bool):
+    """Prints the messages of the lead process, and of other processes only the warnings."""
+    terminal = _Terminal()
+    terminal.setFormatter(std_logging.Formatter("%(message)s"))
+    terminal.setLevel(std_logging.INFO if lead else std_logging.WARNING)
+    std_logging.getLogger().handlers = [terminal]
+    logging.set_verbosity(logging.INFO)
+
+
+def log_to_file(path: Path):
+    """Appends messages of all kinds and of all libraries to a file too, each with its time."""
+    file = std_logging.FileHandler(path)
+    file.setFormatter(std_logging.Formatter("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
+    std_logging.getLogger().addHandler(file)

@@ -1,11 +1,27 @@
 """Configs: groups, filling, checks that name fields and values, meshes, durations."""
 
+import copy
+import math
+import pickle
+
 import numpy as np
 import pytest
 
 from trainit import config as config_lib
 from trainit import optimizers
-from trainit.config import ConfigError, choose, defaults, resolve
+from trainit.config import (
+    Config,
+    ConfigDict,
+    ConfigError,
+    check_fields,
+    choose,
+    defaults,
+    field,
+    flatten,
+    resolve,
+    walk,
+)
+from trainit.config.schema import DURATION
 from trainit.parallel.mesh import abstract_mesh, mesh_sizes, shape_on
 
 
@@ -55,8 +71,8 @@ def test_resolve_fills_what_follows():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps=0 must be above 0"),
-        ({"seed": -1}, "seed=-1 must not be below 0"),
+        ({"steps": 0}, r"steps=0 must lie in \(0, 2147483648\)"),
+        ({"seed": -1}, r"seed=-1 must lie in \[0, 4294967296\)"),
         ({"precision": "float8"}, "precision='float8' is none of 'bfloat16', 'float16', 'float32'"),
         ({"precision_of.head": "float8"}, "precision_of.head='float8' is none of '', 'bfloat16'"),
         ({"optimizer_state": "int4"}, "optimizer_state='int4' is none of 'bfloat16', 'float32', 'int8'"),
@@ -89,8 +105,8 @@ def test_resolve_fills_what_follows():
             {"schedule.name": "trapezoid"},
             "schedule.name=trapezoid has the fields decay.*FILE:schedule=trapezoid",
         ),
-        ({"steps": 99999999999}, "steps=99999999999 must be below 2147483648"),
-        ({"seed": 2**32}, "seed=4294967296 must be below 4294967296"),
+        ({"steps": 99999999999}, r"steps=99999999999 must lie in \(0, 2147483648\)"),
+        ({"seed": 2**32}, r"seed=4294967296 must lie in \[0, 4294967296\)"),
         ({"optimizer.beta1": 1.0}, r"optimizer.beta1=1.0 must lie in \[0, 1\)"),
         ({"optimizer.eps": 0.0}, "optimizer.eps=0.0 must be above 0"),
         ({"schedule.final": -1.0}, "schedule.final=-1.0 must not be below 0"),
@@ -116,7 +132,9 @@ def test_boundaries_must_rise():
     with pytest.raises(ConfigError, match="must rise"):
         resolve(config, 50257)
     config.schedule.boundaries, config.schedule["values"] = 5, "abc"
-    with pytest.raises(ConfigError, match=r"schedule\.values='abc' must be numbers"):
+    with pytest.raises(
+        ConfigError, match=r"schedule\.values='abc' must be a tuple or a whole number or a number"
+    ):
         resolve(config, 50257)
 
 
@@ -268,3 +286,82 @@ def test_durations_in_tokens_are_as_long_as_it_takes_to_see_them():
 def test_batch_schedules_that_cannot_be(changes, message):
     with pytest.raises(config_lib.ConfigError, match=message):
         resolve(make(batch_size=8, steps=100, **changes), 50257)
+
+
+def own() -> ConfigDict:
+    config = ConfigDict()
+    config.rate = field(0.5, "of learning", at_least=0, below=1)
+    config.when = field("10%", "a duration", types=DURATION)
+    config.part = field(ConfigDict(), "a group")
+    config.part.kind = field("a", "what it is", one_of=("a", "b"))
+    config.part.sizes = field((1, 2), "of it", above=0)
+    return config
+
+
+@pytest.mark.parametrize("kept", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), ConfigDict, "copy"])
+def test_a_copy_knows_the_fields(kept):
+    config = own()
+    again = config.copy_and_resolve_references() if kept == "copy" else kept(config)
+    again.rate = 0.25
+    again.update({"when": 7, "part": {"kind": "b"}})
+    assert flatten(again) == {"rate": 0.25, "when": 7, "part.kind": "b", "part.sizes": (1, 2)}
+    assert [(name, known.bounds) for name, _, known in walk(again)] == [
+        ("rate", "in [0, 1)"),
+        ("when", ""),
+        ("part.kind", "one of 'a', 'b'"),
+        ("part.sizes", "above 0"),
+    ]
+    check_fields(again, again)
+    check_fields(Config(again), again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rate": 1.0}, r"own.rate=1.0 must lie in \[0, 1\)"),
+        ({"rate": math.nan}, r"own.rate=nan must lie in \[0, 1\)"),
+        ({"when": (1,)}, r"own.when=\(1,\) must be a duration"),
+        ({"when": True}, r"own.when=True must be a duration"),
+        ({"part.kind": "c"}, "own.part.kind='c' is none of 'a', 'b'"),
+        ({"part.sizes": (1, 0)}, r"own.part.sizes=\(1, 0\) must be above 0"),
+        ({"part.kinds": "c"}, r"unknown field config.own.part.kinds; did you mean config.own.part.kind\?"),
+        ({"x": 1}, "unknown field config.own.x; config.own has part, rate, when"),
+    ],
+)
+def test_fields_check_types_bounds_and_names(changes, message):
+    config = own()
+    config.update_from_flattened_dict(changes)
+    for checked in (config, Config(config)):
+        with pytest.raises(ConfigError, match=message) as error:
+            check_fields(checked, own(), "own.")
+        assert "\n" not in str(error.value)
+
+
+def test_a_group_that_lacks_fields():
+    config = own()
+    config.part = {"kind": "b"}
+    with pytest.raises(ConfigError, match="part lacks the fields sizes"):
+        check_fields(config, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("checkpoint.save_step", "did you mean config.checkpoint.save_steps?"),
+        ("weight_decay", "config has batch_schedule, batch_size, "),
+        ("step", "did you mean config.steps?"),
+        ("model.dropout", "did you mean config.model.gpt_dropout?"),
+        ("optimizer.beta", "did you mean config.optimizer.beta2?"),
+        ("schedule.warm_up", "did you mean config.schedule.warmup?"),
+        ("meshes.data", "did you mean config.mesh?"),
+    ],
+)
+def test_unknown_fields_of_a_config_name_the_nearest(name, nearest):
+    """Whatever a config file sets."""
+    config = make()
+    config.update_from_flattened_dict(
+        {name: 0.3} if not name.startswith("meshes") else {"meshes": {"data": 1}}
+    )
+    with pytest.raises(ConfigError, match=f"unknown field config.{name.partition('.data')[0]}; ") as error:
+        resolve(config, 50257)
+    assert nearest in str(error.value)

@@ -8,25 +8,28 @@ everything across fields and freezes the result. All of it happens before a devi
 
 from trainit.config.durations import BatchSizes, batch_sizes
 from trainit.config.fields import (
-    DATASETS,
     DROPOUTS,
-    FREE,
-    GROUPS,
     MESH_AXES,
-    MODELS,
-    SCHEDULES,
     VOCABULARY_MULTIPLE,
     Config,
-    ConfigError,
-    choose,
     dataset,
     defaults,
-    flatten,
     jsonl,
     model,
-    require,
 )
-from trainit.config.resolve import check_mesh, check_ranges, resolve, shrink
+from trainit.config.groups import DATASETS, FREE, GROUPS, MODELS, SCHEDULES, choose
+from trainit.config.resolve import OPTIMIZER_FIELDS, check_mesh, check_ranges, resolve, shrink
+from trainit.config.schema import (
+    ConfigDict,
+    ConfigError,
+    Field,
+    check_fields,
+    field,
+    flatten,
+    require,
+    unknown_field,
+    walk,
+)
 
 __all__ = [
     "DATASETS",
@@ -35,21 +38,28 @@ __all__ = [
     "GROUPS",
     "MESH_AXES",
     "MODELS",
+    "OPTIMIZER_FIELDS",
     "SCHEDULES",
     "VOCABULARY_MULTIPLE",
     "BatchSizes",
     "Config",
+    "ConfigDict",
     "ConfigError",
+    "Field",
     "batch_sizes",
+    "check_fields",
     "check_mesh",
     "check_ranges",
     "choose",
     "dataset",
     "defaults",
+    "field",
     "flatten",
     "jsonl",
     "model",
     "require",
     "resolve",
     "shrink",
+    "unknown_field",
+    "walk",
 ]

@@ -1,11 +1,11 @@
 """How many sequences each step has, `batch_size` and from given steps on others, and durations in steps."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from trainit.config.fields import duration, require
+from trainit.config.schema import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,22 @@ def _steps(rows: float, stages: list[tuple[int, int]]) -> float:
             return done + rows / size
         done, rows = done + count, rows - size * count
     return done + rows / stages[-1][0]
+
+
+def duration(value: int | str, steps: int, of_tokens: Callable[[float], float], field: str) -> int:
+    """A duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens", which `of_tokens` turns into steps.
+
+    Errors name `field`.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(%|tokens)?\s*", str(value))
+    try:
+        number = float(match[1])
+    except (TypeError, ValueError):
+        raise ConfigError(f"{field}={value!r} is not a duration: write 500, '10%' or '2e9 tokens'") from None
+    require(number < 1e18, f"{field}={value!r} is too long")
+    whole = match[2] is not None or number == int(number)
+    require(whole, f"{field}={value!r} is not a whole number of steps")
+    return round(of_tokens(number) if match[2] == "tokens" else number * (steps / 100 if match[2] else 1))
 
 
 def batch_sizes(config: Mapping) -> BatchSizes:

@@ -3,41 +3,18 @@
 import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-
-from ml_collections import ConfigDict
+from typing import Any
 
 from trainit.config.durations import batch_sizes
-from trainit.config.fields import (
-    SCHEDULES,
-    VOCABULARY_MULTIPLE,
-    Config,
-    flatten,
-    names,
-    require,
-)
+from trainit.config.fields import VOCABULARY_MULTIPLE, Config
+from trainit.config.groups import SCHEDULES
+from trainit.config.schema import ConfigDict, as_tuple, check_fields, field, flatten, names, require
 
-ONE_OF = {
-    "precision": ("bfloat16", "float16", "float32"),
-    "precision_of.attention": ("", "bfloat16", "float16", "float32", "float8"),
-    "precision_of.mlp": ("", "bfloat16", "float16", "float32", "float8"),
-    "precision_of.head": ("", "bfloat16", "float16", "float32"),
-    "optimizer_state": ("float32", "bfloat16", "int8"),
-    "platform": ("", "cpu", "cuda", "rocm", "tpu"),
-    "model.norm": ("layernorm", "rmsnorm"),
-    "model.activation": ("gelu", "swiglu", "relu2"),
-    "model.positions": ("learned", "rope"),
-    "model.attention": ("auto", "plain", "blockwise", "cudnn"),
-    "model.remat": ("none", "attention", "dots", "block", "offload"),
-    "schedule.name": tuple(SCHEDULES),
-    "dataset.order": ("shuffled", "blocks", "sequential"),
+# Fields that every optimizer has; for files that set them as plain values.
+OPTIMIZER_FIELDS = {
+    "learning_rate": field(0.0, "peak of the schedule", at_least=0),
+    "weight_decay": field(0.0, "weight decay", at_least=0),
 }
-POSITIVE = """steps batch_size max_skipped cpu_devices model.dim model.num_heads model.num_blocks
-    model.context_length model.rope_theta log.every_steps dataset.prefetch dataset.block_tokens
-    dataset.streams dataset.window""".split()
-NOT_NEGATIVE = """seed max_minutes stall_seconds device_batch_size clip_norm model.num_kv_heads model.mlp_dim
-    model.vocab_size model.logit_softcap logits_mib z_loss dataset.workers eval.every_steps eval.sequences
-    checkpoint.keep diagnostics.every_steps schedule.final optimizer.learning_rate
-    optimizer.weight_decay""".split()
 
 
 def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
@@ -74,7 +51,7 @@ def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
         if name in config.schedule and "%" not in str(config.schedule[name])
     }
     for name in {"boundaries", "rewarm_at"} & set(config.schedule):
-        parts = len(_as_tuple(config.schedule[name]))
+        parts = len(as_tuple(config.schedule[name]))
         last = parts if name == "boundaries" else parts + 1
         small[f"schedule.{name}"] = tuple(f"{100 * i // last}%" for i in range(1, parts + 1))
     config.update_from_flattened_dict({k: v for k, v in small.items() if k not in set(keep)})
@@ -94,66 +71,55 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
     """
     config = config.copy_and_resolve_references()
     require(
-        "optimizer" in config,
+        len(config.optimizer) > 0,
         "the config has no optimizer: config.optimizer = optimizers.choices()['adamw']()",
     )
-    values = flatten(config)
-    for field, choices in ONE_OF.items():
-        require(values[field] in choices, f"{field}={values[field]!r} is none of {names(map(repr, choices))}")
-    for field in POSITIVE:
-        require(values.get(field, 1) > 0, f"{field}={values.get(field)} must be above 0")
-    for field, bound in (("steps", 2**31), ("seed", 2**32)):
-        require(values[field] < bound, f"{field}={values[field]} must be below {bound}")
-    check_ranges(values)
+    check_fields(config, config)
+    check_ranges(flatten(config))
     _resolve_model(config.model, tokenizer_vocab_size, end_of_text)
     check_mesh(config.mesh, config)
     _check_schedule(config)
-    streams = values.get("dataset.streams", 1)
-    _check_batches(config, streams, f"dataset.streams={streams}")
-    for field, plain in (("mixture", ""), ("order", "shuffled")):
-        require(
-            "dataset.streams" not in values or config.dataset[field] == plain,
-            f"dataset.{field}={config.dataset[field]!r} needs a prepared dataset; leave it at {plain!r}",
-        )
+    if "streams" in config.dataset:
+        streams = config.dataset.streams
+        _check_batches(config, streams, f"dataset.streams={streams}")
+        for key, plain in (("mixture", ""), ("order", "shuffled")):
+            require(
+                config.dataset[key] == plain,
+                f"dataset.{key}={config.dataset[key]!r} needs a prepared dataset; leave it at {plain!r}",
+            )
     saves = config.checkpoint.save_steps
     least = 0 if isinstance(saves, int) else 1
     require(
-        _as_tuple(saves) and all(type(n) is int and n >= least for n in _as_tuple(saves)),
+        as_tuple(saves) and all(type(n) is int and n >= least for n in as_tuple(saves)),
         f"checkpoint.save_steps={saves!r} must be a number of steps, or several separated by commas",
     )
     _check_diagnostics(config.diagnostics)
     c = config.checkpoint
-    for field, unset in (("load_step", -1), ("overwrite_optimizer", False)):
+    for key, unset in (("load_step", -1), ("overwrite_optimizer", False)):
         require(
-            c.load_path or c[field] == unset,
-            f"checkpoint.{field}={c[field]} needs checkpoint.load_path, which is empty",
+            c.load_path or c[key] == unset,
+            f"checkpoint.{key}={c[key]} needs checkpoint.load_path, which is empty",
         )
     return Config(config)
 
 
-def check_ranges(values: Mapping, prefix: str = ""):
-    """Raises ConfigError if a number is outside of what its field's name allows.
+def check_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Checks optimizers' plain values by the names of their fields.
 
     Args:
         values: {"optimizer.beta1": 0.9, ...}, some of a config's.
         prefix: of the message.
+
+    Raises:
+        ConfigError: a number is outside of what its field's name allows.
     """
     if str(values.get("optimizer.name", "")).rpartition("+")[2].startswith("optax."):
-        values = {f: v for f, v in values.items() if not f.startswith("optimizer.") or f in NOT_NEGATIVE}
-    for field, value in values.items():
-        if field in NOT_NEGATIVE:
-            require(type(value) in (int, float), f"{prefix}{field}={value!r} must be a number")
-            require(value >= 0, f"{prefix}{field}={value} must not be below 0")
-        numbers = [number for number in _as_tuple(value) if type(number) in (int, float)]
-        if re.match(r"optimizer\.([\w.]+[._])?(beta\d?|b\d|momentum)$|model\..*dropout$", field):
-            within = all(0 <= number < 1 for number in numbers)
-            require(within, f"{prefix}{field}={value} must lie in [0, 1)")
-        if re.match(r"optimizer\.([\w.]+[._])?eps$", field):
-            require(all(number > 0 for number in numbers), f"{prefix}{field}={value} must be above 0")
-
-
-def _as_tuple(value) -> tuple:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+        return
+    for name, value in values.items():
+        if re.match(r"optimizer\.([\w.]+[._])?(beta\d?|b\d|momentum)$", name):
+            field(0.0, "", types=(type(value),), at_least=0, below=1).check(prefix + name, value)
+        if re.match(r"optimizer\.([\w.]+[._])?eps$", name):
+            field(0.0, "", types=(type(value),), above=0).check(prefix + name, value)
 
 
 def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int):
@@ -198,7 +164,7 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int):
 
 
 def _check_diagnostics(d: ConfigDict):
-    for name in _as_tuple(d.norms_by):
+    for name in as_tuple(d.norms_by):
         there = ("kind", "layer", "parameter")
         require(name in there, f"diagnostics.norms_by={d.norms_by!r}: {name!r} is none of {names(there)}")
     require(
@@ -213,6 +179,10 @@ def _check_diagnostics(d: ConfigDict):
 
 def _check_schedule(config: ConfigDict):
     schedule, steps = config.schedule, config.steps
+    require(
+        schedule.name in SCHEDULES,
+        f"schedule.name={schedule.name!r} is none of {names(map(repr, SCHEDULES))}",
+    )
     expected = SCHEDULES[schedule.name]()
     require(
         set(schedule) == set(expected),
@@ -233,7 +203,7 @@ def _check_schedule(config: ConfigDict):
         f"schedule={schedule.name}: warm-up and what follows last {total} steps, more than steps={steps}; "
         f"give them in percent or raise steps",
     )
-    starts = [length("rewarm_at", at) for at in _as_tuple(schedule.rewarm_at)]
+    starts = [length("rewarm_at", at) for at in as_tuple(schedule.rewarm_at)]
     rises = [length("rewarm", schedule.rewarm, begin=at) for at in starts or [0]]
     room = all(b - a >= rise for (a, b), rise in zip(pairwise(starts), rises, strict=False))
     require(
@@ -241,11 +211,9 @@ def _check_schedule(config: ConfigDict):
         f"schedule.rewarm_at={schedule.rewarm_at} must be above 0 and rise by at least "
         f"rewarm={schedule.rewarm!r}, that is {max(rises)} steps, which must be above 0",
     )
-    for field in {"cycles", "exponent"} & set(schedule):
-        require(schedule[field] > 0, f"schedule.{field}={schedule[field]} must be above 0")
     if "boundaries" in schedule:
-        at = [length("boundaries", b) for b in _as_tuple(schedule.boundaries)]
-        values = _as_tuple(schedule["values"])
+        at = [length("boundaries", b) for b in as_tuple(schedule.boundaries)]
+        values = as_tuple(schedule["values"])
         require(
             all(type(v) in (int, float) for v in values),
             f"schedule.values={schedule['values']!r} must be numbers",
@@ -265,11 +233,11 @@ def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
     require(len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are -1; only one axis can be what is left")
     require(sizes["context"] == 1, f"mesh.context={sizes['context']} does not work yet; set it to 1")
     split = [("fsdp", "model.dim", m.dim)] + [
-        ("tensor", f"model.{field}", m[field])
-        for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "context_length")
+        ("tensor", f"model.{name}", m[name])
+        for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "context_length")
     ]
-    for axis, field, value in split:
-        require(value % sizes[axis] == 0, f"{field}={value} is not a multiple of mesh.{axis}={sizes[axis]}")
+    for axis, name, value in split:
+        require(value % sizes[axis] == 0, f"{name}={value} is not a multiple of mesh.{axis}={sizes[axis]}")
     shares = abs(sizes["data"] * sizes["fsdp"])
     _check_batches(config, shares, f"mesh.data*mesh.fsdp={shares}")
 

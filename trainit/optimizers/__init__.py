@@ -23,9 +23,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from trainit.config import Config, ConfigError, batch_sizes, require
+from trainit.config import (
+    OPTIMIZER_FIELDS,
+    Config,
+    ConfigDict,
+    ConfigError,
+    batch_sizes,
+    check_fields,
+    require,
+)
 from trainit.model.gpt import GPT
 from trainit.optimizers import wrappers
 from trainit.optimizers.common import groups as _groups
@@ -115,9 +122,9 @@ def own_files_hash(config: Config, groups: Sequence[str]) -> str:
 def _config(name: str) -> ConfigDict:
     """The config of an optimizer, with the name by which it is found again."""
     try:
-        config = _load(name).get_config()
-        with config.unlocked():
-            config.name = name
+        config = ConfigDict(_load(name).get_config().copy_and_resolve_references())
+        config.name = name
+        config.declare_rest(OPTIMIZER_FIELDS)
         lacking = {"learning_rate", "weight_decay"} - set(config)
     except Exception as error:
         raise ConfigError(f"optimizer={name}: get_config raises {type(error).__name__}: {error}") from None
@@ -382,10 +389,12 @@ def _make(config: Config, context: Context) -> optax.GradientTransformationExtra
     there = choices()
     if config.name not in there:
         raise ConfigError(f"optimizer.name={config.name!r}: there are {', '.join(sorted(there))}")
-    fields = sorted(there[config.name]())
+    declared = there[config.name]()
+    fields = sorted(declared)
     if fields != sorted(config):
         raise ConfigError(
             f"optimizer.name={config.name} has the fields {', '.join(fields)}, not "
             f"{', '.join(sorted(config))}; choose it as a group: --config=FILE:optimizer={config.name}"
         )
+    check_fields(config, declared, "optimizer.")
     return optax.with_extra_args_support(_load(config.name).make(config, context))

@@ -9,9 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-from ml_collections import ConfigDict, FrozenConfigDict
 
-from trainit.config import Config, ConfigError, check_ranges, flatten, require
+from trainit.config import Config, ConfigDict, ConfigError, check_fields, check_ranges, flatten, require
 from trainit.parallel.trees import path_name
 
 REST = "rest"  # the group of what no pattern matches
@@ -41,7 +40,9 @@ def read(
     values = {field: value for field, _, value in pairs}
     name = values.pop("optimizer", base.name)
     require(name in choices, f"{where}: unknown optimizer {name!r}: there are {', '.join(choices)}")
-    config = choices[name]() if name != base.name else ConfigDict(base.to_dict())
+    config = choices[name]()
+    if name == base.name:
+        config.update(base.to_dict())
     there = flatten(config)
     known = ", ".join(sorted(set(there) - {"name"}))
     for field, text in values.items():
@@ -52,9 +53,10 @@ def read(
             config.update_from_flattened_dict({field: value})
         except (ValueError, SyntaxError, TypeError) as error:
             raise ConfigError(f"{where}: {field}={text} cannot be set: {error}") from None
+    check_fields(config, config, "optimizer.", f"{where}: ")
     check_ranges({f"optimizer.{field}": value for field, value in flatten(config).items()}, f"{where}: ")
     try:
-        return re.compile(pattern), FrozenConfigDict(config)
+        return re.compile(pattern), Config(config)
     except re.error as error:
         raise ConfigError(f"{where}: {pattern!r} is no regular expression: {error}") from None
 

@@ -1,0 +1,99 @@
+"""Whole groups of fields by name, as in --config=FILE:model=gpt2_medium,schedule=cosine."""
+
+import functools
+import re
+from collections.abc import Mapping
+
+from trainit.config.fields import LINEAR, dataset, diagnostics, jsonl, model, schedule
+from trainit.config.schema import ConfigDict, ConfigError, Maker, names
+
+_modern = functools.partial(model, norm="rmsnorm", activation="swiglu", positions="rope", use_bias=False)
+MODELS: dict[str, Maker] = {
+    # Radford et al. 2019, with the head untied.
+    "gpt2": model,
+    "gpt2_medium": functools.partial(model, dim=1024, num_heads=16, num_blocks=24),
+    "gpt2_large": functools.partial(model, dim=1280, num_heads=20, num_blocks=36),
+    "gpt2_xl": functools.partial(model, dim=1600, num_heads=25, num_blocks=48),
+    # GPT-2's sizes with what models have used since.
+    "modern": functools.partial(_modern, qk_norm=True),
+    # GPT-3 XL, 1.3B (Brown et al. 2020, arXiv 2005.14165, table 2.1; heads of 128).
+    "gpt3_xl": functools.partial(model, dim=2048, num_heads=16, num_blocks=24, context_length=2048),
+    # Touvron et al. 2023, arXiv 2307.09288.
+    "llama2_7b": functools.partial(
+        _modern, dim=4096, num_heads=32, num_blocks=32, mlp_dim=11_008, context_length=4096
+    ),
+    "llama2_70b": functools.partial(
+        _modern,
+        dim=8192,
+        num_heads=64,
+        num_kv_heads=8,
+        num_blocks=80,
+        mlp_dim=28_672,
+        context_length=4096,
+    ),
+}
+
+_SCHEDULES = {
+    "constant": {"warmup": "10%"},
+    "linear": LINEAR,
+    "cosine": {"warmup": "10%", "cycles": 1, "final": 0.0},
+    "inverse_sqrt": {"warmup": "10%", "decay": 0, "final": 0.0},
+    "power": {"warmup": "10%", "exponent": 0.5, "decay": 0, "final": 0.0},
+    "trapezoid": {"warmup": "10%", "decay": "20%", "final": 0.0},
+    "piecewise_linear": {"warmup": 0, "boundaries": ("0%", "50%", "100%"), "values": (0.0, 1.0, 0.0)},
+}
+SCHEDULES: dict[str, Maker] = {
+    name: functools.partial(schedule, name, **values) for name, values in _SCHEDULES.items()
+}
+
+DATASETS: dict[str, Maker] = {
+    "pile": functools.partial(dataset, "data/pile"),
+    "demo": functools.partial(dataset, "demo"),
+    "jsonl": jsonl,
+}
+
+DIAGNOSTICS: dict[str, Maker] = {
+    "none": functools.partial(diagnostics, every_steps=0),
+    # What needs no copy of parameters or gradients.
+    "norms": functools.partial(
+        diagnostics, last_gradient=False, past_gradients=False, last_parameters=False, last_loss=False
+    ),
+    "full": diagnostics,
+}
+
+GROUPS: dict[str, dict[str, Maker]] = {
+    "model": MODELS,
+    "schedule": SCHEDULES,
+    "dataset": DATASETS,
+    "diagnostics": DIAGNOSTICS,
+}
+
+# Fields that say where and how a run runs, and not what it is: they may change at a resume.
+FREE = re.compile(
+    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|logits_mib|platform|cpu_devices)$"
+    r"|model\.(attention|remat|scan_layers)$"
+    r"|dataset\.(path|validation_path|subset_field|tokenizer|workers|prefetch)$"  # it has a fingerprint
+    r"|(mesh|eval|log|checkpoint|diagnostics|wandb)\."
+)
+
+
+def choose(config: ConfigDict, arg: str, **groups: Mapping[str, Maker]) -> ConfigDict:
+    """Replaces whole groups of `config` by the choices that `arg` names.
+
+    Args:
+        config: changed in place and returned.
+        arg: what follows the config file's colon, such as "model=gpt2_medium,schedule=cosine".
+        **groups: more groups than those of GROUPS; each maps a choice to the maker of its fields.
+
+    Raises:
+        ConfigError: an unknown group or choice; the message lists the known ones.
+    """
+    groups = {**GROUPS, **groups}
+    for part in filter(None, arg.split(",")):
+        group, equals, choice = part.partition("=")
+        if group not in groups or not equals:
+            raise ConfigError(f"unknown group {part!r}: write GROUP=CHOICE, GROUP one of {names(groups)}")
+        if choice not in groups[group]:
+            raise ConfigError(f"unknown {group} {choice!r}: there are {names(groups[group])}")
+        config[group] = groups[group][choice]()
+    return config

@@ -1,0 +1,248 @@
+"""`field` says what a config field is: default, meaning, type and bounds. `ConfigDict` remembers it.
+
+    config = ConfigDict()
+    config.steps = field(50_000, "optimizer steps of the whole run", above=0)
+    config.steps = 2_000                  # sets the value; what the field is stays known
+
+Checks, the command line, `trainit fields` and the reference page all read what `field` was given.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_collections
+
+DURATION = (int, float, str)  # 500 steps, "10%" of all steps, or "2e9 tokens"
+TYPE_NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a tuple",
+}
+
+
+class ConfigError(ValueError):
+    """A config or a usage that cannot work. The message is one line: what, the values, what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a field is. See `field` for the meaning of each part."""
+
+    default: Any
+    help: str
+    types: tuple[type, ...]
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    one_of: tuple[Any, ...] = ()
+
+    @property
+    def bounds(self) -> str:
+        """What the value must be, such as "in [0, 1)" or "above 0"; empty without bounds."""
+        if self.one_of:
+            return "one of " + ", ".join(map(repr, self.one_of))
+        low = self.above if self.above is not None else self.at_least
+        high = self.below if self.below is not None else self.at_most
+        if low is not None and high is not None:
+            return f"in {'[('[self.at_least is None]}{low}, {high}{'])'[self.at_most is None]}"
+        if low is not None:
+            return f"above {low}" if self.at_least is None else f"at least {low}"
+        if high is not None:
+            return f"below {high}" if self.at_most is None else f"at most {high}"
+        return ""
+
+    @property
+    def type_name(self) -> str:
+        """The types in words, such as "a whole number or a tuple"."""
+        if set(DURATION) <= set(self.types):
+            return "a duration" + " or several" * (tuple in self.types)
+        return " or ".join(TYPE_NAMES.get(t, t.__name__) for t in self.types)
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ConfigError, with the dotted name, unless `value` has the type and lies within the bounds.
+
+        Of a tuple, every number must lie within the bounds.
+        """
+        require(self._has_type(value), f"{name}={value!r} must be {self.type_name}")
+        if self.one_of:
+            require(value in self.one_of, f"{name}={value!r} is n{self.bounds}")  # "none of"
+        for number in as_tuple(value):
+            if _is_number(number):
+                require(self._allows(number), f"{name}={value} {self._must()}")
+
+    def _has_type(self, value: Any) -> bool:
+        if not set(self.types) <= set(TYPE_NAMES):
+            return True  # a value of an optimizer file of the user's own
+        if isinstance(value, bool):
+            return bool in self.types
+        is_number = float in self.types and isinstance(value, int)
+        return is_number or isinstance(tuple(value) if isinstance(value, list) else value, self.types)
+
+    def _allows(self, number: float) -> bool:
+        # A comparison with NaN is False, so that NaN lies within no bound.
+        return (
+            (self.above is None or number > self.above)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.below is None or number < self.below)
+            and (self.at_most is None or number <= self.at_most)
+        )
+
+    def _must(self) -> str:
+        if self.bounds.startswith("in "):
+            return f"must lie {self.bounds}"
+        return f"must not be below {self.at_least}" if self.at_least is not None else f"must be {self.bounds}"
+
+
+def field(
+    default: Any,
+    help: str,
+    *,
+    types: tuple[type, ...] = (),
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    one_of: Iterable[Any] = (),
+) -> Any:
+    """Declares a field when assigned to a key of a `ConfigDict`.
+
+    Args:
+        default: its value until another is set; a `ConfigDict` for a group of fields.
+        help: what it is, with its unit, and what special values such as 0 mean.
+        types: of its values; without them, the default's. DURATION for lengths of time.
+        above: all its numbers are greater than this.
+        at_least: no number is smaller.
+        below: all numbers are smaller.
+        at_most: no number is greater.
+        one_of: all allowed values.
+    """
+    kinds = types or (tuple if isinstance(default, list) else type(default),)
+    return Field(default, help, kinds, above, at_least, below, at_most, tuple(one_of))
+
+
+class ConfigDict(ml_collections.ConfigDict):  # type: ignore[misc]
+    """A config or a group of its fields, which knows how each of its fields was declared.
+
+    Copies and pickles know it, too. Keys that were set without `field` are undeclared.
+    """
+
+    def __init__(self, initial: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> None:
+        object.__setattr__(self, "declared", {})  # {key: Field}
+        super().__init__(initial, *args, **kwargs)
+        if isinstance(initial, ConfigDict):
+            self.declared.update(initial.declared)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if isinstance(value, Field):
+            self.declared[key], value = value, value.default
+            self._fields.pop(key, None)  # a field that is declared again may have another type
+        if isinstance(value, dict | ml_collections.ConfigDict) and not isinstance(value, ConfigDict):
+            value = ConfigDict(value)
+        known = self.declared.get(key)
+        if isinstance(value, ConfigDict) and known and not value.declared:
+            value.declared.update(getattr(known.default, "declared", {}))
+        if known and len(known.types) > 1:
+            self._fields[key] = value  # ml_collections knows one type a field; `check` looks at the others
+        else:
+            super().__setitem__(key, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.declared.update(state["declared"])
+
+    def copy_and_resolve_references(self, visit_map: dict[int, Any] | None = None) -> "ConfigDict":
+        """Returns a deep copy."""
+        copy: ConfigDict = super().copy_and_resolve_references(visit_map)
+        copy.declared.update(self.declared)
+        return copy
+
+    def declare_rest(self, common: Mapping[str, Field]) -> None:
+        """Declares all undeclared keys: as `common` says, or else by the type of their value alone."""
+        for key, value in self.items():
+            if isinstance(value, ConfigDict):
+                value.declare_rest({})
+            if key not in self.declared:
+                self.declared[key] = common.get(key) or field(value, "")
+
+
+def check_fields(config: Mapping[str, Any], declared: ConfigDict, prefix: str = "", where: str = "") -> None:
+    """Checks that a config has exactly the declared fields, each with a value that it allows.
+
+    Args:
+        config: a config or a group.
+        declared: which declares the fields; may be `config` itself.
+        prefix: of the fields' dotted names, such as "optimizer.".
+        where: what messages begin with.
+
+    Raises:
+        ConfigError: names the field, its value, and the bound or the nearest field.
+    """
+    for key, value in config.items():
+        name = f"{where}{prefix}{key}"
+        if key not in declared.declared:
+            raise ConfigError(f"{where}{unknown_field(prefix + key, declared.declared)}")
+        if isinstance(declared[key], ConfigDict):
+            require(
+                isinstance(value, Mapping | ml_collections.ConfigDict), f"{name}={value!r} must be a group"
+            )
+            check_fields(value, declared[key], f"{prefix}{key}.", where)
+        else:
+            declared.declared[key].check(name, value)
+    lacking = sorted(set(declared.declared) - set(config))
+    require(not lacking, f"{where}{prefix.rstrip('.') or 'config'} lacks the fields {names(lacking)}")
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """The message about a dotted name whose last part is not among the known fields: the nearest, or all."""
+    group, _, last = f"config.{name}".rpartition(".")
+    near = difflib.get_close_matches(last, list(known), 1)
+    hint = f"did you mean {group}.{near[0]}?" if near else f"{group} has {names(known) or 'no fields'}"
+    return f"unknown field {group}.{last}; {hint}"
+
+
+def walk(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
+    """Yields (dotted name, value, Field) of all declared fields but groups, in the order of declaration."""
+    for key, known in config.declared.items():
+        if isinstance(config[key], ConfigDict):
+            yield from walk(config[key], f"{prefix}{key}.")
+        else:
+            yield prefix + key, config[key], known
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.dim": 768, ...}, lists as tuples: what a config and its JSON have in common."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A tuple or list as a tuple, anything else as a tuple of one."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def names(choices: Iterable[str]) -> str:
+    """The choices in order, separated by commas."""
+    return ", ".join(sorted(choices))
+
+
+Maker = Callable[[], ConfigDict]  # what makes the sub-config of a group's choice

@@ -29,7 +29,7 @@ WORDS = (
     (r"\bwhat (there is|is there)\b", "what exists, the available ones"),
     (r"\bbeside(s)?\b", "next to, besides -> also, in addition to"),
     (r"\bmost of which\b|\bof which there (is|are)\b", "say it with a verb: it has ..."),
-    (r"(^|[.:;] )Of (?!course)[a-z]", "start with the subject: a sentence has a verb"),
+    (r"((?-i:^Of)|[.:;] of) (?!course)[a-z]", "start with the subject: a sentence has a verb"),
     (r"\bthere'?s\b", "there is"),
     (r"\butili[sz]e", "use"),
     (r"\bleverag(e|es|ing)\b", "use"),

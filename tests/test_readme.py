@@ -1,9 +1,9 @@
-"""What the README names is there; its commands are run in tests/commands."""
+"""README and the documentation's pages name what exists; their commands are run in tests/commands."""
 
 import re
 import runpy
 
-from processes import ROOT
+from pages import ROOT, all_blocks, commands, pages
 
 README = (ROOT / "README.md").read_text()
 
@@ -11,27 +11,60 @@ README = (ROOT / "README.md").read_text()
 def test_ci_runs_every_command():
     """Those that install by itself, all others by the test that is left out here."""
     script = (ROOT / ".ci/run").read_text().replace(" --quiet", "")
-    install = re.findall(r"^pip .*", "".join(re.findall(r"```sh\n(.*?)```", README, re.S)), re.M)
-    assert len(install) == 2
+    shell = [block for block in all_blocks() if block.language == "sh"]
+    install = [line for block in shell for line in commands(block) if line.startswith("pip ")]
+    assert len(set(install)) == 2
+    assert set(install) == set(
+        re.findall(r"^pip .*", "".join(re.findall(r"```sh\n(.*?)```", README, re.S)), re.M)
+    )
     for command in (*install, "pytest -n 0 tests/commands/test_commands.py"):
         assert f"\n{command}\n" in script
 
 
 def test_tables_name_what_there_is():
-    """The groups' choices and the metrics' names in the README are those of the code."""
+    """The groups' choices on the page of fields are those of the code; README counts optimizers."""
     from trainit import config, optimizers
 
+    page = (ROOT / "docs/reference/fields.md").read_text()
     for group, choices in {**config.GROUPS, "optimizer": optimizers.choices()}.items():
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{group}` |"))
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{group}` |"))
         for choice in choices:
             assert f"`{choice}`" in row
+    wrappers = [
+        path for path in (ROOT / "trainit/optimizers/wrappers").glob("*.py") if path.stem != "__init__"
+    ]
+    assert f"{len(optimizers.choices())} optimizers, {len(wrappers)} wrappers" in README
 
 
 def test_picture_is_there():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / path).stat().st_size > 10_000
+    pictures = [
+        (page, path)
+        for page in pages()
+        for path in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / page).read_text())
+    ]
+    assert len(pictures) >= 4
+    for page, path in pictures:
+        assert ((ROOT / page).parent / path).stat().st_size > 4_000
 
 
 def test_configs_are_found_from_a_clone():
     for name in ("pile_gpt", "debug"):
         assert runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]().steps > 0
+
+
+def test_readme_is_a_page_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 150
+    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / link).is_file(), link
+
+
+def test_exit_codes_are_those_of_the_code():
+    from trainit import cli
+    from trainit.train import loop
+
+    page = (ROOT / "docs/reference/exit-codes.md").read_text()
+    rows = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|$", page, re.M))
+    assert rows.keys() == {"0", "1", "2", "75"}
+    assert "all steps are done" in rows[str(loop.DONE)]
+    assert "everything is saved" in rows[str(loop.STOPPED)]
+    assert "usage" in rows[str(cli.USAGE_ERROR)]

@@ -1,4 +1,13 @@
-"""Every command and every piece of code in the README runs as it stands there: minutes, for .ci/run."""
+"""Every command and piece of code in README and on the documentation's pages runs: minutes, for .ci/run.
+
+The pages are followed in the order of the site's navigation, each from its top to its bottom, in one folder
+that looks like a clone. So a page may use what an earlier one has made, as a reader would.
+
+    ```sh                          each line is run
+    ```python                      is run
+    ```python title="signum.py"    is saved as that file
+    ```                            is only shown, since it needs a GPU, a cluster or other data
+"""
 
 import contextlib
 import os
@@ -9,22 +18,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, metrics
+from pages import ROOT, Block, all_blocks, commands, words
+from processes import metrics
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
-CODE = re.findall(r"```python\n(.*?)```", README, re.S)
-IN_CI = [line for line in COMMANDS if line.startswith("pip ")]  # which .ci/run runs
 SHORT = {  # added so that a command that trains for minutes takes seconds; nothing else changes
-    "trainit.main": [
-        "--config.steps=6",
-        "--config.eval.every_steps=3",
-        "--config.checkpoint.save_steps=3",
-    ],
-    "trainit.tools.benchmark": ["--tokens=2000000", "--steps=3"],
+    "train": ["--config.steps=6", "--config.eval.every_steps=3", "--config.checkpoint.save_steps=3"],
+    "benchmark": ["--tokens=2000000", "--steps=3"],
 }
-
-
+REPLACED = {  # in pages, for the same reason
+    "[5e-4, 1e-3, 2e-3]": "[1e-3]",
+    "[1, 2, 3]": "[1, 2]",
+    '"steps": 100': '"steps": 3',
+    "--config.steps=260": "--config.steps=8",
+    "--config.steps=100": "--config.steps=6",
+    "--config.steps=20 ": "--config.steps=6 ",
+}
 REPORTS = (
     r"8 × cpu, \d+ cores, JAX",
     r"loader +[\d.]+ M tokens/s  through Grain",
@@ -39,41 +47,47 @@ REPORTS = (
     r"step +exchanged: reduce-scatter over fsdp: [\d.]+ MiB a device and step",
     r"save +[\d.]+% of the time",
 )
+MAIN = "python -m trainit.main"
 
 
-def code(part: str) -> str:
-    """The README's only piece of code that contains this."""
-    (block,) = [block for block in CODE if part in block]
-    return block
+def steps() -> list[tuple[Block, str]]:
+    """(block, command or code) of everything that is run, in order, without what .ci/run installs."""
+    found = []
+    for block in all_blocks():
+        if block.language == "sh":
+            found += [(block, line) for line in commands(block) if not line.startswith("pip ")]
+        elif block.language == "python":
+            found.append((block, block.text))
+    return found
+
+
+def name(step: tuple[Block, str]) -> str:
+    block, text = step
+    what = text[:60] if block.language == "sh" else block.title or "code"
+    return f"{Path(block.page).stem}-{block.line}-{what}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A place that looks like a clone, with a short run in runs/debug."""
+    """A folder that looks like a clone, with a short run in runs/debug."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "trainit", "launch"):
         (folder / name).symlink_to(ROOT / name)
-    execute(folder, "python -m trainit.main --config=configs/debug.py")
-    with contextlib.chdir(folder):
-        exec(compile(code("write_text"), "README.md", "exec"), {})
-    (folder / "signum.py").write_text(code("Signum"))
-    sweep = code("get_sweep")
-    for long, short in (("5e-4, 1e-3, 2e-3", "1e-3"), ("1, 2, 3", "1, 2"), ('"steps": 100', '"steps": 3')):
-        assert long in sweep
-        sweep = sweep.replace(long, short)
-    (folder / "rates.py").write_text(sweep)
+    execute(folder, f"{MAIN} --config=configs/debug.py")
     return folder
 
 
 def execute(folder, command: str, short: bool = True) -> str:
-    words = shlex.split(command)
-    if words[0] == "launch/local.sh":
-        start, module, arguments = words[:1], "trainit.main", words[1:]
+    start, arguments = shlex.split(command), []
+    if start[0] == "launch/local.sh":
+        start, arguments, tool = start[:1], start[1:], "train"
+    elif command.startswith(MAIN):
+        start, arguments, tool = [sys.executable, *start[1:3]], start[3:], "train"
     else:
-        assert words[:2] == ["python", "-m"]
-        start, module, arguments = [sys.executable, *words[1:3]], words[2], words[3:]
+        assert start[0] == "trainit", command
+        start, arguments, tool = [sys.executable, "-m", *start[:2]], start[2:], start[1]
     given = {argument.split("=")[0] for argument in arguments}
-    extra = [a for a in SHORT.get(module, []) if a.split("=")[0] not in given] if short else []
+    extra = [a for a in SHORT.get(tool, []) if a.split("=")[0] not in given] if short else []
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     result = subprocess.run(
         [*start, *arguments, *extra],
@@ -81,21 +95,30 @@ def execute(folder, command: str, short: bool = True) -> str:
         env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PATH": path},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
         check=False,
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
     return result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in IN_CI], ids=lambda c: c[10:70])
-def test_commands(command, folder):
-    """In the order in which they stand there; the run that is trained on ends sooner than in the README."""
-    output = execute(folder, command.replace("--config.steps=260", "--config.steps=8"))
-    if "--sweep" in command:
-        check_sweep(output)
-    for pattern in REPORTS if "trainit.tools.benchmark" in command and "--sweep" not in command else ():
-        assert re.search(pattern, output), (pattern, output)
+@pytest.mark.parametrize("step", steps(), ids=name)
+def test_commands(step, folder):
+    """In the order in which they stand there; runs and sweeps are shorter than on the pages."""
+    block, text = step
+    for long, short in REPLACED.items():
+        text = text.replace(long, short)
+    if block.title:
+        (folder / block.title).write_text(text)
+    elif block.language == "python":
+        with contextlib.chdir(folder):
+            exec(compile(text, block.page, "exec"), {})
+    else:
+        output = execute(folder, text, short="own.py" not in text)
+        if "--sweep" in text:
+            check_sweep(output)
+        for pattern in REPORTS if "trainit benchmark" in text and "--sweep" not in text else ():
+            assert re.search(pattern, output), (pattern, output)
 
 
 def check_sweep(output: str):
@@ -110,12 +133,15 @@ def check_sweep(output: str):
         assert any(f"{field}={value}" in row[2] for row in rows), field
 
 
-def test_own_data_and_own_config(folder, monkeypatch):
-    """The README's config file, trained on the data that the README's other piece of code prepares."""
-    monkeypatch.chdir(folder)
-    exec(compile(code("write_dataset"), "README.md", "exec"), {})
-    (folder / "own.py").write_text(code("def get_config(arg"))
-    execute(folder, "python -m trainit.main --config=own.py --config.cpu_devices=2", short=False)
+def test_long_texts_are_on_the_pages():
+    """What is made shorter is there, so that no page takes minutes unnoticed."""
+    texts = "".join(block.text for block in all_blocks())
+    for long in REPLACED:
+        assert long in texts, long
+
+
+def test_own_data_and_own_config(folder):
+    """The page's config file, trained on the data that the page's other piece of code prepares."""
     records = metrics(folder / "runs" / "own")
     assert records[-1]["step"] == 40
     assert records[-1]["valid/loss"] < records[-1]["train/loss"] + 2
@@ -123,4 +149,4 @@ def test_own_data_and_own_config(folder, monkeypatch):
 
 def test_metric_names(folder):
     seen = {name for record in metrics(folder / "runs" / "debug") for name in record} - {"step"}
-    assert seen <= set(re.findall(r"`([\w/]+)`", README))
+    assert seen <= words(ROOT / "docs/reference/metrics.md")

@@ -1,0 +1,433 @@
+"""Writes the parts of the documentation that come from the code.
+
+    python docs/generate.py            writes them
+    python docs/generate.py --check    changes nothing; exits with 1 and names what is not up to date
+
+In a page, a generated part lies between the two comments `<!-- generated: NAME -->` and `<!-- end -->`, where
+NAME is a key of PARTS below. The text around it is written by hand. The picture of the rooms is a file of its
+own.
+"""
+
+import ast
+import html
+import os
+import re
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PACKAGE = ROOT / "trainit"
+PLAN = tomllib.loads((DOCS / "architecture.toml").read_text())
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Returns a table in Markdown."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def docstring(path: Path) -> str:
+    """Returns the docstring of a Python file."""
+    return ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+# ----------------------------------------------------------------- architecture
+
+
+def floor(room: str) -> int:
+    return PLAN["rooms"][room]["floor"]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms() -> dict[str, set[str]]:
+    """Returns for each room the other rooms that its files import, at their top or inside functions."""
+    rooms: dict[str, set[str]] = {name: set() for name in PLAN["rooms"]}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if room_of(path) not in rooms:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            tops = {name.split(".")[1] for name in names if name.startswith("trainit.")}
+            rooms[room_of(path)] |= {top for top in tops & set(rooms) if floor(top) < floor(room_of(path))}
+    return rooms
+
+
+def direct(rooms: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """Returns the imports that do not follow from others: no arrow from A to C where A -> B -> C exists."""
+
+    def below(name: str) -> set[str]:
+        return rooms[name].union(*(below(other) for other in rooms[name]))
+
+    return [
+        (name, other)
+        for name, others in rooms.items()
+        for other in sorted(others)
+        if not any(other in below(between) for between in others - {other})
+    ]
+
+
+def existing_rooms() -> list[str]:
+    return [name for name in PLAN["rooms"] if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()]
+
+
+WIDTH, GAP, LINE, CHARACTER = 680, 24, 15, 6.2  # pixels; LINE is the height of a line, CHARACTER a width
+
+
+def picture() -> str:
+    """Returns the rooms as an SVG: a row for each floor, the highest at the top."""
+    floors: dict[int, list[str]] = {}
+    for name in existing_rooms():
+        floors.setdefault(PLAN["rooms"][name]["floor"], []).append(name)
+    boxes, y = {}, 8
+    for floor in sorted(floors, reverse=True):
+        names = floors[floor]
+        width = min((WIDTH - GAP * (len(names) + 1)) / len(names), 400)
+        x = (WIDTH - len(names) * width - (len(names) - 1) * GAP) / 2
+        texts = {
+            name: textwrap.wrap(PLAN["rooms"][name]["purpose"], int((width - 20) / CHARACTER))
+            for name in names
+        }
+        height = 34 + LINE * max(len(lines) for lines in texts.values())
+        for name in names:
+            boxes[name] = (x, y, width, height, texts[name])
+            x += width + GAP
+        y += height + 36
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - 28}" width="{WIDTH}" '
+        f'height="{y - 28}" font-family="system-ui, sans-serif" role="img" '
+        f'aria-label="The rooms of the package and which imports which">',
+        f'<rect width="{WIDTH}" height="{y - 28}" fill="white"/>',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+        'orient="auto"><path d="M0 0 8 4 0 8z" fill="#607d8b"/></marker></defs>',
+    ]
+    for upper, lower in direct(imported_rooms()):
+        if upper in boxes and lower in boxes:
+            (x1, y1, w1, h1, _), (x2, y2, w2, _, _) = boxes[upper], boxes[lower]
+            parts.append(
+                f'<path d="M{x1 + w1 / 2:.0f} {y1 + h1:.0f}L{x2 + w2 / 2:.0f} {y2:.0f}" stroke="#607d8b" '
+                f'stroke-width="1.3" marker-end="url(#tip)"/>'
+            )
+    for name, (x, y, width, height, lines) in boxes.items():
+        label = f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
+        parts.append(
+            f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{height:.0f}" rx="6" '
+            f'fill="#e0f2f1" stroke="#00897b"/>'
+        )
+        parts.append(
+            f'<text x="{x + 10:.0f}" y="{y + 20:.0f}" font-size="15" font-weight="600" '
+            f'fill="#004d40">{html.escape(label)}</text>'
+        )
+        for i, line in enumerate(lines):
+            parts.append(
+                f'<text x="{x + 10:.0f}" y="{y + 37 + LINE * i:.0f}" font-size="12" '
+                f'fill="#263238">{html.escape(line)}</text>'
+            )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def rooms() -> str:
+    """The rooms, the highest first, with what each imports."""
+    imports = imported_rooms()
+    names = sorted(existing_rooms(), key=lambda name: -PLAN["rooms"][name]["floor"])
+    return table(
+        ("Room", "Floor", "Purpose", "Imports"),
+        (
+            (
+                f"`{name}`",
+                str(PLAN["rooms"][name]["floor"]),
+                PLAN["rooms"][name]["purpose"],
+                ", ".join(f"`{other}`" for other in sorted(imports[name])) or "nothing of Trainit",
+            )
+            for name in names
+        ),
+    )
+
+
+def reading() -> str:
+    """The files to read, in order, each with the first sentence of its docstring."""
+    lines = []
+    for number, name in enumerate(PLAN["reading"]["files"], 1):
+        path = ROOT / name
+        if not path.is_file():
+            continue
+        first = docstring(path).partition("\n\n")[0] if path.suffix == ".py" else "What Trainit is for."
+        lines.append(f"{number}. `{name}`: {' '.join(first.split())}")
+    return "\n".join(lines)
+
+
+def caps() -> str:
+    """How large a part may be."""
+    meaning = {
+        "core": "top-level files, `config`, `data/*.py`, `parallel`, `model`, `train` without statistics",
+        "package": "the largest room",
+        "all": "the whole package",
+        "file": "a file",
+        "class": "a class",
+        "public_methods": "public methods of a class",
+        "function": "a function",
+        "rooms": "rooms at the top",
+    }
+    counted = ("public_methods", "rooms")
+    return table(
+        ("Part", "At most"),
+        (
+            (meaning[name], f"{value:,}" + " lines" * (name not in counted))
+            for name, value in PLAN["caps"].items()
+        ),
+    )
+
+
+# ----------------------------------------------------------------- fields and optimizers
+
+
+def code(value: object) -> str:
+    return f"`{value!r}`"
+
+
+def field_rows(config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(name, default, meaning with bounds) of each field."""
+    from trainit.config import walk
+
+    for name, value, known in walk(config):
+        bounds = f" *({known.bounds})*" if known.bounds else ""
+        yield f"`{prefix}{name}`", code(value), known.help + bounds
+
+
+def groups() -> str:
+    """The choices of each group."""
+    from trainit import config, optimizers
+
+    notes = {
+        "optimizer": "; a file of your own; any of optax; any of these in a wrapper, as `cautious+adamw`",
+    }
+    return table(
+        ("Group", "Choices"),
+        (
+            (f"`{group}`", ", ".join(f"`{choice}`" for choice in choices) + notes.get(group, ""))
+            for group, choices in {**config.GROUPS, "optimizer": optimizers.choices()}.items()
+        ),
+    )
+
+
+def fields() -> str:
+    """All fields of a config except those of optimizers, by group."""
+    from trainit import config
+
+    header = ("Field", "Default", "Meaning")
+    everything = config.defaults()
+    parts: dict[str, list] = {}
+    for row in field_rows(everything):
+        top, dot, _ = row[0].strip("`").partition(".")
+        parts.setdefault(top if dot else "", []).append(row)
+    parts.pop("optimizer", None)
+    sections = []
+    for top, rows_ in parts.items():
+        title = f"`{top}`" if top else "The run"
+        text = everything.declared[top].help if top else ""
+        sections.append("\n\n".join(filter(None, (f"### {title}", sentence(text), table(header, rows_)))))
+    for title, group in (("dataset", config.DATASETS), ("schedule", config.SCHEDULES)):
+        known = {row[0] for row in parts[title]}
+        more: dict[str, tuple] = {}
+        for make in group.values():
+            more |= {row[0]: row for row in field_rows(make(), f"{title}.") if row[0] not in known}
+        sections.append(f"### Other choices of `{title}` also have\n\n" + table(header, more.values()))
+    return "\n\n".join(sections)
+
+
+def sentence(text: str) -> str:
+    """Returns the text with a capital and a full stop."""
+    return text[:1].upper() + text[1:].rstrip(".") + "." if text else ""
+
+
+# Everything else has the heading "Online learners" on the page of optimizers.
+LEARNERS = """ogd ogd_md ftrl ada_ftrl kt_bettor mirror_descent blackbox normalized_blackbox
+    imperfect_hints""".split()
+SHARED = ("learning_rate", "weight_decay", "name")
+
+
+def describe_optimizer(title: str, path: Path, config) -> str:
+    """A section: the file's docstring, and a table of its fields."""
+    rows_ = [row for row in field_rows(config) if row[0].strip("`") not in SHARED]
+    rates = [f"`{name}` = {code(config[name])}" for name in SHARED[:2] if name in config]
+    first, _, rest = docstring(path).partition("\n\n")
+    paragraphs = [
+        f"### `{title}`",
+        " ".join(first.split()),
+        rest.strip(),
+        "Defaults: " + ", ".join(rates) + ".",
+    ]
+    if rows_:
+        paragraphs.append(table(("Field", "Default", "Meaning"), rows_))
+    return "\n\n".join(filter(None, paragraphs))
+
+
+def optimizer_sections(names: Iterable[str]) -> str:
+    from trainit import optimizers
+
+    choices = optimizers.choices()
+    return "\n\n".join(describe_optimizer(name, optimizer_file(name), choices[name]()) for name in names)
+
+
+def optimizer_file(name: str) -> Path:
+    """Returns the file that has an optimizer: its own, or that of the family which it belongs to."""
+    own = PACKAGE / "optimizers" / f"{name}.py"
+    if own.is_file():
+        return own
+    (path,) = [
+        path
+        for path in sorted((PACKAGE / "optimizers").glob("*.py"))
+        if path.stem != "__init__" and re.search(rf"[\"']{name}[\"']|_{name}\b", path.read_text())
+    ]
+    return path
+
+
+def optimizer_list() -> str:
+    """The optimizers in the package that are not online learners."""
+    from trainit import optimizers
+
+    return optimizer_sections(sorted(set(optimizers.choices()) - set(LEARNERS)))
+
+
+def learners() -> str:
+    return optimizer_sections(LEARNERS)
+
+
+def wrapper_list() -> str:
+    """The wrappers, with their own fields."""
+    from trainit import optimizers
+
+    sections = []
+    for path in sorted((PACKAGE / "optimizers/wrappers").glob("*.py")):
+        if path.stem == "__init__":
+            continue
+        config = optimizers.choices()[f"{path.stem}+adamw"]()
+        first, _, rest = docstring(path).partition("\n\n")
+        rows_ = [row for row in field_rows(config) if row[0].startswith(f"`{path.stem}.")]
+        parts = [f"### `{path.stem}+NAME`", " ".join(first.split()), rest.strip()]
+        if rows_:
+            parts.append(table(("Field", "Default", "Meaning"), rows_))
+        sections.append("\n\n".join(filter(None, parts)))
+    return "\n\n".join(sections)
+
+
+# ----------------------------------------------------------------- flags, commands, evidence
+
+
+def xla_flags() -> str:
+    """The table of settings, each with where it holds and its source."""
+    from trainit.cluster.xla_flags import SETTINGS
+
+    where = {"GPU": "one GPU", "host": "several GPUs of a host", "hosts": "several hosts"}
+
+    def holds(row) -> str:
+        kinds = "any GPU" if len(row.families) > 3 else ", ".join(row.families)
+        if row.families == ("CPU",):
+            return kinds
+        scales = "" if len(row.scales) == 3 else ": " + ", ".join(where[scale] for scale in row.scales)
+        return kinds + scales
+
+    return table(
+        ("Setting", "Value", "Where", "Source"),
+        (
+            (f"`{row.name.removeprefix('--')}`", f"`{row.value}`", holds(row), row.source)
+            for row in SETTINGS
+        ),
+    )
+
+
+def marks() -> Iterator[tuple[Path, str, str]]:
+    """Yields (file, test, promise) of each `pytest.mark.evidence("promise")`; test is "" for a whole file."""
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                for call in node.decorator_list:
+                    yield from ((path, node.name, text) for text in promises(call))
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+                values = node.value.elts if isinstance(node.value, ast.List | ast.Tuple) else [node.value]
+                yield from ((path, "", text) for value in values for text in promises(value))
+
+
+def promises(node: ast.expr) -> Iterator[str]:
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.evidence":
+        yield " ".join(ast.literal_eval(node.args[0]).split())
+
+
+TOPICS = {
+    "cluster": "Jobs and faults",
+    "train": "Training and resuming",
+    "data": "Data",
+    "prepare": "Data",
+    "parallel": "Devices and what they exchange",
+    "model": "Model and loss",
+    "optimizers": "Optimizers",
+    "references": "Optimizers",
+    "tools": "Tools",
+}
+
+
+def evidence() -> str:
+    """Which test shows which promise, by topic."""
+    topics: dict[str, list] = {title: [] for title in (*TOPICS.values(), "Everything else")}
+    for path, name, text in marks():
+        test = str(path.relative_to(ROOT)) + f"::{name}" * bool(name)
+        topic = TOPICS.get(path.relative_to(ROOT / "tests").parts[0], "Everything else")
+        topics[topic].append((sentence(text), f"`{test}`"))
+    return "\n\n".join(
+        f"### {title}\n\n" + table(("Promise", "Test"), rows_) for title, rows_ in topics.items() if rows_
+    )
+
+
+PARTS = {
+    "rooms": rooms,
+    "reading": reading,
+    "caps": caps,
+    "groups": groups,
+    "fields": fields,
+    "optimizers": optimizer_list,
+    "wrappers": wrapper_list,
+    "learners": learners,
+    "xla_flags": xla_flags,
+    "evidence": evidence,
+}
+MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def outputs() -> Iterator[tuple[Path, str]]:
+    """Yields (file, its text as it should be)."""
+    yield DOCS / "explanation" / "architecture.svg", picture()
+    for path in sorted(DOCS.rglob("*.md")):
+        text = path.read_text()
+        if MARKED.search(text):
+            yield path, MARKED.sub(lambda match: f"{match[1]}\n{PARTS[match[2]]()}\n\n{match[3]}", text)
+
+
+def main() -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    sys.path.insert(0, str(ROOT))
+    stale = [(path, text) for path, text in outputs() if not path.is_file() or path.read_text() != text]
+    if sys.argv[1:] == ["--check"]:
+        for path, _ in stale:
+            print(f"{path.relative_to(ROOT)} is not up to date: run python docs/generate.py")
+        return 1 if stale else 0
+    for path, text in stale:
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -341,10 +341,7 @@ def xla_flags() -> str:
 
     return table(
         ("Setting", "Value", "Where", "Source"),
-        (
-            (f"`{row.name.removeprefix('--')}`", f"`{row.value}`", holds(row), row.source)
-            for row in SETTINGS
-        ),
+        ((f"`{row.name.removeprefix('--')}`", f"`{row.value}`", holds(row), row.source) for row in SETTINGS),
     )
 
 

@@ -28,7 +28,7 @@ def test_metrics_of_each_subset(sequences, subset_dataset):
     result = evaluate(
         steps,
         params,
-        dataset,
+        dataset.splits["validation"],
         token_bytes,
         sequences,
         (1, 16, length),

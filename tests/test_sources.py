@@ -12,7 +12,7 @@ from processes import Fork, end, last_step, metrics, run_imported, wait_for
 
 from trainit import config as config_lib
 from trainit.config import ConfigError
-from trainit.data import training_data
+from trainit.data import mixture, training_data
 from trainit.data.dataset import DatasetError, open_dataset
 
 LENGTH = 32
@@ -41,7 +41,7 @@ def test_a_subset_is_its_documents_end_to_end(subset_dataset, tmp_path):
     dataset = open_dataset(subset_dataset)
     there = documents(subset_dataset, "train")
     assert len(dataset.splits["train"].paths) > 2  # it goes over several shards
-    parts = training_data.with_parts(dataset, "Gamma 1, Alpha 1, Beta (1) 1", tmp_path).parts
+    parts = mixture.with_parts(dataset, "Gamma 1, Alpha 1, Beta (1) 1", tmp_path).parts
     for name, part in parts.items():
         tokens = np.concatenate([ids for ids, subset in there if subset == name])
         assert part.tokens == len(tokens)
@@ -75,14 +75,14 @@ def test_subsets_of_targets_follow_the_index(subset_dataset):
 def test_weights_and_their_changes(subset_dataset, random_dataset, tmp_path):
     """16 rows a batch: two stages, the second of another dataset too, which begins at step 20 of 40."""
     text = f"Alpha 1, Gamma 1; 50%: Alpha 0.5, {random_dataset} 1.5"
-    dataset = training_data.with_parts(open_dataset(subset_dataset), text, tmp_path)
+    dataset = mixture.with_parts(open_dataset(subset_dataset), text, tmp_path)
     config = make(subset_dataset, dataset__mixture=text, dataset__order="sequential")
-    mixture = training_data.training(config, dataset)
-    number, _ = mixture.where(np.arange(40 * 16))
+    rows = training_data.PreparedData(config, dataset).rows
+    number, _ = rows.where(np.arange(40 * 16))
     assert list(dataset.parts) == ["Alpha", "Gamma", str(random_dataset)]
     assert np.bincount(number[: 20 * 16]).tolist() == [160, 160]
     assert np.bincount(number[20 * 16 :]).tolist() == [80, 0, 240]
-    ids, _ = mixture.read(np.arange(40 * 16), LENGTH)
+    ids, _ = rows.read(np.arange(40 * 16), LENGTH)
     other = open_dataset(random_dataset).splits["train"].read(np.arange(240), LENGTH)[0]
     np.testing.assert_array_equal(ids[number == 2], other)
     assert dataset.fingerprint != open_dataset(subset_dataset).fingerprint
@@ -93,7 +93,7 @@ def test_other_changes_than_those_to_come_are_refused(subset_dataset):
     old = make(subset_dataset, dataset__mixture="Alpha 1; 10: Gamma 1; 50%: Alpha 1").to_dict()
 
     def check(text, rows=15 * 16, step=15, **changes):
-        training_data.check_history(make(subset_dataset, dataset__mixture=text, **changes), old, rows, step)
+        mixture.check_history(make(subset_dataset, dataset__mixture=text, **changes), old, rows, step)
 
     check("Alpha 1; 10: Gamma 1; 50%: Alpha 1")
     check("Alpha 1; 10: Gamma 1; 30: Alpha 1, Gamma 2")  # it is still to come
@@ -109,7 +109,7 @@ def test_other_changes_than_those_to_come_are_refused(subset_dataset):
 def test_an_index_is_searched_without_a_copy(subset_dataset, tmp_path):
     """What a search allocates does not grow with the index."""
     dataset = open_dataset(subset_dataset)
-    part = training_data.with_parts(dataset, "Alpha 1", tmp_path).parts["Alpha"]
+    part = mixture.with_parts(dataset, "Alpha 1", tmp_path).parts["Alpha"]
     documents = 1_000_000
     starts = np.zeros(documents, "<u8")
     ends = np.full(documents, 2**40, "<u8")
@@ -127,7 +127,7 @@ def test_tokens_of_others_are_a_part_too(subset_dataset, tmp_path):
     ids = np.random.default_rng(0).integers(0, 256, 3000).astype("<u2")
     ids.tofile(tmp_path / "web.bin")
     text = f"Alpha 1, {tmp_path}/web.bin 1"
-    dataset = training_data.with_parts(open_dataset(subset_dataset), text, tmp_path / "cache")
+    dataset = mixture.with_parts(open_dataset(subset_dataset), text, tmp_path / "cache")
     read, _ = dataset.parts[f"{tmp_path}/web.bin"].read(np.arange(5), LENGTH)
     np.testing.assert_array_equal(read[3], ids[3 * LENGTH : 4 * LENGTH + 1])
 
@@ -146,23 +146,23 @@ def test_tokens_of_others_are_a_part_too(subset_dataset, tmp_path):
 )
 def test_what_is_wrong_with_a_mixture(text, message, subset_dataset, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        training_data.with_parts(open_dataset(subset_dataset), text, tmp_path)
+        mixture.with_parts(open_dataset(subset_dataset), text, tmp_path)
 
 
 def test_stages_follow_each_other_and_tokenizers_agree(subset_dataset, random_dataset, tmp_path):
     text = "Alpha 1; 50%: Gamma 1; 20%: Alpha 1"
-    dataset = training_data.with_parts(open_dataset(subset_dataset), text, tmp_path)
+    dataset = mixture.with_parts(open_dataset(subset_dataset), text, tmp_path)
     with pytest.raises(ConfigError, match="must begin one after another"):
-        training_data.training(make(subset_dataset, dataset__mixture=text), dataset)
+        _ = training_data.PreparedData(make(subset_dataset, dataset__mixture=text), dataset).rows
     other = shutil.copytree(random_dataset, tmp_path / "other")
     content = (other / "dataset.json").read_text()
     digest = open_dataset(other).info["tokenizer"]["sha256"]
     (other / "dataset.json").write_text(content.replace(digest, "f" * 64))
     with pytest.raises(ConfigError, match=r"tokenizer bytes of hash ffffffff.*prepare both with one"):
-        training_data.with_parts(open_dataset(subset_dataset), f"{other} 1", tmp_path)
+        mixture.with_parts(open_dataset(subset_dataset), f"{other} 1", tmp_path)
     with pytest.raises(DatasetError, match="unfinished"):
         (other / "dataset.json").unlink()
-        training_data.with_parts(open_dataset(subset_dataset), f"{other} 1", tmp_path)
+        mixture.with_parts(open_dataset(subset_dataset), f"{other} 1", tmp_path)
 
 
 def test_a_run_on_a_mixture_with_a_document_mask(subset_dataset, tmp_path):

@@ -17,8 +17,9 @@ import tiny
 from processes import ROOT, end, last_step, metrics, run_imported, start, wait_for
 
 from trainit.config import resolve
+from trainit.logs import quantity
 from trainit.train import trackers
-from trainit.train.trackers import JsonLines, Progress, RunLogger, quantity
+from trainit.train.trackers import JsonLines, Progress, RunLogger
 
 
 def test_jsonl_drops_what_a_resume_does_again(tmp_path):

@@ -18,10 +18,9 @@ from trainit import config as config_lib
 from trainit import optimizers
 from trainit.cluster.place import Place, find_place
 from trainit.config import Config, ConfigError
-from trainit.data import dataset as tokens
 from trainit.data import training_data
 from trainit.data.formats import detect
-from trainit.data.jsonl import dataset as streaming
+from trainit.data.training_data import TrainingData
 from trainit.prepare import prepare
 
 USAGE_ERROR = 2  # exit code of a bad config or usage
@@ -95,8 +94,8 @@ def cache() -> Path:
     return Path(os.environ.get("TRAINIT_CACHE") or Path(home) / "trainit")
 
 
-def read() -> tuple[Config, tokens.Dataset | streaming.Streamed]:
-    """The resolved config that the flags describe, and the dataset that it names.
+def read() -> tuple[Config, TrainingData]:
+    """The resolved config that the flags describe, and the data that it names.
 
     Raises:
         ConfigError, DatasetError: one of them cannot work; no device has been touched.
@@ -107,51 +106,19 @@ def read() -> tuple[Config, tokens.Dataset | streaming.Streamed]:
         path = Path(config.dataset.path)
         if "streams" not in config.dataset and not path.is_dir() and not detect.find(path):
             config.dataset.update(path="demo", mixture="", tokenizer="", validation_path="")
-    if "streams" in config.dataset:
-        return _read_streamed(config)
-    path, d = config.dataset.path, config.dataset
-    try:
-        folder = str(prepare.demo(cache())) if path == "demo" else path
-        dataset = detect.open_path(folder, d.tokenizer, d.validation_path)
-    except OSError as error:
-        raise ConfigError(f"dataset.path={path!r} (cache {cache()}) cannot be used: {error}") from None
-    for name in ("train", "validation"):
-        split = dataset.splits.get(name)
-        if split is None or split.tokens < 2 or split.bytes == 0:
-            have = f"{split.tokens} tokens" if split else "nothing"
-            have += f" of {split.bytes} bytes" if split and split.bytes is not None else ""
-            raise ConfigError(
-                f"dataset.path={path!r}: split {name} has {have}; it needs 2 tokens of some text"
-            )
-    _ = dataset.tokenizer  # what is wrong with it is better known now
-    resolved = _resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text)
-    if d.mixture:
+    path = config.dataset.path
+    if path == "demo" and "streams" not in config.dataset:
         try:
-            dataset = training_data.with_parts(dataset, d.mixture, cache())
+            path = str(prepare.demo(cache()))
         except OSError as error:
-            raise ConfigError(f"dataset.mixture={d.mixture!r} (cache {cache()}): {error}") from None
-    _ = training_data.training(resolved, dataset)  # what is wrong with it is better known now
-    return resolved, dataset
+            raise ConfigError(f"dataset.path='demo' (cache {cache()}) cannot be used: {error}") from None
+    return training_data.read(config, path, _resolve, cache())
 
 
 def _resolve(config: ConfigDict, vocab_size: int, end_of_text: int) -> Config:
     resolved = config_lib.resolve(config, vocab_size, end_of_text)
     optimizers.check(resolved)
     return resolved
-
-
-def _read_streamed(config: ConfigDict) -> tuple[Config, streaming.Streamed]:
-    tokenizer = streaming.find_tokenizer(config.dataset.tokenizer)
-    resolved = _resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
-    length, sequences = resolved.model.context_length, resolved.eval.sequences
-    dataset = streaming.open_files(resolved.dataset, tokenizer, resolved.seed, length, sequences)
-    validation = dataset.splits["validation"]
-    if validation.tokens < 2 or not validation.bytes:
-        raise ConfigError(
-            f"dataset.validation_path={config.dataset.validation_path!r} has {validation.tokens} tokens of "
-            f"{validation.bytes} bytes; it needs 2 tokens of some text"
-        )
-    return resolved, dataset
 
 
 def _parse(argv: list[str]) -> list[str]:

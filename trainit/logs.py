@@ -38,3 +38,11 @@ def log_to_file(path: Path):
     file = std_logging.FileHandler(path)
     file.setFormatter(std_logging.Formatter("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
     std_logging.getLogger().addHandler(file)
+
+
+def quantity(number: float) -> str:
+    """1234567 -> "1.23 M"."""
+    for factor, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return f"{number:.3g}"

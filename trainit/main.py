@@ -26,7 +26,8 @@ from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.place import Place, SetupError, check_coordinator
 from trainit.cluster.process import exit_process
 from trainit.config import Config, ConfigError
-from trainit.data.dataset import Dataset, DatasetError
+from trainit.data.dataset import DatasetError
+from trainit.data.training_data import TrainingData
 from trainit.train import loop as train
 from trainit.train.startup_timer import StartupTimer
 
@@ -53,7 +54,7 @@ class _Exit:
         exit_process(code, together)
 
 
-def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
+def _about(config: Config, dataset: TrainingData, folder: Path) -> dict[str, str]:
     """What must be the same on all processes of a job."""
     text = json.dumps(config.to_dict(), sort_keys=True)
     return {
@@ -67,7 +68,7 @@ def _about(config: Config, dataset: Dataset, folder: Path) -> dict[str, str]:
 
 
 def _come_together(
-    config: Config, dataset: Dataset, folder: Path, place: Place, monitor: JobMonitor, leave: _Exit
+    config: Config, dataset: TrainingData, folder: Path, place: Place, monitor: JobMonitor, leave: _Exit
 ):
     """Joins the job's processes, locks the run's folder and takes this process's devices."""
     coordinator = ""

@@ -18,6 +18,7 @@ from trainit.data import loader
 from trainit.data.dataset import DatasetError
 from trainit.data.jsonl import dataset as streaming
 from trainit.data.jsonl.stream import Corpus, State, Stream, deal
+from trainit.data.loader import DataPosition
 from trainit.data.tokenizers.sentencepiece import ByteTokenizer
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh
@@ -167,7 +168,7 @@ def batches_of(corpus, hosts: int, states, count: int, shape, monkeypatch, first
     for host in range(hosts):
         mine = slice(host * shape[1] // hosts, (host + 1) * shape[1] // hosts)
         monkeypatch.setattr(loader, "local_rows", lambda *_, mine=mine: mine)
-        reader = streaming.Reader(corpus, shape, layout, first_row, states)
+        reader = streaming.StreamReader(corpus, shape, layout, DataPosition(first_row, states))
         for t, record in enumerate(itertools.islice(reader.records(), count)):
             batches[t, :, mine] = record["tokens"]
             assert (record["lengths"] == shape[2]).all()
@@ -198,7 +199,7 @@ def test_batches_do_not_depend_on_hosts_or_micro_steps(folder, monkeypatch):
 def test_batches_on_devices(folder):
     corpus = corpus_of(folder, 4, window=4)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
-    reader = streaming.Reader(corpus, (2, 8, LENGTH), batch_sharding(mesh), prefetch=1)
+    reader = streaming.StreamReader(corpus, (2, 8, LENGTH), batch_sharding(mesh), prefetch=1)
     batches = list(reader.batches(3))
     assert len(batches) == 3
     assert batches[0]["tokens"].sharding.spec == batch_sharding(mesh).spec
@@ -317,10 +318,10 @@ def test_config_errors(changes, message):
 
 def test_fingerprint_and_validation(folder):
     corpus = corpus_of(folder, 4, 8)
-    dataset = streaming.Streamed("", corpus, {})
-    assert dataset.fingerprint == streaming.Streamed("elsewhere", corpus, {}).fingerprint
+    dataset = streaming.StreamedData("", corpus, None)
+    assert dataset.fingerprint == streaming.StreamedData("elsewhere", corpus, None).fingerprint
     for change in ({"streams": 8}, {"window": 9}, {"seed": 1}, {"sizes": (1,)}, {"text_field": "body"}):
-        assert streaming.Streamed("", replace(corpus, **change), {}).fingerprint != dataset.fingerprint
+        assert streaming.StreamedData("", replace(corpus, **change), None).fingerprint != dataset.fingerprint
     expected = [token for text in texts(600, 0) for token in [*text.encode(), END]]
     held = streaming.hold(corpus, "validation", 10)
     assert held.sequences(LENGTH) == 10

@@ -8,8 +8,9 @@ reads which of these rows. The position in the data is one integer: rows consume
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -17,6 +18,33 @@ import numpy as np
 
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered
+
+
+class DataPosition(NamedTuple):
+    """How far a run is in its training data."""
+
+    rows: int = 0  # sequences consumed
+    streams: list[list[int]] | None = None  # of streamed data: the state of each stream after these rows
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any], length: int) -> "DataPosition":
+        """Reads the position from a checkpoint's meta data, for sequences of `length` targets.
+
+        The checkpoint may have had sequences of another length. Rows are then counted in the new length, and
+        each stream begins its window of sequences again, since windows are cut differently.
+        """
+        before = meta["config"]["model"]["context_length"]
+        rows, streams = meta["rows"] * before // length, meta.get("streams")
+        if streams and before != length:
+            streams = [[*state, 0] for *state, _ in streams]
+        return cls(rows, streams)
+
+    def to_meta(self) -> dict[str, Any]:
+        """Returns what `from_meta` reads, besides the config."""
+        return self._asdict()
+
+
+START = DataPosition()
 
 
 @dataclass(frozen=True)

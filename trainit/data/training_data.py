@@ -1,238 +1,261 @@
-"""What a run's training data is, as its config says: one dataset in some order, or a mixture."""
+"""What a run trains on: the interface that training uses, and prepared data behind it.
+
+A run trains on tokens that lie on the disk (`PreparedData`: one dataset in some order, or a mixture), or on
+JSON lines that are tokenized while it trains (`jsonl.dataset.StreamedData`). Both are a `TrainingData`, and
+nothing outside of trainit/data has to know which of them it has.
+"""
 
 import dataclasses
-import re
+import functools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from trainit import config as config_lib
 from trainit.config import Config, ConfigError
-from trainit.data import loader, mixture, order, subsets
-from trainit.data.dataset import Dataset
+from trainit.data import loader, mixture, order
+from trainit.data.dataset import Dataset, Split
 from trainit.data.formats import detect
-from trainit.data.jsonl.dataset import Reader, Streamed
+from trainit.data.jsonl import dataset as jsonl
+from trainit.data.loader import START, DataPosition
 from trainit.data.mixture import Mixture
-from trainit.data.order import Ordered
+from trainit.data.order import Ordered, Spaced
+from trainit.data.tokenizers.sentencepiece import Tokenizer
+from trainit.logs import quantity
 
-Parts = list[tuple[str, Fraction]]  # names and weights
-
-
-def parse(text: str) -> list[tuple[str, Parts]]:
-    """`dataset.mixture` as [(from when on, [(part, weight), ...]), ...].
-
-    Stages are separated by ";", parts by ","; a part's last word is its weight; "20%:" before a stage says
-    when it begins, a duration as schedules have them.
-
-    Raises:
-        ConfigError: it is written otherwise; the message says what is wrong.
-    """
-    stages = []
-    for number, one in enumerate(text.split(";")):
-        match = re.fullmatch(r"\s*(?:([\d.]+(?:e\d+)?\s*(?:%|tokens)?)\s*:)?(.*)", one, re.DOTALL)
-        begin, parts = match[1], []
-        if (begin is None) != (number == 0):
-            raise ConfigError(
-                f"dataset.mixture: {one.strip()!r} must {'not ' * (number == 0)}say when it begins, as in "
-                f"'web 0.9, code 0.1; 50%: web 0.5, code 0.5'"
-            )
-        for part in match[2].split(","):
-            name, _, weight = part.strip().rpartition(" ")
-            try:
-                parts.append((name.strip(), Fraction(weight)))
-            except (ValueError, ZeroDivisionError):
-                raise ConfigError(f"dataset.mixture: {part.strip()!r} is no 'NAME WEIGHT'") from None
-            if not name.strip() or parts[-1][1] < 0:
-                raise ConfigError(f"dataset.mixture: {part.strip()!r} needs a name and a weight from 0 on")
-        if not sum(weight for _, weight in parts):
-            raise ConfigError(f"dataset.mixture: the weights of {one.strip()!r} sum to 0")
-        stages.append((begin or "0", parts))
-    return stages
+Shape = tuple[int, int, int]  # of a global batch: micro-steps G, rows of a micro-step b, length L
 
 
-def with_parts(dataset: Dataset, text: str, cache: Path) -> Dataset:
-    """The dataset, with what a mixture is made of: its own subsets, and other datasets.
+class BatchReader(Protocol):
+    """Reads one process's share of batch after batch, from a position on."""
 
-    Args:
-        dataset: that `dataset.path` names; parts that others made have its tokenizer.
-        text: `dataset.mixture`.
-        cache: folder in which the indexes of subsets are kept.
+    def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
+        """Yields the next `count` batches: {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32}.
 
-    Raises:
-        ConfigError, DatasetError: a part is neither, or has another tokenizer.
-        OSError: the index of a subset cannot be written.
-    """
-    train = dataset.splits["train"]
-    names = dict.fromkeys(name for _, parts in parse(text) for name, _ in parts)
-    numbers = {name: train.subsets.index(name) for name in names if name in train.subsets}
-    own = subsets.open_subsets(train, numbers.values(), cache / f"subsets-{dataset.fingerprint}")
-    parts, prints = {}, []
-    for name in names:
-        if name in numbers:
-            parts[name] = own[numbers[name]]
-        else:
-            other = _open_part(name, dataset)
-            parts[name] = other.splits["train"]
-            prints.append(other.fingerprint)
-    return dataclasses.replace(dataset, parts=parts, part_fingerprints=tuple(prints))
+        They are global arrays; `lengths` says how many targets of each row count.
+
+        Raises:
+            DatasetError, BrokenInputError, OSError: the data cannot be read.
+            RuntimeError: a worker process died.
+        """
+
+    def position(self, rows: int) -> DataPosition:
+        """Returns the position after `rows` consumed rows, which must be near those last read.
+
+        All processes call it together.
+        """
 
 
-def _open_part(name: str, dataset: Dataset) -> Dataset:
-    """Another dataset, with the tokenizer of this one."""
-    where = f"dataset.path={str(dataset.folder)!r}"
-    foreigners = detect.find(Path(name))
-    if not foreigners and not Path(name).exists():
-        there = ", ".join(dataset.splits["train"].subsets) or "none"
-        raise ConfigError(
-            f"dataset.mixture: {name!r} is neither a dataset's folder nor a subset of {where}, which has "
-            f"{there}"
-        )
-    if foreigners:
-        other = detect.open_path(name, dataset.tokenizer, str(dataset.folder))
-    else:
-        other = detect.open_path(name)
-    theirs, ours = (d.info["tokenizer"] for d in (other, dataset))
-    if theirs["sha256"] != ours["sha256"]:
-        raise ConfigError(
-            f"dataset.mixture: {name!r} is made with the tokenizer {theirs['name']} of hash "
-            f"{theirs['sha256'][:8]}, {where} with {ours['name']} of hash {ours['sha256'][:8]}; prepare both "
-            f"with one"
-        )
-    if "train" not in other.splits:
-        raise ConfigError(f"dataset.mixture: {name!r} has no split train")
-    return other
+class TrainingData(Protocol):
+    """What a run trains on and validates with, as its config says."""
+
+    source: str  # dataset.path
+    validation: Split
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all of the data."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the ids in batches."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that is the same for the same tokens in the same order, wherever the files lie."""
+
+    def describe(self) -> str:
+        """Returns how much there is to train on, and in which form, on one line."""
+
+    def reader(
+        self, shape: Shape, layout: jax.sharding.NamedSharding, position: DataPosition = START
+    ) -> BatchReader:
+        """Returns what reads this process's rows of the batches after `position`.
+
+        Args:
+            shape: of a global batch. It may differ from that of the batches before.
+            layout: of arrays (G, b, ...); only the second axis may be split.
+            position: how much of the data is consumed.
+        """
+
+    def check_resume(self, before: Mapping, position: DataPosition, step: int) -> None:
+        """Checks that this data goes on as the data of a checkpoint would have.
+
+        Args:
+            before: the checkpoint's config, as nested dicts.
+            position: that the run continues at.
+            step: that the run continues at.
+
+        Raises:
+            ConfigError: batches that are already trained on would have been others.
+        """
 
 
-def _stages(text: str, config: Mapping) -> list[tuple[int, dict[str, Fraction]]]:
-    """`dataset.mixture` as [(first row, {part: weight}), ...]; the whole config says where steps begin."""
-    stages, sizes = [], config_lib.batch_sizes(config)
-    for begin, parts in parse(text):
-        step = sizes.duration(begin, "dataset.mixture")
-        weights: dict[str, Fraction] = {}
-        for name, weight in parts:
-            weights[name] = weights.get(name, Fraction(0)) + weight
-        stages.append((sizes.rows(step), weights))
-    starts = [start for start, _ in stages]
-    if starts != sorted(set(starts)):
-        raise ConfigError(f"dataset.mixture={text!r}: its stages must begin one after another")
-    return stages
+class PreparedReader:
+    """Reads batches of prepared data; a `BatchReader`."""
 
+    def __init__(self, source: Ordered | Mixture, shape: Shape, layout, first_row: int, options: Mapping):
+        self._source, self._shape, self._layout, self._first_row = source, shape, layout, first_row
+        self._options = options
 
-def check_history(config: Config, before: Mapping, rows: int, step: int):
-    """Checks that a mixture that changes goes on as it was: its stages begin at rows counted from the start.
-
-    Args:
-        config: resolved.
-        before: the checkpoint's config, as nested dicts.
-        rows: consumed until now.
-        step: of the run.
-
-    Raises:
-        ConfigError: the rows are not those of so many steps, or another past would have been.
-    """
-    d = config.dataset
-    old_text = before["dataset"].get("mixture", "")
-    if not d.mixture or ";" not in d.mixture + old_text:
-        return
-    planned = config_lib.batch_sizes(config).rows(step)
-    if rows != planned:
-        raise ConfigError(
-            f"dataset.mixture={d.mixture!r} changes at steps of batch_size={config.batch_size}, but at step "
-            f"{step} {rows} sequences are consumed, not {planned}: give the weights that hold from here on "
-            f"alone"
-        )
-    old = _stages(old_text, {"batch_schedule": "", **before}) if old_text else []
-    new = _stages(d.mixture, config)
-    past = [[stage for stage in stages if stage[0] < rows] for stages in (old, new)]
-    if past[0] != past[1]:
-        raise ConfigError(
-            f"dataset.mixture={d.mixture!r} has another past than the checkpoint's {old_text!r} at step "
-            f"{step}: leave what is over as it was, and give its ends in steps rather than in percent"
+    def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
+        return loader.batches(
+            self._source, self._shape, self._layout, self._first_row, count, **self._options
         )
 
-
-def training(config: Config, dataset: Dataset) -> Ordered | Mixture:
-    """The endless order of training sequences.
-
-    Args:
-        config: resolved.
-        dataset: with its parts, where the config has a mixture.
-    """
-    length, d = config.model.context_length, config.dataset
-    block = max(d.block_tokens // length, 1)
-
-    def ordered(split, seed: int) -> Ordered:
-        return Ordered(split, order.make(d.order, split.sequences(length), block, seed))
-
-    if not d.mixture:
-        return ordered(dataset.splits["train"], config.seed)
-    stages = [
-        mixture.stage(start, [weights.get(name, Fraction(0)) for name in dataset.parts])
-        for start, weights in _stages(d.mixture, config)
-    ]
-    parts = [
-        ordered(split, (config.seed + zlib.crc32(name.encode())) % 2**32)  # whatever parts there are beside
-        for name, split in dataset.parts.items()
-    ]
-    return Mixture(tuple(parts), tuple(stages))
+    def position(self, rows: int) -> DataPosition:
+        return DataPosition(rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Who reads a prepared dataset's training data, as `streaming.Reader` does a streamed one's."""
+class PreparedData:
+    """Training data that lie on the disk as token ids; a `TrainingData`.
 
-    source: Ordered | Mixture
-    shape: tuple[int, int, int]
-    layout: jax.sharding.NamedSharding
-    first_row: int
-    workers: int
-    prefetch: int
+    Args:
+        config: the run's, resolved.
+        dataset: that it names, with its parts where the config has a mixture.
+    """
 
-    def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
-        """The next `count` batches; see `loader.batches`."""
-        return loader.batches(
-            self.source, self.shape, self.layout, self.first_row, count, self.workers, self.prefetch
-        )
+    config: Config
+    dataset: Dataset
+
+    @property
+    def source(self) -> str:
+        return str(self.dataset.folder)
+
+    @property
+    def validation(self) -> Split:
+        return self.dataset.splits["validation"]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.dataset.tokenizer
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.rows.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dataset.fingerprint
+
+    @functools.cached_property
+    def rows(self) -> Ordered | Mixture:
+        """The endless order of training sequences."""
+        c, d = self.config, self.config.dataset
+        length = c.model.context_length
+        block = max(d.block_tokens // length, 1)
+
+        def ordered(split, seed: int) -> Ordered:
+            return Ordered(split, order.make(d.order, split.sequences(length), block, seed))
+
+        if not d.mixture:
+            return ordered(self.dataset.splits["train"], c.seed)
+        stages = [
+            mixture.stage(start, [weights.get(name, Fraction(0)) for name in self.dataset.parts])
+            for start, weights in mixture.stages(d.mixture, c)
+        ]
+        # A part's seed depends on its name, so that its order stays when other parts come or go.
+        parts = [
+            ordered(split, (c.seed + zlib.crc32(name.encode())) % 2**32)
+            for name, split in self.dataset.parts.items()
+        ]
+        return Mixture(tuple(parts), tuple(stages))
+
+    def describe(self) -> str:
+        layout = self.dataset.layout(self.config.model.context_length)
+        return f"{layout}, {quantity(self.dataset.splits['train'].tokens)} tokens"
+
+    def reader(
+        self, shape: Shape, layout: jax.sharding.NamedSharding, position: DataPosition = START
+    ) -> PreparedReader:
+        d = self.config.dataset
+        options = {"workers": d.workers, "prefetch": d.prefetch}
+        return PreparedReader(self.rows, shape, layout, position.rows, options)
+
+    def check_resume(self, before: Mapping, position: DataPosition, step: int) -> None:
+        mixture.check_history(self.config, before, position.rows, step)
 
 
 def abstract_batch(
-    config: Config,
-    dataset: Dataset | Streamed,
-    shape: tuple[int, int, int],
-    layout: jax.sharding.NamedSharding,
+    data: TrainingData, shape: Shape, layout: jax.sharding.NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a reader's batches are, before one is read; the arguments are those of `reader`."""
+    """Returns shapes, types and shardings of the batches that `data.reader(shape, layout)` reads."""
     micro_steps, rows, length = shape
-    dtype = dataset.corpus.dtype if isinstance(dataset, Streamed) else training(config, dataset).dtype
     return {
-        "tokens": jax.ShapeDtypeStruct((micro_steps, rows, length + 1), dtype, sharding=layout),
+        "tokens": jax.ShapeDtypeStruct((micro_steps, rows, length + 1), data.dtype, sharding=layout),
         "lengths": jax.ShapeDtypeStruct((micro_steps, rows), np.int32, sharding=layout),
     }
 
 
-def reader(
-    config: Config,
-    dataset: Dataset | Streamed,
-    shape: tuple[int, int, int],
+def validation_batches(
+    split: Split,
+    sequences: int,
+    shape: Shape,
     layout: jax.sharding.NamedSharding,
-    first_row: int = 0,
-    states: list[list[int]] | None = None,
-) -> Rows | Reader:
-    """Who reads a run's training data for this process.
+    with_subsets: bool = False,
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields batches of always the same validation sequences, evenly spaced over the split.
 
     Args:
-        config: resolved.
-        dataset: that it names.
-        shape: of a global batch: micro-steps G, rows of one b, L.
-        layout: of arrays (G, b, ...).
-        first_row: rows consumed before the first batch.
-        states: of a streamed dataset's streams there; None: their beginnings.
+        split: to read.
+        sequences: how many; 0: all that there are. The last batch is filled up with rows of length 0.
+        shape: (1, rows, L) of a batch.
+        layout: of arrays (1, rows, ...).
+        with_subsets: adds each target's subset to the batches, see `loader.batches`.
+    """
+    available = split.sequences(shape[2])
+    chosen = min(sequences or available, available)
+    rows = Ordered(split, Spaced(available, chosen))
+    return loader.batches(rows, shape, layout, count=-(-chosen // shape[1]), with_subsets=with_subsets)
+
+
+def read(
+    config: Any, path: str, resolve: Callable[[Any, int, int], Config], cache: Path
+) -> tuple[Config, TrainingData]:
+    """Opens the data that a config names, and completes the config with what the data decide.
+
+    Args:
+        config: the run's, a ConfigDict that is not yet resolved.
+        path: where the data lie: `dataset.path`, or what it stands for.
+        resolve: is called with the config, the vocabulary's size and the end-of-text id.
+        cache: folder in which the indexes of subsets are kept.
+
+    Raises:
+        ConfigError, DatasetError: config or data cannot work.
     """
     d = config.dataset
-    if isinstance(dataset, Streamed):
-        return dataset.reader(shape, layout, first_row, states, d.workers, d.prefetch)
-    return Rows(training(config, dataset), shape, layout, first_row, d.workers, d.prefetch)
+    if "streams" in d:
+        tokenizer = jsonl.find_tokenizer(d.tokenizer)
+        resolved = resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
+        length, sequences = resolved.model.context_length, resolved.eval.sequences
+        streamed = jsonl.open_files(resolved.dataset, tokenizer, resolved.seed, length, sequences)
+        _check_size(f"dataset.validation_path={d.validation_path!r}", streamed.validation)
+        return resolved, streamed
+
+    try:
+        dataset = detect.open_path(path, d.tokenizer, d.validation_path)
+    except OSError as error:
+        raise ConfigError(f"dataset.path={d.path!r} cannot be used: {error}") from None
+    for name in ("train", "validation"):
+        _check_size(f"dataset.path={d.path!r}: split {name}", dataset.splits.get(name))
+    resolved = resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text)
+    if d.mixture:
+        try:
+            dataset = mixture.with_parts(dataset, d.mixture, cache)
+        except OSError as error:
+            raise ConfigError(f"dataset.mixture={d.mixture!r} (cache {cache}): {error}") from None
+    data = PreparedData(resolved, dataset)
+    _ = data.rows  # reports errors in the mixture before any device is used
+    return resolved, data
+
+
+def _check_size(name: str, split: Split | None):
+    if split is None or split.tokens < 2 or split.bytes == 0:
+        size = f"{split.tokens} tokens" if split else "nothing"
+        size += f" of {split.bytes} bytes" if split and split.bytes is not None else ""
+        raise ConfigError(f"{name} has {size}; it needs 2 tokens of some text")

@@ -7,10 +7,8 @@ import jax
 import numpy as np
 
 from trainit.cluster.monitor import JobMonitor
-from trainit.data import loader
-from trainit.data.dataset import Dataset
-from trainit.data.jsonl.dataset import Streamed
-from trainit.data.order import Ordered, Spaced
+from trainit.data import training_data
+from trainit.data.dataset import Split
 from trainit.train.step import CompiledSteps
 
 MOST_SUBSETS = 256  # that are validated apart
@@ -19,7 +17,7 @@ MOST_SUBSETS = 256  # that are validated apart
 def evaluate(
     steps: CompiledSteps,
     params: dict,
-    dataset: Dataset | Streamed,
+    split: Split,
     token_bytes: np.ndarray,
     sequences: int,
     shape: tuple[int, int, int],
@@ -31,7 +29,7 @@ def evaluate(
     Args:
         steps: the run's compiled functions.
         params: sharded parameters.
-        dataset: whose split "validation" it is.
+        split: the validation split.
         token_bytes: int32 (V,): UTF-8 bytes of each id.
         sequences: how many; 0: all.
         shape: (1, rows, L) of an eval batch.
@@ -44,18 +42,9 @@ def evaluate(
         have tokens among the sequences, and "valid/loss_macro" and "valid/bits_per_byte_macro", the plain
         means over these. NaN where the targets are no text. None if the run is to stop before that.
     """
-    split = dataset.splits["validation"]
     names = [name or "unnamed" for name in split.subsets]
-    available = split.sequences(shape[2])
-    chosen = min(sequences or available, available)
     several = 1 < len(names) <= MOST_SUBSETS
-    batches = loader.batches(
-        Ordered(split, Spaced(available, chosen)),
-        shape,
-        sharding,
-        count=-(-chosen // shape[1]),
-        with_subsets=several,
-    )
+    batches = training_data.validation_batches(split, sequences, shape, sharding, several)
     parts = len(names) if several else 1
     totals = {name: np.zeros(parts) for name in ("loss", "correct", "count", "bytes")}
     previous = None

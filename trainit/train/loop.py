@@ -1,12 +1,10 @@
 """The loop: the order of events, and nothing else."""
 
-import json
 import secrets
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 
 import jax
@@ -18,8 +16,7 @@ from trainit.cluster import sync
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
 from trainit.data import training_data
-from trainit.data.dataset import Dataset
-from trainit.data.jsonl.dataset import Streamed
+from trainit.data.training_data import TrainingData
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import run_shape
 from trainit.train import diagnostics, loss_scale, metrics, step
@@ -45,7 +42,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        dataset: Dataset | Streamed,
+        dataset: TrainingData,
         workdir: Path,
         monitor: JobMonitor,
         start: StartupTimer,
@@ -54,7 +51,7 @@ class Run:
         """
         Args:
             config: resolved.
-            dataset: prepared, with splits "train" and "validation"; or streamed.
+            dataset: what the run trains on and validates with.
             workdir: the run's folder; what it holds is resumed.
             monitor: tells when to stop, and is told how far this process is.
             start: of this process, whose parts are counted up to the first step.
@@ -80,9 +77,9 @@ class Run:
             state = origin.resume(self.checkpoints, newest) if self.resumed else origin.begin()
             self.state = jax.block_until_ready(state)
         self.step = int(self.state.step)
-        self.rows, self.streams = origin.rows, origin.streams
+        self.rows, self.position = origin.position.rows, origin.position
         if origin.trained_as:
-            training_data.check_history(self.config, origin.trained_as, self.rows, self.step)
+            dataset.check_resume(origin.trained_as, self.position, self.step)
         self.wandb_id = origin.meta.get("wandb_id") or secrets.token_hex(4)
         self.postponed = origin.meta.get("postponed")  # measured at a step whose validation is to be done
         self.saved = self.step if self.resumed else None  # step of the newest checkpoint
@@ -94,7 +91,7 @@ class Run:
         """Begins to compile the step behind step `number`, while its state is made or read."""
         if number < self.config.steps:
             shape = self.shape.batch_at(number)
-            batch = training_data.abstract_batch(self.config, self.dataset, shape, self.batch_sharding)
+            batch = training_data.abstract_batch(self.dataset, shape, self.batch_sharding)
             self.steps.train.compile_ahead(self.steps.abstract_state, batch)
 
     def loop(self) -> int:
@@ -165,8 +162,8 @@ class Run:
                 return reason
             self.state, on_device = self._train(batch) if self.start.is_over else self._train_first(batch)
             self.step, self.rows = self.step + 1, self.rows + self.batch_sizes.at(self.step)
-            if isinstance(self.dataset, Streamed) and self.step in self.batch_sizes.starts:
-                self.streams = self._gather_streams()
+            if self.step in self.batch_sizes.starts:
+                self.position = self.reader.position(self.rows)
                 batches = self._batches()
             following = ahead.submit(next, batches)
             before, self.pending = self.pending, (self.step, on_device)
@@ -191,18 +188,14 @@ class Run:
             return self.steps.train(self.state, batch)
 
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
-        """The training data from where this run is; streamed ones as long as batches have one size.
+        """Training batches from where the run is, up to the next change of batch size.
 
-        Where streams go on with another size is known only when they have come so far.
+        They end there because the position of streamed data at that point is not known earlier.
         """
-        c, layout, rows, readers = self.config, self.batch_sharding, self.rows, []
-        stages = self.batch_sizes.stages(self.step, c.steps) or [(c.batch_size, 0)]
-        for size, count in stages[:1] if isinstance(self.dataset, Streamed) else stages:
-            shape = self.shape.batch_of(size)
-            readers.append((training_data.reader(c, self.dataset, shape, layout, rows, self.streams), count))
-            rows += size * count
-        self.reader = readers[0][0]  # a streamed dataset's only one
-        return chain.from_iterable(reader.batches(count) for reader, count in readers)
+        c = self.config
+        size, count = (self.batch_sizes.stages(self.step, c.steps) or [(c.batch_size, 0)])[0]
+        self.reader = self.dataset.reader(self.shape.batch_of(size), self.batch_sharding, self.position)
+        return self.reader.batches(count)
 
     def _wait_for(self, following: Future) -> dict[str, jax.Array] | None:
         """The next batch; None if it is still to come when all stop here."""
@@ -303,7 +296,7 @@ class Run:
             result = evaluate(
                 self.steps,
                 self.state.params,
-                self.dataset,
+                self.dataset.validation,
                 self.token_bytes,
                 self.config.eval.sequences,
                 (1, rows, length),
@@ -331,8 +324,7 @@ class Run:
         self.tracker.sync()  # what a resume will not do again must be on disk before the checkpoint is
         meta = {
             "config": self.config.to_dict(),
-            "rows": self.rows,
-            "streams": self._gather_streams(),
+            **self.reader.position(self.rows).to_meta(),
             "dataset": self.dataset.fingerprint,
             "wandb_id": self.wandb_id,
             "postponed": self.postponed,
@@ -341,15 +333,6 @@ class Run:
         with self.monitor.watchdog.long_task("saving"):
             self.checkpoints.save(self.step, self.state, meta)
         self.saved = self.step
-
-    def _gather_streams(self) -> list[list[int]] | None:
-        """Where all streams are behind the rows consumed; a collective."""
-        if not isinstance(self.dataset, Streamed):
-            return None
-        states: dict[str, list[int]] = {}
-        for text in sync.gather_text(json.dumps(self.reader.states(self.rows))):
-            states |= json.loads(text)
-        return [states[number] for number in sorted(states, key=int)]
 
     def _write_config_and_facts(self):
         if sync.is_lead():

@@ -7,15 +7,15 @@ from pathlib import Path
 from absl import logging
 
 from trainit.config import Config, ConfigError
-from trainit.data.dataset import Dataset
-from trainit.data.jsonl.dataset import Streamed
+from trainit.data.loader import START, DataPosition
+from trainit.data.training_data import TrainingData
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore, check_same_run
 from trainit.train.state import TrainState
 
 
 class Resume:
-    """Finds a run's first state; `rows` and what follows say then where it is in the data.
+    """Finds a run's first state; `position` then says where it is in the data.
 
     Both of its ways raise ConfigError where the checkpoint does not fit the config or the dataset.
     """
@@ -23,7 +23,7 @@ class Resume:
     def __init__(
         self,
         config: Config,
-        dataset: Dataset | Streamed,
+        dataset: TrainingData,
         steps: step.CompiledSteps,
         compile_ahead: Callable[[int], None],
     ):
@@ -36,8 +36,7 @@ class Resume:
         """
         self._config, self._dataset, self._steps = config, dataset, steps
         self._compile_ahead = compile_ahead
-        self.rows = 0  # of the training data consumed
-        self.streams: list[list[int]] | None = None  # where its streams are
+        self.position = START  # in the training data
         self.trained_as: dict | None = None  # config of the checkpoint
         self.meta: dict = {}  # of the run's own checkpoint
 
@@ -102,10 +101,7 @@ class Resume:
                 f"{self._dataset.fingerprint}; set --config.checkpoint.overwrite_config=True to go on with it"
             )
         if meta["dataset"] == self._dataset.fingerprint:  # else from the start of the new one
-            self.rows = meta["rows"] * meta["config"]["model"]["context_length"] // c.model.context_length
-            self.streams = meta.get("streams")
-            if self.streams and meta["config"]["model"]["context_length"] != c.model.context_length:
-                self.streams = [[*place, 0] for *place, _ in self.streams]  # windows are cut anew
+            self.position = DataPosition.from_meta(meta, c.model.context_length)
         else:
             logging.info("data       from the beginning of %s", c.dataset.path)
         self.trained_as = meta["config"]

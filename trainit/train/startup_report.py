@@ -11,22 +11,19 @@ from trainit import __version__, optimizers
 from trainit import config as config_lib
 from trainit.cluster import sync
 from trainit.config import Config
-from trainit.data.dataset import Dataset
-from trainit.data.jsonl.dataset import Streamed
+from trainit.data.training_data import TrainingData
+from trainit.logs import quantity
 from trainit.parallel.mesh import RunShape, describe_devices
 from trainit.train import diagnostics, metrics
 from trainit.train.evaluate import MOST_SUBSETS
 from trainit.train.step import CompiledSteps
-from trainit.train.trackers import quantity
 
 
-def describe(
-    config: Config, steps: CompiledSteps, shape: RunShape, dataset: Dataset | Streamed, workdir: Path
-):
+def describe(config: Config, steps: CompiledSteps, shape: RunShape, data: TrainingData, workdir: Path):
     """Logs it, a line for each topic; a collective where there are several processes."""
     c, devices = config, jax.devices()
     parameters = metrics.parameter_count(steps.abstract_state.params)
-    validation = dataset.splits["validation"]
+    validation = data.validation
     for topic, text in {
         "run": workdir,
         "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
@@ -35,9 +32,8 @@ def describe(
         "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
         f"{c.model.dim}, attention {shape.attention}, precision "
         + ", ".join([c.precision, *(f"{part} {own}" for part, own in c.precision_of.items() if own)]),
-        "dataset": f"{dataset.folder}: {_training(config, dataset)} to train, "
-        f"{quantity(validation.tokens)} to validate",
-        "tokenizer": f"{dataset.tokenizer.name}, vocabulary {dataset.vocab_size}",
+        "dataset": f"{data.source}: {data.describe()} to train, {quantity(validation.tokens)} to validate",
+        "tokenizer": f"{data.tokenizer.name}, vocabulary {data.tokenizer.vocab_size}",
         "batch": _batch(shape),
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
         f"schedule {c.schedule.name}, state {c.optimizer_state}",
@@ -67,13 +63,6 @@ def _groups(config: Config, steps: CompiledSteps) -> Iterable[tuple[Config, list
         return ()
     parameters = steps.abstract_state.params
     return optimizers.assigned(config.optimizer, config.parameter_groups, parameters)[1].values()
-
-
-def _training(config: Config, dataset: Dataset | Streamed) -> str:
-    if isinstance(dataset, Streamed):
-        return dataset.describe()
-    layout = dataset.layout(config.model.context_length)
-    return f"{layout}, {quantity(dataset.splits['train'].tokens)} tokens"
 
 
 def _batch(shape: RunShape) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
+from trainit.logs import quantity
+
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
@@ -101,14 +103,6 @@ class Progress:
     def close(self):
         if self._bar is not None:
             self._bar.close()
-
-
-def quantity(number: float) -> str:
-    """1234567 -> "1.23 M"."""
-    for factor, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{unit}"
-    return f"{number:.3g}"
 
 
 class RunLogger:

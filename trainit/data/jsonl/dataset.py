@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +19,12 @@ import jax
 import numpy as np
 from absl import logging
 
+from trainit.cluster import sync
 from trainit.data import loader
 from trainit.data.dataset import DatasetError, Split
 from trainit.data.documents import Position
 from trainit.data.jsonl.stream import Corpus, State, Stream, documents
+from trainit.data.loader import START, DataPosition
 from trainit.data.tokenizers import sentencepiece
 from trainit.data.tokenizers.base import digest
 from trainit.data.tokenizers.sentencepiece import Tokenizer
@@ -76,7 +78,7 @@ class _PartsIterator(grain.DatasetIterator):
         raise NotImplementedError
 
 
-class Reader:
+class StreamReader:
     """One process's rows of the global batches, and where its streams are behind each batch."""
 
     def __init__(
@@ -84,8 +86,7 @@ class Reader:
         corpus: Corpus,
         shape: tuple[int, int, int],
         sharding: jax.sharding.NamedSharding,
-        first_row: int = 0,
-        states: Sequence[Sequence[int]] | None = None,
+        position: DataPosition = START,
         workers: int = 0,
         prefetch: int = 2,
     ):
@@ -94,23 +95,22 @@ class Reader:
             corpus: what is read; its streams divide the rows of a batch.
             shape: (micro-steps G, rows of a micro-step b, length L); a batch is G * b rows.
             sharding: of arrays (G, b, ...); only the second axis may be split.
-            first_row: rows consumed before the first batch.
-            states: of all streams; None: their beginnings.
+            position: before the first batch; without states, streams start at their beginnings.
             workers: processes that read; 0: a thread of this process.
             prefetch: batches read ahead (by each worker).
         """
         micro_steps, rows, _ = shape
         self._corpus, self._shape, self._sharding, self._prefetch = corpus, shape, sharding, prefetch
-        self._mine, self._first_row = loader.local_rows(shape, sharding), first_row
+        self._mine, self._first_row = loader.local_rows(shape, sharding), position.rows
         self._batch = micro_steps * rows
         self._count = self._batch // corpus.streams  # rows of a stream in a batch
         in_batch = np.arange(self._batch).reshape(micro_steps, rows)[:, self._mine]
         self._streams, self._of_row = np.unique(in_batch // self._count, return_inverse=True)
         self._of_row, self._in_stream = self._of_row.reshape(in_batch.shape), in_batch % self._count
         self._workers = min(workers, len(self._streams))
-        begin = states or [State()] * corpus.streams
+        begin = position.streams or [State()] * corpus.streams
         self._begin = {int(number): State(*begin[number]) for number in self._streams}
-        self._behind = {first_row: self._begin}  # the newest few
+        self._behind = {position.rows: self._begin}  # the newest few
         of_all = len(self._streams) * self._count
         if in_batch.size < of_all:
             logging.warning(
@@ -164,9 +164,16 @@ class Reader:
             states |= {n: State(*state) for n, state in zip(streams, part["states"].tolist(), strict=True)}
         return states, tokens
 
-    def states(self, row: int) -> dict[int, State]:
-        """Where each stream of this process is behind so many consumed rows, near those last read."""
-        return self._behind[row]
+    def states(self, rows: int) -> dict[int, State]:
+        """Returns where each stream of this process is after `rows` consumed rows."""
+        return self._behind[rows]
+
+    def position(self, rows: int) -> DataPosition:
+        """Returns the position after `rows` consumed rows, near those last read. A collective."""
+        states: dict[str, list[int]] = {}
+        for text in sync.gather_text(json.dumps(self.states(rows))):
+            states |= json.loads(text)
+        return DataPosition(rows, [states[number] for number in sorted(states, key=int)])
 
 
 @dataclass(frozen=True)
@@ -207,16 +214,18 @@ def hold(corpus: Corpus, name: str, sequences: int) -> Held:
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """What tokens.Dataset is for a prepared dataset. The training data are read by a Reader."""
+class StreamedData:
+    """Training data that are read from JSON lines while the run trains: a `TrainingData`."""
 
-    folder: str  # as dataset.path says it
+    source: str  # as dataset.path says it
     corpus: Corpus
-    splits: dict[str, Split]  # validation alone
+    validation: Split
+    workers: int = 0
+    prefetch: int = 2
 
     @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.corpus.dtype)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -231,9 +240,17 @@ class Streamed:
         about += [c.text_field, c.streams, c.window, c.seed]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
-    def reader(self, shape: tuple[int, int, int], layout: jax.sharding.NamedSharding, *more) -> Reader:
-        """Who reads the training data; the arguments are Reader's."""
-        return Reader(self.corpus, shape, layout, *more)
+    def reader(
+        self,
+        shape: tuple[int, int, int],
+        layout: jax.sharding.NamedSharding,
+        position: DataPosition = START,
+    ) -> StreamReader:
+        """Returns what reads this process's rows of the batches after `position`."""
+        return StreamReader(self.corpus, shape, layout, position, self.workers, self.prefetch)
+
+    def check_resume(self, before: Mapping, position: DataPosition, step: int):
+        """Checks nothing: streams go on from their own states."""
 
     def describe(self) -> str:
         """How much there is to train on, and how it is shared out."""
@@ -252,7 +269,7 @@ def find_tokenizer(choice: str) -> Tokenizer:
         raise DatasetError(str(error).replace("--tokenizer=", "dataset.tokenizer=")) from None
 
 
-def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> Streamed:
+def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> StreamedData:
     """Finds the files and tokenizes the validation sequences; of the training files nothing is read.
 
     Args:
@@ -283,7 +300,7 @@ def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: 
     except (BrokenInputError, OSError) as error:
         raise DatasetError(f"dataset.validation_path={config.validation_path!r}: {error}") from None
     train = replace(train, streams=config.streams, window=config.window, seed=seed)
-    return Streamed(config.path, train, {"validation": held})
+    return StreamedData(config.path, train, held, config.workers, config.prefetch)
 
 
 def _find(pattern: str, name: str) -> list[Path]:

@@ -9,8 +9,7 @@ from trainit import cli
 from trainit.cluster import devices
 from trainit.cluster.place import Place
 from trainit.config import Config, ConfigError
-from trainit.data.dataset import Dataset
-from trainit.data.jsonl.dataset import Streamed
+from trainit.data.training_data import TrainingData
 from trainit.tools.benchmark import loader, overheads, preparing, step
 
 PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
@@ -25,7 +24,7 @@ def take_devices(config: Config):
 
 
 def measure(
-    names: Collection[str], config: Config, dataset: Dataset | Streamed, tokens: int, steps: int, rounds: int
+    names: Collection[str], config: Config, dataset: TrainingData, tokens: int, steps: int, rounds: int
 ):
     """Measures some of PARTS, in their order, and prints a few lines about each.
 

@@ -11,9 +11,7 @@ from jax.errors import JaxRuntimeError
 from trainit import cli
 from trainit.cluster import hardware
 from trainit.config import Config
-from trainit.data import training_data
-from trainit.data.dataset import Dataset
-from trainit.data.jsonl.dataset import Streamed
+from trainit.data.training_data import TrainingData
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape, run_shape
 from trainit.tools.benchmark import profile
@@ -38,11 +36,11 @@ def build(config: Config) -> tuple[step.CompiledSteps, RunShape]:
 class _Bench:
     """A step that is compiled, with its state, and batches for it."""
 
-    def __init__(self, config: Config, dataset: Dataset | Streamed):
+    def __init__(self, config: Config, dataset: TrainingData):
         self.config = config
         self.steps, shape = build(config)
         self.mesh, layout = shape.mesh, batch_sharding(shape.mesh)
-        self._batches = training_data.reader(config, dataset, shape.batch_at(0), layout).batches()
+        self._batches = dataset.reader(shape.batch_at(0), layout).batches()
         self.state = jax.block_until_ready(self.steps.init())
         start = time.perf_counter()
         self.lowered = self.steps.train.lower(self.state, next(self._batches))
@@ -73,7 +71,7 @@ class _Bench:
         return self.steps.evaluate.lower(self.state.params, micro_step, token_bytes, 1).compile()
 
 
-def measure(config: Config, dataset: Dataset | Streamed, count: int):
+def measure(config: Config, dataset: TrainingData, count: int):
     """Compile time, step time over `count` steps, tokens/s, MFU, memory, exchanges, where the time goes."""
     bench = _Bench(config, dataset)
     times, waits = bench.times(count)
@@ -117,7 +115,7 @@ class _Tried:
         )
 
 
-def _try(config: Config, dataset: Dataset | Streamed, changes: dict, count: int) -> _Tried | None:
+def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _Tried | None:
     """The config's step with these fields changed; None where it cannot be, which it says."""
     changed = config.to_dict()
     for field, value in changes.items():
@@ -139,7 +137,7 @@ def _try(config: Config, dataset: Dataset | Streamed, changes: dict, count: int)
     return tried
 
 
-def sweep(config: Config, dataset: Dataset | Streamed, count: int):
+def sweep(config: Config, dataset: TrainingData, count: int):
     """Step time and memory under other settings that change neither batch nor result; the best of them."""
     found = [_try(config, dataset, {}, count)]
     best = found[0]

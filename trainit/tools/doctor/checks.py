@@ -16,15 +16,14 @@ from trainit import cli
 from trainit.cluster import devices, rendezvous, run_lock, sync
 from trainit.cluster.place import Place, SetupError, check_coordinator
 from trainit.config import Config, ConfigError
-from trainit.data import training_data
-from trainit.data.dataset import Dataset, DatasetError
-from trainit.data.jsonl.dataset import Streamed
+from trainit.data.dataset import DatasetError
+from trainit.data.training_data import TrainingData
+from trainit.logs import quantity
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import run_shape
 from trainit.tools.doctor import environment
 from trainit.tools.doctor.network import check_all_reduces
 from trainit.tools.doctor.report import FAIL, OK, Result, group_processes
-from trainit.train import trackers
 
 T = TypeVar("T")
 DATA_SECONDS = 1.0  # for which the loader is timed
@@ -112,9 +111,7 @@ def _check_machines(hosts: list[str], processes: list[str], folder: Path) -> lis
     return results
 
 
-def _check_data(
-    config: Config | None, dataset: Dataset | Streamed | None, processes: list[str]
-) -> list[Result]:
+def _check_data(config: Config | None, dataset: TrainingData | None, processes: list[str]) -> list[Result]:
     """Checks that the config fits the devices, and how fast its data is read. A collective.
 
     Args:
@@ -137,21 +134,21 @@ def _check_data(
     finding = f"{mesh}; {config.batch_size} sequences are {batch.micro_steps} micro-steps of {batch.rows}"
     results = [Result("mesh", OK, finding)]
 
-    own = _attempt(lambda: _data_rate(config, dataset, shape.mesh, batch))
+    own = _attempt(lambda: _data_rate(dataset, shape.mesh, batch))
     rates, errors = zip(*map(json.loads, sync.gather_text(json.dumps(own))), strict=True)
     failures = [f"{process}: {error}" for process, error in zip(processes, errors, strict=True) if error]
     if failures:
         remedy = "check that all hosts can read dataset.path"
         results.append(Result("dataset", FAIL, "; ".join(failures), remedy))
     else:
-        finding = f"{dataset.folder}: {trackers.quantity(min(rates))} tokens/s in the slowest process"
+        finding = f"{dataset.source}: {quantity(min(rates))} tokens/s in the slowest process"
         results.append(Result("dataset", OK, finding))
     return results
 
 
-def _data_rate(config: Config, dataset: Dataset | Streamed, mesh: Mesh, shape: tuple[int, int, int]) -> float:
+def _data_rate(dataset: TrainingData, mesh: Mesh, shape: tuple[int, int, int]) -> float:
     """Returns the tokens per second that this process reads in the way of a run."""
-    batches = training_data.reader(config, dataset, shape, batch_sharding(mesh)).batches()
+    batches = dataset.reader(shape, batch_sharding(mesh)).batches()
     tokens = next(batches)["tokens"]
     own_tokens = sum(shard.data.size for shard in tokens.addressable_shards if shard.replica_id == 0)
     count, start = 0, time.perf_counter()

@@ -3,9 +3,9 @@
 import math
 
 from trainit.config import Config
+from trainit.logs import quantity
 from trainit.tools.plan import hlo
 from trainit.tools.plan.plan import Planned
-from trainit.train.trackers import quantity
 
 SMALL = 1024  # bytes: what is exchanged in such pieces needs no plan
 MIB, GIB = 2**20, 2**30

@@ -141,7 +141,7 @@ def test_groups(text, expected):
 
 
 def test_groups_that_are_no_axes():
-    axes = functools.partial(hlo._axes, sizes=tuple(SIZES.items()))
+    axes = functools.partial(hlo._axes, sizes=SIZES)
     assert axes(hlo._groups("{{0,1},{2,3},{4,6},{5,7}}", 8)) == ("?",)
 
 

@@ -95,7 +95,9 @@ def measure(config: Config, dataset: TrainingData, count: int):
     kinds = ", ".join(f"{name} {size:.3f}" for name, size in sizes.items())
     lines.append(f"{sum(sizes.values()):7.3f} GiB  on a device at most: {kinds}")
     read = hlo.read(hlo.compile_with_text(bench.lowered)[1], bench.mesh.shape)
-    lines += [f"exchanged: {line}" for line in hlo.lines(read)]
+    for (kind, axes), size in sorted(hlo.total(read).items(), key=lambda item: -item[1]):
+        over = " × ".join(axes)
+        lines.append(f"exchanged: {kind} over {over}: {size / 2**20:.5g} MiB a device and step")
     lines.append(f"time: {profile.report(bench.compiled, lambda: bench.run()[0])}")
     print("\n".join(f"step    {line}" for line in lines), flush=True)
 

@@ -59,8 +59,8 @@ def _time_all_reduce(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[bool
 
     Args:
         mesh: all devices.
-        axes: of the mesh, over which the arrays are summed.
-        size: bytes of each device's array.
+        axes: mesh axes over which the arrays are summed.
+        size: in bytes, of each device's array.
     """
     # The factor of each device, and the sum of the factors in its group.
     shape = mesh.devices.shape

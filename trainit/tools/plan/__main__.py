@@ -1,9 +1,9 @@
-"""What a config's train step costs on so many GPUs: memory, what devices exchange, time, MFU.
+"""What a config's train step costs on a number of GPUs: memory, what devices exchange, time, MFU.
 
     python -m trainit.tools.plan --config=configs/pile_gpt.py:model=llama2_7b --devices=8,64
 
-The real step is compiled for as many virtual devices, and what they exchange in it is compared with the
-formula, which serves alone where there are more than --compile_up_to.
+The real step is compiled for as many virtual devices, and what they exchange is compared with the formula.
+Above --compile_up_to devices, the formula is used alone.
 """
 
 import os
@@ -53,7 +53,7 @@ def main() -> int:
             config = _config(number)
             gpu = roofline.GPUS[_GPU.value]
             plans.append(plan(config, number, gpu, _EFFICIENCY.value, number <= _MOST.value))
-            report.tell(plans[-1], config)
+            print(report.describe(plans[-1]), flush=True)
         if len(plans) > 1:
             print(report.table(plans))
     except (ConfigError, DatasetError) as error:

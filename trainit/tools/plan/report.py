@@ -1,65 +1,86 @@
-"""What is printed of plans."""
+"""Prints plans."""
 
 import math
+from collections.abc import Mapping, Sequence
 
-from trainit.config import Config
+from tabulate import tabulate
+
 from trainit.logs import quantity
 from trainit.tools.plan import hlo
-from trainit.tools.plan.plan import Planned
+from trainit.tools.plan.plan import Plan
 
-SMALL = 1024  # bytes: what is exchanged in such pieces needs no plan
+SMALL = 1024  # bytes: exchanges of such pieces (norms, losses) are left out if the formula has none
 MIB, GIB = 2**20, 2**30
 
 
-def tell(p: Planned, config: Config):
-    """Prints a plan, a line for each topic."""
-    mesh = " × ".join(f"{axis} {size}" for axis, size in p.shape.sizes.items() if size > 1) or "one device"
+def describe(plan: Plan) -> str:
+    """Returns what is known of a plan: mesh, memory, exchanges and time."""
+    p, t = plan, plan.times
     micro_steps, rows, length = p.shape.batch_at(0)
-    share = rows // p.shape.shares
-    print(
-        f"mesh       {mesh}; {micro_steps} × {share} sequences of {length} on a part of data × fsdp, "
-        f"{quantity(p.parameters)} parameters, remat {config.model.remat}"
-    )
-    text = f"memory     {p.state / GIB:.2f} GiB of parameters and optimizer state on a device"
+    own_rows = rows // p.shape.shares
+    memory = f"{p.state / GIB:.2f} GiB of parameters and optimizer state on a device"
     if p.compiled is not None:
-        text += f", {p.temporaries / GIB:.2f} of temporaries on a CPU, where bfloat16 is computed in float32"
-    print(text)
-    planned = hlo.total(p.planned)
-    there = hlo.total(p.compiled or ())
-    for kind, axes in sorted(planned.keys() | there.keys()):
-        small = (kind, axes) not in planned and all(
-            one.size <= SMALL for one in p.compiled or () if (one.kind, one.axes) == (kind, axes)
-        )
-        if not small:
-            compiled = f"{there.get((kind, axes), 0.0) / MIB:.5g}" if p.compiled is not None else "not"
-            print(
-                f"exchanged  {kind} over {' × '.join(axes)}: {planned.get((kind, axes), 0.0) / MIB:.5g} MiB "
-                f"a device and step by formula, {compiled} compiled"
-            )
-    t = p.times
-    print(
-        f"time       {t.step:.4g} s on {p.gpu}: computation {t.compute:.4g} at {p.efficiency:g} of "
-        f"the peak, exchanges {t.exposed:.4g} that it waits for and {t.hidden:.4g} beside it "
-        f"({t.unhidden:.4g} s with these behind it); MFU {t.mfu:.1%} ({t.mfu * t.step / t.unhidden:.1%})",
-        flush=True,
+        memory += f"; {p.temporaries / GIB:.2f} GiB of temporaries on a CPU, where bfloat16 is float32"
+    exchanges = tabulate(
+        _exchanges(p),
+        headers=["exchange", "over", "MiB by formula", "compiled"],
+        colalign=("left", "left", "right", "right"),
+        disable_numparse=True,
+    )
+    return "\n".join(
+        [
+            f"mesh       {_mesh(p.shape.sizes) or 'one device'}; {micro_steps} micro-steps of "
+            f"{own_rows} sequences of {length} tokens on each part of data × fsdp",
+            f"model      {quantity(p.parameters)} parameters, remat {p.config.model.remat}",
+            f"memory     {memory}",
+            f"time       {1e3 * t.step:.4g} ms on {p.gpu.name}, MFU {t.mfu:.1%}, if exchanges overlap with "
+            f"computation; {1e3 * t.unhidden:.4g} ms, MFU {t.mfu * t.step / t.unhidden:.1%}, if none does",
+            f"           computation {1e3 * t.compute:.4g} ms at {p.efficiency:g} of the peak; exchanges "
+            f"{1e3 * t.exposed:.3g} ms that cannot overlap and {1e3 * t.hidden:.3g} ms that can",
+            "exchanged  by each device in a step:",
+            *("           " + line for line in exchanges.splitlines()),
+        ]
     )
 
 
-def table(plans: list[Planned]) -> str:
-    """All of them, in Markdown."""
-    lines = [
-        "| parameters | GPUs | mesh | state + rest, GiB a device | exchanged, GiB a device and "
-        "step | off by | step, s: exchanges beside computation, behind it | MFU |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+def _exchanges(plan: Plan) -> list[list[str]]:
+    """Returns the rows of the table of exchanges: kind, mesh axes, MiB by formula, MiB compiled."""
+    predicted, compiled = hlo.total(plan.predicted), hlo.total(plan.compiled or ())
+    # What the formula leaves out on purpose is not listed.
+    large = {(one.kind, one.axes) for one in plan.compiled or () if one.size > SMALL}
+    return [
+        [
+            kind,
+            " × ".join(axes),
+            f"{predicted.get((kind, axes), 0.0) / MIB:.5g}",
+            f"{compiled.get((kind, axes), 0.0) / MIB:.5g}" if plan.compiled is not None else "not compiled",
+        ]
+        for kind, axes in sorted(predicted.keys() | large)
     ]
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """Returns a row for each plan, in Markdown. Columns with two values: with overlap, without."""
+    headers = ["parameters", "GPUs", "mesh", "state + rest, GiB", "exchanged, GiB", "formula off by"]
+    headers += ["ms a step", "MFU"]
+    rows = []
     for p in plans:
-        mesh = " × ".join(f"{axis} {size}" for axis, size in p.shape.sizes.items() if size > 1)
-        error = "not compiled" if math.isnan(p.error) else f"{abs(p.error):.2%}"
-        memory = " + ".join(f"{n / GIB:.1f}" for n in (p.state, p.temporaries) if not math.isnan(n))
-        exchanged, t = sum(one.bytes for one in p.planned) / GIB, p.times
-        lines.append(
-            f"| {quantity(p.parameters)} | {math.prod(p.shape.sizes.values())} | {mesh} | {memory} | "
-            f"{exchanged:.2f} | {error} | {t.step:.3g}, {t.unhidden:.3g} | {t.mfu:.0%}, "
-            f"{t.mfu * t.step / t.unhidden:.0%} |"
+        memory = " + ".join(f"{size / GIB:.1f}" for size in (p.state, p.temporaries) if not math.isnan(size))
+        rows.append(
+            [
+                quantity(p.parameters),
+                str(math.prod(p.shape.sizes.values())),
+                _mesh(p.shape.sizes),
+                memory,
+                f"{sum(one.bytes for one in p.predicted) / GIB:.2f}",
+                "not compiled" if math.isnan(p.error) else f"{abs(p.error):.2%}",
+                f"{1e3 * p.times.step:.3g}, {1e3 * p.times.unhidden:.3g}",
+                f"{p.times.mfu:.0%}, {p.times.mfu * p.times.step / p.times.unhidden:.0%}",
+            ]
         )
-    return "\n".join(lines)
+    alignment = ["right", "right", "left", *["right"] * 5]
+    return tabulate(rows, headers, tablefmt="github", colalign=alignment, disable_numparse=True)
+
+
+def _mesh(sizes: Mapping[str, int]) -> str:
+    return " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)

@@ -1,4 +1,4 @@
-"""GPUs' links, and the time that a step takes with them, if nothing goes wrong."""
+"""Estimates the time of a step from the speed of GPUs and of their links, if nothing goes wrong."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,18 +12,18 @@ from trainit.parallel.mesh import RunShape
 from trainit.tools.plan.hlo import Collective
 from trainit.train import metrics
 
-# Those whose links are known.
+# The accelerators whose links are known.
 GPUS = {gpu.name: gpu for gpu in ACCELERATORS if gpu.node}
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step, and what follows from them."""
+    """The seconds of a step, and what follows from them."""
 
     compute: float
-    exposed: float  # of exchanges that are waited for: tensor's, the embedding's, data's behind micro-steps
-    hidden: float  # of kernels' and gradients' exchanges, which can go on beside the products
-    mfu: float  # if as much of these is hidden as fits beside the products
+    exposed: float  # exchanges that computation waits for: activations, and gradients at the end of the step
+    hidden: float  # exchanges of kernels and gradients that can overlap with computation
+    mfu: float  # if these overlap as far as computation lasts
 
     @property
     def step(self) -> float:
@@ -31,32 +31,34 @@ class Times:
 
     @property
     def unhidden(self) -> float:
-        """If nothing at all were hidden."""
+        """The seconds of the step if nothing overlaps."""
         return self.exposed + self.compute + self.hidden
 
 
 def times(
     config: Config, shape: RunShape, exchanged: Iterable[Collective], gpu: Accelerator, efficiency: float
 ) -> Times:
-    """The times of a step.
+    """Estimates the times of a step.
 
     Args:
         config: resolved.
-        shape: of the run.
+        shape: the run's.
         exchanged: a step's collectives.
-        gpu: of the table.
-        efficiency: the part of the GPU's peak that all products and what is between them reach together.
+        gpu: the kind of GPU.
+        efficiency: the part of the GPU's peak that computation reaches, between products included.
     """
-    sizes = shape.sizes
+    # Model FLOPs count for MFU; with full rematerialization the forward pass is computed twice.
     flops = metrics.flops_per_token(config.model) * config.batch_size * config.model.context_length
-    done = flops * (4 / 3 if config.model.remat == "block" else 1)
-    devices = math.prod(sizes.values())
-    compute = done / (devices * gpu.flops * efficiency)
-    apart = shape.accumulates_locally(shape.batch_at(0).micro_steps)
+    computed = flops * (4 / 3 if config.model.remat == "block" else 1)
+    devices = math.prod(shape.sizes.values())
+    compute = computed / (devices * gpu.flops * efficiency)
+
+    once = shape.accumulates_locally(shape.batch_at(0).micro_steps)
     exposed = hidden = 0.0
     for one in exchanged:
-        seconds = one.bytes / bandwidth(one.axes, sizes, gpu)
-        if "tensor" in one.axes or one.kind == "all-to-all" or (apart and "data" in one.axes):
+        seconds = one.bytes / bandwidth(one.axes, shape.sizes, gpu)
+        # If gradients are summed over data once, at the end, no computation is left to hide it.
+        if "tensor" in one.axes or one.kind == "all-to-all" or (once and "data" in one.axes):
             exposed += seconds
         else:
             hidden += seconds
@@ -65,16 +67,18 @@ def times(
 
 
 def bandwidth(axes: tuple[str, ...], sizes: Mapping[str, int], gpu: Accelerator) -> float:
-    """Bytes a second that a device of a group sends, if all groups over these axes exchange at once.
+    """Returns the bytes a second that a device sends if all groups over these axes exchange at once.
 
-    The ring of a group leaves a machine once, through the network cards of all of its members there.
+    A group's ring leaves a machine once, through the network cards of all its members there.
 
     Args:
-        axes: of the group.
-        sizes: of the mesh, whose last axis varies fastest.
-        gpu: of the table.
+        axes: the mesh axes that a group spans.
+        sizes: the mesh's; its last axis varies fastest.
+        gpu: the kind of GPU.
     """
     grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
     group = grid[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel()
-    here = int((group < gpu.node).sum())
-    return gpu.inside if here == len(group) else min(gpu.inside, here * gpu.across)
+    in_first_machine = int((group < gpu.node).sum())
+    if in_first_machine == len(group):
+        return gpu.inside
+    return min(gpu.inside, in_first_machine * gpu.across)

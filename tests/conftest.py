@@ -85,7 +85,7 @@ def subset_dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def random_dataset(tmp_path_factory) -> Path:
     """A prepared dataset of bytes: words drawn from a seed, in four shards to train and one to validate."""
-    from trainit.data.tokenizers.sentencepiece import ByteTokenizer
+    from trainit.data.tokenizers import ByteTokenizer
     from trainit.prepare import prepare
 
     draw = np.random.default_rng(0)

@@ -15,12 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from processes import ROOT, metrics, run_imported
 
-from trainit.data import loader
+from trainit.data import loader, tokenizers
 from trainit.data.dataset import DatasetError
 from trainit.data.formats import arrow as columns
 from trainit.data.formats.detect import open_path
 from trainit.data.order import Ordered, Sequential
-from trainit.data.tokenizers import sentencepiece
 from trainit.data.tokenizers.base import digest
 
 VOCABULARY = 257  # of the tokenizer "bytes"
@@ -396,7 +395,7 @@ def test_an_id_beyond_the_vocabulary_is_an_error_where_it_is_read(wrong, tmp_pat
 
 def test_ids_of_16_bits_are_too_narrow_for_a_large_vocabulary(tmp_path, monkeypatch):
     nanogpt(tmp_path, draw(300), draw(50))
-    monkeypatch.setattr(sentencepiece.ByteTokenizer, "vocab_size", 128_000)
+    monkeypatch.setattr(tokenizers.ByteTokenizer, "vocab_size", 128_000)
     with pytest.raises(DatasetError, match=r"no header, so its ids are of 16 bits, .* 128000 ids"):
         open_path(str(tmp_path), "bytes")
 
@@ -414,7 +413,7 @@ def test_the_readmes_commands_fit_their_formats(random_dataset, tmp_path, monkey
         "Arrow": lambda folder: dataset_dict(folder, draw(300), draw(50)),
     }
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sentencepiece, "find", lambda choice: sentencepiece.ByteTokenizer())
+    monkeypatch.setattr(tokenizers, "find", lambda choice: tokenizers.ByteTokenizer())
     for fields, (format, write) in zip(commands, written.items(), strict=True):
         Path(fields["dataset.path"]).mkdir(parents=True)
         write(Path(fields["dataset.path"]))

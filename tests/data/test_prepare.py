@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from processes import ROOT
 
+from trainit.data import tokenizers
 from trainit.data.dataset import open_dataset
-from trainit.data.tokenizers import sentencepiece
 from trainit.prepare import prepare
 
 TEXTS = [
@@ -64,7 +64,7 @@ def test_token_bytes_are_exact(demo):
 @pytest.mark.parametrize("shard_tokens", [1, 100, 10_000])
 def test_documents_decode_back(shard_tokens, demo, tmp_path):
     """Awkward texts, each tokenizer, shards of one document and of all."""
-    for tokenizer in (sentencepiece.ByteTokenizer(), demo.tokenizer):
+    for tokenizer in (tokenizers.ByteTokenizer(), demo.tokenizer):
         folder = tmp_path / tokenizer.name
         prepare.write_dataset(folder, tokenizer, {"train": TEXTS, "validation": TEXTS[:1]}, shard_tokens)
         dataset = open_dataset(folder)
@@ -82,7 +82,7 @@ def test_an_unfinished_folder_is_made_again(random_dataset, tmp_path):
         yield "one " * 5000
         raise StoppedError
 
-    tokenizer = sentencepiece.ByteTokenizer()
+    tokenizer = tokenizers.ByteTokenizer()
     with pytest.raises(StoppedError):
         prepare.write_dataset(tmp_path, tokenizer, {"train": documents(), "validation": []}, 100)
     assert not (tmp_path / "dataset.json").exists()

@@ -17,7 +17,7 @@ from processes import ROOT
 
 from trainit.data import documents
 from trainit.data.dataset import DatasetError, open_dataset, verify
-from trainit.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from trainit.data.tokenizers import SentencePieceTokenizer
 from trainit.prepare import merge, prepare
 
 WORDS = Path(documents.__file__).read_text().split(" ")

@@ -16,13 +16,13 @@ from trainit.config import ConfigError, jsonl, resolve
 from trainit.data import documents as readers
 from trainit.data import loader
 from trainit.data.dataset import DatasetError
+from trainit.data.documents import BrokenInputError
 from trainit.data.jsonl import dataset as streaming
 from trainit.data.jsonl.stream import Corpus, State, Stream, deal
 from trainit.data.loader import DataPosition
-from trainit.data.tokenizers.sentencepiece import ByteTokenizer
+from trainit.data.tokenizers import ByteTokenizer
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh
-from trainit.prepare.writer import BrokenInputError
 
 END = 256
 LENGTH = 16

@@ -26,13 +26,18 @@ from typing import Any
 
 import numpy as np
 
-from trainit.data.tokenizers import sentencepiece
+from trainit.data import tokenizers
 
 FORMAT = 2
 
 
 class DatasetError(ValueError):
     """A dataset that cannot be used. The message is one line and says what to do."""
+
+
+def dtype_of(vocab_size: int) -> str:
+    """Returns the smallest NumPy type of ids on the disk that holds a vocabulary."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 class MappedIds:
@@ -194,7 +199,7 @@ class Dataset:
     folder: Path
     info: dict  # dataset.json, or what stands for it
     splits: dict[str, Split]
-    named: sentencepiece.Tokenizer | None = None  # the tokenizer, where the folder has none
+    named: tokenizers.Tokenizer | None = None  # the tokenizer, where the folder has none
     parts: dict = field(default_factory=dict)  # what a mixture is made of, by name
     part_fingerprints: tuple[str, ...] = ()  # of other datasets among them
 
@@ -217,13 +222,13 @@ class Dataset:
         )
 
     @functools.cached_property
-    def tokenizer(self) -> sentencepiece.Tokenizer:
+    def tokenizer(self) -> tokenizers.Tokenizer:
         """Raises DatasetError where its file is missing or another than the dataset was made with."""
         if self.named:
             return self.named
         about = self.info["tokenizer"]
         try:
-            return sentencepiece.load(
+            return tokenizers.load(
                 about["name"], self.folder / about["file"], about["sha256"], about["end_of_text"]
             )
         except (OSError, ValueError, KeyError) as error:

@@ -24,6 +24,10 @@ COMPRESSED = 1 << 14  # bytes decompressed at once: even these can become half a
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
 
 
+class BrokenInputError(ValueError):
+    """Input that cannot be read and is not to be skipped. The message names file, line and reason."""
+
+
 class Document(NamedTuple):
     """A document, or with .txt a piece of one."""
 

@@ -24,7 +24,7 @@ from trainit.data.jsonl import dataset as jsonl
 from trainit.data.loader import START, DataPosition
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered, Spaced
-from trainit.data.tokenizers.sentencepiece import Tokenizer
+from trainit.data.tokenizers import Tokenizer
 from trainit.logs import quantity
 
 Shape = tuple[int, int, int]  # of a global batch: micro-steps G, rows of a micro-step b, length L

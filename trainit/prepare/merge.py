@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from trainit.data import dataset as tokens
+from trainit.data.dataset import dtype_of
+from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
-from trainit.data.tokenizers.sentencepiece import Tokenizer
 from trainit.prepare.writer import (
     HASH,
     PARTS,
     GrowingFile,
     StateError,
     Unit,
-    dtype_of,
     read_journal,
     write_atomically,
 )

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from trainit.data import documents as readers
-from trainit.data.tokenizers import sentencepiece as tokenizers
+from trainit.data import tokenizers
 from trainit.prepare.writer import Recipe, Unit
 
 

@@ -27,10 +27,11 @@ from absl import logging
 
 from trainit.data import dataset as tokens
 from trainit.data import documents as readers
+from trainit.data import tokenizers
+from trainit.data.dataset import dtype_of
 from trainit.data.documents import Batch, Document, Position
-from trainit.data.tokenizers import sentencepiece
+from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
-from trainit.data.tokenizers.sentencepiece import Tokenizer
 from trainit.prepare import options
 from trainit.prepare import workers as pipeline
 from trainit.prepare.merge import join
@@ -38,7 +39,6 @@ from trainit.prepare.writer import (
     Recipe,
     Unit,
     UnitWriter,
-    dtype_of,
     encode,
     write_atomically,
 )
@@ -128,7 +128,7 @@ def demo(cache: Path) -> Path:
             unfinished = cache / f"demo-{key}.{os.getpid()}.tmp"
             write_dataset(
                 unfinished,
-                sentencepiece.SentencePieceTokenizer.train(train, DEMO_VOCAB_SIZE),
+                tokenizers.SentencePieceTokenizer.train(train, DEMO_VOCAB_SIZE),
                 {"train": train, "validation": [texts[name] for name in sorted(validation)]},
             )
             shutil.rmtree(folder, ignore_errors=True)
@@ -157,12 +157,12 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
     elif args.train_tokenizer:
         logging.info("%-10s training %s with %d ids", "tokenizer", path, args.vocab_size)
         texts = _sample(options.files(args.input, "input")[0], (args.text_field, args.subset_field))
-        model = sentencepiece.SentencePieceTokenizer.train(texts, args.vocab_size, SAMPLE_LINES)
+        model = tokenizers.SentencePieceTokenizer.train(texts, args.vocab_size, SAMPLE_LINES)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, model.serialize())
-    tokenizer = sentencepiece.find(args.tokenizer)
+    tokenizer = tokenizers.find(args.tokenizer, "--tokenizer")
     logging.info("%-10s %s, vocabulary %d", "tokenizer", args.tokenizer, tokenizer.vocab_size)
-    if not sentencepiece.comes_back(tokenizer):
+    if not tokenizers.is_lossless(tokenizer):
         logging.warning(
             "%-10s %s does not decode to every text: it normalizes, or has no bytes to fall back on",
             *("tokenizer", args.tokenizer),

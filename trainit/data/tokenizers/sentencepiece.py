@@ -1,56 +1,11 @@
-"""Text to token ids and back. A tokenizer is stored beside the tokens that it made."""
+"""Vocabularies of the library sentencepiece."""
 
 import io
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from trainit.data.tokenizers.base import SPACE, SURROGATES, Vocabulary, digest, piece_bytes, to_bytes, to_text
-from trainit.data.tokenizers.bpe import Gpt2Tokenizer, HuggingFaceTokenizer
-
-PROBE = f"A  b\n\t ﬁ e\N{COMBINING ACUTE ACCENT} Å\x00 {SPACE} \r\n  <|endoftext|> 😀\ud83d end "
-
-KINDS = "bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE"
-
-
-class Tokenizer(Protocol):
-    """What the rest of Trainit asks of a tokenizer."""
-
-    name: str  # the kind, by which `load` finds it again
-    vocab_size: int  # ids are below it
-    end_of_text: int  # the id that stands behind every document
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """One int32 array of ids a text, without end_of_text. Raises ValueError if one has no ids."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; end_of_text becomes nothing."""
-
-    def token_bytes(self) -> np.ndarray:
-        """int32 (vocab_size,): the UTF-8 bytes that each id stands for, 0 for end_of_text."""
-
-    def serialize(self) -> bytes:
-        """The content of the tokenizer's file."""
-
-
-class ByteTokenizer:
-    """Each UTF-8 byte is a token; 256 ends a text."""
-
-    name, vocab_size, end_of_text = "bytes", 257, 256
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(to_bytes(text), np.uint8).astype(np.int32) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return to_text(bytes(i for i in ids if i < 256))
-
-    def token_bytes(self) -> np.ndarray:
-        return np.array([1] * 256 + [0], np.int32)
-
-    def serialize(self) -> bytes:
-        return b""
+from trainit.data.tokenizers.base import SPACE, SURROGATES, Vocabulary, piece_bytes
 
 
 class SentencePieceTokenizer(Vocabulary):
@@ -134,57 +89,3 @@ class SentencePieceTokenizer(Vocabulary):
 
     def serialize(self) -> bytes:
         return self._model
-
-
-def comes_back(tokenizer: Tokenizer) -> bool:
-    """Whether an awkward text decodes to itself; a model that normalizes, say, changes it."""
-    try:
-        return tokenizer.decode(tokenizer.encode([PROBE])[0]) == PROBE
-    except ValueError:
-        return False
-
-
-def find(choice: str) -> Tokenizer:
-    """The tokenizer that --tokenizer names: one of KINDS.
-
-    Raises:
-        ValueError: it cannot be had; the message is one line and says why.
-    """
-    kind, colon, path = choice.partition(":")
-    try:
-        if choice == "bytes":
-            return ByteTokenizer()
-        if kind == "gpt2" and bool(colon) == bool(path):
-            return Gpt2Tokenizer.find(Path(path) if path else None)
-        if kind in ("sentencepiece", "tokenizers") and path:
-            return build(kind, Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"--tokenizer={choice}: {error.filename}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"--tokenizer={choice}: {error}") from None
-    raise ValueError(f"--tokenizer={choice}: there are {KINDS}")
-
-
-def build(name: str, content: bytes, end_of_text: int | None = None) -> Tokenizer:
-    """A tokenizer of the kind `name` from the content of its file."""
-    if name == ByteTokenizer.name:
-        return ByteTokenizer()
-    if name == HuggingFaceTokenizer.name:
-        return HuggingFaceTokenizer(content, end_of_text)
-    kinds = {kind.name: kind for kind in (Gpt2Tokenizer, SentencePieceTokenizer)}
-    if name not in kinds:
-        there = ", ".join(sorted({*kinds, ByteTokenizer.name, HuggingFaceTokenizer.name}))
-        raise ValueError(f"unknown kind of tokenizer {name!r}; there are {there}")
-    return kinds[name](content)
-
-
-def load(name: str, path: Path, sha256: str, end_of_text: int | None = None) -> Tokenizer:
-    """The tokenizer that a dataset was made with.
-
-    Raises:
-        ValueError: the file is not the one whose hash the dataset names, or the kind is unknown.
-    """
-    content = path.read_bytes()
-    if digest(content) != sha256:
-        raise ValueError(f"{path} has SHA-256 {digest(content)}, but the dataset was made with {sha256}")
-    return build(name, content, end_of_text)

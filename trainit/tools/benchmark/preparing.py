@@ -17,8 +17,8 @@ from pathlib import Path
 import zstandard
 
 from trainit.data import documents as readers
+from trainit.data import tokenizers
 from trainit.data.documents import Position
-from trainit.data.tokenizers import sentencepiece as tokenizers
 
 FIELDS = ("text", "meta.pile_set_name")
 SLOW_BYTES = 1 << 26  # of text for sentencepiece, which takes ten times as long

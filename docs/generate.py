@@ -83,59 +83,60 @@ def existing_rooms() -> list[str]:
     return [name for name in PLAN["rooms"] if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()]
 
 
-WIDTH, GAP, LINE, CHARACTER = 680, 24, 15, 6.2  # pixels; LINE is the height of a line, CHARACTER a width
+BOX, GUTTER, LINE, CHARACTERS = 420, 180, 15, 62  # pixels, except for the characters of a line of text
+COLORS = ("#00695c", "#ad1457", "#4527a0", "#e65100", "#1565c0", "#558b2f")
 
 
 def picture() -> str:
-    """Returns the rooms as an SVG: a row for each floor, the highest at the top."""
-    floors: dict[int, list[str]] = {}
-    for name in existing_rooms():
-        floors.setdefault(PLAN["rooms"][name]["floor"], []).append(name)
-    boxes, y = {}, 8
-    for floor in sorted(floors, reverse=True):
-        names = floors[floor]
-        width = min((WIDTH - GAP * (len(names) + 1)) / len(names), 400)
-        x = (WIDTH - len(names) * width - (len(names) - 1) * GAP) / 2
-        texts = {
-            name: textwrap.wrap(PLAN["rooms"][name]["purpose"], int((width - 20) / CHARACTER))
-            for name in names
-        }
-        height = 34 + LINE * max(len(lines) for lines in texts.values())
-        for name in names:
-            boxes[name] = (x, y, width, height, texts[name])
-            x += width + GAP
-        y += height + 36
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - 28}" width="{WIDTH}" '
-        f'height="{y - 28}" font-family="system-ui, sans-serif" role="img" '
-        f'aria-label="The rooms of the package and which imports which">',
-        f'<rect width="{WIDTH}" height="{y - 28}" fill="white"/>',
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-        'orient="auto"><path d="M0 0 8 4 0 8z" fill="#607d8b"/></marker></defs>',
-    ]
-    for upper, lower in direct(imported_rooms()):
-        if upper in boxes and lower in boxes:
-            (x1, y1, w1, h1, _), (x2, y2, w2, _, _) = boxes[upper], boxes[lower]
-            parts.append(
-                f'<path d="M{x1 + w1 / 2:.0f} {y1 + h1:.0f}L{x2 + w2 / 2:.0f} {y2:.0f}" stroke="#607d8b" '
-                f'stroke-width="1.3" marker-end="url(#tip)"/>'
-            )
-    for name, (x, y, width, height, lines) in boxes.items():
+    """Returns the rooms as an SVG: the highest floor at the top, arcs on the right to what a room imports."""
+    names = sorted(existing_rooms(), key=lambda name: -floor(name))
+    texts = {name: textwrap.wrap(PLAN["rooms"][name]["purpose"], CHARACTERS) for name in names}
+    # The top and the height of each box; floors lie farther apart than rooms of one floor.
+    tops, heights, y = {}, {}, 8
+    for before, name in zip([names[0], *names], names, strict=False):
+        y += 10 if floor(name) != floor(before) else 0
+        tops[name], heights[name] = y, 30 + LINE * len(texts[name])
+        y += heights[name] + 8
+    shapes = []
+    # At the right edge of a box, arcs arrive in its upper half and leave from its lower half, the near ones
+    # in the middle, so that few cross.
+    arcs = [arc for arc in direct(imported_rooms()) if set(arc) <= set(names)]
+    for upper, lower in sorted(arcs, key=lambda arc: names.index(arc[0])):
+        leaving = sorted((b for a, b in arcs if a == upper), key=names.index, reverse=True)
+        arriving = sorted((a for a, b in arcs if b == lower), key=names.index)
+        share = (leaving.index(lower) + 1) / (len(leaving) + 1)
+        y1 = tops[upper] + heights[upper] * (1 - share / 2)
+        y2 = tops[lower] + heights[lower] * (arriving.index(upper) + 1) / (len(arriving) + 1) / 2
+        bend = BOX + 24 + (GUTTER * 1.3 - 40) * (names.index(lower) - names.index(upper)) / len(names)
+        color = COLORS[names.index(upper) % len(COLORS)]
+        shapes.append(
+            f'<path d="M{BOX} {y1:.0f}C{bend:.0f} {y1:.0f} {bend:.0f} {y2:.0f} {BOX + 7} {y2:.0f}" '
+            f'fill="none" stroke="{color}" stroke-width="1.4"/>'
+            f'<path d="M{BOX} {y2:.0f}l8 -4v8z" fill="{color}"/>'
+        )
+    for name in names:
         label = f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
-        parts.append(
-            f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{height:.0f}" rx="6" '
-            f'fill="#e0f2f1" stroke="#00897b"/>'
+        shapes.append(
+            f'<rect x="1" y="{tops[name]}" width="{BOX - 1}" height="{heights[name]}" rx="5" '
+            f'fill="#e0f2f1" stroke="{COLORS[names.index(name) % len(COLORS)]}"/>'
+            f'<text x="12" y="{tops[name] + 19}" font-size="15" font-weight="600">{label}</text>'
         )
-        parts.append(
-            f'<text x="{x + 10:.0f}" y="{y + 20:.0f}" font-size="15" font-weight="600" '
-            f'fill="#004d40">{html.escape(label)}</text>'
-        )
-        for i, line in enumerate(lines):
-            parts.append(
-                f'<text x="{x + 10:.0f}" y="{y + 37 + LINE * i:.0f}" font-size="12" '
-                f'fill="#263238">{html.escape(line)}</text>'
+        for i, line in enumerate(texts[name]):
+            shapes.append(
+                f'<text x="12" y="{tops[name] + 36 + LINE * i}" font-size="12.5">{html.escape(line)}</text>'
             )
-    return "\n".join([*parts, "</svg>", ""])
+    width, height = BOX + GUTTER, y + 4
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" font-family="system-ui, sans-serif" fill="#263238" role="img" '
+            f'aria-label="The rooms of the package by floor, and which imports which">',
+            f'<rect width="{width}" height="{height}" fill="white"/>',
+            *shapes,
+            "</svg>",
+            "",
+        ]
+    )
 
 
 def rooms() -> str:
@@ -281,6 +282,28 @@ def optimizer_sections(names: Iterable[str]) -> str:
     return "\n\n".join(describe_optimizer(name, optimizer_file(name), choices[name]()) for name in names)
 
 
+def overview() -> str:
+    """All optimizers and wrappers with the first sentence about each."""
+    from trainit import optimizers
+
+    wrappers = [
+        path for path in sorted((PACKAGE / "optimizers/wrappers").glob("*.py")) if path.stem[0] != "_"
+    ]
+    files = [(name, optimizer_file(name)) for name in sorted(optimizers.choices())]
+    files += [(f"{path.stem}+NAME", path) for path in wrappers]
+    return table(
+        ("`optimizer=`", "Rule"),
+        (
+            (f"[`{name}`](#{name.lower().replace('+', '')})", first_paragraph(docstring(path)))
+            for name, path in files
+        ),
+    )
+
+
+def first_paragraph(text: str) -> str:
+    return " ".join(text.partition("\n\n")[0].split())
+
+
 def optimizer_file(name: str) -> Path:
     """Returns the file that has an optimizer: its own, or that of the family which it belongs to."""
     own = PACKAGE / "optimizers" / f"{name}.py"
@@ -394,6 +417,7 @@ PARTS = {
     "caps": caps,
     "groups": groups,
     "fields": fields,
+    "overview": overview,
     "optimizers": optimizer_list,
     "wrappers": wrapper_list,
     "learners": learners,

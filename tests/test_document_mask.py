@@ -8,7 +8,8 @@ import pytest
 from test_model import MODERN, SMALL, by_path, model_config, random_parameters, random_tokens
 
 from trainit.config import ConfigError
-from trainit.model.gpt import GPT, find_documents
+from trainit.model.gpt import GPT
+from trainit.model.layers import find_documents
 from trainit.parallel.mesh import choose_attention
 
 END = 7

@@ -14,8 +14,10 @@ from test_parallel import MESHES, parallel
 
 from trainit import config as config_lib
 from trainit.model.gpt import GPT
-from trainit.parallel import float8 as factors
+from trainit.model.precision import PartPrecision, part_precisions
+from trainit.parallel import float8
 from trainit.parallel.layout import batch_sharding
+from trainit.parallel.matmul import column_parallel, row_parallel
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
@@ -40,8 +42,8 @@ def draw(shape, seed: int, dtype, scale: float) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def both(p, x, up, down, d_up, d_down):
     """Both products of an MLP by themselves, and their gradients."""
-    (h,), back = jax.vjp(lambda x, k: p.widen(x, (k, None), float8=True), x, up)
-    y, back_down = jax.vjp(lambda h, k: p.narrow(h, k, None, float8=True), d_up, down)
+    (h,), back = jax.vjp(lambda x, k: column_parallel(p, x, (k, None), float8=True), x, up)
+    y, back_down = jax.vjp(lambda h, k: row_parallel(p, h, k, None, float8=True), d_up, down)
     return h, *back((d_up,)), y, *back_down(d_down)
 
 
@@ -56,7 +58,9 @@ def test_float8_is_exact_for_what_its_types_can_tell(sizes):
     x, up = draw((B, L, D), 1, FORWARD, 2.0**-30), draw((D, F), 2, FORWARD, 2.0**3)
     d_up = draw((B, L, F), 3, BACKWARD, 2.0**20)
     p = parallel(sizes)
-    (h,), back = jax.vjp(lambda x, k: p.widen(x, (k, None), float8=True), jnp.float32(x), jnp.float32(up))
+    (h,), back = jax.vjp(
+        lambda x, k: column_parallel(p, x, (k, None), float8=True), jnp.float32(x), jnp.float32(up)
+    )
     dx, d_kernel = back((jnp.float32(d_up),))
     for found, expected in ((h, x @ up), (dx, d_up @ up.T)):  # each position by itself
         assert (np.abs(found - expected).max(2) <= 1e-5 * np.abs(expected).max(2)).all()
@@ -83,15 +87,15 @@ def test_float8_is_near_the_product_and_the_same_on_any_mesh():
 
 def test_float8_of_nothing_and_of_what_is_not_finite():
     """Zeros stay zeros; what is infinite is seen by whoever looks for it."""
-    for dtype in (factors.FORWARD, factors.BACKWARD):
-        values, scale = factors.factor(jnp.zeros((2, 3)), dtype)
+    for dtype in (float8.FORWARD, float8.BACKWARD):
+        values, scale = float8.factor(jnp.zeros((2, 3)), dtype)
         assert (values.astype(jnp.float32) == 0).all() and scale == 1
         for bad in (jnp.inf, -jnp.inf, jnp.nan):
             a, b = (
-                factors.factor(jnp.ones((2, 3)).at[0, 1].set(bad), dtype),
-                factors.factor(jnp.ones((3, 2)), dtype),
+                float8.factor(jnp.ones((2, 3)).at[0, 1].set(bad), dtype),
+                float8.factor(jnp.ones((3, 2)), dtype),
             )
-            assert not jnp.isfinite(factors.dot(a, b, ((1,), (0,)), jnp.float32)).all()
+            assert not jnp.isfinite(float8.dot(a, b, ((1,), (0,)), jnp.float32)).all()
 
 
 def device(kind: str, platform: str, capability: str = "") -> SimpleNamespace:
@@ -102,15 +106,15 @@ def test_float8_is_refused_where_there_is_none():
     asked = {"attention": "float8", "mlp": "float8", "head": ""}
     bfloat16 = jnp.dtype("bfloat16")
     for there in (device("NVIDIA H100 80GB HBM3", "gpu", "9.0"), device("cpu", "cpu")):
-        parts = factors.parts(asked, "bfloat16", there)
-        assert parts["mlp"] == factors.Part(bfloat16, True)
-        assert parts["head"] == factors.Part(bfloat16, False)
+        parts = part_precisions(asked, "bfloat16", there)
+        assert parts["mlp"] == PartPrecision(bfloat16, True)
+        assert parts["head"] == PartPrecision(bfloat16, False)
     for there in (device("NVIDIA A100-SXM4-40GB", "gpu", "8.0"), device("TPU v4", "tpu")):
         message = f"precision_of.attention=float8 and precision_of.mlp=float8: .* not {there.device_kind}"
         with pytest.raises(ValueError, match=message) as raised:
-            factors.parts(asked, "bfloat16", there)
+            part_precisions(asked, "bfloat16", there)
         assert "\n" not in str(raised.value)
-        factors.parts(dict.fromkeys(asked, ""), "bfloat16", there)
+        part_precisions(dict.fromkeys(asked, ""), "bfloat16", there)
 
 
 def products(jaxpr) -> Counter:
@@ -141,7 +145,7 @@ def test_each_part_multiplies_in_its_own_precision(own, in_float8, in_float32):
     config = tiny.get_config()
     config.model.update(attn_dropout=0.0, activation="swiglu", attention="plain")
     own = dict.fromkeys(("attention", "mlp", "head"), "") | own
-    parts = factors.parts(own, "bfloat16", device("", "cpu"))
+    parts = part_precisions(own, "bfloat16", device("", "cpu"))
     model = GPT(config_lib.resolve(config, 257).model, "bfloat16", parts=parts)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     tokens_BL = jnp.zeros((2, 16), jnp.int32)

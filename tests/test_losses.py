@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding
 
 from trainit.config import MESH_AXES
 from trainit.model.cross_entropy import CrossEntropy
-from trainit.model.gpt import Head
+from trainit.model.layers import Head
+from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import partition_spec
-from trainit.parallel.matmul import Parallel
 from trainit.parallel.mesh import chunk_size, make_mesh
 
 B, L, V = 3, 7, 19

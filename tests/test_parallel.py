@@ -1,12 +1,16 @@
 """Products and embedding on a mesh, with their gradients, against NumPy in float64 on whole arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from trainit.config import MESH_AXES
-from trainit.parallel.matmul import ONE_DEVICE, Parallel
+from trainit.parallel.collectives import ONE_DEVICE, Parallel
+from trainit.parallel.embedding import vocab_parallel_embedding
+from trainit.parallel.matmul import column_parallel, row_parallel
 from trainit.parallel.mesh import describe_devices, make_mesh
 
 B, L, D, F, V = 8, 16, 24, 32, 40
@@ -68,7 +72,7 @@ def test_widen(sizes, dtype):
 
     @jax.jit
     def run(x, weights, dys):
-        outputs, back = jax.vjp(lambda x, weights: parallel(sizes).widen(x, *weights), x, weights)
+        outputs, back = jax.vjp(lambda x, weights: column_parallel(parallel(sizes), x, *weights), x, weights)
         return outputs, back(dys)
 
     weights = ((k1, bias), (k2, None))
@@ -93,7 +97,7 @@ def test_narrow(sizes, dtype):
 
     @jax.jit
     def run(x, kernel, bias, dy):
-        y, back = jax.vjp(parallel(sizes).narrow, x, kernel, bias)
+        y, back = jax.vjp(functools.partial(row_parallel, parallel(sizes)), x, kernel, bias)
         return y, back(dy)
 
     y, (dx, d_kernel, d_bias) = run(x, kernel, bias, dy)
@@ -119,7 +123,7 @@ def test_look_up(sizes, dtype, positions):
     @jax.jit
     def run(table, positional, dx):
         def look_up(table, positional):
-            return parallel(sizes).look_up(dtype, tokens, table, positional, position)
+            return vocab_parallel_embedding(parallel(sizes), dtype, tokens, table, positional, position)
 
         x, back = jax.vjp(look_up, table, positional)
         return x, back(dx)

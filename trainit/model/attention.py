@@ -6,17 +6,41 @@ g; queries are in n blocks, each X of the R heads that share keys; S counts the 
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "product"  # the name of what remat may keep: results of matrix products, attention's among them
+from trainit.parallel.collectives import Parallel
+from trainit.parallel.matmul import PRODUCT
+
 BLOCK = 128  # queries of a block; matrix units like it
 STAGES = 8  # parts of a row: the queries of one see as many keys, and its blocks are one program
 SCORES_MIB = 1.0  # in memory at once: they stay in a core's cache; with 8 all takes a third longer
 SCORES_MIB_OF_GPUS = 256.0
+
+
+def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
+    """The attention kernel of this name; each device computes its own rows and heads.
+
+    Args:
+        name: "plain", "blockwise" or "cudnn": the functions below.
+        platform: JAX's name for the devices' kind.
+        parallel: the mesh.
+    """
+    kernel = {"plain": plain, "blockwise": blockwise, "cudnn": cudnn}[name]
+    if name == "blockwise" and platform != "cpu":  # GPUs need larger blocks to be busy
+        kernel = functools.partial(kernel, scores_mib=SCORES_MIB_OF_GPUS)
+    queries = parallel.spec("batch", "length", "heads", None)
+    keys = parallel.spec("batch", "length", "kv_heads", None)
+    inputs = (queries, keys, keys, parallel.spec("batch", "length"), parallel.spec("batch", "kv_heads"))
+
+    def attend(*arrays, rate: float) -> jax.Array:
+        return parallel.shard_map_if_needed(functools.partial(kernel, rate=rate), inputs, queries)(*arrays)
+
+    return attend
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: jax.Array | int) -> jax.Array:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from trainit.model.gpt import Head
-from trainit.parallel.matmul import Parallel, gather, scatter_sum
+from trainit.model.layers import Head
+from trainit.parallel.collectives import Parallel, gather, scatter_sum, sum_over
 from trainit.parallel.mesh import chunk_size
 
 
@@ -83,12 +83,16 @@ class CrossEntropy:
             zeros = self.parallel.varying(zeros, "batch", "length", "vocab")
             step = functools.partial(self._add_gradient, head, scale)
             d_head, (tokens, dx_nRD) = jax.lax.scan(step, zeros, chunks)
-            d_bias = self.parallel.sum(d_head.bias_V, self._axes("batch", "length"))
+            d_bias = sum_over(d_head.bias_V, self._axes("batch", "length"))
             d_head = d_head.replace(self.parallel.sum_gradient(d_head.kernel_DV, 0), d_bias)
-            dx_BLD = scatter_sum(join(dx_nRD), self.parallel.tensor, 1)
+            dx_BLD = scatter_sum(join(dx_nRD), self.parallel.sequence_axes, 1)
             return join(tokens), d_head, dx_BLD
 
-        outputs = (self._spec("batch", "length"), self._split(head), self.parallel.residual)
+        outputs = (
+            self._spec("batch", "length"),
+            self._split(head),
+            self._spec("batch", "residual_length", None),
+        )
         return self._on_devices(local, outputs, head, x_BLD, scale, targets_BL, mask_BL)
 
     def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array) -> tuple[jax.Array, dict]:
@@ -121,12 +125,12 @@ class CrossEntropy:
         def local(head, x_BLD, scale, *arrays_BL):
             kernel_DV = head.kernel_DV.astype(x_BLD.dtype)  # before it travels, and once for all chunks
             kernel_DV = gather(kernel_DV, self._axes("embed"), 0)
-            x_BLD = gather(x_BLD, self.parallel.tensor, 1)
+            x_BLD = gather(x_BLD, self.parallel.sequence_axes, 1)
             return function(head.replace(kernel_DV, head.bias_V), x_BLD, scale, *arrays_BL)
 
-        inputs = [self._split(head), self.parallel.residual, PartitionSpec()]
+        inputs = [self._split(head), self._spec("batch", "residual_length", None), PartitionSpec()]
         inputs += [self._spec("batch", "length")] * len(arrays_BL)
-        return self.parallel.mapped(local, tuple(inputs), outputs)(head, x_BLD, scale, *arrays_BL)
+        return self.parallel.shard_map(local, tuple(inputs), outputs)(head, x_BLD, scale, *arrays_BL)
 
     def _chunks(self, head: Head, *arrays) -> tuple[tuple, Callable]:
         """Arrays (B, L, ...) as chunks (n, R, ...), filled up with zeros, and the way back for any tree."""

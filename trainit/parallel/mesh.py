@@ -100,11 +100,12 @@ def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
     positions = share // _micro_steps(share, config.device_batch_size) * config.model.context_length
     vocabulary = config.model.vocab_size // mesh.shape["tensor"]
     float8 = "float8" in config.precision_of.values()
+    attention_type = compute_type(config.precision_of["attention"], config.precision)
     return RunShape(
         mesh=mesh,
         batch_sizes=batch_sizes(config),
         device_batch_size=config.device_batch_size,
-        attention=choose_attention(config.model, platform, compute_type(config, "attention")),
+        attention=choose_attention(config.model, platform, attention_type),
         logits_chunk=chunk_size(positions, vocabulary, config.logits_mib),
         sums_once=mesh.shape["data"] > 1 and not wants_squares(config) and not float8,
     )
@@ -120,15 +121,9 @@ def wants_squares(config: Config) -> bool:
     return config.diagnostics.every_steps > 0 and config.diagnostics.noise_scale
 
 
-def compute_type(config: Config, part: str) -> str:
-    """The type of a part's activations: "float32", "bfloat16" or "float16".
-
-    Args:
-        config: resolved.
-        part: "attention", "mlp" or "head".
-    """
-    own = config.precision_of[part]
-    return config.precision if own in ("", "float8") else own
+def compute_type(own: str, precision: str) -> str:
+    """The type of a part's activations, from the part's own precision and the model's."""
+    return precision if own in ("", "float8") else own
 
 
 def choose_attention(config: Config, platform: str, precision: str) -> str:

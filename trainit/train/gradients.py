@@ -11,7 +11,7 @@ from trainit import config as config_lib
 from trainit.config import Config
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import GPT
-from trainit.parallel.matmul import Parallel
+from trainit.parallel.collectives import Parallel
 from trainit.parallel.mesh import RunShape, wants_squares
 from trainit.parallel.trees import inner_product
 from trainit.train.state import named_key
@@ -50,7 +50,7 @@ class LossAndGradient:
             layout: the shardings of the parameters, which the gradient gets too.
         """
         self._config, self._shape, self._model_for, self._layout = config, shape, model_for, layout
-        self._global, self._replica = Parallel(shape.mesh), Parallel(shape.mesh, apart=True)
+        self._global, self._replica = Parallel(shape.mesh), Parallel(shape.mesh, accumulate_locally=True)
         self._uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
         names = ("loss", "correct", "count", "z_loss") if config.z_loss else ("loss", "correct", "count")
         self._no_sums = dict.fromkeys(names, jnp.float32(0))
@@ -82,7 +82,7 @@ class LossAndGradient:
         arguments = batch, params, step, sampling_key, scale, count
         if self._shape.accumulates_locally(lengths.shape[0]):
             replica = functools.partial(self._accumulate, self._replica)
-            return self._replica.of_replicas(replica, *arguments)
+            return self._replica.sum_over_replicas(replica, *arguments)
         return self._accumulate(self._global, *arguments)
 
     def loss_sums(self, params: dict, batch: dict, step: jax.Array) -> dict:
@@ -100,7 +100,7 @@ class LossAndGradient:
         with_square = wants_squares(self._config)
 
         def lay_out(grads):
-            return jax.tree.map(lambda g, s: parallel.lay_out(g, s.spec), grads, self._layout)
+            return jax.tree.map(lambda g, s: parallel.constrain_to(g, s.spec), grads, self._layout)
 
         def micro_step(index, micro_batch):
             def share_of_loss(params):

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from trainit import optimizers
-from trainit.config import Config, ConfigError
-from trainit.model import attention as kernels
-from trainit.model import cross_entropy as losses
+from trainit.config import Config
+from trainit.model import attention
+from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import GPT
+from trainit.model.precision import part_precisions
 from trainit.optimizers.common import schedules
-from trainit.parallel import float8
+from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import replicated_sharding
-from trainit.parallel.matmul import Parallel
 from trainit.parallel.mesh import RunShape
 from trainit.train import diagnostics, loss_scale
 from trainit.train.compiled import CompiledFunction
@@ -48,16 +48,13 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     """
     # The model and its loss. They are built once for each way to compute on the mesh.
     mesh, device = shape.mesh, shape.mesh.devices.flat[0]
-    try:
-        parts = float8.parts(config.precision_of, config.precision, device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    parts = part_precisions(config.precision_of, config.precision, device)
 
     @functools.cache
-    def model_for(parallel: Parallel) -> tuple[GPT, losses.CrossEntropy]:
-        attend = _attention(shape.attention, device.platform, parallel)
+    def model_for(parallel: Parallel) -> tuple[GPT, CrossEntropy]:
+        attend = attention.kernel_on(shape.attention, device.platform, parallel)
         model = GPT(config.model, config.precision, attend, parallel, parts)
-        return model, losses.CrossEntropy(parallel, config.logits_mib, config.z_loss)
+        return model, CrossEntropy(parallel, config.logits_mib, config.z_loss)
 
     # The optimizer, which may want to know the parameters' shapes, and the state of the run.
     model, cross_entropy = model_for(Parallel(mesh))
@@ -88,21 +85,6 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
         train=compiled("train", train_step, (layout, replicated), donate_argnums=0),
         evaluate=compiled("evaluate", eval_step, replicated, static_argnums=(3,)),
     )
-
-
-def _attention(name: str, platform: str, parallel: Parallel) -> Callable:
-    """The attention kernel of this name; each device computes its own rows and heads."""
-    kernel = {"plain": kernels.plain, "blockwise": kernels.blockwise, "cudnn": kernels.cudnn}[name]
-    if name == "blockwise" and platform != "cpu":  # GPUs need larger blocks to be busy
-        kernel = functools.partial(kernel, scores_mib=kernels.SCORES_MIB_OF_GPUS)
-    queries = parallel.spec("batch", "length", "heads", None)
-    keys = parallel.spec("batch", "length", "kv_heads", None)
-    inputs = (queries, keys, keys, parallel.spec("batch", "length"), parallel.spec("batch", "kv_heads"))
-
-    def attend(*arrays, rate: float) -> jax.Array:
-        return parallel.on_devices(functools.partial(kernel, rate=rate), inputs, queries)(*arrays)
-
-    return attend
 
 
 class TrainStep:
@@ -254,7 +236,7 @@ def _norm_apart(updates: dict, update: Callable[[], tuple], finite: jax.Array) -
 
 
 def _eval_step(
-    model: GPT, cross_entropy: losses.CrossEntropy, params: dict, batch: dict, token_bytes_V, subsets: int
+    model: GPT, cross_entropy: CrossEntropy, params: dict, batch: dict, token_bytes_V, subsets: int
 ) -> dict:
     """Sums over one batch of a single micro-step: "loss", "correct", "count" and "bytes" of the targets.
 

@@ -22,9 +22,9 @@ from trainit.cluster import rendezvous
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config, ConfigError
 from trainit.model import cross_entropy
-from trainit.model.gpt import Head
+from trainit.model.layers import Head
+from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import batch_sharding
-from trainit.parallel.matmul import Parallel
 from trainit.parallel.mesh import make_mesh
 from trainit.tools.benchmark.step import build
 from trainit.train import metrics

@@ -52,6 +52,10 @@ def exact(q, k, v, g, document):
     return y, dq, dk, dv
 
 
+@pytest.mark.evidence(
+    "attention in blocks and plain against float64, forward and gradient, with documents, shared key "
+    "heads and dropout"
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "documents"])
 @pytest.mark.parametrize("L", LENGTHS.values(), ids=LENGTHS)
@@ -79,6 +83,7 @@ def compiled(kernel, L):
     return jax.jit(gradient).lower(*qkv).compile()
 
 
+@pytest.mark.evidence("blockwise attention's memory is linear in the length, from compiled programs")
 def test_blockwise_is_linear_in_memory_and_spares_products():
     sizes = {
         kernel: [compiled(kernel, L).memory_analysis().temp_size_in_bytes for L in (1024, 4096)]

@@ -70,6 +70,7 @@ def test_a_save_is_of_the_state_as_it_was_when_training_goes_on(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.evidence("a checkpoint is restored bit for bit onto any mesh")
 @pytest.mark.parametrize("sizes", [EIGHT, {**EIGHT, "data": 1}, {**EIGHT, "data": 1, "fsdp": 8, "tensor": 1}])
 def test_restores_bit_exact_onto_any_mesh(saved, sizes):
     folder, state = saved
@@ -145,6 +146,9 @@ def small_disk(tmp_path):
     ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(folder), 2)
 
 
+@pytest.mark.evidence(
+    "a disk that fills up during a save: non-zero exit, and the checkpoint before is complete"
+)
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, random_dataset, tmp_path):
     """The disk fills up while the second checkpoint is written; the run goes on once there is room."""
     command = [

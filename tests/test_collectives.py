@@ -12,6 +12,10 @@ from trainit.parallel.mesh import make_mesh
 from trainit.tools.plan import hlo
 from trainit.tools.plan.hlo import Collective
 
+pytestmark = pytest.mark.evidence(
+    "exchanged bytes are read from compiled programs, against small programs whose exchanges are known"
+)
+
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 F = jnp.float32
 

@@ -105,6 +105,7 @@ def test_the_same_run_twice_is_two(tmp_path):
     assert [m.name for m in runs.group(runs.find([tmp_path]))] == [str(tmp_path / name) for name in "ab"]
 
 
+@pytest.mark.evidence("intervals of a comparison against SciPy")
 def test_interval_of_a_mean():
     values = np.random.default_rng(0).normal(3, 0.1, 5)
     result = statistics.mean(list(values))
@@ -113,6 +114,7 @@ def test_interval_of_a_mean():
     assert math.isnan(statistics.mean([3.0]).low)
 
 
+@pytest.mark.evidence("differences by seed against SciPy's tests")
 @pytest.mark.parametrize("seeds", [(1, 2, 3, 4), (5, 6, 7)])
 def test_difference_is_paired_by_seed_or_after_welch(seeds):
     draw = np.random.default_rng(1)
@@ -126,6 +128,7 @@ def test_difference_is_paired_by_seed_or_after_welch(seeds):
     np.testing.assert_allclose(result.value, np.mean(x) - np.mean(y))
 
 
+@pytest.mark.evidence("speed-ups of a comparison against SciPy's tests")
 def test_speed_up_is_a_ratio_of_geometric_means():
     base, fast = {1: 100.0, 2: 110.0, 3: 120.0}, {1: 52.0, 2: 54.0, 3: 60.0}
     result = statistics.speed_up(base, fast)

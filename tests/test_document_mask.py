@@ -42,6 +42,9 @@ def test_documents_are_found():
     assert documents.position_BL.tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]]
 
 
+@pytest.mark.evidence(
+    "the document mask: rows of several documents equal separate passes, forward and gradient"
+)
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_masked_rows_equal_separate_passes(changes):
     masked = GPT(model_config(**changes, document_mask=True, end_of_text=END))

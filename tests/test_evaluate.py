@@ -15,6 +15,7 @@ from trainit.train import step
 from trainit.train.evaluate import evaluate
 
 
+@pytest.mark.evidence("validation by subset against a float64 computation from the logits")
 @pytest.mark.parametrize("sequences", [0, 13])
 def test_metrics_of_each_subset(sequences, subset_dataset):
     dataset = open_dataset(subset_dataset)

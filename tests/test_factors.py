@@ -68,6 +68,7 @@ def test_float8_is_exact_for_what_its_types_can_tell(sizes):
     assert np.abs(d_kernel - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.evidence("products in float8 against NumPy, the same on five meshes")
 def test_float8_is_near_the_product_and_the_same_on_any_mesh():
     """Scales are of whole arrays: devices that took their own would round otherwise."""
     rng = np.random.default_rng(0)
@@ -129,6 +130,7 @@ def products(jaxpr) -> Counter:
     return found
 
 
+@pytest.mark.evidence("the types of all products, by part of the model")
 @pytest.mark.parametrize(
     "own, in_float8, in_float32",
     [

@@ -60,6 +60,9 @@ def with_scale(state, scale, good_steps=0):
     return replace(state, loss_scale=jax.device_put(values, layout))
 
 
+@pytest.mark.evidence(
+    "float16 against float32, through accumulation on 8 devices and with gradients of the optimizer's own"
+)
 @pytest.mark.parametrize(
     "arg, changes",
     [
@@ -98,6 +101,7 @@ def test_the_gradient_does_not_depend_on_the_scale():
     assert abs(norm(2.0**-8) / norm(2.0**12) - 1) > 1e-5
 
 
+@pytest.mark.evidence("a loss scale that is too large is found without ending the run")
 def test_a_scale_that_is_too_large_is_found_without_ending_the_run():
     """Halved in each step that overflows, which changes nothing else and is no step on the way to the end."""
     steps, data = build(), batches(30)

@@ -186,6 +186,7 @@ def mesh_name(sizes) -> str:
     return " ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one"
 
 
+@pytest.mark.evidence("the loss in chunks against float64, on five meshes, with its gradients")
 @pytest.mark.parametrize("name, sizes", CASES, ids=lambda v: v if isinstance(v, str) else mesh_name(v))
 def test_chunks_on_a_mesh_equal_numpy(name, sizes):
     """Sums and gradients by head and states, the factor before them 3."""
@@ -283,6 +284,7 @@ def compiled(function, mesh, vocab):
     return jax.jit(jax.grad(function, argnums=(0, 1), has_aux=True)).lower(*abstract(mesh, vocab)).compile()
 
 
+@pytest.mark.evidence("the loss's memory does not grow with the vocabulary, from compiled programs")
 def test_memory_does_not_grow_with_the_vocabulary():
     """Temporaries of loss and gradient at V and 2 V, beside a kernel's size, against optax on all logits."""
     mesh, vocab, kernel = one_mesh(), 4096, 4 * 64 * 4096
@@ -309,6 +311,7 @@ def test_logits_are_computed_once():
         assert str(jax.make_jaxpr(function)(*arguments)).count("dot_general[") == products
 
 
+@pytest.mark.evidence("the loss exchanges the head's kernel once, from compiled programs")
 def test_the_kernel_travels_once():
     """On data 2, fsdp 2, tensor 2, in chunks: the loop exchanges a few numbers a position, and no more."""
     mesh = one_mesh(data=2, fsdp=2, tensor=2)

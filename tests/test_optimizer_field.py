@@ -37,6 +37,8 @@ from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 from trainit.train.state import named_key
 
+pytestmark = pytest.mark.evidence("optimizers and wrappers against the formulas of their papers, in float64")
+
 ADAM = {"beta1": 0.8, "beta2": 0.97, "eps": 1e-3}
 
 
@@ -218,6 +220,7 @@ def test_mechanic_is_optax_around_the_other():
             np.testing.assert_allclose(value, want[path], rtol=1e-3, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.evidence("gradients at other points are the batch's own, through accumulation on 8 devices")
 @pytest.mark.parametrize("name", ["sam+sgdm", "sophia", "mars"])
 def test_gradients_elsewhere_are_the_batch_s_own(name, random_dataset):
     """Through the train step: two micro-steps on eight devices, against plain gradients of all rows."""

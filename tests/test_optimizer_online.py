@@ -24,6 +24,10 @@ from trainit.config import choose, defaults, resolve
 from trainit.optimizers import choices
 from trainit.optimizers.common import online
 
+pytestmark = pytest.mark.evidence(
+    "online learners against their formulas, among them minima that are found numerically"
+)
+
 PLAIN = {"random_scaling": "none"}
 
 

@@ -169,6 +169,7 @@ class Reads:
         return [(field, self[field]) for field in self._config]
 
 
+@pytest.mark.evidence("every optimizer: each of its fields is read")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_field_is_read(name):
     """When the optimizer is made, or when its functions are traced."""
@@ -273,6 +274,9 @@ def test_the_loss_falls(name, value_and_grad):
     assert losses[-1] < losses[0] - 0.02, losses
 
 
+@pytest.mark.evidence(
+    "every optimizer: eight devices make the updates of one, and each holds its share of the state"
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, tmp_path):
     """Also: what is saved and restored goes on bit for bit."""
@@ -304,6 +308,7 @@ def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, t
     )
 
 
+@pytest.mark.evidence("every optimizer: stacked layers are updated as separate ones would be")
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in WHOLE_TREE])
 def test_stacked_layers_are_separate_layers(name):
     """Each of two stacked layers is updated as it would be alone."""

@@ -13,6 +13,11 @@ from trainit.parallel.embedding import vocab_parallel_embedding
 from trainit.parallel.matmul import column_parallel, row_parallel
 from trainit.parallel.mesh import describe_devices, make_mesh
 
+pytestmark = pytest.mark.evidence(
+    "products and embedding on five meshes against float64, with their gradients, which nothing rounds "
+    "to bfloat16"
+)
+
 B, L, D, F, V = 8, 16, 24, 32, 40
 MESHES = ({}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 8})
 SPLIT = pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: " ".join(map(str, sizes.items())) or "one")

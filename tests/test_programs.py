@@ -37,6 +37,7 @@ def scale():
     return program
 
 
+@pytest.mark.evidence("each shape and type is compiled once")
 def test_each_shape_and_type_is_compiled_once(scale, told):
     for _ in range(2):
         for x in (np.ones(3, np.float32), np.ones(4, np.float32), np.ones(3, np.int32)):
@@ -111,6 +112,7 @@ def test_static_arguments(told):
     assert len(told) == 2
 
 
+@pytest.mark.evidence("the log is right about programs that come from the cache")
 def test_hits_and_misses_of_the_cache(told, keep_compiled, tmp_path):
     """The same program again, as another start would have it: JAX forgets all but the folder."""
     x = np.ones(7, np.float32)

@@ -68,3 +68,13 @@ def test_exit_codes_are_those_of_the_code():
     assert "all steps are done" in rows[str(loop.DONE)]
     assert "everything is saved" in rows[str(loop.STOPPED)]
     assert "usage" in rows[str(cli.USAGE_ERROR)]
+
+
+def test_pages_name_files_that_exist():
+    names = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    for page in pages():
+        text = (ROOT / page).read_text()
+        for test in re.findall(r"`(?:tests/[\w/]*)?(test_\w+\.py)", text):
+            assert test in names, (page, test)
+        for path in re.findall(r"`((?:trainit|configs|launch|docs|tests|\.ci)/[\w./]*\w)`", text):
+            assert (ROOT / path).exists(), (page, path)

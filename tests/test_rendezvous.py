@@ -12,6 +12,10 @@ from processes import free_port
 from trainit.cluster import rendezvous
 from trainit.cluster.rendezvous import MeetingError, Stopped, meet
 
+pytestmark = pytest.mark.evidence(
+    "processes that are missing, come twice or differ are named to all that came"
+)
+
 ABOUT = {"a config of hash": "1234", "workdir": "/runs/x"}
 
 

@@ -63,6 +63,7 @@ IN_ONE = joined(128, 64, 128)
 IN_MANY = joined(128, 128, 1024)
 
 
+@pytest.mark.evidence("XLA flags by kind and number of GPUs and hosts")
 @pytest.mark.parametrize(
     ("here", "expected"),
     [
@@ -100,6 +101,7 @@ def test_a_setting_has_one_value_anywhere_and_a_source():
     assert all(used)
 
 
+@pytest.mark.evidence("XLA flags that the user has set win")
 def test_what_the_user_has_set_wins(tmp_path):
     """Flags, variables, older names of variables, and a file of flags; and all of ours can be left out."""
     here = JobDevices(H100, 16, 2)
@@ -194,6 +196,7 @@ def test_names_of_visible_gpus(tmp_path):
     assert visible_gpus(chosen, Place("test", local_device_ids=(1,))) == ["GPU-0"]
 
 
+@pytest.mark.evidence("the installed jaxlib knows all XLA flags that are set")
 def test_the_installed_jaxlib_knows_all_flags():
     """A flag that it does not know ends a process at once."""
     rows = " ".join(f"{row.name}={row.value}" for row in SETTINGS if row.name.startswith("--"))

@@ -165,6 +165,7 @@ def test_stages_follow_each_other_and_tokenizers_agree(subset_dataset, random_da
         mixture.with_parts(open_dataset(subset_dataset), f"{other} 1", tmp_path)
 
 
+@pytest.mark.evidence("a run on a mixture whose weights change, stopped and resumed: the same losses")
 def test_a_run_on_a_mixture_with_a_document_mask(subset_dataset, tmp_path):
     """Stopped half-way and resumed, in blocks, with validation by subset: as one that was not stopped."""
     arguments = (

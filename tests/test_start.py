@@ -30,6 +30,7 @@ def clock(monkeypatch):
     return now
 
 
+@pytest.mark.evidence("the parts of a start add up to the time since the launch")
 def test_parts_add_up_to_the_total(clock):
     """Parts of one name are one; time between parts is `other`; an error in a part does not lose it."""
     begun = startup_timer.StartupTimer()

@@ -76,6 +76,7 @@ def known(losses):
     return lambda job: losses.get(dict(job.changes)[RATE])
 
 
+@pytest.mark.evidence("a sweep looks for rates beyond its grid, and judges them by other seeds")
 def test_best_rate_is_looked_for_beyond_the_grid_and_judged_by_other_seeds(tmp_path):
     asked = {"grid": {RATE: [0.01, 0.02]}, "tuning_seeds": [0], "seeds": [1, 2], "extend": True}
     sweep = sweep_file(tmp_path, **asked)
@@ -170,6 +171,7 @@ def segments(tmp_path, loss_of, **asked):
     return sweep, started, run
 
 
+@pytest.mark.evidence("a schedule is found piece by piece")
 def test_greedy_search_goes_on_from_the_best_of_each_segment(tmp_path):
     best = {10: 0.1, 20: 0.2, 30: 0.05}
     sweep, started, run = segments(
@@ -245,6 +247,7 @@ def real(tmp_path, random_dataset):
     return tmp_path
 
 
+@pytest.mark.evidence("a sweep that was stopped continues where it was")
 def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     """Stopped at its first run, and gone on with; what broke is named, and it exits with 1."""
     arguments = (f"{real}/sweep.py", f"--output={real}/out")

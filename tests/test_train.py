@@ -69,6 +69,10 @@ def test_undisturbed_run(undisturbed):
     } <= set(undisturbed[5])
 
 
+@pytest.mark.evidence(
+    "ten `kill -9` at random moments, in the middle of steps and of saves: each step once, losses "
+    "bit-identical"
+)
 def test_ten_kills_change_nothing(command, undisturbed, tmp_path):
     """kill -9 mid-step and mid-save; the joined metrics have each step once, bit-identical."""
     seed = int(os.environ.get("KILLS_SEED", random.randrange(2**32)))
@@ -106,6 +110,9 @@ def _inode(workdir) -> int | None:
     return path.stat().st_ino if path.exists() else None
 
 
+@pytest.mark.evidence(
+    "stopped on 8 devices, resumed on 4, then on 1: the same batches, losses within rounding"
+)
 def test_other_sizes_go_on_with_the_same_run(command, undisturbed, tmp_path):
     """Stopped half-way on 8 devices, resumed on 4, then on 1: the same but for rounding."""
     workdir = f"--workdir={tmp_path}"
@@ -128,6 +135,7 @@ def _run_until(step, workdir, *args, **environment):
     return output
 
 
+@pytest.mark.evidence("SIGTERM, SIGINT, SIGUSR1 or SIGUSR2: everything is saved, exit code 75")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_stop_signals(number, command, tmp_path):
     process = start(*command, f"--workdir={tmp_path}")
@@ -175,6 +183,7 @@ def test_time_limit_resume_and_complete(command, undisturbed, tmp_path):
     assert "all 40 steps are done; nothing to do" in run(*command, f"--workdir={tmp_path}")
 
 
+@pytest.mark.evidence("steps that are not finite end a run with its last good state saved")
 def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, random_dataset, tmp_path):
     """A learning rate beyond all bounds: the updates overflow, are skipped, and the run gives up."""
     command = *command, f"--workdir={tmp_path}", "--config.optimizer.learning_rate=1e39"

@@ -13,6 +13,10 @@ from trainit.cluster import run_lock
 from trainit.cluster.run_lock import RunLock
 from trainit.config import ConfigError
 
+pytestmark = pytest.mark.evidence(
+    "a run's folder is held by one job at a time; a holder that died does not count"
+)
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):

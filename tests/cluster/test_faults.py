@@ -57,6 +57,12 @@ def strike(process, run, kind, rank, moment, draw) -> float:
     return time.monotonic()
 
 
+@pytest.mark.evidence(
+    "30 faults on a job of 4 processes (SIGKILL, SIGSTOP, SIGTERM, SIGINT, SIGUSR1, SIGUSR2; the "
+    "process and the moment, while starting, in a step or in a save, drawn from a printed seed), each "
+    "followed by a resume: no step lost or doubled, all metrics bit-identical to the undisturbed run's, "
+    "each job ended within a minute"
+)
 def test_random_faults_change_nothing(job, tmp_path):
     seed = int(os.environ.get("FAULTS_SEED", random.randrange(2**32)))
     draw = random.Random(seed)

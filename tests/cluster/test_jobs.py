@@ -25,6 +25,10 @@ from processes import (
 
 from trainit.train.checkpoint import CheckpointStore
 
+pytestmark = pytest.mark.evidence(
+    "jobs of several processes: each kind of stop, loss, stall and failed save of the page Faults"
+)
+
 
 @pytest.fixture
 def job(random_dataset, tmp_path):
@@ -238,6 +242,7 @@ def test_two_processes_train_as_one(random_dataset, job, tmp_path):
     assert {p.name for p in (tmp_path / "run/logs").iterdir()} == {"process_0.log", "process_1.log"}
 
 
+@pytest.mark.evidence("4 processes, then 3, 2 and 1: the same batches, losses within rounding")
 def test_other_numbers_of_processes_go_on_with_the_same_run(job, tmp_path):
     """Stopped on 4 processes, resumed on 3, on 2 and on 1: the same batches, losses within rounding."""
     run = tmp_path / "run"

@@ -18,6 +18,10 @@ from processes import ROOT, SMOOTH, assert_same_but_for_rounding, last_step, met
 
 from trainit.train.checkpoint import CheckpointStore
 
+pytestmark = pytest.mark.evidence(
+    "on a real Grid Engine: the same as on Slurm, with `qdel` and `-notify`, and on one host"
+)
+
 HERE = Path(__file__).parent
 STEPS = 200  # more than its time limit lets a job do at once
 TWO_NODES = "-pe", "mpi_2_tasks_per_node", "4"

@@ -15,6 +15,12 @@ from processes import ROOT, SMOOTH, assert_same_but_for_rounding, metrics
 
 from trainit.train.checkpoint import CheckpointStore
 
+pytestmark = pytest.mark.evidence(
+    "on a real Slurm, 2 nodes of 2 processes each: `scancel --signal` and the time limit save, and put "
+    "the job back until all steps are done, with one metrics file; a cancelled job and one with a "
+    "killed process are not put back"
+)
+
 HERE = Path(__file__).parent
 STEPS = 240  # more than its time limit lets a job do at once
 

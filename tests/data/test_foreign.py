@@ -149,6 +149,9 @@ FORMATS = {
 }
 
 
+@pytest.mark.evidence(
+    "tokens in the formats of other programs, written by other code: every sequence as it was written"
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_sequence_is_what_was_written(name, tmp_path):
     """Of several lengths, across files and record batches, in any order, and as another process has it."""
@@ -496,6 +499,9 @@ def test_opening_does_not_read_the_data(suffix, tmp_path):
     assert of_files < 128 << 20  # the system maps what surrounds a page as well, if it has it in memory
 
 
+@pytest.mark.evidence(
+    "tokens in the formats of other programs: a run's losses are the same as from a prepared dataset"
+)
 def test_a_run(random_dataset, tmp_path):
     """Trained on nanoGPT's files: the same losses as on the dataset that the tokens come from."""
     (tmp_path / "data").mkdir()

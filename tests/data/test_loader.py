@@ -41,6 +41,9 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
+@pytest.mark.evidence(
+    "global batches have the same hashes with 1, 2, 3 and 4 processes, and with 0, 1 and 2 workers"
+)
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_global_batches_do_not_depend_on_processes_or_workers(processes, random_dataset, tmp_path):
     """Real processes, each with 0, 1 and 2 workers: the assembled batches' hashes."""
@@ -82,6 +85,7 @@ def test_micro_steps_and_meshes_only_arrange_the_rows(shape, random_dataset):
             np.testing.assert_array_equal(np.asarray(batch["tokens"]).reshape(ROWS, LENGTH + 1), wanted)
 
 
+@pytest.mark.evidence("every token except a split's first is a target once an epoch")
 def test_every_token_but_the_first_is_a_target_once_an_epoch(random_dataset):
     """Over one epoch of batches of 7, and over the next, in another order."""
     split = open_dataset(random_dataset).splits["train"]

@@ -26,6 +26,7 @@ def fractions(*texts) -> list[Fraction]:
     return [Fraction(text) for text in texts]
 
 
+@pytest.mark.evidence("mixtures have their shares in any thousand batches")
 @pytest.mark.parametrize(
     "weights",
     [
@@ -74,6 +75,7 @@ def test_shares_that_no_short_period_has():
         assert abs(count - weight / sum(weights) * PERIOD) < 1
 
 
+@pytest.mark.evidence("each part of a mixture is read in its own order, without gaps")
 def test_each_source_is_read_in_its_own_order_without_gaps():
     """Over a change of weights too, and from any position: what each source gives is 0, 1, 2, ..."""
     stages = (

@@ -151,6 +151,7 @@ def test_duplicates_against_a_dict(at_once, tmp_path):
     assert [found.tolist() for found in merge.duplicates(files, at_once)] == expected
 
 
+@pytest.mark.evidence("preparing shared by tasks and workers: the same files, byte for byte")
 @pytest.mark.parametrize("kind", ["plain", "unique"])
 def test_tasks_and_workers_make_the_same_bytes(kind, corpus, undisturbed, tmp_path):
     """Three tasks at once with a worker or two each, joined; joining early is refused."""
@@ -182,6 +183,7 @@ def test_a_join_that_was_stopped_is_done_again(corpus, undisturbed, tmp_path, mo
     assert content(tmp_path / "out") == content(undisturbed["unique"])
 
 
+@pytest.mark.evidence("preparing killed and stopped again and again: the same files, byte for byte")
 def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
     """kill -9 at random moments, then SIGTERM, each followed by the same command again."""
     draw, flags = np.random.default_rng(1), ["--tokenizer=gpt2", f"--output={tmp_path / 'out'}"]

@@ -95,6 +95,7 @@ def documents_until_repeated(corpus: Corpus, number: int) -> list[str]:
             seen.append(text)
 
 
+@pytest.mark.evidence("straight from `.jsonl`: every document once an epoch")
 @pytest.mark.parametrize(
     ("sizes", "streams"), [((90,), 4), ((60, 60), 4), ((50, 9, 30), 2), ((40,) * 6, 2), ((30,) * 4, 4)]
 )
@@ -144,6 +145,7 @@ def test_sequences_overlap_and_windows_are_shuffled(folder):
     assert (take(corpus_of(folder, 4, window=32, seed=4), 1, 32) != shuffled[:32]).any()
 
 
+@pytest.mark.evidence("straight from `.jsonl`: the same batches after a resume at any position")
 @pytest.mark.parametrize("sizes", [(90,), (30, 30, 30, 30)])
 def test_resume_is_exact_at_any_position(sizes, tmp_path):
     """Over windows, files and epochs; a window of this stream is as long as its longest document."""
@@ -176,6 +178,7 @@ def batches_of(corpus, hosts: int, states, count: int, shape, monkeypatch, first
     return batches, [list(behind[number]) for number in sorted(behind)]
 
 
+@pytest.mark.evidence("straight from `.jsonl`: the same batches for 1, 2, 4 and 8 hosts' rows")
 def test_batches_do_not_depend_on_hosts_or_micro_steps(folder, monkeypatch):
     """Nor do resumes: what each number of hosts has left behind, another one goes on with."""
     corpus = corpus_of(folder, 8, window=4)
@@ -354,6 +357,7 @@ def command(folder):
     )
 
 
+@pytest.mark.evidence("straight from `.jsonl`: a killed run resumes bit for bit")
 def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path):
     """Two worker processes, killed in the middle of a window; then a thread; against a thread all along."""
     calm, killed = tmp_path / "calm", tmp_path / "killed"

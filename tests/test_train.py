@@ -151,11 +151,11 @@ def stopped_at_ten(command, tmp_path_factory):
     """The folder of a run that was asked to stop at step 10 exactly."""
     folder = tmp_path_factory.mktemp("stopped")
     (folder / "sitecustomize.py").write_text(
-        "from trainit.train.loop import Run\n"
-        "milestone = Run._milestone\n"
-        "def stop_at_ten(self, last, reason):\n"
-        "    return milestone(self, last, reason or ('TEST' if self.step == 10 else ''))\n"
-        "Run._milestone = stop_at_ten\n"
+        "from trainit.train.loop import Job\n"
+        "validate_and_save = Job.validate_and_save\n"
+        "def stop_at_ten(self, step, state, reason):\n"
+        "    return validate_and_save(self, step, state, reason or ('TEST' if step == 10 else ''))\n"
+        "Job.validate_and_save = stop_at_ten\n"
     )
     workdir, path = folder / "run", f"{folder}:{ROOT}"
     processes.run(*command, f"--workdir={workdir}", expect=75, PYTHONPATH=path, XLA_FLAGS="")

@@ -28,6 +28,7 @@ from trainit.cluster.process import exit_process
 from trainit.config import Config, ConfigError
 from trainit.data.dataset import DatasetError
 from trainit.data.training_data import TrainingData
+from trainit.parallel.mesh import run_shape
 from trainit.train import loop as train
 from trainit.train.startup_timer import StartupTimer
 
@@ -107,7 +108,8 @@ def _run(place: Place, monitor: JobMonitor, leave: _Exit, start: StartupTimer) -
         _come_together(config, dataset, folder, place, monitor, leave)
     monitor.watch(config.stall_seconds, log)
     monitor.stop_after(config.max_minutes, start.launched)
-    code = train.Run(config, dataset, folder, monitor, start, cli.is_debug()).loop()
+    shape = run_shape(config, jax.devices(), shrink_to_fit=cli.is_debug())
+    code = train.run(config, dataset, shape, folder, monitor, start)
     monitor.close()
     return code
 

@@ -1,7 +1,7 @@
 """Saving and restoring the train state, the position in the data and the config.
 
-Checkpoints are Orbax's: each process writes its own shards in the background, and a checkpoint's
-folder appears under its name only when it is complete.
+Checkpoints are Orbax's: each process writes its own shards in the background, and a checkpoint's folder
+appears under its name only when it is complete.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +14,10 @@ import orbax.checkpoint as ocp
 
 from trainit.cluster import sync
 from trainit.config import FREE, ConfigError, flatten
+from trainit.parallel.trees import path_name
 
-APART = ("diagnostics", "loss_scale")  # fields of a state that may be others, or empty, at a resume
+# Fields of a state that are saved as items of their own: a resume may have others of them, or none.
+SEPARATE = ("diagnostics", "loss_scale")
 TIMEOUT_SECONDS = 600  # for the other processes to finish their parts of a save
 
 
@@ -33,19 +35,22 @@ class CheckpointStore:
         """
         Args:
             workdir: the run's folder.
-            keep: newest checkpoints that stay; 0: all.
-            read_only: another run's, which is only loaded from.
+            keep: how many of the newest checkpoints stay; 0: all.
+            read_only: for another run's checkpoints, which are only loaded from.
         """
         self.folder = (workdir / "checkpoints").absolute()
-        self._keep, self._read_only, self._error = keep, read_only, None
-        self._opened, self._newest = 0, -1  # times; step of the newest save
+        self._keep, self._read_only = keep, read_only
+        self._error: Exception | None = None
+        self._times_opened, self._newest = 0, -1  # `_newest`: step of the newest save
         self._manager = self._open() if self.folder.is_dir() else None
 
     def _open(self) -> ocp.CheckpointManager:
-        # Replicas would share the writing, but cutting their parts blocks the loop and takes device memory.
+        # By default Orbax shares the writing among replicas. It then cuts each array into parts on the
+        # device, which takes device memory and blocks the loop while it does so. The handler of arrays is
+        # global to the process: this is the only way to set it, and nothing else here uses Orbax.
         handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-        self._opened += 1
+        self._times_opened += 1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep or None,
             create=not self._read_only,
@@ -53,14 +58,15 @@ class CheckpointStore:
             save_interval_steps=0 if self._read_only else 1,
             cleanup_tmp_directories=not self._read_only,
             async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT_SECONDS),
-            # What still waits for others in a save that failed must not meet what comes after it.
+            # After a save has failed, threads of it may still wait for other processes at a barrier. With a
+            # prefix of its own, a new manager's barriers cannot be mistaken for these.
             multiprocessing_options=ocp.options.MultiprocessingOptions(
-                barrier_sync_key_prefix=f"{self._opened}_"
+                barrier_sync_key_prefix=f"{self._times_opened}_"
             ),
         )
         handlers = {
-            "state": _watched(ocp.StandardCheckpointHandler(), self._fail),
-            **{name: _watched(ocp.StandardCheckpointHandler(), self._fail) for name in APART},
+            "state": _watch(ocp.StandardCheckpointHandler(), self._fail),
+            **{name: _watch(ocp.StandardCheckpointHandler(), self._fail) for name in SEPARATE},
             "meta": ocp.JsonCheckpointHandler(),
         }
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -69,41 +75,42 @@ class CheckpointStore:
         self._error = self._error or error
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, rising."""
+        """The steps of the complete checkpoints, in order."""
         return sorted(self._manager.all_steps()) if self._manager else []
 
     def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
         return max(self.steps(), default=None)
 
     def save(self, step: int, state, meta: Mapping):
-        """Starts a save; the state's memory may be given away as soon as this returns.
+        """Starts a save. The caller may reuse the state's memory as soon as this returns.
+
+        If something goes wrong, `error` reports it. All processes of a job call this together; if one of
+        them cannot write to the folder, none begins.
 
         Args:
             step: number of the checkpoint.
             state: a dataclass of arrays.
             meta: what goes with it, as JSON.
-
-        What goes wrong in it is told by `error`. In a job of several processes it is a collective; if the
-        folder cannot be written by one of them, none begins.
         """
         self._newest = step
         if jax.process_count() > 1:
             self._probe()
             if any(sync.gather(self._error is not None)):
                 return
-        fields, extra = _split(state)
+        fields, separate = _split(state)
         items = {"state": ocp.args.StandardSave(fields), "meta": ocp.args.JsonSave(dict(meta))}
-        items |= {name: ocp.args.StandardSave(tree) for name, tree in extra.items() if tree}
+        items |= {name: ocp.args.StandardSave(tree) for name, tree in separate.items() if tree}
         try:
             self._manager = self._manager or self._open()
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
-            if jax.process_count() > 1:  # the others are on their way through it and cannot be called back
+            if jax.process_count() > 1:  # the others are in the middle of it and cannot be called back
                 raise
             self._fail(error)
 
     def _probe(self):
-        """Finds out if this process can write where a save will."""
+        """Tries whether this process can write to the folder of checkpoints."""
         probe = self.folder / f".probe_{jax.process_index()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +120,7 @@ class CheckpointStore:
             self._fail(error)
 
     def meta(self, step: int) -> dict:
-        """What was saved with the state of `step`."""
+        """What was saved with the state of `step`. Raises ConfigError if that is no checkpoint of Trainit."""
         try:
             return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         except (KeyError, ValueError, OSError) as error:
@@ -122,25 +129,29 @@ class CheckpointStore:
     def restore(self, step: int, abstract_state):
         """The state of `step`, laid out as `abstract_state`, on whatever mesh it was saved.
 
-        What is kept apart is empty where the checkpoint was made with other kinds of it, or none.
+        The fields in `SEPARATE` are empty if the checkpoint was saved without them, or with other arrays.
 
         Raises:
             ConfigError: the checkpoint has other parameters, shapes or types.
         """
-        fields, extra = _split(abstract_state)
+        fields, separate = _split(abstract_state)
         self._check(step, fields)
         items = {"state": ocp.args.StandardRestore(fields)}
-        there = self._manager.item_metadata(step)
-        for name, tree in extra.items():
-            saved = there.get(name)
+        saved_items = self._manager.item_metadata(step)
+        for name, tree in separate.items():
+            saved = saved_items.get(name)
             if tree and saved is not None and _shapes(saved.tree) == _shapes(tree):
                 items[name] = ocp.args.StandardRestore(tree)
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        kept = {name: restored[name] if name in items else {} for name in extra}
+        kept = {name: restored[name] if name in items else {} for name in separate}
         return type(abstract_state)(**restored["state"], **kept)
 
     def restore_params(self, step: int, abstract_params: dict) -> dict:
-        """The parameters alone of the state of `step`, whatever its optimizer."""
+        """The parameters of the state of `step` without the rest, whatever its optimizer was.
+
+        Raises:
+            ConfigError: the checkpoint has other parameters.
+        """
         item = {"params": abstract_params}
         self._check(step, item)
         args = ocp.args.PyTreeRestore(
@@ -157,6 +168,7 @@ class CheckpointStore:
         wanted = _shapes(expected)
         if set(expected) == {"params"}:
             saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}
+        # Parameters first: if they differ, so does the optimizer's state, which would only distract.
         for path in sorted(wanted.keys() | saved.keys(), key=lambda p: (not p.startswith("params/"), p)):
             if wanted.get(path) != saved.get(path):
                 remedy = (
@@ -178,7 +190,7 @@ class CheckpointStore:
         """What went wrong in this process's part of a save, as soon as it is known; cheap."""
         if self._manager and not self._error and not self.busy():
             try:
-                self._manager.wait_until_finished()  # it is; this tells what its last part has met
+                self._manager.wait_until_finished()  # does not wait here, but raises errors of the last part
             except Exception as error:
                 self._fail(error)
         return self._error
@@ -198,10 +210,12 @@ class CheckpointStore:
             raise self._error
 
     def reopen(self) -> bool:
-        """Forgets a save that failed, here or elsewhere, and what it left behind.
+        """Discards a save that failed, here or on another process, with what it has written.
+
+        All processes call it together.
 
         Returns:
-            Whether it is complete after all, as the lead sees it: the failure came after that. A collective.
+            Whether process 0 sees the checkpoint complete after all: then the failure came later.
         """
         self._manager, self._error = self._open(), None
         return bool(sync.agree(self._newest in self.steps()))
@@ -212,48 +226,46 @@ class CheckpointStore:
 
 
 def _split(state) -> tuple[dict, dict]:
-    """A state's fields, and apart from them those of `APART`."""
+    """A state's fields without those in `SEPARATE`, and these."""
     fields = dict(vars(state))
-    return fields, {name: fields.pop(name) for name in APART}
+    return fields, {name: fields.pop(name) for name in SEPARATE}
 
 
-def _watched(handler, failed: Callable[[Exception], None]):
-    """The handler; `failed` hears at once of a write that fails here.
+def _watch(handler, on_error: Callable[[Exception], None]):
+    """Returns the handler, changed so that `on_error` is called at once when a write fails on this process.
 
-    Orbax tells of it only when all processes are through, and those that have written wait for the others.
+    Orbax reports a failed write only after every process has finished, and the processes that succeeded wait
+    for the one that failed: without this, a full disk on one host delays the job by up to `TIMEOUT_SECONDS`.
+    Orbax has no hook for it, hence the replaced method.
     """
     save = handler.async_save
 
     async def async_save(*args, **kwargs):
-        return [_Watched(future, failed) for future in await save(*args, **kwargs) or []]
+        return [_WatchedFuture(future, on_error) for future in await save(*args, **kwargs) or []]
 
     handler.async_save = async_save
     return handler
 
 
 @dataclass(frozen=True)
-class _Watched:
-    """A future of Orbax's."""
+class _WatchedFuture:
+    """One of Orbax's futures; calls `on_error` before it raises."""
 
     future: Any
-    failed: Callable[[Exception], None]
+    on_error: Callable[[Exception], None]
 
     def result(self, timeout: float | None = None):
         try:
             return self.future.result(timeout=timeout)
         except Exception as error:
-            self.failed(error)
+            self.on_error(error)
             raise
 
 
 def _shapes(tree) -> dict[str, str]:
     """{"params/head/kernel": "float32[64,384]", ...}; empty parts of the tree do not count."""
-
-    def name(key) -> str:
-        return str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)))
-
     return {
-        "/".join(map(name, path)): f"{jax.numpy.dtype(leaf.dtype).name}{list(leaf.shape)}".replace(" ", "")
+        path_name(path): f"{jax.numpy.dtype(leaf.dtype).name}{list(leaf.shape)}".replace(" ", "")
         for path, leaf in jax.tree.leaves_with_path(tree)
         if hasattr(leaf, "shape")
     }
@@ -262,7 +274,7 @@ def _shapes(tree) -> dict[str, str]:
 def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
     """The fields in which two resolved configs differ: {"steps": (old value, new value)}.
 
-    A field that only one of them has stands against None.
+    A field that only one of them has is compared with None.
     """
     old, new = flatten(old), flatten(new)
     return {
@@ -273,7 +285,7 @@ def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
 
 
 def check_same_run(old: Mapping, new: Mapping, overwrite: bool, origin: str) -> list[str]:
-    """Compares a checkpoint's config with the one it is to be continued with.
+    """Compares a checkpoint's config with the one that it is to be continued with.
 
     Args:
         old: the checkpoint's, as nested dicts.

@@ -1,4 +1,4 @@
-"""Saving, by all processes of a job, what may fail on any of them: agreed, and tried again."""
+"""Saving by all processes of a job. A save that fails on any of them is repeated by all."""
 
 import time
 from collections.abc import Callable
@@ -8,46 +8,72 @@ from absl import logging
 from trainit.cluster import sync
 from trainit.cluster.monitor import JobMonitor
 from trainit.train.checkpoint import CheckpointStore
+from trainit.train.state import TrainState
 
 RETRY_SECONDS = (1, 5, 20)  # pauses before a failed save is tried again; then the run ends
-DURABLE, BUSY, FAILED = range(3)  # what becomes of a save
+DURABLE, BUSY, FAILED = range(3)  # what has become of a save
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be saved, time and again."""
+    """A checkpoint could not be saved, although it was tried several times."""
 
 
 class SaveRetry:
-    """The saves of one run: one under way at most, and none lost without notice."""
+    """The saves of one run. At most one is under way, and none fails unnoticed.
 
-    def __init__(self, checkpoints: CheckpointStore, monitor: JobMonitor, start: Callable[[], None]):
+    A save runs in the background for many steps, and its memory is reused meanwhile. So a save that failed
+    cannot be repeated: instead, all processes save the step that they have come to.
+    """
+
+    def __init__(
+        self,
+        checkpoints: CheckpointStore,
+        monitor: JobMonitor,
+        make_meta: Callable[[], dict],
+        saved_step: int | None,
+    ):
         """
         Args:
             checkpoints: of the run.
-            monitor: tells of failures elsewhere, and is told of those here.
-            start: starts a save of the present step.
+            monitor: passes reports of failed saves between processes.
+            make_meta: called right before a save starts; returns what belongs to the state (JSON).
+            saved_step: step of the newest checkpoint; None: there is none.
         """
-        self._checkpoints, self._monitor, self._start = checkpoints, monitor, start
+        self._checkpoints, self._monitor, self._make_meta = checkpoints, monitor, make_meta
+        self.saved_step = saved_step
         self._failures = 0  # in a row
 
     def check(self):
-        """Tells the others if a save has failed here; cheap."""
+        """Reports to the other processes if a save has failed here; cheap."""
         if error := self._checkpoints.error():
             self._monitor.report_failed_save(str(error))
 
-    def again(self):
-        """A save has failed somewhere: all save the present step instead."""
+    def save(self, step: int, state: TrainState):
+        """Starts a save, after the one before is durable; does nothing if the step is saved already.
+
+        Raises:
+            SaveError: as `settle`.
+        """
+        if step != self.saved_step:
+            self.settle(step, state)  # which saves this step if the save before has failed
+        if step != self.saved_step:
+            self._start(step, state)
+
+    def save_again(self, step: int, state: TrainState):
+        """Saves after a report that a save has failed somewhere. All processes call it at the same step."""
+        # Process 0 clears the report after the collective in `settle`, the others before it, so that a new
+        # report cannot be mistaken for this one.
         if not sync.is_lead():
             self._monitor.clear_failed_save()
-        self.settle()
+        self.settle(step, state)
         if sync.is_lead():
             self._monitor.clear_failed_save()
 
-    def settle(self):
-        """Returns when the newest save is durable. If it has failed anywhere, all save the present step.
+    def settle(self, step: int, state: TrainState):
+        """Returns when the newest save is durable. If it has failed on any process, all save this step.
 
         Raises:
-            SaveError: it fails time and again.
+            SaveError: that failed too, several times.
         """
         with self._monitor.watchdog.long_task("saving"):
             while self._outcome() == FAILED:
@@ -62,21 +88,28 @@ class SaveRetry:
                 self._failures += 1
                 time.sleep(pause)
                 if not self._checkpoints.reopen():
-                    self._start()
+                    self._start(step, state)
             self._failures = 0
 
+    def _start(self, step: int, state: TrainState):
+        meta = self._make_meta()
+        with self._monitor.watchdog.long_task("saving"):
+            self._checkpoints.save(step, state, meta)
+        self.saved_step = step
+
     def _outcome(self) -> int:
-        """What has become of the newest save, on all processes: a collective."""
+        """What has become of the newest save: the worst that any process reports. A collective."""
         while True:
+            # Wait for this process's part, but not if the save is lost anyway.
             while self._checkpoints.busy() and not self._checkpoints.error():
                 if self._monitor.save_failed_somewhere():
                     break
                 time.sleep(0.02)
-            mine = DURABLE
+            own = DURABLE
             if self._checkpoints.error():
-                mine = FAILED
+                own = FAILED
             elif self._checkpoints.busy():
-                mine = BUSY
-            worst = max(sync.gather(mine))
+                own = BUSY
+            worst = max(sync.gather(own))
             if worst != BUSY:
                 return worst

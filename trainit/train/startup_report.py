@@ -1,4 +1,4 @@
-"""What a run says of itself at its start: all that was chosen."""
+"""The report at the start of a run: everything that was chosen for it, one line for each topic."""
 
 import socket
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from trainit.data.training_data import TrainingData
 from trainit.logs import quantity
 from trainit.parallel.mesh import RunShape, describe_devices
 from trainit.train import diagnostics, metrics
-from trainit.train.evaluate import MOST_SUBSETS
+from trainit.train.evaluate import MAX_SUBSETS
 from trainit.train.step import CompiledSteps
 
 
-def describe(config: Config, steps: CompiledSteps, shape: RunShape, data: TrainingData, workdir: Path):
-    """Logs it, a line for each topic; a collective where there are several processes."""
+def report(config: Config, steps: CompiledSteps, shape: RunShape, data: TrainingData, workdir: Path):
+    """Logs the report. All processes call it together, since it says on which hosts they run."""
     c, devices = config, jax.devices()
     parameters = metrics.parameter_count(steps.abstract_state.params)
     validation = data.validation
@@ -50,15 +50,15 @@ def describe(config: Config, steps: CompiledSteps, shape: RunShape, data: Traini
             own.weight_decay,
             ", ".join(members) or "nothing",
         )
-    if len(validation.subsets) > MOST_SUBSETS:
-        logging.info("%-10s %d are too many to validate apart", "subsets", len(validation.subsets))
+    if len(validation.subsets) > MAX_SUBSETS:
+        logging.info("%-10s %d are too many to validate one by one", "subsets", len(validation.subsets))
     if jax.process_count() > 1:
         for process, host in enumerate(sync.gather_text(socket.gethostname())):
             logging.info("process %-3d%s: %s", process, host, describe_devices(shape.mesh, process))
 
 
 def _groups(config: Config, steps: CompiledSteps) -> Iterable[tuple[Config, list[str]]]:
-    """Each group's optimizer and parameters."""
+    """The optimizer and the parameters of each group."""
     if not config.parameter_groups:
         return ()
     parameters = steps.abstract_state.params
@@ -66,7 +66,7 @@ def _groups(config: Config, steps: CompiledSteps) -> Iterable[tuple[Config, list
 
 
 def _batch(shape: RunShape) -> str:
-    """How many sequences a step has, and how they are shared; the same for each size to come."""
+    """How many sequences a step has, and how devices share them; likewise for each later batch size."""
     texts = []
     for start, size in zip(shape.batch_sizes.starts, shape.batch_sizes.sizes, strict=True):
         micro_steps, rows, length = shape.batch_of(size)

@@ -1,0 +1,101 @@
+"""The training batches of a run, read while the devices compute."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import jax
+
+from trainit.cluster.monitor import JobMonitor
+from trainit.data.loader import DataPosition
+from trainit.data.training_data import TrainingData
+from trainit.parallel.layout import batch_sharding
+from trainit.parallel.mesh import RunShape
+from trainit.train.metrics import Meter
+
+POLL_SECONDS = 0.2  # how often a process that waits for data looks whether the job stops
+
+
+class BatchFeed:
+    """Training batches from the current step on.
+
+    Batch t is what the step that follows t others trains on: the next `shape.batch_sizes.at(t)` sequences in
+    the order of the data, which depends on the seed alone. It is the same whatever hosts, devices, worker
+    processes and restarts there are. Each process reads its own rows of it.
+
+    A thread fetches the next batch while a step runs. Batches are read up to the next change of batch size;
+    there, a new reader goes on, since streamed data know their position only when they have come so far.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        shape: RunShape,
+        monitor: JobMonitor,
+        meter: Meter,
+        step: int,
+        position: DataPosition,
+    ):
+        """
+        Args:
+            data: to train on.
+            shape: of the run.
+            monitor: knows whether the job stops, and learns what this process waits for.
+            meter: learns how long steps wait for data.
+            step: steps done.
+            position: in the data, after these steps.
+        """
+        self._data, self._shape, self._monitor, self._meter = data, shape, monitor, meter
+        self._step, self._rows = step, position.rows
+        # This pool is never closed: closing would wait for data that may never come.
+        self._thread = ThreadPoolExecutor(1, "data")
+        self._read_from(position)
+        self._next = self._fetch()
+
+    def _read_from(self, position: DataPosition):
+        """Reads on from this position, with the batch size of the current step."""
+        sizes = self._shape.batch_sizes
+        stages = sizes.stages(self._step, sizes.run_steps) or [(sizes.sizes[-1], 0)]
+        size, count = stages[0]
+        layout = batch_sharding(self._shape.mesh)
+        self._reader = self._data.reader(self._shape.batch_of(size), layout, position)
+        self._batches = self._reader.batches(count)
+
+    def _fetch(self) -> Future:
+        return self._thread.submit(next, self._batches)
+
+    def next(self) -> dict[str, jax.Array] | None:
+        """The batch of the current step; None if the job stops before it has come.
+
+        Raises:
+            Exception: the data cannot be read, or a worker process died.
+        """
+        begun = time.perf_counter()
+        self._monitor.watchdog.doing = "waiting for data"
+        while not self._monitor.stop_is_due():
+            if wait([self._next], timeout=POLL_SECONDS).done:
+                batch = self._next.result()
+                self._meter.waited_for_data(time.perf_counter() - begun)
+                self._monitor.watchdog.doing = "training"
+                return batch
+        return None
+
+    def advance(self):
+        """Counts the batch from `next` as consumed, and starts to fetch the one after it.
+
+        All processes call it after the same steps: at a change of batch size they exchange positions.
+        """
+        self._rows += self._shape.batch_sizes.at(self._step)
+        self._step += 1
+        if self._step in self._shape.batch_sizes.starts:
+            self._read_from(self.position())
+        self._next = self._fetch()
+
+    def position(self) -> DataPosition:
+        """The position in the data after the current step. All processes call it together."""
+        return self._reader.position(self._rows)
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens trained on by the end of `step`, the current one or one before it."""
+        sizes = self._shape.batch_sizes
+        rows = self._rows - sizes.rows(self._step) + sizes.rows(step)
+        return rows * sizes.context_length

@@ -157,14 +157,14 @@ def test_how_wide_the_valley_of_rates_is(tmp_path):
         rate = 2.0**power
         write(tmp_path / str(power), [5, 1 + (power - 3) ** 2 / 50], learning_rate=rate)
     (method,) = runs.group(runs.find([tmp_path]))
-    low, high, low_open, high_open = statistics.nearly_best(method)
+    span = statistics.nearly_best(method)
     # 1 % above the best is half-way, on a straight line, to the neighbours at 2 %.
-    np.testing.assert_allclose([low, high], [2**2.5, 2**3.5])
-    assert (low_open, high_open, statistics.at_edge(method)) == (False, False, False)
+    np.testing.assert_allclose([span.low, span.high], [2**2.5, 2**3.5])
+    assert (span.low_open, span.high_open, statistics.at_edge(method)) == (False, False, False)
     write(tmp_path / "6", [5, 0.9], learning_rate=64.0)
     (method,) = runs.group(runs.find([tmp_path]))
     assert statistics.at_edge(method)
-    assert statistics.nearly_best(method)[3]
+    assert statistics.nearly_best(method).high_open
 
 
 def test_smooth_is_the_weighted_mean():

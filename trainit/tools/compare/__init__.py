@@ -1,1 +1,1 @@
-"""Many runs beside each other: reads their folders, compares what they reach, draws it."""
+"""Compares runs: reads their folders, computes what they reached and how fast, draws it."""

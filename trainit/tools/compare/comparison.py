@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trainit.config import ConfigError
 from trainit.tools.compare import report, statistics
-from trainit.tools.compare.runs import Method, Run, group
+from trainit.tools.compare.runs import Run, group
 
 
 def compare(
@@ -21,45 +21,43 @@ def compare(
 
     Args:
         runs: at least one.
-        baseline: the method to measure the others by; empty: the first one.
-        target: validation loss to reach; None: what every run of the baseline reaches.
+        baseline: the method that the others are compared with; empty: the first one.
+        target: the validation loss to reach; None: what every run of the baseline reaches.
         tuning_seeds: see `group`.
         output: a PNG to draw into.
         page: an HTML page to write.
-        command: that the page names.
+        command: what made the page, printed on it.
 
     Raises:
-        ConfigError: there is no such baseline, or nothing to draw with.
+        ConfigError: there is no such baseline, or matplotlib is missing.
         OSError: a file cannot be written.
     """
+    # Runs are grouped into methods, which are compared with one of them.
     methods = group(runs, tuning_seeds)
-    base = _find(methods, baseline)
+    base = next((method for method in methods if baseline in ("", method.name)), None)
+    if base is None:
+        names = ", ".join(repr(method.name) for method in methods)
+        raise ConfigError(f"--baseline={baseline}: there are {names}")
     target = statistics.default_target(base.best) if target is None else target
     rows = statistics.table(methods, base, target)
     tables = report.tables(rows, base, target)
     text = "\n\n".join(table.text() for table in tables)
-    for line in report.unfinished(runs):
-        text += f"\nnot finished  {line}"
-    if output or page:
-        try:
-            from trainit.tools.compare import figures
-        except ImportError as error:
-            raise ConfigError(f"pictures need {error.name}: pip install 'trainit[demo]'") from None
-        panels = figures.panels(rows, methods, base)
-        if output:
-            figures.png(panels, output)
-            text += f"\n{'curves' if len(runs) == 1 else 'picture'} in {output}"
-        if page:
-            pictures = {name: figures.svg(draw) for name, draw in panels.items()}
-            title = "Comparison of " + ", ".join(row.method.name for row in rows)
-            page.write_text(report.page(title, command, tables, pictures, runs))
-            text += f"\npage in {page}"
+    text += "".join(f"\nnot finished  {line}" for line in report.unfinished(runs))
+    if not (output or page):
+        return text
+
+    # matplotlib is an optional dependency and slow to import.
+    try:
+        from trainit.tools.compare import figures
+    except ImportError as error:
+        raise ConfigError(f"pictures need {error.name}: pip install 'trainit[demo]'") from None
+    panels = figures.panels(rows, methods, base)
+    if output:
+        figures.png(panels, output)
+        text += f"\n{'curves' if len(runs) == 1 else 'picture'} in {output}"
+    if page:
+        pictures = {name: figures.svg(draw) for name, draw in panels.items()}
+        title = "Comparison of " + ", ".join(row.method.name for row in rows)
+        page.write_text(report.page(title, command, tables, pictures, runs))
+        text += f"\npage in {page}"
     return text
-
-
-def _find(methods: Sequence[Method], name: str) -> Method:
-    found = [method for method in methods if method.name == name] if name else methods
-    if not found:
-        there = ", ".join(repr(method.name) for method in methods)
-        raise ConfigError(f"--baseline={name}: there are {there}")
-    return found[0]

@@ -1,5 +1,8 @@
-"""Run folders read, and put together: runs that differ in their seed alone are one setting, settings that
-differ in their learning rate alone one method."""
+"""Reads run folders and groups runs.
+
+Runs that differ only in their seed are one setting; settings that differ only in their learning rate are one
+method.
+"""
 
 import json
 import math
@@ -13,7 +16,8 @@ from pathlib import Path
 from trainit.config import FREE, flatten
 
 RATE = "optimizer.learning_rate"
-NAMED = ("optimizer", "schedule")  # parts of a config whose fields go with their name
+NAMED = ("optimizer", "schedule")  # parts of a config whose fields depend on their name
+Seed = int | None  # None: the run has no config
 
 
 @dataclass(frozen=True)
@@ -22,21 +26,21 @@ class Run:
 
     path: Path
     config: dict  # {"optimizer.name": "adamw", ...}; empty if the folder has none
-    facts: dict  # of run.json; empty if the folder has none
-    records: list[dict]  # of metrics.jsonl, in order of steps
+    facts: dict  # from run.json; empty if the folder has none
+    records: list[dict]  # from metrics.jsonl, in order of steps
 
     @property
-    def seed(self) -> int | None:
+    def seed(self) -> Seed:
         return self.config["seed"] if self.config else None
 
     @property
     def steps(self) -> int:
-        """That were asked for; without a config nobody knows, and what was done is all."""
+        """How many steps the run should do; without a config, as many as it has done."""
         return self.config["steps"] if self.config else self.done
 
     @property
     def done(self) -> int:
-        """Steps."""
+        """How many steps the run has done."""
         return self.records[-1]["step"] if self.records else 0
 
     @property
@@ -46,15 +50,15 @@ class Run:
 
     @property
     def final(self) -> float:
-        """Validation loss of the last step; inf if the run is not finished, or the loss not finite."""
+        """The validation loss of the last step; inf if the run is not finished or the loss not finite."""
         return self.records[-1]["valid/loss"] if self.finished else math.inf
 
     def seconds(self) -> list[float]:
-        """Training time at the end of each record's step: without start, compilation, validation, saving.
+        """Returns the training time until each record: without start, compilation, validation and saving.
 
-        A step whose time was not measured, or not logged, counts as the run's median.
+        A step whose time was not measured or not logged counts as the run's median.
         """
-        times = [r["time/step_seconds"] for r in self.records if r.get("time/step_seconds")]
+        times = [record["time/step_seconds"] for record in self.records if record.get("time/step_seconds")]
         usual, total, last, result = statistics.median(times) if times else math.nan, 0.0, 0, []
         for record in self.records:
             count = record["step"] - last
@@ -65,67 +69,68 @@ class Run:
         return result
 
     def curve(self, x: str, y: str) -> tuple[list[float], list[float]]:
-        """The points of one curve: records that have both, and a finite y.
+        """Returns the points of a curve: x and y of the records that have both, with finite y.
 
         Args:
-            x: a metric, or "seconds", or "flops" (model FLOPs, see `trainit.train.metrics.flops_per_token`).
+            x: a metric, "seconds", or "flops" (model FLOPs, see `trainit.train.metrics.flops_per_token`).
             y: a metric.
         """
+        values: Sequence[float | None]
         if x == "seconds":
             values = self.seconds()
         elif x == "flops":
             per_token = self.facts.get("flops_per_token", math.nan)
-            values = [r["tokens"] * per_token for r in self.records]
+            values = [record["tokens"] * per_token for record in self.records]
         else:
-            values = [r.get(x) for r in self.records]
-        pairs = zip(values, (r.get(y) for r in self.records), strict=True)
+            values = [record.get(x) for record in self.records]
+        pairs = zip(values, (record.get(y) for record in self.records), strict=True)
         points = [(a, b) for a, b in pairs if a is not None and b is not None]
         return [a for a, _ in points], [b for _, b in points]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs of one config but for the seed."""
+    """Runs whose configs are the same except for the seed."""
 
     name: str
-    method: str  # its name without the learning rate
+    method: str  # the name without the learning rate
     config: dict
-    runs: list[Run]  # what is reported of it
-    tuning: list[Run]  # by what it is chosen among other learning rates; the same ones without tuning seeds
+    runs: list[Run]  # whose losses are reported
+    tuning: list[Run]  # whose losses choose the learning rate; the same runs if there are no tuning seeds
 
     @property
     def rate(self) -> float:
         return self.config[RATE] if self.config else math.nan
 
     @property
-    def finals(self) -> dict[int, float]:
+    def finals(self) -> dict[Seed, float]:
         """Final validation losses by seed."""
         return {run.seed: run.final for run in self.runs}
 
     @property
     def tuned_loss(self) -> float:
-        """Mean of the final validation losses by which it is chosen; inf if one of them is not finite."""
+        """The mean of the final validation losses that choose the rate; inf if one of them is."""
         return statistics.fmean(run.final for run in self.tuning)
 
 
 @dataclass(frozen=True)
 class Method:
-    """Settings that differ in the learning rate alone."""
+    """Settings that differ only in the learning rate."""
 
     name: str
     settings: list[Setting] = field(default_factory=list)  # by learning rate
 
     @property
     def best(self) -> Setting:
-        """The setting of the lowest loss, by the runs that are for choosing it."""
-        return min(self.settings, key=lambda s: s.tuned_loss)
+        """The setting with the lowest loss of the runs that choose the rate."""
+        return min(self.settings, key=lambda setting: setting.tuned_loss)
 
 
 def read(path: Path) -> Run:
-    """A run's folder. A line that a crash left unfinished is passed over.
+    """Reads a run's folder. Skips a line that a crash left unfinished.
 
     Raises:
-        OSError: the folder holds no metrics.jsonl.
+        OSError: the folder has no metrics.jsonl.
     """
     records = []
     for line in (path / "metrics.jsonl").read_text().splitlines():
@@ -141,84 +146,90 @@ def read(path: Path) -> Run:
 
 
 def find(paths: Iterable[Path]) -> list[Run]:
-    """The runs in these folders, each a run's or one that holds such at any depth.
+    """Reads the runs in these folders: each is a run's folder, or contains some at any depth.
 
     Raises:
-        OSError: a folder is not there, or there is no run in it.
+        OSError: a folder does not exist, or there is no run in it.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     for path in paths:
         is_run = (path / "metrics.jsonl").exists()
         folders = [path] if is_run else sorted(file.parent for file in path.rglob("metrics.jsonl"))
         if not folders:
             raise FileNotFoundError(2, "no metrics.jsonl: it is no run folder, and none is in it", str(path))
         for folder in folders:
-            found.setdefault(folder, read(folder))
-    return list(found.values())
+            runs.setdefault(folder, read(folder))
+    return list(runs.values())
 
 
 def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Method]:
-    """Methods and settings, in the order in which their first runs stand.
+    """Groups runs into methods and settings, in the order of their first runs.
 
-    They are named by the optimizer and by the fields in which they differ, but for what most of them have;
-    runs that have no config, or do not differ in it, by their folders.
+    They are named after the optimizer and the fields in which they differ, without values that the majority
+    has. Runs without a config, or with equal ones, are named after their folders.
 
     Args:
-        runs: as they were read.
-        tuning_seeds: runs with them choose the learning rate, and count for nothing else where a setting
-            has others: what was chosen for its good luck is not judged by it.
+        runs: from `read`.
+        tuning_seeds: the seeds of runs that only choose the learning rate. They are not reported where a
+            setting has other runs, since what was chosen for its luck must not be judged by it.
     """
-    settings: dict[object, list[Run]] = {}
+    # Runs with equal configs are a setting, unless their seeds are equal, too.
+    by_setting: dict[object, list[Run]] = {}
     for run in runs:
-        meaning = tuple(sorted((k, str(v)) for k, v in run.config.items() if _tells_apart(k)))
-        seeds = {other.seed for other in settings.get(meaning, [])}
+        meaning = tuple(sorted((k, str(v)) for k, v in run.config.items() if _is_meaningful(k)))
+        seeds = {other.seed for other in by_setting.get(meaning, [])}
         key = meaning if meaning and run.seed not in seeds else run.path
-        settings.setdefault(key, []).append(run)
-    groups = list(settings.values())
-    differing = _differing([members[0].config for members in groups])
-    usual = _usual([members[0].config for members in groups], differing)
-    named = [_name(members[0].config, differing, usual) for members in groups]
+        by_setting.setdefault(key, []).append(run)
+
+    # Names that are empty or not unique are replaced by the folder.
+    groups = list(by_setting.values())
+    configs = [members[0].config for members in groups]
+    differing = _differing(configs)
+    usual = _usual(configs, differing)
+    names = [_name(config, differing, usual) for config in configs]
     methods: dict[str, Method] = {}
-    for members, name in zip(groups, named, strict=True):
-        config, folder = members[0].config, str(members[0].path)
-        by_folder = not name or named.count(name) > 1 or len(groups) == 1
-        method = folder if by_folder else _name(config, [f for f in differing if f != RATE], usual)
-        setting = Setting(folder if by_folder else name, method, config, *_split(members, tuning_seeds))
-        methods.setdefault(method, Method(method)).settings.append(setting)
+    for members, name in zip(groups, names, strict=True):
+        config = members[0].config
+        if not name or names.count(name) > 1 or len(groups) == 1:
+            setting_name = method_name = str(members[0].path)
+        else:
+            setting_name, method_name = name, _name(config, [f for f in differing if f != RATE], usual)
+        tuning = [run for run in members if run.seed in tuning_seeds]
+        reported = [run for run in members if run not in tuning]
+        setting = Setting(setting_name, method_name, config, reported or members, tuning or members)
+        methods.setdefault(method_name, Method(method_name)).settings.append(setting)
     for method in methods.values():
-        method.settings.sort(key=lambda s: s.rate)
+        method.settings.sort(key=lambda setting: setting.rate)
     return list(methods.values())
 
 
-def _split(runs: list[Run], tuning_seeds: Collection[int]) -> tuple[list[Run], list[Run]]:
-    """Those to report and those to choose by; each all of them where there would be none."""
-    tuning = [run for run in runs if run.seed in tuning_seeds]
-    return [run for run in runs if run not in tuning] or runs, tuning or runs
-
-
-def _tells_apart(name: str) -> bool:
+def _is_meaningful(name: str) -> bool:
+    """Whether a config field changes what is trained, other than by its randomness."""
     return name != "seed" and (name.startswith("dataset.") or not FREE.match(name))
 
 
 def _differing(configs: Sequence[dict]) -> list[str]:
-    """The fields that tell configs apart; those of an optimizer or a schedule, among others of its name."""
+    """Returns the fields that tell configs apart.
+
+    An optimizer's or schedule's own fields only count among configs with the same optimizer or schedule.
+    """
 
     def differ(names: Iterable[str], among: Sequence[dict]) -> set[str]:
-        return {n for n in names if _tells_apart(n) and len({str(c.get(n)) for c in among}) > 1}
+        return {n for n in names if _is_meaningful(n) and len({str(c.get(n)) for c in among}) > 1}
 
     names = {name for config in configs for name in config}
     found = differ((n for n in names if n.partition(".")[0] not in NAMED), configs)
     for part in NAMED:
-        own, which = [n for n in names if n.startswith(f"{part}.")], f"{part}.name"
-        kinds = {c[which] for c in configs if which in c}
-        found |= {which} if len(kinds) > 1 else set()
+        own, name_field = [n for n in names if n.startswith(f"{part}.")], f"{part}.name"
+        kinds = {config[name_field] for config in configs if name_field in config}
+        found |= {name_field} if len(kinds) > 1 else set()
         for kind in kinds:
-            found |= differ(own, [c for c in configs if which in c and c[which] == kind])
-    return sorted(found - {"optimizer.name"})  # which stands first anyway
+            found |= differ(own, [c for c in configs if name_field in c and c[name_field] == kind])
+    return sorted(found - {"optimizer.name"})  # names start with it anyway
 
 
 def _usual(configs: Sequence[dict], fields: Sequence[str]) -> dict[str, str]:
-    """What more than half of the configs have in fields that are not the optimizer's."""
+    """Returns the values that more than half of the configs have, of fields that are not the optimizer's."""
     usual = {}
     for name in fields:
         value, count = Counter(str(c[name]) for c in configs if name in c).most_common(1)[0]
@@ -228,6 +239,7 @@ def _usual(configs: Sequence[dict], fields: Sequence[str]) -> dict[str, str]:
 
 
 def _name(config: dict, fields: Sequence[str], usual: dict[str, str]) -> str:
+    """Returns "adamw, beta1 0.95": the optimizer, and the fields whose values are not the usual ones."""
     if not config:
         return ""
     optimizer = str(config["optimizer.name"])

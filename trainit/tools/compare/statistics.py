@@ -1,31 +1,31 @@
-"""What is said of runs: means with intervals, what it takes to reach a loss, how a rate must be tuned."""
+"""Computes what is reported of runs: means and intervals, the cost of reaching a loss, the best rates."""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
 
-from trainit.tools.compare.runs import Method, Run, Setting
+from trainit.tools.compare.runs import Method, Run, Seed, Setting
 
 LEVEL = 0.95  # of all intervals
-COSTS = ("step", "tokens", "flops", "seconds")  # in which the way to a loss is measured
-NEAR = 0.01  # a rate is nearly as good as the best if its loss is at most so much larger, as a fraction
+COSTS = ("step", "tokens", "flops", "seconds")  # units of the cost of reaching a loss
+NEAR = 0.01  # a rate is nearly as good as the best if its loss is larger by at most this fraction
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a ratio, with its interval; nan bounds where one run alone says nothing of it."""
+    """A mean or a ratio with its interval, whose bounds are nan for a single run."""
 
     value: float
     low: float = math.nan
     high: float = math.nan
-    p: float = math.nan  # of no difference, two-sided
+    p: float = math.nan  # the probability of a difference at least this large by chance, two-sided
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean with Student's interval."""
+    """Returns the mean with Student's interval."""
     center = statistics.fmean(values)
     if len(values) < 2 or not math.isfinite(center):
         return Estimate(center)
@@ -33,23 +33,24 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(center, center - half, center + half)
 
 
-def difference(a: dict[int, float], b: dict[int, float]) -> Estimate:
-    """The mean of a less that of b, by seed: paired where the seeds are the same, else after Welch.
+def difference(a: Mapping[Seed, float], b: Mapping[Seed, float]) -> Estimate:
+    """Returns the mean of `a` minus the mean of `b`, by seed: paired if the seeds are equal, else Welch's.
 
-    Runs of one seed begin with the same parameters and see the same batches, so that what they share
-    falls out of the difference of pairs.
+    Runs of the same seed start with the same parameters and see the same batches, so that what they have in
+    common cancels in the difference of pairs.
     """
     x, y = list(a.values()), list(b.values())
     center = statistics.fmean(x) - statistics.fmean(y)
     if min(len(x), len(y)) < 2 or not math.isfinite(center):
         return Estimate(center)
+    freedom: float
     if a.keys() == b.keys():
         gaps = [a[seed] - b[seed] for seed in a]
         error, freedom = statistics.stdev(gaps) / math.sqrt(len(gaps)), len(gaps) - 1
     else:
-        parts = [statistics.variance(v) / len(v) for v in (x, y)]
+        parts = [statistics.variance(values) / len(values) for values in (x, y)]
         error = math.sqrt(sum(parts))
-        squares = sum(part**2 / (len(v) - 1) for part, v in zip(parts, (x, y), strict=True))
+        squares = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (x, y), strict=True))
         freedom = sum(parts) ** 2 / squares if squares else len(x) + len(y) - 2
     if not error:
         return Estimate(center, center, center, 1.0 if center == 0 else 0.0)
@@ -58,20 +59,20 @@ def difference(a: dict[int, float], b: dict[int, float]) -> Estimate:
     return Estimate(center, center - half, center + half, float(p))
 
 
-def speed_up(baseline: dict[int, float], costs: dict[int, float]) -> Estimate:
-    """How many times less it costs than the baseline: the ratio of geometric means over seeds.
+def speed_up(baseline: Mapping[Seed, float], costs: Mapping[Seed, float]) -> Estimate:
+    """Returns how many times lower the costs are than the baseline's: a ratio of geometric means over seeds.
 
-    Its interval and significance are those of the difference of logarithms.
+    Its interval and p are those of the difference of logarithms.
     """
-    logs = [{seed: math.log(v) for seed, v in group.items()} for group in (baseline, costs)]
+    logs = [{seed: math.log(value) for seed, value in group.items()} for group in (baseline, costs)]
     gap = difference(*logs)
     return Estimate(math.exp(gap.value), math.exp(gap.low), math.exp(gap.high), gap.p)
 
 
 def cost(run: Run, target: float, unit: str) -> float | None:
-    """What a run has spent when its validation loss first is at the target; None if it never is.
+    """Returns what a run has spent when its validation loss first reaches the target; None if it never does.
 
-    Between two validations the loss is taken for a straight line.
+    Between two validations the loss is interpolated linearly.
 
     Args:
         run: the run.
@@ -88,22 +89,22 @@ def cost(run: Run, target: float, unit: str) -> float | None:
     return None
 
 
-def costs(setting: Setting, target: float, unit: str) -> dict[int, float]:
-    """By seed, of the runs that reach the target; empty where the unit is not known."""
+def costs(setting: Setting, target: float, unit: str) -> dict[Seed, float]:
+    """Returns by seed the costs of the runs that reach the target; none if the unit is unknown."""
     spent = {run.seed: cost(run, target, unit) for run in setting.runs}
     return {seed: value for seed, value in spent.items() if value is not None and math.isfinite(value)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method, at its best learning rate, beside the baseline."""
+    """A method at its best learning rate, compared with the baseline."""
 
     method: Method
     loss: Estimate  # final validation loss, nats per token
-    gap: Estimate  # that loss less the baseline's
-    reached: int  # runs that reach the target
-    costs: dict[str, Estimate]  # until then, by unit; of the runs that do
-    speed_ups: dict[str, Estimate]  # over the baseline; only where all runs of both reach it
+    gap: Estimate  # that loss minus the baseline's
+    reached: int  # number of runs that reach the target
+    costs: dict[str, Estimate]  # by unit, until the target, for the runs that reach it
+    speed_ups: dict[str, Estimate]  # over the baseline; only if all runs of both reach the target
 
     @property
     def setting(self) -> Setting:
@@ -111,16 +112,16 @@ class Row:
 
 
 def table(methods: Sequence[Method], baseline: Method, target: float) -> list[Row]:
-    """A row for each method, the lowest loss first."""
+    """Returns a row for each method, the lowest loss first."""
     base, rows = baseline.best, []
     for method in methods:
         setting, spent, gains = method.best, {}, {}
         for unit in COSTS:
-            mine, theirs = costs(setting, target, unit), costs(base, target, unit)
-            if mine:
-                spent[unit] = mean(list(mine.values()))
-            if len(mine) == len(setting.runs) and len(theirs) == len(base.runs) and all(mine.values()):
-                gains[unit] = speed_up(theirs, mine)
+            own, others = costs(setting, target, unit), costs(base, target, unit)
+            if own:
+                spent[unit] = mean(list(own.values()))
+            if len(own) == len(setting.runs) and len(others) == len(base.runs) and all(own.values()):
+                gains[unit] = speed_up(others, own)
         gap = difference(setting.finals, base.finals)
         reached = len(costs(setting, target, "step"))
         rows.append(Row(method, mean(list(setting.finals.values())), gap, reached, spent, gains))
@@ -128,18 +129,24 @@ def table(methods: Sequence[Method], baseline: Method, target: float) -> list[Ro
 
 
 def default_target(setting: Setting) -> float:
-    """The loss that every run of this setting reaches: the largest final one."""
+    """Returns the loss that every run of this setting reaches: the largest final one."""
     return max(setting.finals.values())
 
 
-def nearly_best(method: Method) -> tuple[float, float, bool, bool] | None:
-    """How well the learning rate must be hit: between which rates the loss is within NEAR of the best.
+@dataclass(frozen=True)
+class Span:
+    """The learning rates whose loss is nearly the best."""
 
-    The loss is taken for a straight line over the logarithm of the rate between two that were tried.
+    low: float
+    high: float
+    low_open: bool  # whether lower rates than `low` may be as good, but were not tried
+    high_open: bool
 
-    Returns:
-        lowest rate, highest rate, whether the lowest (the highest) is only the last one that was tried;
-        None if fewer than two rates were.
+
+def nearly_best(method: Method) -> Span | None:
+    """Returns the rates whose loss is within NEAR of the best; None if fewer than two rates were tried.
+
+    Between two rates the loss is interpolated linearly over the logarithm of the rate.
     """
     tried = [(s.rate, s.tuned_loss) for s in method.settings if s.rate > 0]
     if len(tried) < 2:
@@ -148,19 +155,20 @@ def nearly_best(method: Method) -> tuple[float, float, bool, bool] | None:
     limit = tried[best][1] * (1 + NEAR)
 
     def edge(direction: int) -> tuple[float, bool]:
+        """Returns the last good rate in this direction, and whether it is the last that was tried."""
         i = best
         while 0 <= i + direction < len(tried):
-            (rate, loss), (further, worse) = tried[i], tried[i + direction]
-            if worse > limit:
-                if not math.isfinite(worse):
+            (rate, loss), (next_rate, next_loss) = tried[i], tried[i + direction]
+            if next_loss > limit:
+                if not math.isfinite(next_loss):
                     return rate, False
-                share = (limit - loss) / (worse - loss)
-                return math.exp(math.log(rate) + share * math.log(further / rate)), False
+                share = (limit - loss) / (next_loss - loss)
+                return math.exp(math.log(rate) + share * math.log(next_rate / rate)), False
             i += direction
         return tried[i][0], True
 
     (low, low_open), (high, high_open) = edge(-1), edge(1)
-    return low, high, low_open, high_open
+    return Span(low, high, low_open, high_open)
 
 
 def at_edge(method: Method) -> bool:
@@ -170,7 +178,7 @@ def at_edge(method: Method) -> bool:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Exponential mean with decay 1 - 1/window, corrected for its start."""
+    """Returns the exponential mean with decay 1 - 1/window, corrected for its start."""
     decay, total, result = 1 - 1 / window, 0.0, []
     for count, value in enumerate(values, start=1):
         total = decay * total + (1 - decay) * value
@@ -179,12 +187,11 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def band(runs: Sequence[Run], x: str, y: str) -> tuple[list[float], list[Estimate]]:
-    """A curve's mean over runs with its interval, at the steps that all of them have."""
+    """Returns a curve's mean over runs with its interval, at the steps that all of them have."""
     curves = []
     for run in runs:
-        by_step = dict(zip(*run.curve("step", y), strict=True))
-        steps, at = run.curve("step", y)[0], run.curve(x, y)[0]
-        curves.append({s: (a, by_step[s]) for s, a in zip(steps, at, strict=True)})
+        steps, values = run.curve("step", y)
+        curves.append(dict(zip(steps, zip(run.curve(x, y)[0], values, strict=True), strict=True)))
     common = sorted(set.intersection(*(set(curve) for curve in curves)))
-    places = [statistics.fmean(curve[s][0] for curve in curves) for s in common]
-    return places, [mean([curve[s][1] for curve in curves]) for s in common]
+    at = [statistics.fmean(curve[step][0] for curve in curves) for step in common]
+    return at, [mean([curve[step][1] for curve in curves]) for step in common]

@@ -264,7 +264,7 @@ def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     finally:
         process.kill()
     assert process.returncode == 75, output
-    assert "the same command goes on" in output
+    assert "the same command resumes it" in output
     assert not (real / "out/b").exists()
     process = start(*arguments, module="trainit.tools.sweep")
     output, _ = process.communicate(timeout=300)

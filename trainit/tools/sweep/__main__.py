@@ -2,7 +2,7 @@
 
     python -m trainit.tools.sweep FILE[:ARGUMENT] [--output=FOLDER] [--sbatch=OPTIONS | --qsub=OPTIONS]
 
-Finished runs are not run again, so that a sweep that was stopped goes on by the same command.
+Finished runs are not run again, so that the same command resumes a sweep that was stopped.
 Exit codes: 0 all runs are done, 75 stopped on request, 2 bad usage, 1 a run has failed.
 """
 
@@ -49,14 +49,14 @@ def main() -> int:
         ]
         if len(chosen) > 1:
             parser.error("--sbatch and --qsub exclude each other")
-        runner = launch.Array(*chosen[0], sweep.output) if chosen else launch.Here()
+        runner = launch.ArrayRunner(*chosen[0], sweep.output) if chosen else launch.LocalRunner()
         if sweep.greedy:
             greedy.search(sweep, runner.run)
             return 0
-        jobs = search.search(sweep, runner)
-        search.tell(sweep, jobs, shlex.join(["python", "-m", "trainit.tools.sweep", *sys.argv[1:]]))
+        jobs = search.search(sweep, runner.run)
+        search.report(sweep, jobs, shlex.join(["python", "-m", "trainit.tools.sweep", *sys.argv[1:]]))
     except launch.StoppedError:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes it", file=sys.stderr)
         return launch.STOPPED
     except (ConfigError, OSError) as error:
         print(f"trainit: error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Runs of a sweep started: here one after another, or as an array job of Slurm or Grid Engine."""
+"""Starts the runs of a sweep: here one after another, or as an array job of Slurm or Grid Engine."""
 
 import os
 import shlex
@@ -20,24 +20,24 @@ LAUNCH = {"sbatch": Path("launch/slurm.sh"), "qsub": Path("launch/sge.sh")}
 
 
 class StoppedError(Exception):
-    """The sweep was asked to stop; everything is saved."""
+    """The sweep was asked to stop, and everything is saved."""
 
 
 def loss(job: Job) -> float | None:
-    """The final validation loss of a run; None until it is done.
+    """Returns the final validation loss of a run; None if it is not finished.
 
     Raises:
-        ConfigError: its folder holds a run that was started with other arguments.
+        ConfigError: its folder contains a run that was started with other arguments.
     """
     record = job.folder / "arguments.txt"
     if not record.exists():
         return None
     before, now = record.read_text().splitlines(), list(job.arguments)
     if before != now:
-        differ = [f"{a} -> {b}" for a, b in zip(before, now, strict=False) if a != b]
-        differ += [f"without {a}" for a in before[len(now) :]] + [f"with {b}" for b in now[len(before) :]]
+        changes = [f"{a} -> {b}" for a, b in zip(before, now, strict=False) if a != b]
+        changes += [f"without {a}" for a in before[len(now) :]] + [f"with {b}" for b in now[len(before) :]]
         raise ConfigError(
-            f"{job.folder} was run with other settings ({'; '.join(differ)}); take another --output, or "
+            f"{job.folder} was run with other settings ({'; '.join(changes)}); choose another --output, or "
             f"delete it"
         )
     try:
@@ -48,108 +48,105 @@ def loss(job: Job) -> float | None:
 
 
 def finished(job: Job) -> bool:
-    """Whether a run is done; raises as `loss`."""
+    """Whether a run is finished; raises what `loss` raises."""
     return loss(job) is not None
 
 
 def failure(job: Job) -> str:
-    """The last error of a run that is not finished, in a line."""
+    """Returns the last error of a run that is not finished, as one line."""
     for file in (job.folder / "output.txt", job.folder / "logs" / "process_0.log"):
         if file.exists():
             lines = [line for line in file.read_text(errors="replace").splitlines() if "error: " in line]
             if lines:
                 return lines[-1].partition("error: ")[2]
-    return f"it left no error; see {job.folder}"
+    return f"it left no error message; see {job.folder}"
 
 
 def prepare(job: Job):
-    """The folder of a run, with the arguments that it is started with."""
+    """Makes the folder of a run and records the arguments with which it is started."""
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "arguments.txt").write_text("\n".join(job.arguments) + "\n")
 
 
-class Here:
-    """One run after another, on this machine."""
+class LocalRunner:
+    """Runs one run after another on this machine, and passes on to it the signals that ask to stop."""
 
     def __init__(self):
         self._child: subprocess.Popen | None = None
-        self._asked = False
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        for number in numbers:
-            signal.signal(number, self._ask)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # whoever has started this may have blocked them
+        self._stopping = False
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        for number in signals:
+            signal.signal(number, self._on_signal)
+        # The process that has started this one may have blocked them.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
-    def _ask(self, number, frame):
-        """Passes the wish to stop on, unless the terminal has sent it to both."""
+    def _on_signal(self, number, frame):
         del frame
-        self._asked = True
-        if self._child and number != signal.SIGINT:
+        self._stopping = True
+        if self._child and number != signal.SIGINT:  # a terminal sends SIGINT to the child itself
             self._child.send_signal(number)
 
     def run(self, jobs: Sequence[Job]):
-        """
+        """Runs jobs and logs what each has reached.
+
         Raises:
-            StoppedError: somebody has asked to stop.
+            StoppedError: the sweep was asked to stop.
         """
         for count, job in enumerate(jobs, start=1):
             prepare(job)
-            begin = time.monotonic()
+            start = time.monotonic()
             with (job.folder / "output.txt").open("w") as output:
                 command = [sys.executable, "-m", "trainit.main", *job.arguments]
                 self._child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-                if self._asked:  # just before there was somebody to pass it on to
+                if self._stopping:  # the signal came before there was a child
                     self._child.terminate()
                 code = self._child.wait()
             self._child = None
-            took = time.monotonic() - begin
+            seconds = time.monotonic() - start
             if code == 0:
-                loss = read(job.folder).final
-                logging.info("%3d/%d %s: validation loss %.4f, %.0f s", count, len(jobs), job, loss, took)
-            elif not self._asked and code != STOPPED:
+                final = read(job.folder).final
+                logging.info("%3d/%d %s: validation loss %.4f, %.0f s", count, len(jobs), job, final, seconds)
+            elif not self._stopping and code != STOPPED:
                 logging.info("%3d/%d %s: failed with %d: %s", count, len(jobs), job, code, failure(job))
-            if self._asked or code == STOPPED:
+            if self._stopping or code == STOPPED:
                 raise StoppedError
 
 
-class Array:
-    """All runs of a stage as one array job; waits until it has ended."""
+class ArrayRunner:
+    """Runs jobs as one array job of a scheduler, and waits until it has ended."""
 
     def __init__(self, scheduler: str, options: str, output: Path):
         """
         Args:
             scheduler: "sbatch" or "qsub".
-            options: for it, as in "--gpus-per-node=8 --time=4:00:00".
+            options: the scheduler's, such as "--gpus-per-node=8 --time=4:00:00".
             output: the sweep's folder, which all hosts see.
         """
         self._scheduler, self._options, self._output = scheduler, shlex.split(options), output
         script = LAUNCH[scheduler]
-        require(script.is_file(), f"{script} is not here: submit from the folder that holds launch/")
+        require(script.is_file(), f"{script} is not here: submit from the folder that contains launch/")
 
     def run(self, jobs: Sequence[Job]):
+        """Runs jobs and logs which of them have failed.
+
+        Raises:
+            ConfigError: the scheduler is not on this machine.
+        """
+        # Task i of the array reads its arguments from the file named i.
         folder = self._output.absolute() / "array"
         folder.mkdir(parents=True, exist_ok=True)
-        for number, job in enumerate(jobs, start=1):
+        for task, job in enumerate(jobs, start=1):
             prepare(job)
-            (folder / str(number)).write_text(shlex.join(job.arguments) + "\n")
-        tasks, script = f"1-{len(jobs)}", str(LAUNCH[self._scheduler])
+            (folder / str(task)).write_text(shlex.join(job.arguments) + "\n")
+
+        tasks, variable = f"1-{len(jobs)}", f"TRAINIT_ARRAY={folder}"
         if self._scheduler == "sbatch":
-            command = ["sbatch", "--wait", f"--array={tasks}", *self._options, script]
+            command = ["sbatch", "--wait", f"--array={tasks}"]
         else:
-            command = [
-                "qsub",
-                "-sync",
-                "y",
-                "-t",
-                tasks,
-                "-v",
-                f"TRAINIT_ARRAY={folder}",
-                *self._options,
-                script,
-            ]
+            command = ["qsub", "-sync", "y", "-t", tasks, "-v", variable]
+        command += [*self._options, str(LAUNCH[self._scheduler])]
         logging.info("%d runs as an array job: %s", len(jobs), shlex.join(command))
-        logging.info(
-            "This waits for it, and may be stopped: the same command goes on when the job has ended."
-        )
+        logging.info("This waits for the job and may be stopped; run it again when the job has ended.")
         try:
             subprocess.run(command, env={**os.environ, "TRAINIT_ARRAY": str(folder)}, check=False)
         except FileNotFoundError:

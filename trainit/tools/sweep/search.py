@@ -1,7 +1,7 @@
-"""Runs a sweep until nothing more is wanted, and compares what its runs reached."""
+"""Runs a sweep until no more runs are wanted, and compares what its runs reached."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import logging
 
@@ -11,31 +11,44 @@ from trainit.tools.sweep import launch
 from trainit.tools.sweep.spec import Job, Sweep
 
 
-def search(sweep: Sweep, runner) -> list[Job]:
-    """Runs what is wanted until nothing more is; returns all of it."""
+def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[Job]:
+    """Runs a sweep; returns all of its runs, also those that failed.
+
+    Args:
+        sweep: from a sweep's file.
+        run: starts runs and returns when they have ended.
+    """
     tried: set[Job] = set()
 
     def loss(job: Job) -> float | None:
         known = launch.loss(job)
         return math.inf if known is None and job in tried else known
 
+    # Results may show that more runs are wanted: at other learning rates, or with more seeds.
     while True:
         jobs = sweep.wanted(loss)
         todo = [job for job in jobs if job not in tried and not launch.finished(job)]
         if not todo:
             return jobs
-        logging.info("%d runs, of which %d are to be done, in %s", len(jobs), len(todo), sweep.output)
-        runner.run(todo)
+        logging.info("%d runs, %d of them still to do, in %s", len(jobs), len(todo), sweep.output)
+        run(todo)
         tried |= set(todo)
 
 
-def tell(sweep: Sweep, jobs: Sequence[Job], command: str):
-    """The table, the picture and the page, if there is anything in them."""
+def report(sweep: Sweep, jobs: Sequence[Job], command: str):
+    """Prints the comparison and writes its picture and page, if any run has left metrics.
+
+    Args:
+        sweep: the sweep.
+        jobs: its runs.
+        command: what started it, printed on the page.
+    """
     runs = find(job.folder for job in jobs if (job.folder / "metrics.jsonl").exists())
     if not runs:
         return
     methods = group(runs, sweep.tuning_seeds)
-    at = sweep.output / sweep.baseline
-    base = next((m for m in methods for s in m.settings for r in s.runs if at in r.path.parents), methods[0])
-    output, page = sweep.output / "sweep.png", sweep.output / "sweep.html"
-    print(compare(runs, base.name, sweep.target, sweep.tuning_seeds, output, page, command))
+    folder = sweep.output / sweep.baseline
+    in_folder = (m for m in methods for s in m.settings for run in s.runs if folder in run.path.parents)
+    baseline = next(in_folder, methods[0]).name
+    picture, page = sweep.output / "sweep.png", sweep.output / "sweep.html"
+    print(compare(runs, baseline, sweep.target, sweep.tuning_seeds, picture, page, command))

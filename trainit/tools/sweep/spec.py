@@ -1,4 +1,4 @@
-"""What a sweep's file asks for, and which runs that means, given what is known by now."""
+"""Reads a sweep's file, and determines which runs it asks for, given the results so far."""
 
 import itertools
 import math
@@ -17,19 +17,21 @@ from trainit.tools.compare.runs import RATE
 EXTENSIONS = 4  # learning rates that are tried beyond an end of the grid, at most
 KEYS = {
     "config": str,  # --config of all runs: FILE or FILE:group=choice,...
-    "fields": dict,  # {"steps": 200, ...}: of all runs
+    "fields": dict,  # {"steps": 200, ...}, for all runs
     "variants": dict,  # {"muon": {"groups": "optimizer=muon", "fields": {...}, "grid": {...}}, ...}
     "grid": dict,  # {"optimizer.learning_rate": [1e-3, 3e-3], ...}: all combinations
     "random": dict,  # {"optimizer.learning_rate": ("log", 1e-4, 1e-1), "optimizer.beta1": ("uniform", 0, 1)}
-    "samples": int,  # of `random`
-    "seeds": list,  # of all runs; with tuning_seeds, of each variant's best
-    "tuning_seeds": list,  # of the runs that choose each variant's best
+    "samples": int,  # number of draws from `random`
+    "seeds": list,  # seeds of all runs; with tuning_seeds, of each variant's best setting
+    "tuning_seeds": list,  # seeds of the runs that choose each variant's best setting
     "extend": bool,  # while a variant's best learning rate is the last of its grid, try one beyond
-    "baseline": str,  # the variant that the others are measured by; the first
-    "target": float,  # validation loss to reach; what all runs of the baseline reach
+    "baseline": str,  # the variant that the others are compared with; default: the first
+    "target": float,  # validation loss to reach; default: what all runs of the baseline reach
     "greedy": dict,  # see trainit.tools.sweep.greedy
 }
 VARIANT_KEYS = ("groups", "fields", "grid", "random")
+
+Point = tuple[tuple[str, object], ...]  # fields of the grid, with their values
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Job:
     """One run of a sweep."""
 
     variant: str
-    changes: tuple[tuple[str, object], ...]  # fields of the grid and their values
+    changes: Point
     seed: int
     folder: Path
     arguments: tuple[str, ...]  # of trainit.main
@@ -46,25 +48,28 @@ class Job:
         return f"{self.variant} {describe(self.changes)} seed {self.seed}".replace("  ", " ")
 
 
-Losses = Callable[[Job], float | None]  # final validation loss; inf of a run that failed, None: not run yet
+# A run's final validation loss; inf if it failed, None if it has not been run.
+Losses = Callable[[Job], float | None]
 
 
 def describe(changes: Iterable[tuple[str, object]]) -> str:
-    """ "learning_rate=0.001,beta1=0.9": the name of a folder."""
-    return ",".join(f"{name.rpartition('.')[2]}={_text(value)}" for name, value in changes)
+    """Returns "learning_rate=0.001,beta1=0.9", the name of a folder."""
 
+    def text(value: object) -> str:
+        return f"{value:.6g}" if isinstance(value, float) else str(value).replace("/", "_")
 
-def _text(value) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("/", "_")
+    return ",".join(f"{name.rpartition('.')[2]}={text(value)}" for name, value in changes)
 
 
 @dataclass(frozen=True)
 class Variant:
+    """Runs of a sweep with the same groups, such as one optimizer."""
+
     name: str
     config: str  # with its groups
     fields: dict
     grid: dict[str, list]
-    points: list[tuple[tuple[str, object], ...]] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,8 @@ class Sweep:
     greedy: dict
     output: Path
 
-    def job(self, variant: Variant, changes: Sequence[tuple[str, object]], seed: int) -> Job:
-        """A run of a variant at a point of its grid."""
+    def job(self, variant: Variant, changes: Iterable[tuple[str, object]], seed: int) -> Job:
+        """Returns the run of a variant at a point of its grid."""
         changes = tuple(changes)
         folder = self.output / variant.name / describe(changes) / f"seed_{seed}"
         fields = {**variant.fields, **dict(changes), "seed": seed}
@@ -89,66 +94,66 @@ class Sweep:
         return Job(variant.name, changes, seed, folder, arguments)
 
     def wanted(self, losses: Losses) -> list[Job]:
-        """All runs that are wanted by now. More may be when these are done: call again then."""
-        found = []
+        """Returns all runs that are wanted by now. When they are finished, more may be: call again then."""
+        jobs = []
         for variant in self.variants:
-            if not self.tuning_seeds:
-                found += [self.job(variant, p, seed) for p in variant.points for seed in self.seeds]
-                continue
-            tuning, best = self._tune(variant, losses)
-            found += tuning
-            if best is not None:
-                found += [self.job(variant, best, seed) for seed in self.seeds]
-        return found
+            points = variant.points
+            if self.tuning_seeds:
+                tuning, best = self._tune(variant, losses)
+                jobs += tuning
+                points = [] if best is None else [best]
+            jobs += [self.job(variant, point, seed) for point in points for seed in self.seeds]
+        return jobs
 
-    def _tune(self, variant: Variant, losses: Losses) -> tuple[list[Job], tuple | None]:
-        """The runs that choose the best point of a variant; that point, once they are done."""
+    def _tune(self, variant: Variant, losses: Losses) -> tuple[list[Job], Point | None]:
+        """Returns the runs that choose a variant's best point; and that point, once they are finished."""
         points = list(variant.points)
-        for _ in range(EXTENSIONS + 1):
-            jobs = [self.job(variant, p, seed) for p in points for seed in self.tuning_seeds]
-            known = {job: losses(job) for job in jobs}
-            if None in known.values():
+        for extension in range(EXTENSIONS + 1):
+            by_point = [[self.job(variant, p, seed) for seed in self.tuning_seeds] for p in points]
+            jobs = [job for group in by_point for job in group]
+            known = {job: loss for job in jobs if (loss := losses(job)) is not None}
+            if len(known) < len(jobs):
                 return jobs, None
-            means = [
-                statistics.fmean(known[self.job(variant, p, s)] for s in self.tuning_seeds) for p in points
-            ]
+            means = [statistics.fmean(known[job] for job in group) for group in by_point]
             if min(means) == math.inf:
-                return jobs, None  # nothing works: there is no best
+                return jobs, None  # every point has failed
             best = points[means.index(min(means))]
-            further = _beyond(best, points) if self.extend else None
+            further = _beyond(best, points) if self.extend and extension < EXTENSIONS else None
             if further is None:
-                return jobs, best
+                break
             points.append(further)
         return jobs, best
 
 
-def _beyond(best: tuple, points: Sequence[tuple]) -> tuple | None:
-    """The best point with the next learning rate behind the end that it is at; None if it is at none."""
-    rest = [change for change in best if change[0] != RATE]
+def _beyond(best: Point, points: Sequence[Point]) -> Point | None:
+    """Returns the best point with the next learning rate, if its own is the first or last; otherwise None."""
+    own, others = dict(best), [change for change in best if change[0] != RATE]
     rates = sorted(
-        dict(p)[RATE] for p in points if RATE in dict(p) and [c for c in p if c[0] != RATE] == rest
+        float(str(dict(point)[RATE]))
+        for point in points
+        if RATE in dict(point) and [change for change in point if change[0] != RATE] == others
     )
-    if len(rates) < 2 or dict(best)[RATE] not in (rates[0], rates[-1]):
+    if len(rates) < 2 or own[RATE] not in (rates[0], rates[-1]):
         return None
-    end, neighbour = (rates[0], rates[1]) if dict(best)[RATE] == rates[0] else (rates[-1], rates[-2])
+    end, neighbour = (rates[0], rates[1]) if own[RATE] == rates[0] else (rates[-1], rates[-2])
     rate = float(f"{end * end / neighbour:.3g}")
     return tuple((name, rate if name == RATE else value) for name, value in best)
 
 
 def flags_of(fields: Mapping[str, object]) -> list[str]:
-    """["--config.steps=200", ...]"""
+    """Returns ["--config.steps=200", ...]."""
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
 def read(given: str, output: Path | None) -> Sweep:
-    """A sweep's file.
+    """Reads a sweep's file.
 
     Args:
         given: FILE or FILE:ARGUMENT; the file has get_sweep(argument), which returns a dict of KEYS.
-        output: where its runs go; None: runs/ and the file's name.
+        output: the folder of its runs; None: runs/ and the file's name.
 
     Raises:
-        ConfigError: it is not there, raises, or asks for what there is not.
+        ConfigError: the file does not exist, raises, or asks for something that does not exist.
     """
     name, _, argument = given.partition(":")
     file = Path(name)
@@ -159,41 +164,47 @@ def read(given: str, output: Path | None) -> Sweep:
         raise
     except Exception as error:
         raise ConfigError(f"{file} raises {type(error).__name__}: {error}") from None
-    require(isinstance(asked, dict), f"{file}: get_sweep returns {type(asked).__name__}, not a dict")
-    unknown = sorted(set(asked) - set(KEYS))
-    require(not unknown, f"{file}: unknown {', '.join(unknown)}; a sweep has {', '.join(KEYS)}")
-    for key, value in asked.items():
-        kinds = (int, float) if KEYS[key] is float else (list, tuple) if KEYS[key] is list else KEYS[key]
-        require(isinstance(value, kinds), f"{file}: {key}={value!r} is no {KEYS[key].__name__}")
-    require("config" in asked, f"{file}: config is missing: the config file of the runs")
-    output = output or Path("runs") / "-".join(filter(None, (file.stem, argument.replace("/", "_"))))
-    seeds = list(asked.get("seeds", [0]))
-    tuning = list(asked.get("tuning_seeds", []))
+    _check_keys(file, asked)
+
+    seeds, tuning = list(asked.get("seeds", [0])), list(asked.get("tuning_seeds", []))
     for key, value in (("seeds", seeds), ("tuning_seeds", tuning)):
         whole = all(type(seed) is int and seed >= 0 for seed in value) and len(set(value)) == len(value)
         require(whole, f"{file}: {key}={value} must be different whole numbers")
     both = sorted(set(seeds) & set(tuning))
     require(not both, f"{file}: {both} are in seeds and in tuning_seeds; what chose a rate must not judge it")
-    variants = [_variant(file, asked, *item) for item in asked.get("variants", {"": {}}).items()]
-    base = asked.get("baseline", variants[0].name)
-    require(
-        base in [v.name for v in variants],
-        f"{file}: baseline={base!r}; there are {', '.join(v.name for v in variants)}",
-    )
-    target = asked.get("target")
     extend = asked.get("extend", False)
     require(not extend or bool(tuning), f"{file}: extend needs tuning_seeds: by them the best rate is chosen")
+
+    variants = [_variant(file, asked, *item) for item in asked.get("variants", {"": {}}).items()]
+    names = [variant.name for variant in variants]
+    base = asked.get("baseline", names[0])
+    require(base in names, f"{file}: baseline={base!r}; there are {', '.join(names)}")
+    output = output or Path("runs") / "-".join(filter(None, (file.stem, argument.replace("/", "_"))))
+    target = asked.get("target")
     return Sweep(variants, seeds, tuning, extend, base, target, asked.get("greedy", {}), output)
 
 
+def _check_keys(file: Path, asked: object):
+    """Checks names and types of what a sweep's file asks for."""
+    if not isinstance(asked, dict):
+        raise ConfigError(f"{file}: get_sweep returns {type(asked).__name__}, not a dict")
+    unknown = sorted(set(asked) - set(KEYS))
+    require(not unknown, f"{file}: unknown {', '.join(unknown)}; a sweep has {', '.join(KEYS)}")
+    kinds = {float: (int, float), list: (list, tuple)}
+    for key, value in asked.items():
+        right = isinstance(value, kinds.get(KEYS[key], KEYS[key]))
+        require(right, f"{file}: {key}={value!r} is no {KEYS[key].__name__}")
+    require("config" in asked, f"{file}: config is missing: the config file of the runs")
+
+
 def _variant(file: Path, asked: dict, name: str, own: dict) -> Variant:
+    """Returns a variant: what all runs have, and its own."""
     unknown = sorted(set(own) - set(VARIANT_KEYS))
-    require(
-        not unknown, f"{file}: variant {name} has {', '.join(unknown)}; it may have {', '.join(VARIANT_KEYS)}"
-    )
-    config = ("," if ":" in asked["config"] else ":").join(
-        filter(None, (asked["config"], own.get("groups", "")))
-    )
+    may = ", ".join(VARIANT_KEYS)
+    require(not unknown, f"{file}: variant {name} has {', '.join(unknown)}; it may have {may}")
+    config = asked["config"]
+    if own.get("groups"):
+        config += ("," if ":" in config else ":") + own["groups"]
     grid = {**asked.get("grid", {}), **own.get("grid", {})}
     for key, values in grid.items():
         listed = isinstance(values, list | tuple) and len(values) > 0
@@ -203,14 +214,14 @@ def _variant(file: Path, asked: dict, name: str, own: dict) -> Variant:
     if ranges:
         samples = asked.get("samples", 0)
         require(samples > 0, f"{file}: random needs samples, their number")
-        draws = [_draw(file, ranges, name, number) for number in range(samples)]
-        points = [(*point, *draw) for point in points for draw in draws]
+        draws = [_draw(file, ranges, name, sample) for sample in range(samples)]
+        points = [point + draw for point in points for draw in draws]
     return Variant(name, config, {**asked.get("fields", {}), **own.get("fields", {})}, grid, points)
 
 
-def _draw(file: Path, ranges: dict, variant: str, number: int) -> list[tuple[str, object]]:
-    """The same values each time: drawn from the variant's name and the sample's number."""
-    random = np.random.default_rng([number, *variant.encode()])
+def _draw(file: Path, ranges: dict, variant: str, sample: int) -> Point:
+    """Draws values from ranges: always the same ones for a variant's name and a sample's number."""
+    random = np.random.default_rng([sample, *variant.encode()])
     drawn = []
     for key, given in ranges.items():
         match given:
@@ -221,14 +232,12 @@ def _draw(file: Path, ranges: dict, variant: str, number: int) -> list[tuple[str
             case list():
                 value = given[random.integers(len(given))]
             case _:
-                raise ConfigError(
-                    f"{file}: random {key}={given!r}: write ('log', LOW, HIGH), ('uniform', LOW, HIGH) "
-                    f"or a list"
-                )
+                forms = "('log', LOW, HIGH), ('uniform', LOW, HIGH) or a list"
+                raise ConfigError(f"{file}: random {key}={given!r}: write {forms}")
         drawn.append((key, float(f"{value:.4g}") if isinstance(value, float) else value))
-    return drawn
+    return tuple(drawn)
 
 
 def command(job: Job) -> str:
-    """As one would type it."""
+    """Returns the command of a run as one would type it."""
     return shlex.join(["python", "-m", "trainit.main", *job.arguments])

@@ -248,7 +248,7 @@ def test_tokens_equal_numpy(sizes):
     (head, x_BLD, targets_BL, _), _, _ = case(softcap=2.0, bias=True)
     logits = np.asarray(x_BLD, np.float64) @ np.asarray(head.kernel_DV, np.float64) + head.bias_V
     logits = 2 * np.tanh(logits / 2)
-    tokens = jax.jit(CrossEntropy(Parallel(one_mesh(**sizes)), 0.01).tokens)(head, x_BLD, targets_BL)
+    tokens = jax.jit(CrossEntropy(Parallel(one_mesh(**sizes)), 0.01).per_token)(head, x_BLD, targets_BL)
     log_total = np.log(np.exp(logits).sum(-1))
     target = np.take_along_axis(logits, targets_BL[..., None], -1)[..., 0]
     np.testing.assert_allclose(tokens["log_total"], log_total, rtol=2e-6)

@@ -1,9 +1,9 @@
 """Cross-entropy of the head's logits, which are never in memory for all positions.
 
-Positions pass through the head in chunks. Where the gradient is asked for, a chunk's is taken at once, while
-its logits are there, as in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989): the head
-is multiplied three times, as with all logits in memory. Each device works on its own rows and its own part
-of the vocabulary. R counts a chunk's positions.
+Positions pass through the head in chunks. Where the gradient is needed, a chunk's is computed at once, while
+its logits are in memory, as in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989): there
+are three products with the head, no more than with all logits in memory. Each device works on its own rows
+and its own part of the vocabulary. R counts a chunk's positions, n the chunks.
 """
 
 import functools
@@ -34,8 +34,8 @@ class CrossEntropy:
     logits_mib: float = 0.0
     z_loss: float = 0.0
 
-    def tokens(self, head: Head, x_BLD: jax.Array, targets_BL: jax.Array) -> dict[str, jax.Array]:
-        """Of each position; for gradients take `sums`, whose own save memory.
+    def per_token(self, head: Head, x_BLD: jax.Array, targets_BL: jax.Array) -> dict[str, jax.Array]:
+        """The loss of each position. To differentiate, take `sums`, which needs less memory.
 
         Args:
             head: used in the type of `x_BLD`; logits are float32.
@@ -47,24 +47,24 @@ class CrossEntropy:
             logit; "log_total" the logarithm of the softmax's denominator, float32.
         """
 
-        def local(head, x_BLD, _, targets_BL):
+        def on_device(head, x_BLD, _, targets_BL):
             chunks, join = self._chunks(head, x_BLD, targets_BL)
-            return join(jax.lax.map(lambda chunk: self._scores(head, *chunk)[0], chunks))
+            return join(jax.lax.map(lambda chunk: self._chunk_losses(head, *chunk)[0], chunks))
 
-        return self._on_devices(local, self._spec("batch", "length"), head, x_BLD, None, targets_BL)
+        return self._shard_map(on_device, self._spec("batch", "length"), head, x_BLD, None, targets_BL)
 
     def sums(
         self, head: Head, x_BLD, targets_BL, mask_BL, scale: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """What to differentiate with respect to head and x, and its parts, over the positions that count.
+        """The sum to minimize, to be differentiated by head and x, and the parts that it consists of.
 
         Args:
-            head: as for `tokens`, like the next two.
+            head: as for `per_token`, like the next two.
             x_BLD: see there.
             targets_BL: see there.
             mask_BL: bool: whether the position counts.
-            scale: times which the sum to minimize is given. Gradients that are narrower than float32 are
-                narrowed behind it: a factor that comes later finds small ones lost.
+            scale: a factor of the sum to minimize. Its gradients are multiplied with it before they are
+                rounded to the compute type: afterwards, small ones would already be lost.
 
         Returns:
             The sum to minimize, and float32 scalars: "loss" sum of -log p(target) in nats; "correct" number
@@ -75,28 +75,28 @@ class CrossEntropy:
         return objective, jax.lax.stop_gradient(sums)
 
     def with_gradient(self, head: Head, x_BLD, targets_BL, mask_BL, scale) -> tuple[dict, Head, jax.Array]:
-        """What `tokens` gives, and the float32 gradients of what `sums` minimizes, by head and by x."""
+        """What `per_token` gives, and the float32 gradients, by head and by x, of what `sums` minimizes."""
 
-        def local(head, x_BLD, scale, targets_BL, mask_BL):
+        def on_device(head, x_BLD, scale, targets_BL, mask_BL):
+            # The head's gradient is added up over the chunks; each chunk's losses and dx are put together.
             chunks, join = self._chunks(head, x_BLD, targets_BL, mask_BL)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
             zeros = self.parallel.varying(zeros, "batch", "length", "vocab")
             step = functools.partial(self._add_gradient, head, scale)
             d_head, (tokens, dx_nRD) = jax.lax.scan(step, zeros, chunks)
-            d_bias = sum_over(d_head.bias_V, self._axes("batch", "length"))
+
+            # Then they are summed: the head's over positions, dx over the parts of the vocabulary.
+            d_bias = sum_over(d_head.bias_V, self.parallel.axes("batch", "length"))
             d_head = d_head.replace(self.parallel.sum_gradient(d_head.kernel_DV, 0), d_bias)
             dx_BLD = scatter_sum(join(dx_nRD), self.parallel.sequence_axes, 1)
             return join(tokens), d_head, dx_BLD
 
-        outputs = (
-            self._spec("batch", "length"),
-            self._split(head),
-            self._spec("batch", "residual_length", None),
-        )
-        return self._on_devices(local, outputs, head, x_BLD, scale, targets_BL, mask_BL)
+        residual = self._spec("batch", "residual_length", None)
+        outputs = (self._spec("batch", "length"), self._head_spec(head), residual)
+        return self._shard_map(on_device, outputs, head, x_BLD, scale, targets_BL, mask_BL)
 
     def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array) -> tuple[jax.Array, dict]:
-        """What `sums` gives."""
+        """What `sums` returns without scale, from what `per_token` returns."""
 
         def over(value_BL) -> jax.Array:
             return jnp.sum(jnp.where(mask_BL, value_BL, 0.0))
@@ -107,33 +107,30 @@ class CrossEntropy:
         sums["z_loss"] = self.z_loss * over(tokens["log_total"] ** 2)
         return sums["loss"] + sums["z_loss"], sums
 
-    def _axes(self, *axes: str | None) -> tuple[str, ...]:
-        return self.parallel.axes(*axes)
-
     def _spec(self, *axes: str | None) -> PartitionSpec:
         return self.parallel.spec(*axes)
 
-    def _split(self, head: Head) -> Head:
-        """How the head lies on the mesh."""
-        return head.replace(
-            self._spec("embed", "vocab"), None if head.bias_V is None else self._spec("vocab")
-        )
+    def _head_spec(self, head: Head) -> Head:
+        """How the head is split."""
+        bias_spec = None if head.bias_V is None else self._spec("vocab")
+        return head.replace(self._spec("embed", "vocab"), bias_spec)
 
-    def _on_devices(self, function: Callable, outputs, head: Head, x_BLD, scale, *arrays_BL):
-        """function(head, x, scale, arrays (B, L)) of each device's parts, but with all D of the kernel."""
+    def _shard_map(self, function: Callable, outputs, head: Head, x_BLD, scale, *arrays_BL):
+        """function(head, x, scale, arrays (B, L)) on each device's parts, but with D and L whole."""
 
-        def local(head, x_BLD, scale, *arrays_BL):
-            kernel_DV = head.kernel_DV.astype(x_BLD.dtype)  # before it travels, and once for all chunks
-            kernel_DV = gather(kernel_DV, self._axes("embed"), 0)
+        def on_device(head, x_BLD, scale, *arrays_BL):
+            # The kernel is gathered here, once for all chunks and in the compute type.
+            kernel_DV = head.kernel_DV.astype(x_BLD.dtype)
+            kernel_DV = gather(kernel_DV, self.parallel.axes("embed"), 0)
             x_BLD = gather(x_BLD, self.parallel.sequence_axes, 1)
             return function(head.replace(kernel_DV, head.bias_V), x_BLD, scale, *arrays_BL)
 
-        inputs = [self._split(head), self._spec("batch", "residual_length", None), PartitionSpec()]
+        inputs = [self._head_spec(head), self._spec("batch", "residual_length", None), PartitionSpec()]
         inputs += [self._spec("batch", "length")] * len(arrays_BL)
-        return self.parallel.shard_map(local, tuple(inputs), outputs)(head, x_BLD, scale, *arrays_BL)
+        return self.parallel.shard_map(on_device, tuple(inputs), outputs)(head, x_BLD, scale, *arrays_BL)
 
     def _chunks(self, head: Head, *arrays) -> tuple[tuple, Callable]:
-        """Arrays (B, L, ...) as chunks (n, R, ...), filled up with zeros, and the way back for any tree."""
+        """Arrays (B, L, ...) as chunks (n, R, ...), padded with zeros; and the way back, for any tree."""
         B, L = arrays[0].shape[:2]
         size = chunk_size(B * L, head.kernel_DV.shape[1], self.logits_mib)
         count = -(-B * L // size)
@@ -149,16 +146,21 @@ class CrossEntropy:
 
         return tuple(map(cut, arrays)), functools.partial(jax.tree.map, join)
 
-    def _scores(self, head: Head, x_RD, targets_R) -> tuple[dict[str, jax.Array], tuple]:
-        """What `tokens` gives, of a chunk; its logits, probabilities and targets' columns on this device.
+    def _chunk_losses(self, head: Head, x_RD, targets_R) -> tuple[dict[str, jax.Array], tuple]:
+        """What `per_token` gives, for a chunk; and what its gradient needs.
 
-        One of the vocabulary's devices has a target's logit; on others its column is none of theirs.
+        Returns:
+            The losses (R,); and this device's logits (R, V), probabilities (R, V) and targets (R,), as
+            columns of its part of the vocabulary, in which a target may not be.
         """
-        logits_RV, split = head(x_RD), self._axes("vocab")
+        # The largest logit is subtracted, so that exp does not overflow.
+        logits_RV, split = head(x_RD), self.parallel.axes("vocab")
         V = logits_RV.shape[1]
         top_R = jnp.max(jax.lax.stop_gradient(logits_RV), axis=1)
         top_R = jax.lax.pmax(top_R, split) if split else top_R
         terms_RV = jnp.exp(logits_RV - top_R[:, None])
+
+        # One of the vocabulary's devices has the target's logit, and the others add 0.
         column_R = targets_R.astype(jnp.int32) - V * jax.lax.axis_index(split)
         target_R = jnp.take_along_axis(logits_RV, jnp.clip(column_R, 0, V - 1)[:, None], axis=1)[:, 0] - top_R
         target_R = jnp.where((column_R >= 0) & (column_R < V), target_R, 0.0)
@@ -168,9 +170,11 @@ class CrossEntropy:
         return tokens, (logits_RV, terms_RV / total_R[:, None], column_R)
 
     def _add_gradient(self, head: Head, scale, total: Head, chunk: tuple) -> tuple[Head, tuple]:
-        """The head's gradient with that of a chunk more; of the chunk, `tokens` and this device's dx."""
+        """Adds a chunk's gradient of the head to `total`; gives its losses and this device's dx, too."""
         x_RD, targets_R, mask_R = chunk
-        tokens, (logits_RV, d_RV, column_R) = self._scores(head, x_RD, targets_R)
+        tokens, (logits_RV, d_RV, column_R) = self._chunk_losses(head, x_RD, targets_R)
+
+        # By logits, from the probabilities: of cross-entropy and z-loss, through the soft cap.
         if self.z_loss:
             d_RV = d_RV * (1 + 2 * self.z_loss * tokens["log_total"])[:, None]
         d_RV = d_RV - (jnp.arange(d_RV.shape[1]) == column_R[:, None])
@@ -178,6 +182,8 @@ class CrossEntropy:
             d_RV = d_RV * (1 - (logits_RV / head.softcap) ** 2)  # the slope of cap * tanh(x / cap)
         d_RV = jnp.where(mask_R[:, None], d_RV, 0.0)
         d_RV = d_RV if scale is None else d_RV * scale
+
+        # By bias, kernel and x.
         bias_V = None if total.bias_V is None else total.bias_V + jnp.sum(d_RV, axis=0)
         d_RV = d_RV.astype(x_RD.dtype)
         product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -187,7 +193,7 @@ class CrossEntropy:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(loss: CrossEntropy, head, x_BLD, targets_BL, mask_BL, scale):
-    return _scaled(loss.add_up(loss.tokens(head, x_BLD, targets_BL), mask_BL), scale)
+    return _scaled(loss.add_up(loss.per_token(head, x_BLD, targets_BL), mask_BL), scale)
 
 
 def _scaled(sums: tuple[jax.Array, dict], scale) -> tuple[jax.Array, dict]:
@@ -195,16 +201,18 @@ def _scaled(sums: tuple[jax.Array, dict], scale) -> tuple[jax.Array, dict]:
     return (objective if scale is None else objective * scale), parts
 
 
-def _forward(loss, head, x_BLD, targets_BL, mask_BL, scale):
+def _forward(loss: CrossEntropy, head, x_BLD, targets_BL, mask_BL, scale):
+    """The sums, and the gradients, which are computed here already: the backward pass has no logits."""
     tokens, d_head, dx_BLD = loss.with_gradient(head, x_BLD, targets_BL, mask_BL, scale)
     return _scaled(loss.add_up(tokens, mask_BL), scale), (d_head, dx_BLD.astype(x_BLD.dtype))
 
 
-def _backward(loss, gradients, cotangents):
+def _backward(loss: CrossEntropy, gradients, cotangents):
     d_head, dx_BLD = gradients
-    factor = cotangents[0]  # the parts' are 0; it is 1 where there is a scale, which the gradients have
-    d_head = jax.tree.map(lambda d: d * factor, d_head)
-    return d_head, (dx_BLD * factor).astype(dx_BLD.dtype), None, None, None
+    # Those of the parts are 0. With a scale, which the gradients already have, this one is 1.
+    cotangent = cotangents[0]
+    d_head = jax.tree.map(lambda d: d * cotangent, d_head)
+    return d_head, (dx_BLD * cotangent).astype(dx_BLD.dtype), None, None, None
 
 
 _sums.defvjp(_forward, _backward)

@@ -245,7 +245,7 @@ def _eval_step(
     micro_batch = jax.tree.map(lambda x: x[0], batch)
     inputs_BL, targets_BL, mask_BL = inputs_and_targets(micro_batch)
     x_BLD, head = model.hidden(params, inputs_BL)
-    tokens = cross_entropy.tokens(head, x_BLD, targets_BL)
+    tokens = cross_entropy.per_token(head, x_BLD, targets_BL)
     if "subsets" in micro_batch:
         subset_BL = micro_batch["subsets"]
     else:

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from trainit.config import require
 from trainit.optimizers.common import online
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = online.get_config("ada_ftrl", learning_rate=1e-3)

@@ -12,6 +12,8 @@ from trainit.optimizers.common.moments import map_layers, norm
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import path_name
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()

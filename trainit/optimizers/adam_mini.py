@@ -26,6 +26,8 @@ OWN = {
     "blocks/attention/key/bias": {"kv_heads"},
 }
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()

@@ -5,6 +5,8 @@ from ml_collections import ConfigDict
 
 from trainit.optimizers.common.moments import scale_by_moments
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()

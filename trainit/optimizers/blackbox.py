@@ -18,6 +18,8 @@ from trainit.parallel.trees import inner_product
 
 MAGNITUDES = {"kt_bettor": kt_bettor.bettor, "mirror_descent": mirror_descent.learner}
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = online.get_config("blackbox", learning_rate=1.0)

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from trainit.optimizers.common import online
 from trainit.optimizers.common._bounds import not_below_0
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = online.get_config("ftrl", learning_rate=0.01)

@@ -14,6 +14,8 @@ from trainit.optimizers.common import online
 from trainit.optimizers.common._bounds import not_below_0
 from trainit.parallel.trees import inner_product
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = online.get_config("imperfect_hints", learning_rate=0.1)

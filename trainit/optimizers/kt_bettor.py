@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from trainit.optimizers.common import online
 from trainit.optimizers.common._bounds import above_0
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = online.get_config("kt_bettor", learning_rate=1.0)

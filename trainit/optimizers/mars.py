@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from trainit.optimizers.common._bounds import not_below_0
 from trainit.optimizers.common.moments import scale_by_moments
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -24,6 +26,10 @@ def get_config() -> ConfigDict:
         False  # the change of this batch's gradient, which costs a second one; else of the gradient
     )
     return config
+
+
+def needs(config) -> set[str]:
+    return {"gradient_at"} if config.exact else set()
 
 
 class MarsState(NamedTuple):

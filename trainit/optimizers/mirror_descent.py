@@ -17,6 +17,8 @@ from trainit.optimizers.common import online
 from trainit.optimizers.common._bounds import above_0
 from trainit.parallel.trees import inner_product
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = online.get_config("mirror_descent", learning_rate=1.0)

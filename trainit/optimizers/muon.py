@@ -28,10 +28,24 @@ def get_config() -> ConfigDict:
 
 
 def make(config, context) -> optax.GradientTransformation:
-    return by_kind(config, context, {"matrix"})
+    return _by_kind(config, context, {"matrix"})
 
 
-def by_kind(config, context, kinds: set[str]) -> optax.GradientTransformation:
+def get_muon_og_config() -> ConfigDict:
+    config = get_config()
+    config.name = "muon_og"
+    config.ns_embedding = False  # Muon for the embeddings too, whose factor is sqrt(max(1, rows / width))
+    config.ns_head = False  # Muon for the head too
+    return config
+
+
+def make_muon_og(config, context) -> optax.GradientTransformation:
+    """Muon with Newton-Schulz on the embeddings or the head too, by switches."""
+    more = {"embedding": config.ns_embedding, "head": config.ns_head}
+    return _by_kind(config, context, {"matrix"} | {kind for kind, on in more.items() if on})
+
+
+def _by_kind(config, context, kinds: set[str]) -> optax.GradientTransformation:
     """Muon for parameters of these kinds of `layout.parameter_kind`, the config's `rest` for the others."""
     rests = {"adamw": scale_by_moments, "laprop": scale_by_laprop}
     require(

@@ -17,6 +17,8 @@ from trainit.optimizers.common._bounds import above_0, not_below_0
 from trainit.optimizers.common.moments import map_layers
 from trainit.parallel.trees import inner_product
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = online.get_config("normalized_blackbox", learning_rate=1.0)

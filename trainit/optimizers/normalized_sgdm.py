@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 from trainit.config import require
 from trainit.optimizers.common.moments import map_layers, norm
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()

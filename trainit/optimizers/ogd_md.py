@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from trainit.optimizers.common import online as _online
 from trainit.optimizers.common._bounds import not_below_0
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = _online.get_config("ogd_md", learning_rate=1e-3)

@@ -15,6 +15,8 @@ from trainit.optimizers.common._bounds import not_below_0
 from trainit.optimizers.common.moments import scale_by_moments
 from trainit.parallel.trees import inner_product
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()

@@ -3,6 +3,8 @@
 import optax
 from ml_collections import ConfigDict
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from trainit.config import require
 from trainit.optimizers.common._bounds import above_0
 
+ELEMENTWISE = True
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -26,6 +28,10 @@ def get_config() -> ConfigDict:
     config.estimator = "hutchinson"  # Sophia-H; gnb: Sophia-G, for which its authors take gamma 0.05
     config.every_steps = 10  # updates between estimates, each of which costs about two gradients; > 0
     return config
+
+
+def needs(config) -> set[str]:
+    return {"sampled_gradient_at" if config.estimator == "gnb" else "gradient_at"}
 
 
 class SophiaState(NamedTuple):

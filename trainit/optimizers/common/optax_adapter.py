@@ -25,6 +25,14 @@ REFUSED = {
     "optax.contrib.muon": "it takes stacked layers for something else than matrices; take optimizer=muon",
     "optax.contrib.schedule_free": "it wants validation elsewhere; take optimizer=schedule_free+NAME",
 }
+# Whose updates have matrix products: of optax's own solvers, and inner products over all parameters.
+MATRIX_PRODUCTS = {
+    "optax.scale_by_lbfgs",
+    "optax.contrib.dadapt_adamw",
+    "optax.contrib.galore",
+    "optax.contrib.prodigy",
+    "optax.contrib.scale_by_galore",
+}
 
 
 class Wrapped:
@@ -33,6 +41,7 @@ class Wrapped:
     def __init__(self, name: str, function: Callable):
         self._name, self._function = name, function
         self._parameters = inspect.signature(function).parameters
+        self.ELEMENTWISE = name not in MATRIX_PRODUCTS
 
     def _default(self, parameter: str, otherwise: float) -> float:
         default = self._parameters[parameter].default if parameter in self._parameters else None

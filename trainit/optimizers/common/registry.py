@@ -1,16 +1,169 @@
-"""An optimizer in a file outside the package, by its path."""
+"""Finds an optimizer by its name: a file here, a file of the user's, a function of optax, or a wrapper."""
 
 import functools
+import hashlib
+import importlib
 import importlib.util
+import pkgutil
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from trainit.config import ConfigError, require
+import optax
+
+from trainit.config import OPTIMIZER_FIELDS, Config, ConfigDict, ConfigError, require
+from trainit.optimizers import wrappers
+from trainit.optimizers.common import optax_adapter
+from trainit.optimizers.common.context import Context
+
+PACKAGE = "trainit.optimizers"
+FOLDER = Path(__file__).parent.parent
+# Choices that share another one's file: NAME's functions there are get_NAME_config and make_NAME.
+VARIANTS = {"muon_og": "muon", "nadam": "adam", "rmsprop": "adam"}
+# What an update can ask for besides the gradients, each a function that costs a forward and backward pass.
+GRADIENTS = frozenset({"gradient_at", "sampled_gradient_at"})
 
 
-def load(path: str) -> ModuleType:
-    """The file as a module.
+@dataclass(frozen=True)
+class Definition:
+    """What an optimizer's file declares."""
+
+    get_config: Callable[[], ConfigDict]
+    make: Callable[[Config, Context], optax.GradientTransformation]
+    needs: Callable[[Config], frozenset[str]]  # of GRADIENTS
+    elementwise: bool  # updates have no matrix products: cheap enough to be computed twice
+
+
+class _Choices(Mapping):
+    """Iterates over the names of the optimizers in this package; takes all other kinds of names, too."""
+
+    def __iter__(self) -> Iterator[str]:
+        files = {module.name for module in pkgutil.iter_modules([str(FOLDER)]) if not module.ispkg}
+        return iter(sorted(files | set(VARIANTS)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Callable[[], ConfigDict]:
+        load(name)
+        return functools.partial(get_config, name)
+
+
+def choices() -> Mapping[str, Callable[[], ConfigDict]]:
+    """Every optimizer's name and what makes its config: the group for `config.choose`."""
+    return _Choices()
+
+
+def get_config(name: str) -> ConfigDict:
+    """The optimizer's default config, with the name by which it is found again.
+
+    Raises:
+        ConfigError: its file fails, or does not declare what every optimizer has.
+    """
+    try:
+        config = ConfigDict(load(name).get_config().copy_and_resolve_references())
+        config.name = name
+        config.declare_rest(OPTIMIZER_FIELDS)  # files of the user's may set plain values
+        missing = {"learning_rate", "weight_decay"} - set(config)
+    except Exception as error:
+        raise ConfigError(f"optimizer={name}: get_config raises {type(error).__name__}: {error}") from None
+    require(not missing, f"optimizer={name}: its get_config declares no {' and no '.join(sorted(missing))}")
+    return config
+
+
+def load(name: str) -> Definition:
+    """The optimizer with this name.
+
+    Args:
+        name: of a file in this package or of a variant; WRAPPER+NAME; path/to/file.py; optax.NAME.
+
+    Raises:
+        KeyError: there is none.
+        ConfigError: there is, but it cannot be an optimizer.
+    """
+    if "+" in name:
+        return _wrapped(name)
+    if name.endswith(".py"):
+        return _definition(_load_file(name))
+    if name.startswith("optax."):
+        return _definition(optax_adapter.load(name))
+    if name not in list(_Choices()):
+        raise KeyError(name)
+    module = importlib.import_module(f"{PACKAGE}.{VARIANTS.get(name, name)}")
+    if name in VARIANTS:
+        return _definition(module, getattr(module, f"get_{name}_config"), getattr(module, f"make_{name}"))
+    return _definition(module)
+
+
+def _definition(module: Any, get_config: Callable | None = None, make: Callable | None = None) -> Definition:
+    """What a module, or an object with the same attributes, declares."""
+    declared = frozenset(getattr(module, "NEEDS", ()))
+    return Definition(
+        get_config or module.get_config,
+        make or module.make,
+        needs=getattr(module, "needs", lambda config: declared),
+        elementwise=getattr(module, "ELEMENTWISE", False),
+    )
+
+
+def _wrapped(name: str) -> Definition:
+    """WRAPPER+NAME: the other optimizer's definition, changed by the wrapper's module."""
+    wrapper, _, base_name = name.partition("+")
+    available = [module.name for module in pkgutil.iter_modules(wrappers.__path__)]
+    require(
+        wrapper in available,
+        f"optimizer={name}: unknown wrapper {wrapper!r}: there are {', '.join(available)}",
+    )
+    require(
+        "schedule_free" not in base_name.split("+"),
+        f"optimizer={name}: schedule_free averages what parameters do, and so must come first",
+    )
+    module, base = importlib.import_module(f"{wrappers.__name__}.{wrapper}"), load(base_name)
+
+    def config_of_base(config: Config) -> Config:
+        own = {field: value for field, value in config.items() if field != wrapper}
+        return Config(own | {"name": base_name})
+
+    def make(config: Config, context: Context) -> optax.GradientTransformation:
+        base_config = config_of_base(config)
+
+        def make_base(context: Context) -> optax.GradientTransformationExtraArgs:
+            return optax.with_extra_args_support(base.make(base_config, context))
+
+        return module.wrap(config[wrapper], context, make_base)
+
+    return Definition(
+        get_config=lambda: module.get_config(get_config(base_name)),
+        make=make,
+        needs=lambda config: frozenset(getattr(module, "NEEDS", ())) | base.needs(config_of_base(config)),
+        elementwise=module.ELEMENTWISE and base.elementwise,
+    )
+
+
+def own_files(config: Config, groups: Sequence[str]) -> list[Path]:
+    """The files outside the package that a run's optimizers are in.
+
+    Args:
+        config: the sub-config `optimizer`.
+        groups: the run's `parameter_groups`.
+    """
+    words = [config.name, *(word.removeprefix("optimizer=") for line in groups for word in str(line).split())]
+    names = sorted({word.rpartition("+")[2] for word in words if word.endswith(".py")})
+    return [Path(name).expanduser() for name in names]
+
+
+def own_files_hash(config: Config, groups: Sequence[str]) -> str:
+    """A hash of the content of all `own_files`; "" if there are none."""
+    files = own_files(config, groups)
+    content = b"".join(file.read_bytes() for file in files if file.is_file())
+    return hashlib.sha256(content).hexdigest()[:8] if files else ""
+
+
+def _load_file(path: str) -> ModuleType:
+    """A file outside the package as a module.
 
     Args:
         path: ends with .py; a relative one counts from the working directory.
@@ -25,11 +178,12 @@ def load(path: str) -> ModuleType:
 
 @functools.lru_cache
 def _execute(file: Path, modified: int) -> ModuleType:
-    """Once for each state of the file."""
+    """Executes a file once for each time of its last change."""
     del modified
     spec = importlib.util.spec_from_file_location(str(file), file)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
+    sys.modules[spec.name] = module  # dataclasses look for their module there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from trainit.optimizers.common.moments import map_layers
 from trainit.optimizers.common.optax_adapter import decay_updates
 
+ELEMENTWISE = True
+
 
 def get_config(base: ConfigDict) -> ConfigDict:
     base.cautious = ConfigDict()

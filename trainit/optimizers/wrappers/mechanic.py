@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from trainit.optimizers.common._bounds import above_0, not_below_0
 
+ELEMENTWISE = False  # an inner product of optax is a matrix product
+
 
 def get_config(base: ConfigDict) -> ConfigDict:
     base.learning_rate = 1.0  # peak of the schedule: multiplies the learned scale; >= 0

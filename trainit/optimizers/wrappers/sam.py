@@ -10,6 +10,9 @@ from ml_collections import ConfigDict
 
 from trainit.optimizers.common._bounds import above_0
 
+NEEDS = {"gradient_at"}
+ELEMENTWISE = True
+
 
 def get_config(base: ConfigDict) -> ConfigDict:
     base.sam = ConfigDict()

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 MOMENTA = ("beta1", "b1", "momentum")  # which the average replaces
 
+ELEMENTWISE = True
+
 
 def get_config(base: ConfigDict) -> ConfigDict:
     for field in MOMENTA:

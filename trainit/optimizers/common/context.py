@@ -1,0 +1,105 @@
+"""What an optimizer's `make(config, context)` is given besides its own config."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from trainit.optimizers.common.schedules import Schedule
+from trainit.parallel.layout import parameter_kind
+from trainit.parallel.trees import path_name
+
+
+@dataclass(frozen=True)
+class Context:
+    """The run that an optimizer serves, and what completes a direction to an optimizer."""
+
+    schedule: Schedule  # step -> learning rate
+    steps: int  # of the whole run
+    parameters: dict  # shapes and dtypes, nested as the parameters are
+    weight_decay: float
+    clip_norm: float  # largest global norm of the gradient; 0: no clipping
+    key: jax.Array  # for the optimizer's own randomness: uint32 (2,), which checkpoints can hold
+    mesh: Mesh | None = None  # None: one device
+
+    def by_path(self, function: Callable[[str, str], Any]) -> dict:
+        """function(path, kind) for every parameter; the kinds are those of `parameter_kind`."""
+        return _by_path(function, self.parameters)
+
+    @property
+    def decay_mask(self) -> dict:
+        """True where weights decay: matrices, embeddings and the head; not biases and norms' scales."""
+        return _decays(self.parameters)
+
+    def clip(self) -> optax.GradientTransformation:
+        """Clips the gradient by its global norm. This comes first, before anything else sees the gradient."""
+        return _clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+
+    def decay(self) -> optax.GradientTransformation:
+        """Adds weight_decay * parameters where `decay_mask` is True, for all parameters or some of them."""
+        return optax.add_decayed_weights(self.weight_decay, _decays)
+
+    def descend(
+        self, direction: optax.GradientTransformation, decay: str = "decoupled"
+    ) -> optax.GradientTransformation:
+        """Completes a direction to an optimizer.
+
+        The gradient is clipped by its global norm, goes through `direction`, and is multiplied by minus
+        the scheduled learning rate.
+
+        Args:
+            direction: any optax transformation of gradients.
+            decay: "decoupled": weight_decay * parameters is added after the direction (Loshchilov & Hutter
+                2017, arXiv 1711.05101); "coupled": to the clipped gradient, before the direction; "own":
+                nowhere, since the direction contains it.
+        """
+        order = {
+            "decoupled": (direction, self.decay()),
+            "coupled": (self.decay(), direction),
+            "own": (direction,),
+        }
+        return optax.chain(self.clip(), *order[decay], _scale_by_minus(self.schedule))
+
+
+def _by_path(function: Callable[[str, str], Any], tree: dict) -> dict:
+    def apply(path, _):
+        name = path_name(path)
+        return function(name, parameter_kind(name))
+
+    return jax.tree.map_with_path(apply, tree)
+
+
+def _decays(tree: dict) -> dict:
+    return _by_path(lambda path, kind: kind != "vector", tree)
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Like optax.clip_by_global_norm, but multiplies by a factor.
+
+    Optax chooses between the gradient and the clipped gradient, which keeps both in memory.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
+        return jax.tree.map(lambda u: (factor * u.astype(jnp.float32)).astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by -schedule(step).
+
+    `step` is the run's. A count kept here would fall behind it when a step is skipped.
+    """
+
+    def update(updates, state, params=None, *, step, **extra_args):
+        del params, extra_args
+        rate = -schedule(step)
+        return jax.tree.map(lambda u: (rate * u.astype(jnp.float32)).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

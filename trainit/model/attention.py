@@ -1,7 +1,8 @@
-"""Attention's kernels, and dropout, which acts on their weights.
+"""Attention kernels (`plain`, `cudnn`, `blockwise`), and dropout.
 
-Arrays carry their dimensions as in `model.gpt`. For `blockwise`, all rows' key heads are in m groups of
-g; queries are in n blocks, each X of the R heads that share keys; S counts the keys that a block may see.
+Names of arrays carry their dimensions as in `model/gpt.py`. In `blockwise`, the key heads of all rows form m
+groups of g heads; the queries of a row form n blocks; X counts a block's queries of all R query heads that
+share a key head; S counts the keys that a block may see.
 """
 
 import functools
@@ -16,9 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from trainit.parallel.collectives import Parallel
 from trainit.parallel.matmul import PRODUCT
 
-BLOCK = 128  # queries of a block; matrix units like it
-STAGES = 8  # parts of a row: the queries of one see as many keys, and its blocks are one program
-SCORES_MIB = 1.0  # in memory at once: they stay in a core's cache; with 8 all takes a third longer
+BLOCK = 128  # queries of a block; matrix units like that
+STAGES = 8  # parts of a row: the blocks of one all read the same keys, so that they are one program
+SCORES_MIB = 1.0  # scores in memory at once: on CPUs they stay in a core's cache; 8 MiB take a third longer
 SCORES_MIB_OF_GPUS = 256.0
 
 
@@ -44,11 +45,13 @@ def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: jax.Array | int) -> jax.Array:
-    """Zeroes entries with probability `rate` and scales up the rest; without a key, nothing.
+    """Zeroes entries with probability `rate` and scales up the rest; gives x itself without a key.
 
-    A key serves several dropout sites, told apart by their numbers. It is one key, or one for each of
-    x's rows: what a row loses then does not depend on the rows that it is computed with; or for each of its
-    first axes.
+    Args:
+        x: any array.
+        rate: of dropout.
+        key: one key, or an array of keys for x's first axes: a row's mask then depends on its own key alone.
+        site: the place in the layer or the block of queries, for each of which a key gives another mask.
     """
     if not rate or key is None:
         return x
@@ -61,14 +64,14 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: jax.Array | 
 def plain(
     q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ: jax.Array | None = None, rate: float = 0.0
 ) -> jax.Array:
-    """Causal softmax attention with scale 1/sqrt(K), all scores in memory; query heads share J key heads.
+    """Causal softmax attention with scale 1/sqrt(K), with all scores in memory.
 
     Args:
-        q_BLHK: queries; H is a multiple of J.
+        q_BLHK: queries; H is a multiple of J, and H / J query heads share a key head.
         k_BSJK: keys.
         v_BSJK: values.
-        document_BL: number of each token's document, beyond which it does not look; None: all are one.
-        key_BJ: of dropout on the attention weights, for each row and key head; None: no dropout.
+        document_BL: the number of each token's document, the only one that it sees; None: a row is one.
+        key_BJ: dropout keys for the attention weights of each row and key head; None: no dropout.
         rate: of dropout.
 
     Returns:
@@ -90,7 +93,7 @@ def plain(
 def cudnn(
     q_BLHK, k_BLJK, v_BLJK, document_BL: None = None, key_BJ: None = None, rate: float = 0.0
 ) -> jax.Array:
-    """What `plain` gives, by cuDNN's kernel, without documents and dropout."""
+    """What `plain` gives, without documents and dropout, by cuDNN's kernel for NVIDIA GPUs."""
     y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLJK, v_BLJK, is_causal=True, implementation="cudnn")
     return checkpoint_name(y_BLHK, PRODUCT)
 
@@ -105,16 +108,16 @@ def blockwise(
     block: int = BLOCK,
     scores_mib: float = SCORES_MIB,
 ) -> jax.Array:
-    """What `plain` gives, in memory linear in L; dropout's masks differ.
+    """What `plain` gives, except for other dropout masks, in memory linear in L.
 
-    Scores of `block` queries and some heads are in memory at once. They are made anew for the gradient, from
-    the logarithm of each softmax's denominator, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135).
-    A row's queries are in up to STAGES parts. Those of one look at the keys up to its end and at none behind
-    it, so that little more than half of all products are made.
+    Only the scores of `block` queries and some heads are in memory at once. They are computed again for the
+    gradient, from the logarithm of each softmax's denominator, as in FlashAttention (Dao et al. 2022, arXiv
+    2205.14135). A row is divided into up to STAGES parts; the queries of one see the keys up to its end, so
+    that little more than half of all products are computed.
 
     Args: as for `plain`, and
         block: queries of a block.
-        scores_mib: MiB of scores in memory at once at most, unless a single head's are more.
+        scores_mib: most MiB of scores in memory at once, unless those of a single head are more.
     """
     if q_BLHK.shape[1] <= block:
         return plain(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate)
@@ -122,8 +125,8 @@ def blockwise(
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """How queries (B, L, H, K) and keys of J heads are cut into groups of heads and blocks of queries."""
+class _Blocks:
+    """How queries (B, L, H, K) and keys of J heads are divided into groups of heads and blocks of queries."""
 
     shape: tuple[int, int, int, int]
     key_heads: int  # J
@@ -132,53 +135,55 @@ class _Cut:
 
     @property
     def shared(self) -> int:
-        """R: query heads to a key head."""
+        """R: how many query heads share a key head."""
         return self.shape[2] // self.key_heads
 
     @property
     def group(self) -> int:
-        """g: the largest divisor of all rows' key heads whose scores are within bounds."""
+        """g: how many key heads are computed at once; the scores of as many fit into `scores_mib`."""
         heads = self.shape[0] * self.key_heads
-        most = self.scores_mib * 2**20 / (4 * self.shared * self.block * self.shape[1])
-        return max(g for g in range(1, heads + 1) if heads % g == 0 and g <= max(most, 1))
+        maximum = self.scores_mib * 2**20 / (4 * self.shared * self.block * self.shape[1])
+        return max(g for g in range(1, heads + 1) if heads % g == 0 and g <= max(maximum, 1))
 
     @property
-    def each(self) -> int:
+    def per_stage(self) -> int:
         """Blocks of a stage."""
         return -(-self.shape[1] // (self.block * STAGES))
 
     @property
     def stages(self) -> int:
-        return -(-self.shape[1] // (self.block * self.each))
+        return -(-self.shape[1] // (self.block * self.per_stage))
 
-    def end(self, stage: int) -> int:
-        """How many keys a stage sees."""
-        return min((stage + 1) * self.each * self.block, self.shape[1])
+    def visible_keys(self, stage: int) -> int:
+        """How many keys the queries of a stage see."""
+        return min((stage + 1) * self.per_stage * self.block, self.shape[1])
 
-    def of(self, stage: int, blocks):
-        return jax.tree.map(lambda array: array[stage * self.each : (stage + 1) * self.each], blocks)
+    def of_stage(self, stage: int, arrays):
+        """The blocks (n, ...) of one stage, from a tree of arrays of all blocks."""
+        first, last = stage * self.per_stage, (stage + 1) * self.per_stage
+        return jax.tree.map(lambda array: array[first:last], arrays)
 
     def keys(self, x_BLJK: jax.Array) -> jax.Array:
-        """-> (m, g, L, K)"""
+        """Keys or values (B, L, J, K) in groups (m, g, L, K)."""
         x = jnp.swapaxes(x_BLJK, 1, 2)
         return x.reshape(-1, self.group, *x.shape[2:])
 
     def join_keys(self, x_mgKL: jax.Array) -> jax.Array:
-        """(B, L, J, K), from their transposes."""
+        """Keys or values (B, L, J, K) from groups of their transposes."""
         B, L, _, K = self.shape
         return jnp.transpose(x_mgKL.reshape(B, self.key_heads, K, L), (0, 3, 1, 2))
 
     def queries(self, x_BLHK: jax.Array) -> jax.Array:
-        """-> (m, n, g, X, K); what fills the last block is 0."""
+        """Queries (B, L, H, K) in groups and blocks (m, n, g, X, K); the last block is padded with 0."""
         B, L, _, K = x_BLHK.shape
-        more = self.stages * self.each * self.block - L
+        more = self.stages * self.per_stage * self.block - L
         x = jnp.pad(x_BLHK, ((0, 0), (0, more), (0, 0), (0, 0)))
         x = x.reshape(B, -1, self.block, self.key_heads, self.shared, K)
         x = jnp.transpose(x, (0, 3, 1, 4, 2, 5)).reshape(-1, self.group, *x.shape[1:2], self._rows, K)
         return jnp.swapaxes(x, 1, 2)
 
     def join_queries(self, x_mngXK: jax.Array) -> jax.Array:
-        """(B, L, H, K)"""
+        """Queries (B, L, H, K) from groups and blocks, without the padding."""
         B, L, H, K = self.shape
         x = jnp.swapaxes(x_mngXK, 1, 2).reshape(B, self.key_heads, -1, self.shared, self.block, K)
         return jnp.transpose(x, (0, 2, 4, 1, 3, 5)).reshape(B, -1, H, K)[:, :L]
@@ -188,21 +193,21 @@ class _Cut:
         return self.shared * self.block
 
     def documents(self, document_BL: jax.Array | None) -> tuple:
-        """Of blocks' queries (m, n, g, X), the last block filled with its last one's; of keys (m, g, L)."""
+        """Numbers of documents of queries (m, n, g, X), padded with the last, and of keys (m, g, L)."""
         if document_BL is None:
             return None, None
         L = document_BL.shape[1]
         keys = jnp.repeat(document_BL, self.key_heads, axis=0).reshape(-1, self.group, L)
-        more = self.stages * self.each * self.block - L
+        more = self.stages * self.per_stage * self.block - L
         rows = jnp.pad(keys, ((0, 0), (0, 0), (0, more)), mode="edge")
         rows = jnp.swapaxes(rows.reshape(len(keys), self.group, -1, self.block), 1, 2)
         return jnp.tile(rows, self.shared), keys
 
-    def scores(self, q_gXK, kt_gKS, number, query_gX, key_gL) -> jax.Array:
-        """Scaled float32 scores (g, X, S) of block `number`; -inf where a query must not look."""
+    def scores(self, q_gXK, kt_gKS, index, query_gX, key_gL) -> jax.Array:
+        """Scaled float32 scores (g, X, S) of the block with this index; -inf for keys it must not see."""
         X, S = q_gXK.shape[1], kt_gKS.shape[2]
         scores = jnp.matmul(q_gXK, kt_gKS, preferred_element_type=jnp.float32)
-        visible = (number * self.block + jnp.arange(X) % self.block)[:, None] >= jnp.arange(S)
+        visible = (index * self.block + jnp.arange(X) % self.block)[:, None] >= jnp.arange(S)
         if query_gX is not None:
             visible = visible & (query_gX[:, :, None] == key_gL[:, None, :S])
         return jnp.where(visible, scores / math.sqrt(q_gXK.shape[2]), -jnp.inf)
@@ -214,26 +219,28 @@ def _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, block: 
 
 
 def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, block: int, scores_mib: float):
-    cut = _Cut(q_BLHK.shape, k_BLJK.shape[2], block, scores_mib)
-    numbers = jnp.arange(cut.stages * cut.each)
+    """The result, and what the backward pass needs: the inputs, the result, logarithms of denominators."""
+    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], block, scores_mib)
+    indices = jnp.arange(cut.stages * cut.per_stage)
 
     def group(arrays):
         q_ngXK, k_gLK, v_gLK, (query_ngX, key_gL), key_g = arrays
         kt_gKL, parts = jnp.swapaxes(k_gLK, 1, 2), []
         for stage in range(cut.stages):
-            kt_gKS, v_gSK = kt_gKL[..., : cut.end(stage)], v_gLK[:, : cut.end(stage)]
+            kt_gKS, v_gSK = kt_gKL[..., : cut.visible_keys(stage)], v_gLK[:, : cut.visible_keys(stage)]
 
-            def attend(numbered, kt_gKS=kt_gKS, v_gSK=v_gSK):
-                number, q_gXK, query_gX = numbered
-                scores = cut.scores(q_gXK, kt_gKS, number, query_gX, key_gL)
+            def attend(indexed, kt_gKS=kt_gKS, v_gSK=v_gSK):
+                index, q_gXK, query_gX = indexed
+                # Softmax with the largest score subtracted, divided by its denominator after the product.
+                scores = cut.scores(q_gXK, kt_gKS, index, query_gX, key_gL)
                 top = jnp.max(scores, axis=-1, keepdims=True)
                 weights = jnp.exp(scores - top)
                 total = jnp.sum(weights, axis=-1, keepdims=True)
-                weights = dropout(weights, rate, key_g, number).astype(v_gSK.dtype)
+                weights = dropout(weights, rate, key_g, index).astype(v_gSK.dtype)
                 y = jnp.matmul(weights, v_gSK, preferred_element_type=jnp.float32) / total
                 return y.astype(q_gXK.dtype), (top + jnp.log(total))[..., 0]
 
-            parts.append(jax.lax.map(attend, cut.of(stage, (numbers, q_ngXK, query_ngX))))
+            parts.append(jax.lax.map(attend, cut.of_stage(stage, (indices, q_ngXK, query_ngX))))
         return tuple(jnp.concatenate(part) for part in zip(*parts, strict=True))
 
     keys_mg = None if key_BJ is None else key_BJ.reshape(-1, cut.group)
@@ -244,39 +251,44 @@ def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, block: in
 
 
 def _backward(rate: float, block: int, scores_mib: float, residuals, dy_BLHK):
-    """Each product has its large matrix as it lies in memory: on CPUs others take up to thrice as long. So
-    gradients of keys and values are summed transposed."""
+    """The gradients of queries, keys and values.
+
+    Each product takes its large matrix as it lies in memory, because on CPUs others take up to three times as
+    long. So the gradients of keys and values are summed in transposed form.
+    """
     q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, y_BLHK, log_mngX = residuals
-    cut = _Cut(q_BLHK.shape, k_BLJK.shape[2], block, scores_mib)
-    numbers = jnp.arange(cut.stages * cut.each)
+    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], block, scores_mib)
+    indices = jnp.arange(cut.stages * cut.per_stage)
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
     def group(arrays):
         *of_queries, k_gLK, v_gLK, key_gL, key_g = arrays
         kt_gKL, vt_gKL = jnp.swapaxes(k_gLK, 1, 2), jnp.swapaxes(v_gLK, 1, 2)
-        # Zeros like what is summed: within shard_map, they differ between devices as that does.
+        # `zeros_like` of what is summed, so that shard_map takes them to differ between devices as well.
         totals, parts = jnp.zeros_like(jnp.stack([kt_gKL, vt_gKL]), jnp.float32), []
         for stage in range(cut.stages):
-            end = cut.end(stage)
+            end = cut.visible_keys(stage)
             kt_gKS, vt_gKS, k_gSK = kt_gKL[..., :end], vt_gKL[..., :end], k_gLK[:, :end]
 
-            def pull(total, numbered, kt_gKS=kt_gKS, vt_gKS=vt_gKS, k_gSK=k_gSK):
-                number, (q_gXK, query_gX, dy_gXK, delta_gX1, log_gX) = numbered
-                weights = jnp.exp(cut.scores(q_gXK, kt_gKS, number, query_gX, key_gL) - log_gX[..., None])
-                d_weights = dropout(product(dy_gXK, vt_gKS), rate, key_g, number)
+            def pull(total, indexed, kt_gKS=kt_gKS, vt_gKS=vt_gKS, k_gSK=k_gSK):
+                index, (q_gXK, query_gX, dy_gXK, delta_gX1, log_gX) = indexed
+                # The softmax again, the gradient by its inputs (the scores), and by keys and values.
+                weights = jnp.exp(cut.scores(q_gXK, kt_gKS, index, query_gX, key_gL) - log_gX[..., None])
+                d_weights = dropout(product(dy_gXK, vt_gKS), rate, key_g, index)
                 d_scores = weights * (d_weights - delta_gX1) / math.sqrt(q_gXK.shape[2])
                 d_scores = d_scores.astype(q_gXK.dtype)
-                weights = dropout(weights, rate, key_g, number).astype(q_gXK.dtype)
+                weights = dropout(weights, rate, key_g, index).astype(q_gXK.dtype)
                 d_keys = product(jnp.swapaxes(q_gXK, 1, 2), d_scores)
                 d_values = product(jnp.swapaxes(dy_gXK, 1, 2), weights)
                 return total + jnp.stack([d_keys, d_values]), product(d_scores, k_gSK).astype(q_gXK.dtype)
 
             zeros = jnp.zeros_like(totals[..., :end])
-            total, dq_ngXK = jax.lax.scan(pull, zeros, cut.of(stage, (numbers, tuple(of_queries))))
+            total, dq_ngXK = jax.lax.scan(pull, zeros, cut.of_stage(stage, (indices, tuple(of_queries))))
             totals = totals.at[..., :end].add(total)
             parts.append(dq_ngXK)
         return jnp.concatenate(parts), *totals.astype(k_gLK.dtype)
 
+    # The softmax's gradient needs sum(y * dy) for each query (FlashAttention, section 3.1).
     delta_BLH1 = jnp.sum(y_BLHK.astype(jnp.float32) * dy_BLHK, axis=-1, keepdims=True)
     queries, keys = cut.documents(document_BL)
     keys_mg = None if key_BJ is None else key_BJ.reshape(-1, cut.group)

@@ -86,7 +86,7 @@ def subset_dataset(tmp_path_factory) -> Path:
 def random_dataset(tmp_path_factory) -> Path:
     """A prepared dataset of bytes: words drawn from a seed, in four shards to train and one to validate."""
     from trainit.data.tokenizers import ByteTokenizer
-    from trainit.prepare import prepare
+    from trainit.prepare.demo import write_dataset
 
     draw = np.random.default_rng(0)
     words = ["".join(chr(c) for c in draw.integers(97, 123, draw.integers(1, 8))) for _ in range(300)]
@@ -96,5 +96,5 @@ def random_dataset(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("data") / "random"
     splits = {"train": documents(150), "validation": documents(10)}
-    prepare.write_dataset(folder, ByteTokenizer(), splits, shard_tokens=20_000)
+    write_dataset(folder, ByteTokenizer(), splits, shard_tokens=20_000)
     return folder

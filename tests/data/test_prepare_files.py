@@ -16,9 +16,10 @@ import zstandard
 from processes import ROOT
 
 from trainit.data import documents
-from trainit.data.dataset import DatasetError, open_dataset, verify
+from trainit.data.dataset import DatasetError, open_dataset
 from trainit.data.tokenizers import SentencePieceTokenizer
 from trainit.prepare import merge, prepare
+from trainit.prepare.verify import verify
 
 WORDS = Path(documents.__file__).read_text().split(" ")
 SMALL = ["--shard_tokens=20000", "--unit_bytes=1"]
@@ -188,10 +189,12 @@ def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
     """kill -9 at random moments, then SIGTERM, each followed by the same command again."""
     draw, flags = np.random.default_rng(1), ["--tokenizer=gpt2", f"--output={tmp_path / 'out'}"]
     slow = (
-        "import sys, time; from trainit.data import pipeline, prepare, readers;"
-        "readers.BATCH = 20_000; pipeline.COMMIT_SECONDS = 0; write = pipeline.UnitWriter.write\n"
+        "import sys, time; from trainit.data import decompress, documents;"
+        "from trainit.prepare import prepare, workers;"
+        "documents.BATCH, decompress.CHUNK = 20_000, 5_000;"
+        "workers.COMMIT_SECONDS = 0; write = workers.UnitWriter.write\n"
         "def slowly(*args): time.sleep(0.05); write(*args)\n"
-        "pipeline.UnitWriter.write = slowly; sys.exit(prepare.main(sys.argv[1:]))"
+        "workers.UnitWriter.write = slowly; sys.exit(prepare.main(sys.argv[1:]))"
     )
     journals, finished = set(), False
     for attempt in range(6):
@@ -236,7 +239,7 @@ def test_awkward_and_huge_documents(tmp_path):
     (tmp_path / "val.txt").write_text("validation")
     flags = [f"--input={tmp_path}/in.*", f"--validation={tmp_path}/val.txt", "--tokenizer=gpt2"]
     code = (
-        "import pathlib, re, sys; from trainit.data import prepare; code = prepare.main(sys.argv[1:]);"
+        "import pathlib, re, sys; from trainit.prepare import prepare; code = prepare.main(sys.argv[1:]);"
         # ru_maxrss would be at least that of the process which has started this one.
         "status = pathlib.Path('/proc/self/status').read_text();"
         "print(int(re.search(r'VmHWM:\\s*(\\d+)', status)[1]) >> 10); sys.exit(code)"

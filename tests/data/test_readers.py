@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from trainit.data import decompress
 from trainit.data import documents as readers
 from trainit.data.documents import Position
 from trainit.data.tokenizers import base
@@ -57,7 +58,8 @@ def read(path, start=Position()) -> tuple[list, list, list]:  # noqa: B008
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.parquet"])
 def test_all_documents_from_every_position(name, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BATCH", 100_000)
-    monkeypatch.setattr(readers, "COMPRESSED", 100)
+    monkeypatch.setattr(decompress, "CHUNK", 25_000)
+    monkeypatch.setattr(decompress, "COMPRESSED", 100)
     rows = records(700)
     write(tmp_path / name, rows)
     documents, broken, positions = read(tmp_path / name)

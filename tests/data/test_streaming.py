@@ -218,14 +218,14 @@ def test_the_first_batch_needs_the_beginning_of_the_files_alone(tmp_path, monkey
         zstandard.compress(lines([row.tobytes().decode() for row in letters]))
     )
     read = []
-    chunks = readers._chunks
+    chunks = readers.chunks
 
     def counted(*args):
         for chunk in chunks(*args):
             read.append(len(chunk))
             yield chunk
 
-    monkeypatch.setattr(readers, "_chunks", counted)
+    monkeypatch.setattr(readers, "chunks", counted)
     take(corpus_of(folder, 4, window=8), 3, 8)
     assert 0 < sum(read) < 4 << 20
 

@@ -1,16 +1,16 @@
-"""The prepared dataset on disk: `dataset.json`, the tokenizer's file, and shards of token ids.
+"""The prepared dataset on the disk: `dataset.json`, the tokenizer's file, and shards of token ids.
 
-    dataset.json                   written last: without it the folder is unfinished
+    dataset.json                   written last; a folder without it is unfinished
     tokenizer.model                the tokenizer's own file
     SPLIT-UNIT-00000.tokens        little-endian ids, uint16 or uint32, document after document,
                                    each ended by the end-of-text id
     SPLIT-UNIT-00000.documents     uint64: where in the shard each document starts
     SPLIT-UNIT-00000.subsets       uint16: the subset of each document, as a number among dataset.json's
 
-A split is the concatenation of its shards. With context length L, sequence i is tokens
-[i*L, i*L + L], so that every token but the split's first is a target exactly once; the last
-sequence may be shorter. Splits of data that others made (`foreign`) may store sequences of their
-own; those of L + 1 tokens are read whole: sequence i is the i-th that was stored.
+A split is the concatenation of its shards. With context length L, sequence i is tokens [i*L, i*L + L], so
+that every token of the split, except the first, is a target exactly once. The last sequence may be shorter.
+Tokens that other programs prepared (`formats`) may be stored as sequences; those of L + 1 tokens are read
+whole, and sequence i is then the i-th that was stored.
 """
 
 import bisect
@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from trainit.data import tokenizers
+from trainit.data.tokenizers import Tokenizer
 
 FORMAT = 2
 
@@ -40,8 +41,26 @@ def dtype_of(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
+def pieces(ends: Sequence[int], begin: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yields where tokens [begin, stop) of concatenated parts lie, as (part, first, last) within each part.
+
+    Args:
+        ends: where each part ends in the concatenation. It is searched by bisection, so that a mapped file is
+            not read as a whole.
+        begin: first token.
+        stop: the token after the last one.
+    """
+    part = bisect.bisect_right(ends, begin)
+    while begin < stop:
+        start = int(ends[part - 1]) if part else 0
+        last = min(stop, int(ends[part]))
+        if begin < last:  # else the part is empty
+            yield part, begin - start, last - start
+        begin, part = last, part + 1
+
+
 class MappedIds:
-    """A file of ids behind `offset` bytes, of which only what is used is read."""
+    """A file of ids after `offset` bytes, which is read only where it is used."""
 
     def __init__(self, path: str, dtype: str, offset: int = 0):
         self._file, self._offset = Path(path).open("rb"), offset  # noqa: SIM115, open as long as the ids are
@@ -52,13 +71,13 @@ class MappedIds:
         return self._ids[part]
 
     def windows(self, starts: np.ndarray, size: int) -> np.ndarray:
-        """(n, size): the ids from each start on.
+        """Returns (n, size): the ids from each start on.
 
-        The system is first told of all of them. It reads them at once, and nothing beside them; met one by
-        one, each would wait for the one before and for a good deal of what lies behind it.
+        The system learns all places first. It then reads them together, and only what is needed. Without
+        that, each read waits for the one before, and reads ahead in vain.
         """
         width, file = self._ids.itemsize, self._file.fileno()
-        for start in starts.tolist() if hasattr(os, "posix_fadvise") else ():  # which macOS lacks
+        for start in starts.tolist() if hasattr(os, "posix_fadvise") else ():  # macOS lacks it
             os.posix_fadvise(file, self._offset + start * width, size * width, os.POSIX_FADV_WILLNEED)
         return self._view(size)[starts]
 
@@ -71,11 +90,11 @@ class Split:
     paths: tuple[str, ...]
     sizes: tuple[int, ...]  # tokens of each shard
     dtype: str  # of the rows that are read
-    bytes: int | None  # UTF-8 bytes of its text; None: nobody counted them
+    bytes: int | None  # UTF-8 bytes of its text; None: not known
     stored: int = 0  # tokens of each stored sequence; 0: they differ, or there are none
-    below: int = 0  # ids are checked to be below it when they are read; 0: they have been checked
-    subsets: tuple[str, ...] = ()  # names by number, where documents are told apart
-    openers: tuple[Callable[[], Any], ...] = ()  # open a shard, whose slices are ids; none: flat files
+    below: int = 0  # ids that are read must be below it; 0: they were checked before
+    subsets: tuple[str, ...] = ()  # names by number; empty: the subsets of documents are not known
+    openers: tuple[Callable[[], Any], ...] = ()  # each opens a shard, whose slices are ids; empty: flat files
 
     @property
     def tokens(self) -> int:
@@ -86,15 +105,14 @@ class Split:
         return self.stored == length + 1
 
     def sequences(self, length: int) -> int:
-        """How many sequences of `length` targets cover the split."""
+        """Returns how many sequences of `length` targets cover the split."""
         if self.is_stored(length):
             return self.tokens // self.stored
         return -(-(self.tokens - 1) // length)
 
     def __getstate__(self):
-        return {
-            k: v for k, v in self.__dict__.items() if k not in ("_shards", "_starts", "_edges", "_documents")
-        }
+        opened = ("_shards", "_ends", "_documents")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     @functools.cached_property
     def _shards(self) -> list:
@@ -103,84 +121,83 @@ class Split:
         return [MappedIds(path, self.dtype) for path in self.paths]
 
     @functools.cached_property
-    def _starts(self) -> list[int]:
-        return [0, *itertools.accumulate(self.sizes)]
-
-    @functools.cached_property
-    def _edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each shard, the first token and the one behind the last."""
-        return np.array(self._starts[:-1]), np.array(self._starts[1:])
+    def _ends(self) -> list[int]:
+        """Where each shard ends in the split."""
+        return list(itertools.accumulate(self.sizes))
 
     def documents(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where in the shard each document starts, int64 (n,), and its subset, uint16 (n,)."""
+        """Returns where in the shard each document starts, int64 (n,), and its subset, uint16 (n,)."""
         path = Path(self.paths[shard])
         starts = np.fromfile(path.with_suffix(".documents"), "<u8").astype(np.int64)
         return starts, np.fromfile(path.with_suffix(".subsets"), "<u2")
 
-    def copy(self, row: np.ndarray, begin: int):
-        """Fills the row with the split's tokens from `begin` on; raises as `read`."""
-        filled, shard = 0, bisect.bisect_right(self._starts, begin) - 1
-        while filled < len(row):  # they may go on in the next shard
-            at = begin + filled - self._starts[shard]
-            piece = self._shards[shard][at : at + len(row) - filled]
+    def copy(self, row: np.ndarray, begin: int) -> None:
+        """Fills `row` with the split's tokens from `begin` on. Raises what `read` raises."""
+        filled = 0
+        for shard, first, last in pieces(self._ends, begin, begin + len(row)):
+            piece = self._shards[shard][first:last]
             if self.below and piece.max() >= self.below:
-                raise self._out_of_vocabulary(shard, at, piece)
+                raise self._out_of_vocabulary(shard, first, piece)
             row[filled : filled + len(piece)] = piece
-            filled, shard = filled + len(piece), shard + 1
+            filled += len(piece)
 
     @functools.cached_property
     def _documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
         return [self.documents(shard) for shard in range(len(self.paths))]
 
     def read_subsets(self, sequences: np.ndarray, length: int) -> np.ndarray:
-        """uint16 (n, length): the subset of each target of `read`, 0 behind the end.
+        """Returns uint16 (n, length): the subset of each target of `read`, 0 after the end.
 
-        It keeps the index of documents in memory: for validation.
+        The index of all documents stays in memory, so this is for validation.
         """
         numbers = np.zeros((len(sequences), length), np.uint16)
         for row, sequence in zip(numbers, np.asarray(sequences).tolist(), strict=True):
-            begin, end = sequence * length + 1, min((sequence + 1) * length + 1, self.tokens)
-            filled = 0 if sequence >= 0 else end - begin
-            while begin + filled < end:
-                shard = bisect.bisect_right(self._starts, begin + filled) - 1
-                at = begin + filled - self._starts[shard]
-                count = min(end - begin - filled, self.sizes[shard] - at)
+            if sequence < 0:
+                continue
+            begin, filled = sequence * length + 1, 0
+            for shard, first, last in pieces(self._ends, begin, min(begin + length, self.tokens)):
                 starts, subsets = self._documents[shard]
-                of = np.searchsorted(starts, np.arange(at, at + count), side="right") - 1
-                row[filled : filled + count] = subsets[of]
-                filled += count
+                document = np.searchsorted(starts, np.arange(first, last), side="right") - 1
+                row[filled : filled + last - first] = subsets[document]
+                filled += last - first
         return numbers
 
     def read(self, sequences: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Copies sequences out of the mapped files.
 
         Args:
-            sequences: (n,) numbers of sequences; a negative one reads as no tokens.
+            sequences: (n,) numbers of sequences; a negative one stands for a row without tokens.
             length: targets of a sequence.
 
         Returns:
-            ids (n, length + 1) in the dataset's own narrow type, zero behind the end, and
+            ids (n, length + 1) in the dataset's own small type, zero after the end of the data, and
             int32 (n,): how many targets each row has, at most `length`.
 
         Raises:
-            DatasetError: an id is not in the vocabulary; only where `below` asks for it.
+            DatasetError: an id is not in the vocabulary; checked only if `below` is set.
         """
         ids = np.zeros((len(sequences), length + 1), self.dtype)
         first = np.asarray(sequences, np.int64) * (length + self.is_stored(length))
         last = np.where(first < 0, first, np.minimum(first + length + 1, self.tokens))
-        starts, ends = self._edges
-        shards = np.searchsorted(starts, first, side="right") - 1
-        left = (first < 0) | (first + length >= ends[shards])  # nothing, or more than one shard has
+        ends = np.array(self._ends)
+        shards = np.searchsorted(ends, np.maximum(first, 0), side="right")
+
+        # Rows that lie in one mapped shard are read together.
+        remaining = (first < 0) | (first + length >= ends[shards])
         for shard in set(shards.tolist()):
-            rows = np.flatnonzero((shards == shard) & ~left)
+            rows = np.flatnonzero((shards == shard) & ~remaining)
             if len(rows) and isinstance(self._shards[shard], MappedIds):
-                found = self._shards[shard].windows(first[rows] - starts[shard], length + 1)
-                if self.below and found.max() >= self.below:
-                    self.copy(ids[0], int(first[rows[np.argmax(found.max(1) >= self.below)]]))  # which raises
-                ids[rows] = found
+                start = self._ends[shard] - self.sizes[shard]
+                windows = self._shards[shard].windows(first[rows] - start, length + 1)
+                if self.below and windows.max() >= self.below:
+                    wrong = np.argmax(windows.max(1) >= self.below)
+                    self.copy(ids[0], int(first[rows[wrong]]))  # raises the error, which names the place
+                ids[rows] = windows
             else:
-                left[rows] = True
-        for row in np.flatnonzero(left).tolist():
+                remaining[rows] = True
+
+        # The others cross shards, end with the data, or lie in compressed files.
+        for row in np.flatnonzero(remaining).tolist():
             self.copy(ids[row, : last[row] - first[row]], int(first[row]))
         return ids, np.maximum(last - first - 1, 0).astype(np.int32)
 
@@ -197,18 +214,18 @@ class Dataset:
     """A dataset: its description, its splits and its tokenizer."""
 
     folder: Path
-    info: dict  # dataset.json, or what stands for it
+    info: dict  # dataset.json, or the same facts about data of other programs
     splits: dict[str, Split]
-    named: tokenizers.Tokenizer | None = None  # the tokenizer, where the folder has none
-    parts: dict = field(default_factory=dict)  # what a mixture is made of, by name
-    part_fingerprints: tuple[str, ...] = ()  # of other datasets among them
+    named: Tokenizer | None = None  # the tokenizer, if the folder has none
+    parts: dict[str, Any] = field(default_factory=dict)  # splits and subsets that a mixture is made of
+    part_fingerprints: tuple[str, ...] = ()  # those of other datasets among the parts
 
     @property
     def vocab_size(self) -> int:
         return self.info["vocab_size"]
 
     def layout(self, length: int) -> str:
-        """Whose format it is, and how sequences of `length` targets lie in its training data."""
+        """Returns which format the data has, and how sequences of `length` targets lie in it, for people."""
         format, stored = self.info["format"], self.splits["train"].stored
         if format == FORMAT:
             return "prepared"
@@ -222,8 +239,8 @@ class Dataset:
         )
 
     @functools.cached_property
-    def tokenizer(self) -> tokenizers.Tokenizer:
-        """Raises DatasetError where its file is missing or another than the dataset was made with."""
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises DatasetError if its file is missing or not the one that made the dataset."""
         if self.named:
             return self.named
         about = self.info["tokenizer"]
@@ -236,9 +253,9 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same tokens in the same order, wherever the folder lies.
+        """A text that is the same for the same tokens in the same order, wherever the folder lies.
 
-        Of foreign data it is made from the format, names and sizes of the files, not from what is in them.
+        For data of other programs it depends on the format, names and sizes of files, not on their content.
         """
         content = {key: self.info[key] for key in ("format", "tokenizer", "vocab_size", "dtype", "splits")}
         if self.part_fingerprints:
@@ -246,27 +263,31 @@ class Dataset:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_dataset(folder: Path) -> Dataset:
-    """Reads `dataset.json` and checks that every shard is there in full.
+def open_dataset(folder: Path, option: str = "dataset.path") -> Dataset:
+    """Reads `dataset.json` and checks that every shard is complete.
+
+    Args:
+        folder: of the dataset.
+        option: which named it, for messages.
 
     Raises:
         DatasetError: missing, unfinished, of an unknown format, or damaged.
     """
     if not folder.is_dir():
         raise DatasetError(
-            f"dataset.path={str(folder)!r} does not exist; prepare it, or try the demo text with "
+            f"{option}={str(folder)!r} does not exist; prepare it, or try the demo text with "
             f"--config.dataset.path=demo"
         )
     try:
         info = json.loads((folder / "dataset.json").read_bytes())
         if info["format"] != FORMAT:
             raise DatasetError(
-                f"dataset.path={str(folder)!r} has format {info['format']}, this Trainit reads {FORMAT}"
+                f"{option}={str(folder)!r} has format {info['format']}, this Trainit reads {FORMAT}"
             )
         splits = {name: _open_split(folder, name, info) for name in info["splits"]}
     except FileNotFoundError:
         raise DatasetError(
-            f"dataset.path={str(folder)!r} has neither dataset.json nor tokens that others prepared: it is "
+            f"{option}={str(folder)!r} has neither dataset.json nor tokens that others prepared: it is "
             f"unfinished; prepare it again"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -274,57 +295,6 @@ def open_dataset(folder: Path) -> Dataset:
             f"{folder / 'dataset.json'} is damaged ({error}); prepare the dataset again"
         ) from None
     return Dataset(folder, info, splits)
-
-
-def verify(dataset: Dataset) -> int:
-    """Reads all shards and checks them against dataset.json.
-
-    Returns:
-        How many files are right.
-
-    Raises:
-        DatasetError: one is torn or was replaced, or holds what cannot be; the message names it.
-    """
-    _ = dataset.tokenizer  # whose own hash is checked
-    checked = 1
-    for split in dataset.info["splits"].values():
-        for shard in split["shards"]:
-            path = dataset.folder / shard["file"]
-            for part, expected in shard["sha256"].items():
-                file = path.with_suffix(f".{part}")
-                try:
-                    with file.open("rb") as content:
-                        actual = hashlib.file_digest(content, "sha256").hexdigest()
-                except OSError as error:
-                    raise DatasetError(f"{file}: {error.strerror}; copy or prepare it again") from None
-                if actual != expected:
-                    raise DatasetError(
-                        f"{file} has SHA-256 {actual}, dataset.json says {expected}: it is torn or was "
-                        f"replaced; copy or prepare the dataset again"
-                    )
-                checked += 1
-            _verify_ids(path, shard, dataset.info)
-    return checked
-
-
-def _verify_ids(path: Path, shard: dict, info: dict):
-    """Ids are below the vocabulary; where the index says that a document starts, one has ended."""
-    ids = np.memmap(path, info["dtype"], "r")
-    largest = max(int(ids[i : i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
-    starts = np.fromfile(path.with_suffix(".documents"), "<u8").astype(np.int64)
-    numbers = np.fromfile(path.with_suffix(".subsets"), "<u2")
-    if largest >= info["vocab_size"]:
-        raise DatasetError(f"{path} has the id {largest}; the vocabulary has {info['vocab_size']}")
-    ends = np.append(starts[1:], len(ids)) - 1
-    rises = len(starts) and starts[0] == 0 and (starts <= ends).all() and ends.max() < len(ids)
-    if (
-        not rises
-        or len(starts) != shard["documents"]
-        or (ids[ends] != info["tokenizer"]["end_of_text"]).any()
-    ):
-        raise DatasetError(f"{path.with_suffix('.documents')} does not say where the documents of {path} end")
-    if len(numbers) != len(starts) or numbers.max() >= len(info["subsets"]):
-        raise DatasetError(f"{path.with_suffix('.subsets')} does not name a subset for each document")
 
 
 def _open_split(folder: Path, name: str, info: dict) -> Split:

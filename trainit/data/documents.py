@@ -6,21 +6,22 @@ Memory is bounded by a few batches and the largest document (of a .txt: by a few
 """
 
 import codecs
-import gzip
+import glob
 import json
-import zlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import zstandard
+import numpy as np
 
+from trainit.data.decompress import DamagedError, chunks
+from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import PIECE, boundary
 
 BATCH = 1 << 20  # bytes of text
-COMPRESSED = 1 << 14  # bytes decompressed at once: even these can become half a GB
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
 
 
@@ -75,10 +76,6 @@ class Batch:
     broken: list[Broken] = field(default_factory=list)
 
 
-class _DamagedError(Exception):
-    """The file cannot be read on."""
-
-
 def suffix(path: Path) -> str | None:
     """The one of SUFFIXES with which the path ends."""
     return next((s for s in reversed(SUFFIXES) if path.name.endswith(s)), None)
@@ -103,56 +100,9 @@ def read(path: Path, name: str, fields: tuple[str, str], start: Position) -> Ite
         for batch in reader(path, name, fields, start):
             line = batch.position.line
             yield batch
-    except _DamagedError as error:
+    except DamagedError as error:
         broken = [Broken(name, line, str(error), damaged=True)]
         yield Batch(name, Position(start.file + 1), path.stat().st_size, broken=broken)
-
-
-def _chunks(path: Path, file: BinaryIO, skip: int) -> Iterator[bytes]:
-    """The decompressed content of a file behind its first `skip` bytes."""
-    kind = suffix(path)
-    if kind == ".jsonl.zst":
-        content = _decompress_zst(file)
-    elif kind == ".jsonl.gz":
-        content = _decompress_gz(file)
-    else:
-        file.seek(skip)
-        skip, content = 0, iter(lambda: file.read(BATCH // 4), b"")
-    for chunk in content:
-        if skip >= len(chunk):
-            skip -= len(chunk)
-        else:
-            yield chunk[skip:]
-            skip = 0
-
-
-def _decompress_zst(file: BinaryIO) -> Iterator[bytes]:
-    """Frame after frame; the library's own stream reader takes a torn frame for the end."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = None
-    try:
-        while data := file.read(COMPRESSED):
-            while data:
-                frame = frame or decompressor.decompressobj()
-                if chunk := frame.decompress(data):
-                    yield chunk
-                data = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
-        raise _DamagedError(f"damaged zstd frame ({error})") from None
-    if frame:
-        raise _DamagedError("truncated zstd frame")
-
-
-def _decompress_gz(file: BinaryIO) -> Iterator[bytes]:
-    try:
-        with gzip.GzipFile(fileobj=file) as content:
-            while chunk := content.read(BATCH // 4):
-                yield chunk
-    except EOFError:
-        raise _DamagedError("truncated gzip file") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise _DamagedError(f"damaged gzip file ({error})") from None
 
 
 def _read_lines(path: Path, name: str, fields: tuple, start: Position) -> Iterator[Batch]:
@@ -168,14 +118,14 @@ def _read_lines(path: Path, name: str, fields: tuple, start: Position) -> Iterat
     with path.open("rb") as file:
         damage = None
         try:
-            for chunk in _chunks(path, file, start.offset):
+            for chunk in chunks(path, file, start.offset):
                 cut = chunk.rfind(b"\n") + 1
                 if size + cut >= BATCH and cut:
                     yield batch(b"".join([*parts, chunk[:cut]]))
                     parts, size, chunk = [], 0, chunk[cut:]  # noqa: PLW2901
                 parts.append(chunk)
                 size += len(chunk)
-        except _DamagedError as error:
+        except DamagedError as error:
             damage = error
         rest = b"".join(parts)
         if damage:  # what stands behind the last whole line is torn
@@ -202,6 +152,58 @@ def parse(batch: Batch, fields: tuple[str, str]) -> tuple[list[Document], list[B
         except (ValueError, RecursionError) as error:
             broken.append(Broken(batch.file, number, str(error)))
     return documents, broken
+
+
+def encode(
+    documents: list[Document], tokenizer: Tokenizer, file: str
+) -> tuple[list[Document], list[np.ndarray], list[Broken]]:
+    """Encodes documents of a file.
+
+    Returns:
+        The documents that have ids, the ids of each without the end-of-text id, and those that have none.
+    """
+    try:
+        return documents, tokenizer.encode([document.text for document in documents]), []
+    except ValueError:  # one of them has no ids: they are encoded one by one to find it
+        kept, encoded, broken = [], [], []
+    for document in documents:
+        try:
+            encoded += tokenizer.encode([document.text])
+            kept.append(document)
+        except ValueError as error:
+            broken.append(Broken(file, document.line, str(error)))
+    return kept, encoded, broken
+
+
+def find_files(patterns: Sequence[str], option: str, suffixes: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Returns the files that globs and folders name, each once, and their names below the common folder.
+
+    A file that is named by a link too is taken once, by the name that comes first.
+
+    Args:
+        patterns: globs, or folders that are searched at all depths.
+        option: which gave them, for messages.
+        suffixes: that names of files may end in.
+
+    Raises:
+        ValueError: a pattern names nothing, or something else; the message is one line.
+    """
+    kinds, paths = ", ".join(suffixes), []
+    for pattern in patterns:
+        if Path(pattern).is_dir():
+            matches = [path for path in Path(pattern).rglob("*") if path.name.endswith(tuple(suffixes))]
+        else:
+            matches = [Path(path) for path in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+        if not matches:
+            raise ValueError(f"{option}={pattern!r}: there is no such file ({kinds})")
+        paths += sorted(matches)
+    for path in paths:
+        if not path.is_file() or not path.name.endswith(tuple(suffixes)):
+            raise ValueError(f"{option}: {path} is no file that ends in one of {kinds}")
+    once = {path.resolve(): path for path in reversed(paths)}
+    paths = [Path(os.path.abspath(path)) for path in paths if once[path.resolve()] is path]  # noqa: PTH100
+    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    return paths, [str(path.relative_to(common)) for path in paths]
 
 
 def _field(record, dotted: str):
@@ -280,7 +282,7 @@ def _read_parquet(path: Path, name: str, fields: tuple, start: Position) -> Iter
         with pyarrow.parquet.ParquetFile(path) as file:
             there = [file.schema.column(i).path for i in range(len(file.schema))]
             if fields[0] not in there:
-                raise _DamagedError(f"there is no column {fields[0]}, only {', '.join(there)}")
+                raise DamagedError(f"there is no column {fields[0]}, only {', '.join(there)}")
             columns = [column for column in fields if column in there]
             total = file.metadata.num_rows
             for group in range(file.num_row_groups):
@@ -304,7 +306,7 @@ def _read_parquet(path: Path, name: str, fields: tuple, start: Position) -> Iter
                         yield Batch(name, replace(start, line=row), read, 0, b"", documents, broken)
                         size, documents, broken = 0, [], []
     except (pyarrow.ArrowException, OSError) as error:
-        raise _DamagedError(f"damaged parquet file ({error})") from None
+        raise DamagedError(f"damaged parquet file ({error})") from None
 
 
 def _records(rows) -> list[dict | None]:

@@ -5,9 +5,6 @@ which batch t is rows [t*B, (t+1)*B). Hosts, devices, workers, micro-steps and r
 reads which of these rows. The position in the data is one integer: rows consumed.
 """
 
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +13,7 @@ import grain
 import jax
 import numpy as np
 
+from trainit.cluster.process import end_with_parent
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered
 
@@ -119,16 +117,6 @@ def batches(
             end_with_parent,
         )
     yield from on_devices(reader, mine, shape, sharding)
-
-
-def end_with_parent(worker: int, workers: int):
-    """Called by Grain in each worker process, which ends when its parent has, even by kill -9."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def local_rows(shape: tuple[int, int, int], sharding: jax.sharding.NamedSharding) -> slice:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainit.data.dataset import DatasetError, Split
+from trainit.data.dataset import DatasetError, Split, pieces
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,13 @@ class Subset:
         ids = np.zeros((len(sequences), length + 1), self.dtype)
         lengths = np.zeros(len(sequences), np.int32)
         for row, sequence in enumerate(np.asarray(sequences).tolist()):
-            begin = sequence * length
-            wanted, filled = min(length + 1, self.tokens - begin) if sequence >= 0 else 0, 0
-            # Of the index's own type: of another, NumPy would first convert all of it.
-            document = int(np.searchsorted(ends, ends.dtype.type(begin), side="right")) if wanted else 0
-            while filled < wanted:
-                size = (
-                    int(starts[document]),
-                    int(ends[document]) - (int(ends[document - 1]) if document else 0),
-                )
-                inside = size[1] - (int(ends[document]) - begin - filled)
-                count = min(size[1] - inside, wanted - filled)
-                self.split.copy(ids[row, filled : filled + count], size[0] + inside)
-                filled, document = filled + count, document + 1
-            lengths[row] = max(wanted - 1, 0)
+            if sequence < 0:
+                continue
+            begin, filled = sequence * length, 0
+            for document, first, last in pieces(ends, begin, min(begin + length + 1, self.tokens)):
+                self.split.copy(ids[row, filled : filled + last - first], int(starts[document]) + first)
+                filled += last - first
+            lengths[row] = filled - 1
         return ids, lengths
 
 

@@ -1,7 +1,6 @@
 """What one may ask of trainit.prepare.prepare, and the plan of work that follows from it."""
 
 import argparse
-import glob
 import os
 from pathlib import Path
 
@@ -84,20 +83,11 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def files(patterns: list[str], flag: str) -> tuple[list[Path], list[str]]:
-    """Files that the patterns name, in order, and what to call them: from their common folder on."""
-    paths = []
-    for pattern in patterns:
-        found = sorted(Path(path) for path in glob.glob(pattern, recursive=True))  # noqa: PTH207
-        if not found:
-            raise UsageError(f"--{flag}={pattern}: there is no such file")
-        paths += found
-    for path in paths:
-        if not path.is_file() or readers.suffix(path) is None:
-            raise UsageError(f"--{flag}: {path} is no file that ends in one of {', '.join(readers.SUFFIXES)}")
-    once = {path.resolve(): path for path in reversed(paths)}  # a link and its target are one
-    paths = [Path(os.path.abspath(path)) for path in paths if once[path.resolve()] is path]  # noqa: PTH100
-    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    return paths, [str(path.relative_to(common)) for path in paths]
+    """Returns the files that the patterns name, in order, and their names below the common folder."""
+    try:
+        return readers.find_files(patterns, f"--{flag}", readers.SUFFIXES)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list]]:

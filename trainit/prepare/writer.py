@@ -22,6 +22,7 @@ import numpy as np
 
 from trainit.data.dataset import dtype_of
 from trainit.data.documents import Batch, Broken, BrokenInputError, Position, parse
+from trainit.data.documents import encode as encode_documents
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import to_bytes
 
@@ -82,17 +83,7 @@ class Encoded(NamedTuple):
 def encode(batch: Batch, tokenizer: Tokenizer, recipe: Recipe, split: str) -> Encoded:
     """Parses and encodes a batch; a function of its arguments alone, whoever calls it."""
     documents, broken = parse(batch, (recipe.text_field, recipe.subset_field))
-    try:
-        encoded = tokenizer.encode([document.text for document in documents])
-    except ValueError:  # one of them has no ids: which?
-        encoded, kept = [], []
-        for document in documents:
-            try:
-                encoded += tokenizer.encode([document.text])
-                kept.append(document)
-            except ValueError as error:
-                broken.append(Broken(batch.file, document.line, str(error)))
-        documents = kept
+    documents, encoded, without_ids = encode_documents(documents, tokenizer, batch.file)
     names = list(dict.fromkeys(document.subset for document in documents))
     number = {name: i for i, name in enumerate(names)}
     hashed = recipe.deduplicate or recipe.validation_fraction
@@ -106,7 +97,7 @@ def encode(batch: Batch, tokenizer: Tokenizer, recipe: Recipe, split: str) -> En
         )
     dtype, end = dtype_of(tokenizer.vocab_size), tokenizer.end_of_text
     parts = {name: _part(rows, dtype, end, bool(recipe.deduplicate)) for name, rows in chosen.items()}
-    return Encoded(parts, names, sorted(broken, key=lambda b: b.line))
+    return Encoded(parts, names, sorted([*broken, *without_ids], key=lambda b: b.line))
 
 
 def _part(rows: list[tuple], dtype: str, end_of_text: int, hashed: bool) -> Part:

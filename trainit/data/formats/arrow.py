@@ -6,13 +6,14 @@ decompressed, so that reading in order costs each of them once, and reading at r
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainit.data.dataset import DatasetError
+from trainit.data.dataset import DatasetError, pieces
 from trainit.data.formats.binary import Shard
 
 COLUMN = "input_ids"
@@ -20,19 +21,15 @@ ROW_GROUPS = 4  # of parquet files that a process keeps decompressed
 
 
 class Chunks:
-    """Arrays behind each other, sliced as if they were one; loads those that a slice meets."""
+    """Arrays one after another, sliced as if they were one. It loads only the arrays that a slice needs."""
 
     def __init__(self, sizes: Sequence[int], load: Callable[[int], np.ndarray]):
-        self._starts, self._load = np.cumsum((0, *sizes)), load
+        self._ends, self._load = list(itertools.accumulate(sizes)), load
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        begin, end = part.start, min(part.stop, int(self._starts[-1]))
-        chunk, pieces = int(np.searchsorted(self._starts, begin, side="right")) - 1, []
-        while begin < end:
-            at = begin - int(self._starts[chunk])
-            pieces.append(self._load(chunk)[at : at + end - begin])
-            begin, chunk = begin + len(pieces[-1]), chunk + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        stop = min(part.stop, self._ends[-1])
+        found = [self._load(chunk)[first:last] for chunk, first, last in pieces(self._ends, part.start, stop)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def inspect_arrow(path: Path) -> list[Shard]:

@@ -170,10 +170,7 @@ def _validation(path: str, named: Tokenizer) -> Split:
         found = _by_split(files, Path(path))
         chosen = found.get("validation") or found.get("test") or found["train"]
         return _split("validation", _shards(chosen), named)
-    try:
-        dataset = tokens.open_dataset(Path(path))
-    except DatasetError as error:
-        raise DatasetError(str(error).replace("dataset.path=", "dataset.validation_path=", 1)) from None
+    dataset = tokens.open_dataset(Path(path), "dataset.validation_path")
     theirs, ours = dataset.info["tokenizer"]["sha256"], digest(named.serialize())
     if theirs != ours or dataset.info["tokenizer"]["name"] != named.name:
         raise DatasetError(

@@ -4,7 +4,6 @@ Streams (trainit/data/jsonl/stream.py) belong to rows: row r of a batch of B is 
 reads the streams of its rows, by Grain's worker processes, each of which has every W-th of them.
 """
 
-import glob
 import hashlib
 import itertools
 import json
@@ -12,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import grain
 import jax
@@ -20,9 +18,10 @@ import numpy as np
 from absl import logging
 
 from trainit.cluster import sync
+from trainit.cluster.process import end_with_parent
 from trainit.data import loader, tokenizers
 from trainit.data.dataset import DatasetError, Split
-from trainit.data.documents import BrokenInputError, Position
+from trainit.data.documents import BrokenInputError, Position, find_files
 from trainit.data.jsonl.stream import Corpus, State, Stream, documents
 from trainit.data.loader import START, DataPosition
 from trainit.data.tokenizers import Tokenizer
@@ -135,7 +134,7 @@ class StreamReader:
         parts = Parts(self._corpus, self._begin, self._count)
         if self._workers:
             ahead = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=self._prefetch)
-            parts = parts.mp_prefetch(ahead, loader.end_with_parent)
+            parts = parts.mp_prefetch(ahead, end_with_parent)
         else:
             parts = grain.experimental.ThreadPrefetchIterDataset(parts, prefetch_buffer_size=self._prefetch)
         arriving = iter(parts)
@@ -283,12 +282,13 @@ def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: 
     about = tokenizer.name, tokenizer.serialize(), tokenizer.end_of_text
     corpora = {}
     for path_field in ("path", "validation_path"):
-        paths = _find(config[path_field], f"dataset.{path_field}")
-        common = os.path.commonpath([path.parent for path in paths])
-        names = tuple(str(path.relative_to(common)) for path in paths)
+        try:
+            paths, names = find_files([config[path_field]], f"dataset.{path_field}", SUFFIXES)
+        except ValueError as error:
+            raise DatasetError(str(error)) from None
         sizes = tuple(path.stat().st_size for path in paths)
         corpora[path_field] = Corpus(
-            tuple(map(str, paths)), names, sizes, about, config.text_field, length=length
+            tuple(map(str, paths)), tuple(names), sizes, about, config.text_field, length=length
         )
     train, validation = corpora["path"], replace(corpora["validation_path"], subset_field=config.subset_field)
     if twice := {*map(os.path.realpath, train.paths)} & {*map(os.path.realpath, validation.paths)}:
@@ -299,18 +299,3 @@ def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: 
         raise DatasetError(f"dataset.validation_path={config.validation_path!r}: {error}") from None
     train = replace(train, streams=config.streams, window=config.window, seed=seed)
     return StreamedData(config.path, train, held, config.workers, config.prefetch)
-
-
-def _find(pattern: str, name: str) -> list[Path]:
-    """The files that a glob or a folder names."""
-    if Path(pattern).is_dir():
-        found = [path for path in Path(pattern).rglob("*") if path.name.endswith(SUFFIXES)]
-    else:
-        found = [Path(path) for path in glob.glob(pattern, recursive=True)]  # noqa: PTH207
-    if not found:
-        raise DatasetError(f"{name}={pattern!r}: there is no such file ({', '.join(SUFFIXES)})")
-    for path in found:
-        if not path.is_file() or not path.name.endswith(SUFFIXES):
-            raise DatasetError(f"{name}: {path} is no file that ends in one of {', '.join(SUFFIXES)}")
-    once = {path.resolve(): path for path in found}  # a link and its target are one
-    return sorted(Path(os.path.abspath(path)) for path in once.values())  # noqa: PTH100, a link's name counts

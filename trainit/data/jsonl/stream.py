@@ -26,7 +26,7 @@ import numpy as np
 from trainit.data import documents as readers
 from trainit.data import tokenizers
 from trainit.data.dataset import DatasetError, dtype_of
-from trainit.data.documents import Batch, Broken, BrokenInputError, Position
+from trainit.data.documents import Batch, BrokenInputError, Position
 from trainit.data.tokenizers import Tokenizer
 
 EQUAL = 0.95  # groups of files are of equal size if the least has so much of the largest
@@ -137,22 +137,14 @@ def documents(
 
 def _encode(corpus: Corpus, batch: Batch, fields: tuple[str, str]) -> list[tuple[int, str, np.ndarray]]:
     """Line, subset and ids of each document of a batch."""
-    found, broken = readers.parse(batch, fields)
-    tokenizer = corpus.tokenizer
-    try:
-        encoded = tokenizer.encode([document.text for document in found])
-    except ValueError:  # one of them has no ids: which?
-        encoded = []
-        for document in found:
-            try:
-                encoded += tokenizer.encode([document.text])
-            except ValueError as error:
-                broken.append(Broken(batch.file, document.line, str(error)))
-    if broken:
-        raise BrokenInputError(str(min(broken, key=lambda b: b.line)))
+    documents, broken = readers.parse(batch, fields)
+    documents, encoded, without_ids = readers.encode(documents, corpus.tokenizer, batch.file)
+    if broken or without_ids:
+        raise BrokenInputError(str(min([*broken, *without_ids], key=lambda b: b.line)))
+    end = corpus.tokenizer.end_of_text
     return [
-        (document.line, document.subset, np.append(ids, tokenizer.end_of_text).astype(corpus.dtype))
-        for document, ids in zip(found, encoded, strict=True)
+        (document.line, document.subset, np.append(ids, end).astype(corpus.dtype))
+        for document, ids in zip(documents, encoded, strict=True)
     ]
 
 

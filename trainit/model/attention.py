@@ -31,7 +31,8 @@ def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
         platform: JAX's name for the devices' kind.
         parallel: the mesh.
     """
-    kernel = {"plain": plain, "blockwise": blockwise, "cudnn": cudnn}[name]
+    kernels: dict[str, Callable] = {"plain": plain, "blockwise": blockwise, "cudnn": cudnn}
+    kernel = kernels[name]
     if name == "blockwise" and platform != "cpu":  # GPUs need larger blocks to be busy
         kernel = functools.partial(kernel, scores_mib=SCORES_MIB_OF_GPUS)
     queries = parallel.spec("batch", "length", "heads", None)

@@ -61,13 +61,13 @@ class Attention(nnx.Module):
         # Queries, keys and values, normalized and turned by their positions.
         weights = (linear.weights for linear in (self.query, self.key, self.value))
         q_BLHK, k_BLJK, v_BLJK = column_parallel(self.parallel, x_BLD, *weights, float8=self.float8)
-        if c.qk_norm:
+        if self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLJK = self.query_norm(q_BLHK), self.key_norm(k_BLJK)
         if c.positions == "rope":
             q_BLHK, k_BLJK = (rope(x, c.rope_theta, position_BL) for x in (q_BLHK, k_BLJK))
 
         # What each query takes of the values.
-        attend = functools.partial(self.attend, rate=c.attn_dropout)
+        attend: Attend = functools.partial(self.attend, rate=c.attn_dropout)
         attend = jax.checkpoint(attend) if c.remat == "attention" else attend
         keys_BJ = _keys_of_heads(key, c.num_kv_heads) if key is not None and c.attn_dropout else None
         y_BLHK = attend(q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BJ)

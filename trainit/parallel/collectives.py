@@ -86,6 +86,7 @@ class Parallel:
         """
         if not self.accumulate_locally:
             return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs)
+        assert self.mesh is not None
         # Inside the shard_map over data, whose mesh is taken. With the check of varying axes, JAX 0.10 and
         # 0.11 would split what is kept for the backward pass over data a second time.
         rest = {axis for axis in self.mesh.axis_names if axis != "data"}

@@ -8,12 +8,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from trainit.parallel.collectives import Parallel, exchange, gather, scatter_sum, sum_over
 
+MaybeArray = jax.Array | None
+
 
 def vocab_parallel_embedding(
-    parallel: Parallel, dtype, tokens_BL, table_VD, position_LD=None, position_BL=None
+    parallel: Parallel,
+    dtype: DTypeLike,
+    tokens_BL: jax.Array,
+    table_VD: jax.Array,
+    position_LD: MaybeArray = None,
+    position_BL: MaybeArray = None,
 ) -> jax.Array:
     """Rows of the token embedding, plus those of learned positions (Megatron-LM).
 
@@ -31,7 +39,7 @@ def vocab_parallel_embedding(
     return _embed(parallel, dtype, table_VD, position_LD, tokens_BL, position_BL)
 
 
-def _specs(p: Parallel, position_LD, position_BL) -> tuple:
+def _specs(p: Parallel, position_LD: MaybeArray, position_BL: MaybeArray) -> tuple:
     """How table, table of positions, tokens and positions are split."""
     whole_length = p.spec("batch", "length")
     return (
@@ -42,7 +50,7 @@ def _specs(p: Parallel, position_LD, position_BL) -> tuple:
     )
 
 
-def _local_ids(p: Parallel, tokens, rows: int) -> tuple[jax.Array, jax.Array]:
+def _local_ids(p: Parallel, tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """For each token its row in this device's part of the table, and whether it has one in this part.
 
     Args:
@@ -55,31 +63,40 @@ def _local_ids(p: Parallel, tokens, rows: int) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(local, 0, rows - 1), (local >= 0) & (local < rows)
 
 
-def _positions(p: Parallel, position_BL, shape: tuple[int, int]) -> jax.Array:
+def _positions(p: Parallel, position_BL: MaybeArray, length: int) -> jax.Array:
     """The position of each token in this device's part (rows of all fsdp, l) of the residual stream.
 
     Args:
         p: the mesh.
         position_BL: this device's rows; None: positions are the same in all rows, and the result is (l,).
-        shape: of that part.
+        length: l.
     """
     split = p.axes("residual_length")
     if position_BL is None:
-        return jnp.arange(shape[1]) + (shape[1] * jax.lax.axis_index(split) if split else 0)
+        return jnp.arange(length) + (length * jax.lax.axis_index(split) if split else 0)
     position = gather(position_BL, p.axes("embed"), 0)
-    start = shape[1] * jax.lax.axis_index(p.sequence_axes) if p.sequence_axes else 0
-    return jax.lax.dynamic_slice_in_dim(position, start, shape[1], 1)
+    start = length * jax.lax.axis_index(p.sequence_axes) if p.sequence_axes else 0
+    return jax.lax.dynamic_slice_in_dim(position, start, length, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _embed(p: Parallel, dtype, table_VD, position_LD, tokens_BL, position_BL):
-    def on_device(table, position_table, tokens, position):
+def _embed(
+    p: Parallel,
+    dtype: DTypeLike,
+    table_VD: jax.Array,
+    position_LD: MaybeArray,
+    tokens_BL: jax.Array,
+    position_BL: MaybeArray,
+) -> jax.Array:
+    def on_device(
+        table: jax.Array, position_table: MaybeArray, tokens: jax.Array, position: MaybeArray
+    ) -> jax.Array:
         # Rows of the tokens of all fsdp, of which each device has its part of D; 0 if another one has the id.
         ids, present = _local_ids(p, gather(tokens, p.axes("embed"), 0), len(table))
         rows = jnp.where(present[..., None], table[ids].astype(dtype), 0)
         rows = scatter_sum(rows, p.sequence_axes, 1)
         if position_table is not None:
-            added = position_table[_positions(p, position, rows.shape[:2])]
+            added = position_table[_positions(p, position, rows.shape[1])]
             rows = (rows.astype(added.dtype) + added).astype(dtype)
         # (rows of all fsdp, l, d) -> (b, l, D)
         return exchange(rows, p.axes("embed"), 0, 2)
@@ -88,16 +105,22 @@ def _embed(p: Parallel, dtype, table_VD, position_LD, tokens_BL, position_BL):
     return p.shard_map_if_needed(on_device, inputs, outputs)(table_VD, position_LD, tokens_BL, position_BL)
 
 
-def _embed_backward(p: Parallel, dtype, saved, dx_BLD):
+def _embed_backward(p: Parallel, dtype: DTypeLike, saved: tuple, dx_BLD: jax.Array) -> tuple:
     _, position_LD, _, position_BL = saved
 
-    def on_device(table, position_table, tokens, position, dx_blD):
+    def on_device(
+        table: jax.Array,
+        position_table: MaybeArray,
+        tokens: jax.Array,
+        position: MaybeArray,
+        dx_blD: jax.Array,
+    ) -> tuple[jax.Array, MaybeArray]:
         dx = exchange(dx_blD, p.axes("embed"), 2, 0)  # (b, l, D) -> (rows of all fsdp, l, d)
 
         # The gradient of positions: each device adds up its own, and they are summed over the others.
         d_position = None
         if position_table is not None:
-            at = _positions(p, position, dx.shape[:2])
+            at = _positions(p, position, dx.shape[1])
             terms = jnp.sum(dx, 0, dtype=jnp.float32) if at.ndim == 1 else dx.astype(jnp.float32)
             d_position = jnp.zeros(position_table.shape, jnp.float32).at[at].add(terms)
             others = tuple(a for a in p.axes("batch", "residual_length") if a not in p.axes("embed"))

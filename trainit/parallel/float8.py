@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2  # of activations and kernels; of gradients
 
@@ -16,7 +17,7 @@ class Factor(NamedTuple):
     scale: jax.Array | None  # a float32 scalar; None: 1
 
 
-def factor(x: jax.Array, dtype, axes: tuple[str, ...] = ()) -> Factor:
+def factor(x: jax.Array, dtype: DTypeLike, axes: tuple[str, ...] = ()) -> Factor:
     """An array in another type. In float8 it is scaled so that its largest number is the type's largest.
 
     Args:
@@ -32,7 +33,7 @@ def factor(x: jax.Array, dtype, axes: tuple[str, ...] = ()) -> Factor:
     return Factor((x.astype(jnp.float32) * scale).astype(dtype), scale)
 
 
-def dot(a: Factor, b: Factor, axes: tuple[Sequence[int], Sequence[int]], dtype) -> jax.Array:
+def dot(a: Factor, b: Factor, axes: tuple[Sequence[int], Sequence[int]], dtype: DTypeLike) -> jax.Array:
     """The product of two factors, summed over the given axes of each; float8 is summed in float32."""
     if a.scale is None or b.scale is None:
         return jax.lax.dot_general(a.values, b.values, (axes, ((), ())), preferred_element_type=dtype)

@@ -150,7 +150,7 @@ def state_shardings(state: Any, parameters: Mapping, mesh: AnyMesh) -> Any:
     """
     shapes = _shapes(parameters)
 
-    def sharding(path, leaf) -> NamedSharding:
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
         for suffix in _suffixes(path):
             if shapes.get(suffix) == leaf.shape:
                 return NamedSharding(mesh, partition_spec(logical_axes(suffix)))

@@ -22,11 +22,13 @@ In names of arrays, b is a device's part of B, l of L, the latter also split ove
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from trainit.parallel.collectives import Parallel, gather, scatter_sum, sum_over
 from trainit.parallel.cpu_workarounds import computed_after, sum_outer_products
@@ -68,7 +70,7 @@ def row_parallel(
     return checkpoint_name(y_BLD, PRODUCT) if parallel.sequence_axes else y_BLD
 
 
-def _gather_kernel(p: Parallel, kernel: jax.Array, dtype, dimension: int) -> Factor:
+def _gather_kernel(p: Parallel, kernel: jax.Array, dtype: DTypeLike, dimension: int) -> Factor:
     """A kernel with its width whole, from the part that this device has; it travels in the compute type."""
     part = factor(kernel, dtype, p.axes("embed", "mlp"))
     return Factor(gather(part.values, p.axes("embed"), dimension), part.scale)
@@ -104,12 +106,14 @@ def _row_specs(p: Parallel, x: jax.Array, kernel: jax.Array, bias: jax.Array | N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _column_parallel(p: Parallel, float8: bool, x_BLD, weights):
-    def on_device(x_blD, weights):
+def _column_parallel(
+    p: Parallel, float8: bool, x_BLD: jax.Array, weights: tuple[Weights, ...]
+) -> tuple[jax.Array, ...]:
+    def on_device(x_blD: jax.Array, weights: tuple[Weights, ...]) -> tuple[jax.Array, ...]:
         dtype = FORWARD if float8 else x_blD.dtype
         x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype, p.axes("batch", "length"))
 
-        def product(kernel, bias):
+        def product(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
             y = dot(x_bLD, _gather_kernel(p, kernel, dtype, 0), ((2,), (0,)), x_blD.dtype)
             return y if bias is None else y + bias.astype(y.dtype)
 
@@ -120,16 +124,16 @@ def _column_parallel(p: Parallel, float8: bool, x_BLD, weights):
     return p.shard_map_if_needed(on_device, inputs, outputs)(x_BLD, weights)
 
 
-def _column_parallel_backward(p: Parallel, float8: bool, saved, dys):
-    def on_device(x_blD, weights, dys):
+def _column_parallel_backward(p: Parallel, float8: bool, saved: tuple, dys: tuple) -> tuple:
+    def on_device(x_blD: jax.Array, weights: tuple[Weights, ...], dys: tuple) -> tuple:
         dtype, backward = (FORWARD, BACKWARD) if float8 else (x_blD.dtype,) * 2
         x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype, p.axes("batch", "length"))
 
-        def to_inputs(kernel, dy):
+        def to_inputs(kernel: jax.Array, dy: Factor) -> jax.Array:
             axes = tuple(range(2, dy.values.ndim)), tuple(range(1, kernel.ndim))
             return dot(dy, _gather_kernel(p, kernel, dtype, 0), axes, x_blD.dtype)
 
-        def to_weights(bias, dy, dy_factor):
+        def to_weights(bias: jax.Array | None, dy: jax.Array, dy_factor: Factor) -> Weights:
             product = dot(x_bLD, dy_factor, ((0, 1), (0, 1)), jnp.float32)
             d_bias = None if bias is None else jnp.sum(dy, (0, 1), dtype=jnp.float32)
             return p.sum_gradient(product, 0), sum_over(d_bias, p.axes("batch", "length"))
@@ -137,7 +141,8 @@ def _column_parallel_backward(p: Parallel, float8: bool, saved, dys):
         factors = tuple(factor(dy, backward, p.axes("batch", "length", "mlp")) for dy in dys)
         dx_bLD = sum(to_inputs(kernel, dy) for (kernel, _), dy in zip(weights, factors, strict=True))
         d_weights = tuple(to_weights(pair[1], *dy) for pair, *dy in zip(weights, dys, factors, strict=True))
-        return scatter_sum(computed_after(dx_bLD, d_weights, p.mesh), p.sequence_axes, 1), d_weights
+        dx_bLD = computed_after(cast(jax.Array, dx_bLD), d_weights, p.mesh)
+        return scatter_sum(dx_bLD, p.sequence_axes, 1), d_weights
 
     x_BLD, weights = saved
     outputs = _residual_spec(p), _column_specs(p, weights)
@@ -154,8 +159,10 @@ _column_parallel.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _row_parallel(p: Parallel, float8: bool, x, kernel, bias):
-    def on_device(x, kernel, bias):
+def _row_parallel(
+    p: Parallel, float8: bool, x: jax.Array, kernel: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    def on_device(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         dtype, inputs = FORWARD if float8 else x.dtype, kernel.ndim - 1
         x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))
         axes = tuple(range(2, x.ndim)), tuple(range(inputs))
@@ -168,8 +175,8 @@ def _row_parallel(p: Parallel, float8: bool, x, kernel, bias):
     )
 
 
-def _row_parallel_backward(p: Parallel, float8: bool, saved, dy_BLD):
-    def on_device(x, kernel, bias, dy_blD):
+def _row_parallel_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.Array) -> tuple:
+    def on_device(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dy_blD: jax.Array) -> tuple:
         dtype, backward = (FORWARD, BACKWARD) if float8 else (x.dtype,) * 2
         d_bias = None if bias is None else jnp.sum(dy_blD, (0, 1), dtype=jnp.float32)
         dy_bLD = factor(gather(dy_blD, p.sequence_axes, 1), backward, p.axes("batch", "length"))

@@ -1,6 +1,7 @@
 """What is common to trees of arrays that may be split over devices: names of paths, inner product, bytes."""
 
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,16 @@ def inner_product(a: dict, b: dict) -> jax.Array:
 
     Unlike optax.tree.vdot it flattens no array, for which XLA would gather one that is split.
     """
-    return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return cast(jax.Array, sum(jnp.sum(x * y) for x, y in pairs))
 
 
-def total_bytes(tree) -> int:
+def total_bytes(tree: Any) -> int:
     """Bytes of a tree of arrays or of their shapes: on all devices together, replicas counted once."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def device_bytes(tree) -> int:
+def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of arrays, or of shapes with shardings."""
     shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)

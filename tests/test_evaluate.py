@@ -8,11 +8,12 @@ import tiny
 from trainit import config as config_lib
 from trainit.cluster.monitor import JobMonitor
 from trainit.data.dataset import open_dataset
+from trainit.data.training_data import PreparedData
 from trainit.model.gpt import GPT
-from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
-from trainit.train.evaluate import evaluate
+from trainit.train.evaluate import Validation
+from trainit.train.startup_timer import StartupTimer
 
 
 @pytest.mark.evidence("validation by subset against a float64 computation from the logits")
@@ -20,22 +21,14 @@ from trainit.train.evaluate import evaluate
 def test_metrics_of_each_subset(sequences, subset_dataset):
     dataset = open_dataset(subset_dataset)
     config = tiny.get_config()
+    config.eval.sequences = sequences
     config = config_lib.resolve(config, dataset.vocab_size)
-    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-    mesh = make_mesh(sizes)
-    steps = step.build(config, shape_on(config, mesh))
+    shape = shape_on(config, make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1}))
+    steps = step.build(config, shape)
     params, length = steps.init().params, config.model.context_length
-    token_bytes = dataset.tokenizer.token_bytes()
-    result = evaluate(
-        steps,
-        params,
-        dataset.splits["validation"],
-        token_bytes,
-        sequences,
-        (1, 16, length),
-        batch_sharding(mesh),
-        JobMonitor(0, 1, lambda code: None, 40.0),
-    )
+    monitor = JobMonitor(0, 1, lambda code: None, 40.0)
+    data = PreparedData(config, dataset)
+    result = Validation(config, data, shape, steps, monitor, StartupTimer())(0, params)
 
     tokens, of = [], []
     for shard in dataset.info["splits"]["validation"]["shards"]:

@@ -1,9 +1,8 @@
-"""Programs: jitted functions that are compiled when they are told to, and never again unnoticed."""
+"""Jitted functions that are compiled when the run asks for it, and never again unnoticed."""
 
 import functools
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -12,79 +11,89 @@ from absl import logging
 from trainit.cluster import sync
 from trainit.cluster.process import release_free_memory
 
-COMPILE_SECONDS = 3600.0  # by which the slowest process may be later at compiling than the fastest
+COMPILE_SECONDS = 3600.0  # how much longer the slowest process may take to compile than the fastest
 
 
 class CompiledFunction:
-    """A jitted function, compiled once for each tree, shape and type of what is behind its first argument.
+    """A jitted function, compiled once for each structure, shape and type of its arguments after the first.
 
-    What it is called with must be laid out as what it was compiled for: else it raises, where a jitted
-    function would be compiled again. Of several processes, none runs it before all have compiled it: some are
-    slower, or do not find it in the cache, and gloo's collectives wait 30 s for them at most.
+    A call with arguments that are laid out differently raises, where a jitted function would silently be
+    compiled again. In a job of several processes, none runs the function before all have compiled it: some
+    take longer, or do not find it in the cache, and gloo's collectives wait at most 30 s for the others.
     """
 
-    def __init__(self, name: str, jitted: Callable, static: tuple[int, ...] = ()):
+    def __init__(self, name: str, jitted: jax.stages.Wrapped, static: tuple[int, ...] = ()):
         """
         Args:
             name: for messages.
-            jitted: what jax.jit has made of it.
-            static: numbers of its static arguments.
+            jitted: from jax.jit.
+            static: indices of its static arguments.
         """
         self._name, self._static = name, static
         self.lower = jitted.lower
         self._compiled: dict[tuple, Future] = {}
-        self._met: set[tuple] = set()  # what all processes have compiled
+        self._compiled_by_all: set[tuple] = set()
 
     def compile_ahead(self, *args):
-        """Begins to compile it in another thread, unless it has been. The arguments may be abstract."""
+        """Starts to compile for such arguments in another thread, unless that has been done.
+
+        The arguments may be abstract: shapes and types with shardings.
+        """
         key = _key(args)
         if key not in self._compiled:
             thread = ThreadPoolExecutor(1, f"compile-{self._name}")
             self._compiled[key] = thread.submit(self._compile, args)
-            thread.shutdown(wait=False)  # it ends when that is done
+            thread.shutdown(wait=False)  # the thread ends once that is done
 
     def compiled(self, *args) -> jax.stages.Compiled:
-        """The program for such arguments, when all processes have it; raises what compiling raises."""
+        """The compiled function for such arguments, once all processes have it.
+
+        Raises:
+            Exception: it cannot be compiled.
+        """
         self.compile_ahead(*args)
         key = _key(args)
-        program = self._compiled[key].result()
-        if key not in self._met:
-            self._met.add(key)
-            sync.barrier(f"compiled {self._name} {len(self._met)}", COMPILE_SECONDS)
-        return program
+        function = self._compiled[key].result()
+        if key not in self._compiled_by_all:
+            self._compiled_by_all.add(key)
+            sync.barrier(f"compiled {self._name} {len(self._compiled_by_all)}", COMPILE_SECONDS)
+        return function
 
     def __call__(self, *args):
-        program = self.compiled(*args)
-        return program(*(arg for number, arg in enumerate(args) if number not in self._static))
+        function = self.compiled(*args)
+        return function(*(arg for index, arg in enumerate(args) if index not in self._static))
 
     def _compile(self, args: tuple) -> jax.stages.Compiled:
         begun, events = time.monotonic(), _events()
         events.seen = set()
         compiled = self.lower(*args).compile()
-        seconds, folder = time.monotonic() - begun, jax.config.jax_compilation_cache_dir
+
+        # A start that takes minutes should say why: was the function in the cache?
+        seconds, folder = time.monotonic() - begun, jax.config.values["jax_compilation_cache_dir"]
         how = "compiled, without a cache"
         if "/jax/compilation_cache/cache_hits" in events.seen:
             how = f"from the cache {folder}"
         elif folder and "/jax/compilation_cache/compile_requests_use_cache" in events.seen:
             how = f"compiled, was not in the cache {folder}"
         logging.info("%-10s %s: %.1f s, %s", "program", self._name, seconds, how)
-        release_free_memory()  # a compiler leaves some hundred MB behind
+        release_free_memory()  # the compiler leaves some hundred MB that are free but not returned
         return compiled
 
 
 def _key(args: tuple) -> tuple:
+    """What a compiled function depends on. The first argument is left out: it is alike in all calls."""
     leaves, tree = jax.tree.flatten(args[1:])
     return tree, *((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf for leaf in leaves)
 
 
 @functools.cache
 def _events() -> threading.local:
-    """Where a thread that has set `seen` to a set finds what JAX has told of its compiling."""
+    """The names of the events that JAX reports in a thread, if the thread has set `seen` to a set."""
     events = threading.local()
 
-    def listen(name: str, **_):
+    def listen(event: str, **_: str | int):
         if hasattr(events, "seen"):
-            events.seen.add(name)
+            events.seen.add(event)
 
     jax.monitoring.register_event_listener(listen)
     return events

@@ -1,9 +1,9 @@
 """Dynamic loss scaling for float16: Micikevicius et al. 2017, arXiv 1710.03740, section 3.2.
 
-What is differentiated is the scale times the sum of the sequences' mean losses, so that gradients of
-activations lie in float16's range (6e-8 to 65504); those of parameters are divided by it in float32. By
-sequences, and not by batches, since a scale that fits then fits on any mesh. A step in which something is
-not finite is left out and halves the scale; many good ones in a row double it.
+The gradient is taken of the scale times the sum of the sequences' mean losses, so that gradients of
+activations lie in float16's range (6e-8 to 65504); gradients of parameters are divided by it in float32. The
+sum is over sequences rather than a mean over the batch, so that a scale that fits does so on any mesh. A step
+in which something is not finite is skipped and halves the scale; many good ones in a row double it.
 """
 
 import jax
@@ -15,16 +15,16 @@ GROWTH_STEPS = 2000  # good steps in a row that double it
 
 
 def init(is_scaled: bool) -> dict[str, jax.Array]:
-    """What a run in float16 keeps: the scale, and good steps since it has changed; others: nothing."""
+    """What a float16 run keeps: the scale, and the good steps since it last changed; empty otherwise."""
     return {"scale": jnp.float32(START), "good_steps": jnp.int32(0)} if is_scaled else {}
 
 
 def after(state: dict[str, jax.Array], good: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-    """What is kept behind a step, and whether the step has lowered the scale.
+    """What is kept after a step, and whether the step has lowered the scale.
 
     Args:
-        state: from `init` or the step before; empty where nothing is scaled.
-        good: whether all was finite in the step.
+        state: from `init` or the step before; empty if nothing is scaled.
+        good: whether everything was finite in the step.
     """
     if not state:
         return state, jnp.bool(False)
@@ -39,9 +39,9 @@ def after(state: dict[str, jax.Array], good: jax.Array) -> tuple[dict[str, jax.A
 
 
 def stays_finite(new, old) -> jax.Array:
-    """Whether nothing in a tree is infinite or no number that was not so before.
+    """Whether every number that is finite in `old` is still finite in `new`, a tree of the same structure.
 
-    An optimizer that takes gradients of its own may hide in its state that one of them was too large.
+    An optimizer that takes further gradients may hide in its state that one of them was too large.
     """
     pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o)) for n, o in pairs]))

@@ -1,11 +1,11 @@
-"""What a run says of itself: norms, FLOPs, MFU, throughput, memory."""
+"""Figures about a run and its speed: parameters, FLOPs, MFU, throughput, memory."""
 
+import math
 import resource
 import sys
 import time
 
 import jax
-import numpy as np
 
 from trainit import __version__
 from trainit.cluster.hardware import peak_flops
@@ -14,12 +14,12 @@ from trainit.parallel.trees import total_bytes
 
 
 def parameter_count(parameters: dict) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parameters))
+    """The number of scalars in a tree of arrays or of their shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
 
 
 def facts(model: Config, state) -> dict:
-    """What a run is made of, for its run.json and those who compare runs.
+    """What does not change in a run: it goes to run.json, for the commands that compare runs.
 
     Args:
         model: the sub-config.
@@ -49,27 +49,29 @@ def flops_per_token(model: Config) -> float:
 
 
 class Meter:
-    """Turns the times of finished steps into time/, throughput/ and memory/ metrics.
+    """Turns the times at which steps finish into time/, throughput/ and memory/ metrics.
 
-    The first step, which compiles, counts for nothing, nor does time given to `pause`.
+    A step's time is measured from the end of the step before. The first step compiles and is not measured,
+    nor is the first one after a `pause`.
     """
 
     def __init__(self, model: Config):
         self._length, self._flops = model.context_length, flops_per_token(model)
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
-        self._last: float | None = None
-        self._data = 0.0
+        self._last: float | None = None  # when the step before finished
+        self._data = 0.0  # seconds of waiting for data since then
 
     def waited_for_data(self, seconds: float):
+        """Counts time in which the main thread waited for the next batch."""
         self._data += seconds
 
     def pause(self):
-        """Something other than a step has taken time: the next step's time is not measured."""
+        """Leaves out the time until the next step: something else, such as validation, has taken it."""
         self._last = None
 
     def step(self, batch_size: int) -> dict[str, float]:
-        """To be called when a step of so many sequences has finished; its metrics since the step before."""
+        """The metrics of a step of `batch_size` sequences. To be called when the step has finished."""
         now, last, data = time.perf_counter(), self._last, self._data
         self._last, self._data = now, 0.0
         metrics = {"memory/peak_gib": peak_memory() / 2**30}
@@ -85,8 +87,7 @@ class Meter:
 
 
 def peak_memory() -> int:
-    """Most bytes in use so far on this process's fullest device, or in the process where none says."""
+    """The most bytes that were in use on any device of this process; on CPUs, in the process itself."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 class StartupTimer:
-    """A clock that runs from the launch of this process, with the time of the main thread in parts."""
+    """Measures the time since this process was launched, and how the main thread has spent it."""
 
     def __init__(self):
-        """To be made where all is imported: until then, it was importing."""
+        """Call it when everything is imported: the time until then is counted as "import"."""
         now = time.monotonic()
         self.launched = now - age()  # by time.monotonic
         self.is_over = False
@@ -19,9 +19,9 @@ class StartupTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts this time as a part of the start; parts of one name are added up, none contains another.
+        """Counts this time as a part of the start-up. Parts of the same name add up; they must not nest.
 
-        When the start is over, parts may go on and are told to nobody.
+        After the start-up, parts are still measured but no longer reported.
         """
         begun = time.monotonic()
         try:
@@ -30,7 +30,7 @@ class StartupTimer:
             self._parts[name] = self._parts.get(name, 0.0) + time.monotonic() - begun
 
     def over(self) -> str:
-        """The start is over. Its seconds as text: the total, its parts, and what is in none of them."""
+        """Ends the start-up. Returns its seconds as text: the total, the parts, and the rest as "other"."""
         self.is_over = True
         total = time.monotonic() - self.launched
         parts = self._parts | {"other": total - sum(self._parts.values())}
@@ -38,7 +38,7 @@ class StartupTimer:
 
 
 def age() -> float:
-    """Seconds since the kernel started this process; where it does not say, the processor time used."""
+    """Seconds since the kernel started this process; on systems without /proc, its processor time."""
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return time.process_time()

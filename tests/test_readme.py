@@ -1,5 +1,7 @@
 """README and the documentation's pages name what exists; their commands are run in tests/commands."""
 
+import ast
+import importlib
 import re
 import runpy
 
@@ -78,3 +80,12 @@ def test_pages_name_files_that_exist():
             assert test in names, (page, test)
         for path in re.findall(r"`((?:trainit|configs|launch|docs|tests|\.ci)/[\w./]*\w)`", text):
             assert (ROOT / path).exists(), (page, path)
+
+
+def test_code_on_pages_imports_what_exists():
+    for block in all_blocks():
+        for node in ast.walk(ast.parse(block.text)) if block.language == "python" else ():
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("trainit"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), (block.page, block.line, alias.name)

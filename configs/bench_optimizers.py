@@ -1,12 +1,14 @@
 """The optimizers beside each other, each at its best learning rate, over several seeds.
 
-    python -m trainit.tools.sweep configs/bench_optimizers.py:small    an hour on two CPU cores
-    python -m trainit.tools.sweep configs/bench_optimizers.py:medium   one GPU: --sbatch="--gpus-per-node=1"
-    python -m trainit.tools.sweep configs/bench_optimizers.py:full     GPT-2; --sbatch="--gpus-per-node=8"
+    trainit sweep configs/bench_optimizers.py:small    an hour on two CPU cores
+    trainit sweep configs/bench_optimizers.py:medium   one GPU: --sbatch="--gpus-per-node=1"
+    trainit sweep configs/bench_optimizers.py:full     GPT-2; --sbatch="--gpus-per-node=8"
 
 The learning rate is chosen with a seed that counts for nothing else, from a grid that grows until the best
 is not its last. Everything else of an optimizer is as its authors propose.
 """
+
+from trainit import cli
 
 # Each grid begins around what its authors propose, a factor of two between its values.
 RATES = {
@@ -87,3 +89,7 @@ def get_sweep(size: str):
         "seeds": [1, 2, 3],
         "baseline": "adamw",
     }
+
+
+if __name__ == "__main__":
+    cli.refuse(__file__, "sweep ")

@@ -1,6 +1,6 @@
 """A small GPT on presidents' messages: three minutes on a laptop, over eight virtual devices."""
 
-from trainit import optimizers
+from trainit import cli, optimizers
 from trainit.config import SCHEDULES, choose, dataset, defaults, model
 
 
@@ -33,3 +33,7 @@ def get_config(arg: str = ""):
     config.eval.sequences = 128
     config.checkpoint.save_steps = 50
     return choose(config, arg, optimizer=optimizers.choices())
+
+
+if __name__ == "__main__":
+    cli.refuse(__file__, "train --config=")

@@ -4,7 +4,7 @@ What is not set here is as `trainit.config.defaults` and `trainit.config.model` 
 are replaced as in --config=configs/pile_gpt.py:model=gpt2_medium,optimizer=sgdm,schedule=cosine
 """
 
-from trainit import optimizers
+from trainit import cli, optimizers
 from trainit.config import MODELS, SCHEDULES, choose, defaults
 
 
@@ -18,3 +18,7 @@ def get_config(arg: str = ""):
     config.schedule = SCHEDULES["linear"]()
     config.schedule.warmup = "10%"  # 5,000 of 50,000 steps
     return choose(config, arg, optimizer=optimizers.choices())
+
+
+if __name__ == "__main__":
+    cli.refuse(__file__, "train --config=")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # launch/local.sh -n 4 --config=...   a job of 4 processes on this machine, as a cluster would start it.
 #
-# Everything but -n goes to trainit.main, or to what TRAINIT_MODULE names, as in trainit.tools.doctor. The exit
+# Everything except -n goes to `trainit train`, or to the command that TRAINIT_COMMAND names, e.g. doctor. The exit
 # code is 0 when all processes end with 0, 75 when all stopped on request, else that of the first process
 # that failed; the others are then ended.
 set -uo pipefail
@@ -14,7 +14,7 @@ port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0));
 export TRAINIT_NUM_PROCESSES=$count TRAINIT_LOCAL_PROCESSES=$count TRAINIT_COORDINATOR=localhost:$port
 pids=()
 for ((rank = 0; rank < count; rank++)); do
-  TRAINIT_PROCESS_ID=$rank TRAINIT_LOCAL_ID=$rank python3 -m "${TRAINIT_MODULE:-trainit.main}" "$@" &
+  TRAINIT_PROCESS_ID=$rank TRAINIT_LOCAL_ID=$rank python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@" &
   pids+=($!)
 done
 # What this script is told, it tells its processes; they agree on a step, save and leave.

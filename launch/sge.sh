@@ -7,7 +7,7 @@
 #
 # qsub [-pe mpi_4_tasks_per_node 8 -l gpus=1 -l h_rt=12:00:00] launch/sge.sh --config=configs/pile_gpt.py ...
 #
-# For Grid Engine (SGE, UGE). Everything behind the script's name goes to trainit.main; resources are asked
+# For Grid Engine (SGE, UGE). Everything after the script's name goes to `trainit train`; resources are asked
 # for as for any other job, and flags of qsub override the lines above. Submit from the folder that holds
 # configs/, which all hosts must see. The job's hosts come from its parallel environment, which must allow
 # "qrsh -inherit" (control_slaves TRUE); a job on one host needs none. On each host one process is started
@@ -20,7 +20,7 @@
 #
 #   TRAINIT_ACTIVATE             what to run first on each host, as in "source ~/venv/bin/activate"
 #   TRAINIT_PROCESSES_PER_NODE   processes of a host, as in 1: one for all its GPUs
-#   TRAINIT_MODULE               what to run instead of trainit.main, as in trainit.tools.doctor
+#   TRAINIT_COMMAND              which command to run instead of train, e.g. doctor
 #   TRAINIT_ARRAY                folder in which a file for each task of an array job has its arguments
 #   TRAINIT_MARGIN               seconds before the time limit at which the run is to stop; 300
 #
@@ -76,7 +76,7 @@ trap '' USR1 USR2
 trap : TERM INT
 pids=()
 for ((i = 0; i < TRAINIT_LOCAL_PROCESSES; i++)); do
-  TRAINIT_PROCESS_ID=$((first + i)) TRAINIT_LOCAL_ID=$i python3 -m "${TRAINIT_MODULE:-trainit.main}" "$@" &
+  TRAINIT_PROCESS_ID=$((first + i)) TRAINIT_LOCAL_ID=$i python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@" &
   pids+=($!)
 done
 if [ -n "$TRAINIT_STOP_AT" ]; then

@@ -8,7 +8,7 @@
 #
 # sbatch [--nodes=4 --gpus-per-node=8 --time=...] launch/slurm.sh --config=configs/pile_gpt.py ...
 #
-# Everything behind the script's name goes to trainit.main; resources are asked for as for any other
+# Everything after the script's name goes to `trainit train`; resources are asked for as for any other
 # job and override the lines above. Submit from the folder that holds configs/. One process is started
 # for each GPU of a node, or one where there is none.
 #
@@ -18,7 +18,7 @@
 #
 #   TRAINIT_ACTIVATE             what to run first on each node, as in "source ~/venv/bin/activate"
 #   TRAINIT_PROCESSES_PER_NODE   processes of a node, as in 1: one for all its GPUs
-#   TRAINIT_MODULE               what to run instead of trainit.main, as in trainit.tools.doctor
+#   TRAINIT_COMMAND              which command to run instead of train, e.g. doctor
 #   TRAINIT_ARRAY                folder in which a file for each task of an array job has its arguments
 set -uo pipefail
 [ -z "${TRAINIT_ARRAY:-}" ] || eval "set -- $(cat "$TRAINIT_ARRAY/$SLURM_ARRAY_TASK_ID")"
@@ -38,7 +38,7 @@ cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} # srun does no
 # In the background, since bash sits on a trap while it waits for a child in the foreground.
 # shellcheck disable=SC2016,SC2086
 srun --kill-on-bad-exit=1 --overcommit --ntasks-per-node="$processes" $cpus \
-  bash -c 'trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m "${TRAINIT_MODULE:-trainit.main}" "$@"' trainit "$@" &
+  bash -c 'trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@"' trainit "$@" &
 pid=$!
 while :; do
   wait $pid

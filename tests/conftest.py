@@ -65,7 +65,7 @@ def keep_compiled():
 @pytest.fixture(scope="session")
 def subset_dataset(tmp_path_factory) -> Path:
     """A prepared dataset of bytes with three subsets, of few and of many documents, in several shards."""
-    from trainit.prepare import prepare
+    from trainit.__main__ import main as trainit_command
 
     draw, folder = np.random.default_rng(1), tmp_path_factory.mktemp("subsets")
     letters = {"Alpha": "abc", "Beta (1)": "defgh", "Gamma": "xyzäö"}
@@ -78,7 +78,7 @@ def subset_dataset(tmp_path_factory) -> Path:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     arguments = [f"--input={folder}/train.jsonl", f"--validation={folder}/validation.jsonl"]
     arguments += ["--tokenizer=bytes", f"--output={folder}/data", "--shard_tokens=9000", "--workers=1"]
-    assert prepare.main(arguments) == 0
+    assert trainit_command(["prepare", *arguments]) == 0
     return folder / "data"
 
 

@@ -26,10 +26,18 @@ if jaxlib.__version__.startswith("0.10."):  # later ones do not know the flag, a
 SMOOTH = "--config.optimizer.learning_rate=1e-3"
 
 
-def start(*args: str, module: str = "trainit.main", **environment: str) -> subprocess.Popen:
-    """A process `python -m MODULE ARGS` in the repository's root; its output is text, both streams in one."""
+def start(*args: str, command: str = "", module: str = "", **environment: str) -> subprocess.Popen:
+    """Starts a process in the repository's root; its output is text, both streams in one.
+
+    Args:
+        args: its arguments.
+        command: of `trainit`; empty: train, by python -m trainit.main.
+        module: what to start instead.
+        environment: variables to add.
+    """
+    words = [module] if module else ["trainit", command] if command else ["trainit.main"]
     return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, args)],
+        [sys.executable, "-m", *words, *map(str, args)],
         cwd=ROOT,
         env={**os.environ, "COLUMNS": "100", **environment},
         stdout=subprocess.PIPE,
@@ -67,7 +75,7 @@ for line in sys.stdin:
     os.dup2(file, 2)
     os.environ.update(environment)
     sys.argv = ["trainit.main", *arguments]
-    cli.run(main._main)
+    main.run(cli.parse_or_exit(cli.train_parser("python -m trainit.main")))
 """
 
 

@@ -23,7 +23,7 @@ from trainit.train import step
 
 def test_unknown_part(random_dataset):
     args = f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={random_dataset}", "--only=loder"
-    process = start(*args, module="trainit.tools.benchmark")
+    process = start(*args, command="benchmark")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert (
@@ -38,7 +38,7 @@ def test_preparing_reports(tmp_path):
     texts = [" ".join(draw.choice(words, 400)) for _ in range(300)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = "--only=prepare", f"--corpus={tmp_path}/*.jsonl", "--rounds=1"
-    process = start(*command, module="trainit.tools.benchmark")
+    process = start(*command, command="benchmark")
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     for pattern in ("of the speed of bare encode_ordinary_batch", "of the speed of bare sentencepiece"):
@@ -48,7 +48,7 @@ def test_preparing_reports(tmp_path):
 
 def test_preparing_needs_a_corpus(tmp_path):
     for given, message in (("", "needs --corpus"), (f"--corpus={tmp_path}/none", "there are no documents")):
-        process = start("--only=prepare", *[given] * bool(given), module="trainit.tools.benchmark")
+        process = start("--only=prepare", *[given] * bool(given), command="benchmark")
         output, _ = process.communicate(timeout=180)
         assert process.returncode == 2, output
         assert message in output

@@ -227,7 +227,7 @@ def test_a_baseline_that_is_not_there(two_methods):
 def test_command(tmp_path):
     """One run, drawn as it was trained."""
     write(tmp_path / "run", [5.0, 4.0])
-    command = [sys.executable, "-m", "trainit.tools.compare", tmp_path / "run", f"--output={tmp_path}/c.png"]
+    command = [sys.executable, "-m", "trainit", "compare", tmp_path / "run", f"--output={tmp_path}/c.png"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     header, row = result.stdout.splitlines()[:2]
     assert header.split()[:6] == ["method", "rate", "seeds", "steps", "tokens", "valid/loss"]
@@ -236,7 +236,7 @@ def test_command(tmp_path):
 
 
 def test_what_is_no_run_folder(tmp_path):
-    command = [sys.executable, "-m", "trainit.tools.compare", tmp_path / "none"]
+    command = [sys.executable, "-m", "trainit", "compare", tmp_path / "none"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.strip() == (

@@ -78,7 +78,7 @@ def test_alone(random_dataset, tmp_path):
             TINY,
             f"--config.dataset.path={random_dataset}",
             f"--workdir={tmp_path}/run",
-            module="trainit.tools.doctor",
+            command="doctor",
         ),
         0,
         60,
@@ -95,7 +95,7 @@ def test_what_fails_does_not_hide_the_rest(tmp_path):
     """No dataset, and a folder that cannot be made: two failures, all other checks."""
     (tmp_path / "file").touch()
     arguments = TINY, "--config.dataset.path=data/none", f"--workdir={tmp_path}/file/run"
-    output = end(start(*arguments, module="trainit.tools.doctor"), 1, 60)
+    output = end(start(*arguments, command="doctor"), 1, 60)
     found = verdicts(output)
     assert {name for name, verdict in found.items() if verdict == FAIL} == {"dataset", "workdir"}
     assert found["all-reduce"] == OK
@@ -110,7 +110,7 @@ def test_a_mesh_that_does_not_fit(random_dataset, tmp_path):
         f"--workdir={tmp_path}",
         "--config.mesh.data=3",
     )
-    output = end(start(*arguments, "--config.batch_size=48", module="trainit.tools.doctor"), 1, 60)
+    output = end(start(*arguments, "--config.batch_size=48", command="doctor"), 1, 60)
     assert verdicts(output)["mesh"] == FAIL
     assert "covers 12 devices, but there are 8" in " ".join(output.split())
 
@@ -118,6 +118,6 @@ def test_a_mesh_that_does_not_fit(random_dataset, tmp_path):
 def test_a_process_that_does_not_come(random_dataset, tmp_path):
     arguments = TINY, f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}", "--wait_seconds=1"
     where = f"--coordinator=localhost:{free_port()}", "--num_processes=3", "--process_id=0"
-    output = end(start(*arguments, *where, module="trainit.tools.doctor"), 1, 60)
+    output = end(start(*arguments, *where, command="doctor"), 1, 60)
     assert verdicts(output)["processes"] == FAIL
     assert "2 of 3 processes are missing: 1, 2" in " ".join(output.split())

@@ -31,7 +31,7 @@ def error_of(*args) -> str:
         ((DEBUG, "--confg.steps=3"), ("confg.steps",)),
         ((f"{DEBUG}:modle=gpt2",), ("unknown group 'modle=gpt2'", "dataset, diagnostics, model, optimizer")),
         ((f"{DEBUG}:model=gpt7",), ("unknown model 'gpt7'", "gpt2_medium")),
-        ((DEBUG, "--config.step=3"), ("unknown field config.step;", "steps", "batch_size")),
+        ((DEBUG, "--config.step=3"), ("unknown field config.step;", "did you mean config.steps?")),
         ((DEBUG, "--config.model.width=3"), ("unknown field config.model.width;", "dim", "num_heads")),
         ((DEBUG, "--config.steps.x=3"), ("unknown field config.steps.x",)),
         ((DEBUG, "--config.steps=many"), ("config.steps", "many")),

@@ -98,7 +98,7 @@ def test_the_command_at_64_512_and_4096_devices(tmp_path):
     """Each line of exchanges within 5 % where the step is compiled, by formula alone beyond."""
     (tmp_path / "config.py").write_text(CONFIG)
     arguments = (f"--config={tmp_path}/config.py", "--devices=64,512,4096", "--rows=2")
-    process = start(*arguments, module="trainit.tools.plan", PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    process = start(*arguments, command="plan", PYTHONPATH=f"{ROOT}:{ROOT}/tests")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert [line for line in output.splitlines() if line.startswith("mesh")] != []
@@ -122,7 +122,7 @@ def test_the_command_at_64_512_and_4096_devices(tmp_path):
 
 
 def test_a_number_that_is_none_is_refused():
-    process = start("--config=configs/debug.py", "--devices=8,x", module="trainit.tools.plan")
+    process = start("--config=configs/debug.py", "--devices=8,x", command="plan")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "--devices=8,x: write numbers above 0" in output
 

@@ -220,8 +220,8 @@ def test_commands_tell_the_settings_of_gpus(random_dataset, tmp_path):
     fields = (f"--config.dataset.path={random_dataset}", "--config.platform=cuda")
     arguments = (f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path}/run", *fields)
     commands = [
-        (code, start(*arguments, module=module, **environment))
-        for module, code in (("trainit.main", 2), ("trainit.tools.doctor", 1))
+        (code, start(*arguments, command=command, **environment))
+        for command, code in (("train", 2), ("doctor", 1))
     ]
     for code, process in commands:
         output = end(process, code)

@@ -252,7 +252,7 @@ def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     """Stopped at its first run, and gone on with; what broke is named, and it exits with 1."""
     arguments = (f"{real}/sweep.py", f"--output={real}/out")
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which a child inherits
-    process = start(*arguments, module="trainit.tools.sweep")
+    process = start(*arguments, command="sweep")
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     first = real / "out/a/batch_size=4/seed_1"
     try:
@@ -266,7 +266,7 @@ def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     assert process.returncode == 75, output
     assert "the same command resumes it" in output
     assert not (real / "out/b").exists()
-    process = start(*arguments, module="trainit.tools.sweep")
+    process = start(*arguments, command="sweep")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     for name in ("a/batch_size=4/seed_1", "b/batch_size=8/seed_1"):
@@ -282,7 +282,8 @@ def test_dry_run_prints_the_commands(real):
     command = [
         sys.executable,
         "-m",
-        "trainit.tools.sweep",
+        "trainit",
+        "sweep",
         f"{real}/sweep.py",
         f"--output={real}/out",
         "--dry_run",
@@ -290,9 +291,7 @@ def test_dry_run_prints_the_commands(real):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     assert len(lines) == 3
-    assert all(
-        line.startswith("python -m trainit.main --config=configs/debug.py --config.") for line in lines
-    )
+    assert all(line.startswith("trainit train --config=configs/debug.py --config.") for line in lines)
     assert not (real / "out").exists()
 
 
@@ -302,7 +301,7 @@ def test_array_jobs_carry_each_runs_arguments(real, name, script, monkeypatch):
     (real / name).write_text(f'#!/bin/sh\necho "$TRAINIT_ARRAY" "$@" > {real}/given\n')
     (real / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{real}:/usr/bin:/bin")
-    command = [sys.executable, "-m", "trainit.tools.sweep", f"{real}/sweep.py", f"--output={real}/out"]
+    command = [sys.executable, "-m", "trainit", "sweep", f"{real}/sweep.py", f"--output={real}/out"]
     command += [f"--{name}=-l gpus=1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stderr  # no run is done

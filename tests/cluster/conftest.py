@@ -42,7 +42,7 @@ def activate(tmp_path_factory) -> str:
 
 @pytest.fixture
 def sweep(random_dataset, tmp_path):
-    """What goes behind trainit.tools.sweep for two seeds of three steps; and what has become of them."""
+    """What goes after `trainit sweep` for two seeds of three steps; and what has become of them."""
     fields = {"dataset.path": str(random_dataset), "steps": 3, "cpu_devices": 1}
     fields |= {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
     asked = {"config": f"{ROOT}/tests/tiny.py", "fields": fields, "seeds": [1, 2]}

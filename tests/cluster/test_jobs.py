@@ -378,14 +378,14 @@ def test_the_doctor_sees_a_folder_that_is_not_shared(random_dataset, tmp_path):
     """Two processes, each of which sees a folder of its own under the same name."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
-        "from trainit.tools.doctor import __main__ as doctor\n"
-        "doctor.SHARED_SECONDS = 1.0\n"
+        "from trainit.tools.doctor import environment\n"
+        "environment.SHARED_SECONDS = 1.0\n"
         "if os.environ.get('TRAINIT_PROCESS_ID') == '1':\n"
         "    from trainit import cli\n"
         "    workdir = cli.workdir\n"
-        "    cli.workdir = lambda: workdir() / 'elsewhere'\n"
+        "    cli.workdir = lambda arguments: workdir(arguments) / 'elsewhere'\n"
     )
-    environment = {"TRAINIT_MODULE": "trainit.tools.doctor", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment = {"TRAINIT_COMMAND": "doctor", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     arguments = (
         f"--config={ROOT}/tests/tiny.py",
         f"--config.dataset.path={random_dataset}",

@@ -82,7 +82,7 @@ class Job:
 
     def kill(self, number, with_signal):
         """Sends a signal to the process of this number, wherever it is."""
-        for pid in subprocess.check_output(["pgrep", "-f", f"trainit.main.*{self.run}"], text=True).split():
+        for pid in subprocess.check_output(["pgrep", "-f", f"trainit train.*{self.run}"], text=True).split():
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             if f"TRAINIT_PROCESS_ID={number}".encode() in environment:
                 os.kill(int(pid), with_signal)
@@ -157,6 +157,6 @@ def test_a_sweep_is_an_array_job(on_head, sweep, activate, tmp_path):
         ["-o", str(tmp_path), *TWO_NODES, "-v", ",".join((*variables, "TRAINIT_PROCESSES_PER_NODE=2"))]
     )
     check(
-        on_head(sys.executable, "-m", "trainit.tools.sweep", *arguments, f"--qsub={options}", check=False),
+        on_head(sys.executable, "-m", "trainit", "sweep", *arguments, f"--qsub={options}", check=False),
         devices=4,
     )

@@ -137,7 +137,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
     job = submit("--time=10", steps=100_000)
     job.wait(lambda: job.step() >= 2)
-    for pid in subprocess.check_output(["pgrep", "-f", f"trainit.main.*{job.run}"], text=True).split():
+    for pid in subprocess.check_output(["pgrep", "-f", f"trainit train.*{job.run}"], text=True).split():
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         if b"SLURM_PROCID=2" in environment:
             os.kill(int(pid), 9)
@@ -152,4 +152,4 @@ def test_a_sweep_is_an_array_job(slurm, sweep, activate, tmp_path):
     arguments, check = sweep
     os.environ["TRAINIT_ACTIVATE"] = activate
     options = f"--sbatch=--nodes=1 --gpus-per-node=2 --output={tmp_path}/job-%a"
-    check(slurm(sys.executable, "-m", "trainit.tools.sweep", *arguments, options), devices=2)
+    check(slurm(sys.executable, "-m", "trainit", "sweep", *arguments, options), devices=2)

@@ -15,10 +15,11 @@ import pytest
 import zstandard
 from processes import ROOT
 
+from trainit.__main__ import main as trainit_command
 from trainit.data import documents
 from trainit.data.dataset import DatasetError, open_dataset
 from trainit.data.tokenizers import SentencePieceTokenizer
-from trainit.prepare import merge, prepare
+from trainit.prepare import merge
 from trainit.prepare.verify import verify
 
 WORDS = Path(documents.__file__).read_text().split(" ")
@@ -40,7 +41,7 @@ def documents(count: int, seed: int, size: int = 300) -> list[tuple[str, str]]:
 
 
 def command(*args) -> list[str]:
-    return [sys.executable, "-m", "trainit.prepare.prepare", *map(str, args)]
+    return [sys.executable, "-m", "trainit", "prepare", *map(str, args)]
 
 
 def start(*args) -> subprocess.Popen:
@@ -108,7 +109,7 @@ def undisturbed(corpus, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("undisturbed")
     for name, more in (("plain", []), ("unique", ["--deduplicate"])):
         flags = "--tokenizer=gpt2", "--workers=1", f"--output={folder / name}"
-        assert prepare.main([*arguments(corpus, *flags), *more]) == 0
+        assert trainit_command(["prepare", *arguments(corpus, *flags), *more]) == 0
     return {name: folder / name for name in ("plain", "unique")}
 
 
@@ -160,11 +161,11 @@ def test_tasks_and_workers_make_the_same_bytes(kind, corpus, undisturbed, tmp_pa
     flags = [*more, f"--output={tmp_path / 'tasks'}"]
     tasks = [start(*flags, f"--shard={i}/3", f"--workers={i % 2 + 1}") for i in (1, 2)]
     assert [task.wait(timeout=60) for task in tasks] == [0, 0]
-    assert prepare.main([*flags, "--join"]) == 1
-    assert prepare.main([*flags, "--shard=3/3", "--workers=1"]) == 0
-    assert prepare.main([*flags, "--join"]) == 0
+    assert trainit_command(["prepare", *flags, "--join"]) == 1
+    assert trainit_command(["prepare", *flags, "--shard=3/3", "--workers=1"]) == 0
+    assert trainit_command(["prepare", *flags, "--join"]) == 0
     assert content(tmp_path / "tasks") == content(undisturbed[kind])
-    assert prepare.main([*flags, "--workers=1"]) == 0  # is finished already
+    assert trainit_command(["prepare", *flags, "--workers=1"]) == 0  # is finished already
 
 
 def test_a_join_that_was_stopped_is_done_again(corpus, undisturbed, tmp_path, monkeypatch):
@@ -178,9 +179,9 @@ def test_a_join_that_was_stopped_is_done_again(corpus, undisturbed, tmp_path, mo
         write(path, content)
 
     monkeypatch.setattr(merge, "write_atomically", fail)
-    assert prepare.main(arguments(corpus, *flags)) == 1
+    assert trainit_command(["prepare", *arguments(corpus, *flags)]) == 1
     monkeypatch.undo()
-    assert prepare.main(arguments(corpus, *flags)) == 0
+    assert trainit_command(["prepare", *arguments(corpus, *flags)]) == 0
     assert content(tmp_path / "out") == content(undisturbed["unique"])
 
 
@@ -190,11 +191,11 @@ def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
     draw, flags = np.random.default_rng(1), ["--tokenizer=gpt2", f"--output={tmp_path / 'out'}"]
     slow = (
         "import sys, time; from trainit.data import decompress, documents;"
-        "from trainit.prepare import prepare, workers;"
+        "from trainit.__main__ import main; from trainit.prepare import workers;"
         "documents.BATCH, decompress.CHUNK = 20_000, 5_000;"
         "workers.COMMIT_SECONDS = 0; write = workers.UnitWriter.write\n"
         "def slowly(*args): time.sleep(0.05); write(*args)\n"
-        "workers.UnitWriter.write = slowly; sys.exit(prepare.main(sys.argv[1:]))"
+        "workers.UnitWriter.write = slowly; sys.exit(main(['prepare', *sys.argv[1:]]))"
     )
     journals, finished = set(), False
     for attempt in range(6):
@@ -216,7 +217,7 @@ def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
         if attempt == 4:
             assert finished or (process.returncode == 75 and "stopped on request" in errors)
     assert len(journals) == 6 and not finished  # each of them did a part of the work
-    assert prepare.main([*arguments(corpus, *flags), "--workers=1"]) == 0
+    assert trainit_command(["prepare", *arguments(corpus, *flags), "--workers=1"]) == 0
     assert content(tmp_path / "out") == content(undisturbed["plain"])
 
 
@@ -239,7 +240,7 @@ def test_awkward_and_huge_documents(tmp_path):
     (tmp_path / "val.txt").write_text("validation")
     flags = [f"--input={tmp_path}/in.*", f"--validation={tmp_path}/val.txt", "--tokenizer=gpt2"]
     code = (
-        "import pathlib, re, sys; from trainit.prepare import prepare; code = prepare.main(sys.argv[1:]);"
+        "import pathlib, re, sys; from trainit.__main__ import main; code = main(['prepare', *sys.argv[1:]]);"
         # ru_maxrss would be at least that of the process which has started this one.
         "status = pathlib.Path('/proc/self/status').read_text();"
         "print(int(re.search(r'VmHWM:\\s*(\\d+)', status)[1]) >> 10); sys.exit(code)"
@@ -256,10 +257,10 @@ def test_other_tokenizers(tokenizer, corpus, tmp_path):
     if tokenizer == "sentencepiece":
         tokenizer = f"sentencepiece:{tmp_path}/made/m.model"
         train = arguments(corpus, f"--tokenizer={tokenizer}", "--train_tokenizer", "--vocab_size=400")
-        assert prepare.main(train) == 0
+        assert trainit_command(["prepare", *train]) == 0
         SentencePieceTokenizer((tmp_path / "made/m.model").read_bytes())
     flags = arguments(corpus, f"--tokenizer={tokenizer}", f"--output={tmp_path}/out", "--workers=1")
-    assert prepare.main(flags) == 0
+    assert trainit_command(["prepare", *flags]) == 0
     rows = [json.loads(line) for line in (corpus / "val.jsonl").read_text().splitlines()]
     assert read_back(tmp_path / "out", "validation") == [
         (row["text"], row["meta"]["pile_set_name"]) for row in rows
@@ -270,7 +271,7 @@ def test_other_tokenizers(tokenizer, corpus, tmp_path):
 def test_validation_by_hash(corpus, tmp_path):
     """Documents are put aside by what they say: equal ones together, about as many as asked for."""
     flags = [f"--input={corpus}/train/*", "--validation_fraction=0.2", "--tokenizer=bytes", "--workers=1"]
-    assert prepare.main([*flags, f"--output={tmp_path}/out"]) == 0
+    assert trainit_command(["prepare", *flags, f"--output={tmp_path}/out"]) == 0
     train, validation = (read_back(tmp_path / "out", name) for name in ("train", "validation"))
     assert not set(train) & set(validation)
     assert 0.12 < len(validation) / len(train + validation) < 0.28
@@ -287,13 +288,13 @@ def test_broken_input(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(b"".join([*lines[:5], b'{"text": \n', *lines[5:], b"\xff\n"]))
     flags = [f"--input={tmp_path}/*.jsonl*", "--validation_fraction=0.1", "--tokenizer=bytes", "--workers=1"]
     flags.append(f"--output={tmp_path}/out")
-    assert prepare.main(flags) == 1
+    assert trainit_command(["prepare", *flags]) == 1
     (message,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
     assert "a.jsonl: line 6: invalid JSON at character" in message
-    assert prepare.main([*flags, "--on_error=skip"]) == 2  # was begun otherwise
+    assert trainit_command(["prepare", *flags, "--on_error=skip"]) == 2  # was begun otherwise
     assert "on_error=stop, not skip" in capsys.readouterr().err
     flags[-1] += "2"
-    assert prepare.main([*flags, "--on_error=skip"]) == 0
+    assert trainit_command(["prepare", *flags, "--on_error=skip"]) == 0
     info = json.loads((tmp_path / "out2/dataset.json").read_text())
     assert info["broken"]["count"] == 2
     assert [row[:2] for row in info["broken"]["list"]] == [["a.jsonl", 6], ["a.jsonl", 22]]
@@ -303,7 +304,7 @@ def test_broken_input(tmp_path, capsys):
     (tmp_path / "b.jsonl.zst").write_bytes(torn[: len(torn) // 2])
     flags[-1] += "3"
     for _ in range(2):  # once finished, too
-        assert prepare.main([*flags, "--on_error=skip"]) == 1
+        assert trainit_command(["prepare", *flags, "--on_error=skip"]) == 1
         assert "1 files are damaged or truncated" in capsys.readouterr().err
     info = json.loads((tmp_path / "out23/dataset.json").read_text())
     assert info["broken"]["damaged_files"] == 1
@@ -324,12 +325,12 @@ def test_a_dead_worker_is_an_error(corpus, tmp_path):
 
 def test_verify_names_what_is_torn(undisturbed, tmp_path, capsys):
     copy = shutil.copytree(undisturbed["plain"], tmp_path / "copy")
-    assert prepare.main(["--verify", f"--output={copy}"]) == 0
+    assert trainit_command(["prepare", "--verify", f"--output={copy}"]) == 0
     for part in ("tokens", "documents", "subsets"):
         path = copy / f"train-00001-00000.{part}"
         good = path.read_bytes()
         path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
-        assert prepare.main(["--verify", f"--output={copy}"]) == 1
+        assert trainit_command(["prepare", "--verify", f"--output={copy}"]) == 1
         assert f"train-00001-00000.{part} has SHA-256" in capsys.readouterr().err
         path.write_bytes(good)
     # A hash that fits does not help ids that the vocabulary lacks.
@@ -348,7 +349,7 @@ def test_verify_names_what_is_torn(undisturbed, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--inputs=a"], "unrecognized arguments"),
+        (["--inputs=a"], "unknown flag --inputs, did you mean --input?"),
         (["--output=x"], "--input= is missing"),
         (["--tokenizer=bytes", "--output=x"], "--input= is missing"),
         (["--input=nowhere/*", "--tokenizer=bytes", "--output=x", "--validation=y"], "no such file"),
@@ -358,7 +359,7 @@ def test_verify_names_what_is_torn(undisturbed, tmp_path, capsys):
     ],
 )
 def test_usage(flags, message, capsys):
-    assert prepare.main(flags) == 2
+    assert trainit_command(["prepare", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
@@ -367,5 +368,5 @@ def test_usage(flags, message, capsys):
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b"])
 def test_shards_count_from_one(shard, corpus, tmp_path, capsys):
     flags = ["--tokenizer=bytes", f"--output={tmp_path}/out", f"--shard={shard}"]
-    assert prepare.main(arguments(corpus, *flags)) == 2
+    assert trainit_command(["prepare", *arguments(corpus, *flags)]) == 2
     assert "the first is 1/30" in capsys.readouterr().err

@@ -5,8 +5,10 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from trainit.config import ConfigError
 
-class SetupError(ValueError):
+
+class SetupError(ConfigError):
     """This process cannot take part in the job as it was started. The message is one line, with a remedy."""
 
 

@@ -18,6 +18,12 @@ from absl import logging
 # These ask the run to stop: it saves, and exits with a code that means "start me again".
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
+# Exit codes. Launch scripts and sweeps start a run again that ended with STOPPED.
+DONE = 0  # all is done
+FAILED = 1  # anything that is not the user's to correct
+USAGE = 2  # a wrong config or wrong flags
+STOPPED = 75  # stopped on request, with everything saved
+
 # Settings of glibc's malloc, which it reads only when a process starts. Large arrays of the host are put in
 # huge pages and are given back to the system when they are freed. Without them, a step of GPT-2 at width 384
 # takes 3 to 8 % longer on a CPU, and a process keeps 60 to 80 MB more (both measured).

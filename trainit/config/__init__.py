@@ -20,10 +20,12 @@ from trainit.config.fields import (
 from trainit.config.groups import DATASETS, FREE, GROUPS, MODELS, SCHEDULES, choose
 from trainit.config.resolve import OPTIMIZER_FIELDS, check_mesh, check_ranges, resolve, shrink
 from trainit.config.schema import (
+    TYPE_NAMES,
     ConfigDict,
     ConfigError,
     Field,
     check_fields,
+    check_names,
     field,
     flatten,
     require,
@@ -40,6 +42,7 @@ __all__ = [
     "MODELS",
     "OPTIMIZER_FIELDS",
     "SCHEDULES",
+    "TYPE_NAMES",
     "VOCABULARY_MULTIPLE",
     "BatchSizes",
     "Config",
@@ -49,6 +52,7 @@ __all__ = [
     "batch_sizes",
     "check_fields",
     "check_mesh",
+    "check_names",
     "check_ranges",
     "choose",
     "dataset",

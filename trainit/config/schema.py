@@ -7,6 +7,7 @@
 Checks, the command line, `trainit fields` and the reference page all read what `field` was given.
 """
 
+import ast
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -88,6 +89,20 @@ class Field:
             return bool in self.types
         is_number = float in self.types and isinstance(value, int)
         return is_number or isinstance(tuple(value) if isinstance(value, list) else value, self.types)
+
+    def parse(self, name: str, text: str | None) -> Any:
+        """Returns the value that a text on the command line stands for; None: a flag without a value.
+
+        Raises:
+            ConfigError: the text is no value of the field's type.
+        """
+        if text is None:
+            require(bool in self.types, f"--{name} needs a value: {self.type_name}")
+            return True
+        try:
+            return _PARSERS[self.types[0]](text) if len(self.types) == 1 else _parse_literal(text)
+        except (ValueError, KeyError):
+            raise ConfigError(f"{name}={text!r} must be {self.type_name}") from None
 
     def _allows(self, number: float) -> bool:
         # A comparison with NaN is False, so that NaN lies within no bound.
@@ -176,6 +191,17 @@ class ConfigDict(ml_collections.ConfigDict):  # type: ignore[misc]
                 self.declared[key] = common.get(key) or field(value, "")
 
 
+def check_names(config: Mapping[str, Any], declared: ConfigDict, prefix: str = "", where: str = "") -> None:
+    """Checks that a config has exactly the declared fields. Arguments and errors as of `check_fields`."""
+    for key, value in config.items():
+        if key not in declared.declared:
+            raise ConfigError(where + unknown_field(prefix + key, declared.declared))
+        if isinstance(declared[key], ConfigDict):
+            check_names(value, declared[key], f"{prefix}{key}.", where)
+    lacking = sorted(set(declared.declared) - set(config))
+    require(not lacking, f"{where}{prefix.rstrip('.') or 'config'} lacks the fields {names(lacking)}")
+
+
 def check_fields(config: Mapping[str, Any], declared: ConfigDict, prefix: str = "", where: str = "") -> None:
     """Checks that a config has exactly the declared fields, each with a value that it allows.
 
@@ -188,19 +214,10 @@ def check_fields(config: Mapping[str, Any], declared: ConfigDict, prefix: str = 
     Raises:
         ConfigError: names the field, its value, and the bound or the nearest field.
     """
-    for key, value in config.items():
-        name = f"{where}{prefix}{key}"
-        if key not in declared.declared:
-            raise ConfigError(f"{where}{unknown_field(prefix + key, declared.declared)}")
-        if isinstance(declared[key], ConfigDict):
-            require(
-                isinstance(value, Mapping | ml_collections.ConfigDict), f"{name}={value!r} must be a group"
-            )
-            check_fields(value, declared[key], f"{prefix}{key}.", where)
-        else:
-            declared.declared[key].check(name, value)
-    lacking = sorted(set(declared.declared) - set(config))
-    require(not lacking, f"{where}{prefix.rstrip('.') or 'config'} lacks the fields {names(lacking)}")
+    check_names(config, declared, prefix, where)
+    values = flatten(config, prefix)
+    for name, _, known in walk(declared, prefix):
+        known.check(where + name, values[name])
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
@@ -222,13 +239,40 @@ def walk(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any, Field
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"model.dim": 768, ...}, lists as tuples: what a config and its JSON have in common."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping | ml_collections.ConfigDict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = tuple(value) if isinstance(value, list) else value
     return flat
+
+
+def _parse_literal(text: str) -> Any:
+    """A Python literal, or else the text itself."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _parse_tuple(text: str) -> tuple[Any, ...]:
+    """Several literals separated by commas, or one text."""
+    value = _parse_literal(text)
+    if isinstance(value, str) and value.startswith(("(", "[")):
+        raise ValueError
+    return as_tuple(value)
+
+
+_TRUTH = {**dict.fromkeys(("true", "t", "1"), True), **dict.fromkeys(("false", "f", "0"), False)}
+_PARSERS: dict[type, Callable[[str], Any]] = {
+    bool: lambda text: _TRUTH[text.lower()],
+    int: lambda text: int(text, 16 if text.lower().startswith("0x") else 10),
+    float: float,
+    str: str,
+    tuple: _parse_tuple,
+    type(None): _parse_literal,
+}
 
 
 def _is_number(value: Any) -> bool:

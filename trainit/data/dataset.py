@@ -26,13 +26,14 @@ from typing import Any
 
 import numpy as np
 
+from trainit.config import ConfigError
 from trainit.data import tokenizers
 from trainit.data.tokenizers import Tokenizer
 
 FORMAT = 2
 
 
-class DatasetError(ValueError):
+class DatasetError(ConfigError):
     """A dataset that cannot be used. The message is one line and says what to do."""
 
 

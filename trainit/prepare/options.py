@@ -1,62 +1,21 @@
-"""What one may ask of trainit.prepare.prepare, and the plan of work that follows from it."""
+"""Checks what the flags of `trainit prepare` ask for, and plans the work that follows from it."""
 
 import argparse
-import os
 from pathlib import Path
 
+from trainit.config import ConfigError, require
 from trainit.data import documents as readers
 from trainit.data import tokenizers
-from trainit.prepare.writer import Recipe, Unit
-
-
-class UsageError(ValueError):
-    """Options that cannot work. The message is one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(message)
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options of the command."""
-    made = _Parser(prog="python -m trainit.prepare.prepare", description=description, allow_abbrev=False)
-    add = made.add_argument
-    kinds = ", ".join(readers.SUFFIXES)
-    add(
-        "--input", action="append", default=[], help=f"files of the train split ({kinds}); a glob; repeatable"
-    )
-    add("--validation", action="append", default=[], help="files of the validation split, likewise")
-    add("--tokenizer", default="", help=f"one of {tokenizers.KINDS}")
-    add("--output", type=Path, help="the dataset's folder")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores")
-    add("--shard", default="", help="3/30: do the third of thirty parts of the work, and do not join")
-    add("--join", action="store_true", help="do nothing but join what all shards have done")
-    add("--verify", action="store_true", help="read a finished dataset and check all of it")
-    add("--text_field", default="text", help="dotted path of the text in JSON or parquet")
-    add("--subset_field", default="meta.pile_set_name", help="dotted path of the subset's name")
-    add("--on_error", default="stop", choices=("stop", "skip"), help="skip: list and count what is broken")
-    add("--validation_fraction", type=float, default=0.0, help="documents put aside, by their hash")
-    add("--deduplicate", action="store_true", help="leave out documents that came before, byte for byte")
-    add("--shard_tokens", type=int, default=Recipe.shard_tokens, help="close a shard past so many tokens")
-    add("--unit_bytes", type=int, default=1 << 26, help="smaller files in a row are one unit of work")
-    add("--train_tokenizer", action="store_true", help="make the model of --tokenizer=sentencepiece:FILE")
-    add("--vocab_size", type=int, default=32_000, help="of the tokenizer that is made")
-    return made
+from trainit.prepare.writer import Unit
 
 
 def check(args: argparse.Namespace):
-    """Raises UsageError for options that do not go together."""
-
-    def require(condition, message: str):
-        if not condition:
-            raise UsageError(message)
-
-    require(args.output or args.train_tokenizer, "--output= is missing: the folder of the dataset")
+    """Raises ConfigError for flags that do not go together."""
+    require(bool(args.output or args.train_tokenizer), "--output= is missing: the folder of the dataset")
     if args.verify:
         return
-    require(args.input, "--input= is missing: the files of the train split")
-    require(args.tokenizer, f"--tokenizer= is missing: one of {tokenizers.KINDS}")
+    require(bool(args.input), "--input= is missing: the files of the train split")
+    require(bool(args.tokenizer), f"--tokenizer= is missing: one of {tokenizers.KINDS}")
     require(args.workers > 0, f"--workers={args.workers} must be above 0")
     require(args.shard_tokens > 0, f"--shard_tokens={args.shard_tokens} must be above 0")
     require(not (args.shard and args.join), "--shard and --join exclude each other: join comes last")
@@ -78,7 +37,7 @@ def shard(text: str) -> tuple[int, int]:
     """--shard as (index from 0, count)."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise UsageError(f"--shard={text}: write 3/30 for the third of thirty; the first is 1/30")
+        raise ConfigError(f"--shard={text}: write 3/30 for the third of thirty; the first is 1/30")
     return int(index) - 1, int(count)
 
 
@@ -87,7 +46,7 @@ def files(patterns: list[str], flag: str) -> tuple[list[Path], list[str]]:
     try:
         return readers.find_files(patterns, f"--{flag}", readers.SUFFIXES)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise ConfigError(str(error)) from None
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list]]:
@@ -111,5 +70,5 @@ def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list]]:
         path for unit in units if unit.split == "validation" for path in unit.paths
     }
     if twice:
-        raise UsageError(f"{min(twice)} is in --input and in --validation")
+        raise ConfigError(f"{min(twice)} is in --input and in --validation")
     return units, inputs

@@ -1,19 +1,12 @@
 """Makes a prepared dataset out of text files.
 
-    python -m trainit.prepare.prepare --input='pile/train/*.jsonl.zst' --validation='pile/val.jsonl.zst' \
-        --tokenizer=gpt2 --output=data/pile [--workers=N] [--shard=3/30] [--join]
-    python -m trainit.prepare.prepare --verify --output=data/pile
-
 The tokens are a function of the input and the options. They are made in units (files, or small files
 in a row), which tasks may share: task i of n, counted from 1 as Grid Engine does, does every n-th.
-Exit codes: 0 all is done, 75 stopped on request with everything kept, 2 wrong usage, 1 anything else.
 """
 
 import argparse
 import json
-import logging as std_logging
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +14,8 @@ from pathlib import Path
 from absl import logging
 from tabulate import tabulate
 
+from trainit.cluster.process import DONE, FAILED
+from trainit.config import ConfigError
 from trainit.data import dataset as tokens
 from trainit.data import documents as readers
 from trainit.data import tokenizers
@@ -39,7 +34,6 @@ from trainit.prepare.writer import (
 
 SAMPLE_BYTES = 1 << 28  # of text, from the beginnings of all files, to train a tokenizer on
 SAMPLE_LINES = 1_000_000
-USAGE_ERROR, STOPPED = 2, 75  # exit codes
 
 
 def _sample(paths: list[Path], text_fields: tuple[str, str]) -> Iterator[str]:
@@ -97,7 +91,7 @@ def _claim(output: Path, source: dict) -> dict | None:
     """Begins or continues the dataset in `output`; the content of its dataset.json if it is finished.
 
     Raises:
-        options.UsageError: what is there was begun from another input or with other options.
+        ConfigError: what is there was begun from another input or with other options.
     """
     folder = output / "unfinished"
     finished = output / "dataset.json"
@@ -113,7 +107,7 @@ def _claim(output: Path, source: dict) -> dict | None:
         how = f"{first}={str(there.get(first))[:80]}, not {str(source[first])[:80]}"
         if first == "input":
             how = "other input files, or other sizes of them"
-        raise options.UsageError(
+        raise ConfigError(
             f"--output={output} holds a dataset made with {how}; give the same, remove the folder, or "
             f"name another"
         )
@@ -144,8 +138,8 @@ def _finish(info: dict) -> int:
     print(_table(info))
     damaged = info["broken"]["damaged_files"]
     if damaged:
-        say(f"{damaged} files are damaged or truncated: what stood behind that place is missing")
-    return 1 if damaged else 0
+        logging.error("trainit: error: %d files are damaged or truncated: their rest is missing", damaged)
+    return FAILED if damaged else DONE
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -195,30 +189,3 @@ def _work(units: list[Unit], folder: Path, tokenizer: Tokenizer, recipe: Recipe,
         for number, handler in before.items():
             signal.signal(number, handler)
     logging.info("%-10s %s", "encoded", progress.speed())
-
-
-def say(error: Exception | str):
-    """Prints an error as one line."""
-    print(f"trainit: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    std_logging.getLogger().handlers = [handler := std_logging.StreamHandler()]
-    handler.setFormatter(std_logging.Formatter("%(message)s"))
-    logging.set_verbosity(logging.INFO)
-    try:
-        return prepare(options.parser(__doc__.splitlines()[0]).parse_args(argv))
-    except options.UsageError as error:
-        say(error)
-        return USAGE_ERROR
-    except pipeline.StoppedError:
-        say("stopped on request; everything so far is kept, and the same command goes on there")
-        return STOPPED
-    except (ValueError, OSError, pipeline.LostWorkerError) as error:
-        say(error)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,6 +9,7 @@ from absl import logging
 from trainit import __version__
 from trainit.cluster import run_lock, sync
 from trainit.cluster.monitor import JobMonitor
+from trainit.cluster.process import DONE, FAILED, STOPPED
 from trainit.config import Config
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape
@@ -23,8 +24,6 @@ from trainit.train.startup_timer import StartupTimer
 from trainit.train.state import TrainState
 from trainit.train.step import build
 from trainit.train.trackers import RunLogger
-
-DONE, FAILED, STOPPED = 0, 1, 75  # exit codes
 
 
 def run(

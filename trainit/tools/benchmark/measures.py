@@ -1,5 +1,6 @@
 """What the benchmark measures, by the names that --only takes."""
 
+import argparse
 import os
 from collections.abc import Collection
 
@@ -8,55 +9,46 @@ import jax
 from trainit import cli
 from trainit.cluster import devices
 from trainit.cluster.place import Place
-from trainit.config import Config, ConfigError
+from trainit.config import Config
 from trainit.data.training_data import TrainingData
-from trainit.tools.benchmark import loader, overheads, preparing, step
+from trainit.parallel.mesh import run_shape
+from trainit.tools.benchmark import loader, overheads, step
+from trainit.tools.benchmark.command import PARTS
 
-PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
 
+def take_devices(config: Config, debug: bool) -> Config:
+    """Starts JAX as a run in one process would, and prints the devices. Returns the config for these devices.
 
-def take_devices(config: Config):
-    """Starts JAX as a run in one process would, and prints the devices."""
+    Args:
+        config: resolved.
+        debug: whether its mesh may shrink to the devices.
+    """
     devices.configure(config.platform, config.cpu_devices, cli.cache())
     devices.initialize(config.platform, Place("alone"))
     device = jax.devices()[0]
     print(f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}")
+    sizes = run_shape(config, jax.devices(), shrink_to_fit=debug).sizes
+    return Config({**config.to_dict(), "mesh": dict(sizes)})
 
 
-def measure(
-    names: Collection[str], config: Config, dataset: TrainingData, tokens: int, steps: int, rounds: int
-):
+def measure(names: Collection[str], config: Config, dataset: TrainingData, arguments: argparse.Namespace):
     """Measures some of PARTS, in their order, and prints a few lines about each.
 
     Args:
         names: of PARTS.
         config: resolved.
         dataset: that it names.
-        tokens: of the synthetic dataset that the loader reads.
-        steps: train steps that are timed.
-        rounds: how often each of the things that are compared gets its turn.
+        arguments: the command's flags, for tokens, steps, rounds and the config of other processes.
     """
+    tokens, steps, rounds = arguments.tokens, arguments.steps, arguments.rounds
     measures = {
         "loader": lambda: loader.measure(tokens),
         "step": lambda: step.measure(config, dataset, steps),
         "save": lambda: overheads.measure_save(config),
-        "processes": lambda: overheads.measure_processes(steps),
+        "processes": lambda: overheads.measure_processes(steps, cli.config_flags(arguments)),
         "optimizer": lambda: overheads.measure_optimizer(config, steps),
         "loss": lambda: overheads.measure_loss(config, rounds),
     }
     for part in PARTS:
         if part in names:
             measures[part]()
-
-
-def measure_prepare(corpus: str, rounds: int):
-    """Measures preparing a corpus, without a config and without JAX.
-
-    Raises:
-        ConfigError: there is no such corpus, or it cannot be prepared.
-    """
-    try:
-        for line in preparing.measure(corpus, rounds=rounds):
-            print(line, flush=True)
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from None

@@ -1,7 +1,6 @@
 """What blocking saves, processes, optimizers and logits cost."""
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -54,12 +53,11 @@ def measure_save(config: Config):
     )
 
 
-def _trained(count: int, rounds: int) -> list[float]:
+def _trained(count: int, rounds: int, flags: list[str]) -> list[float]:
     """Seconds of each step of a run of this command's config on two devices, in so many processes."""
     address = f"localhost:{rendezvous.free_port()}"
-    given = [argument for argument in sys.argv[1:] if re.match(r"--?(config\b|debug)", argument)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "trainit.main", *given, f"--workdir={folder}"]
+        command = [sys.executable, "-m", "trainit", "train", *flags, f"--workdir={folder}"]
         command += [f"--config.steps={rounds}", "--config.checkpoint.overwrite_config=True"]
         command += ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]
         command += ["--config.checkpoint.save_steps=0", "--config.eval.every_steps=0"]
@@ -78,12 +76,17 @@ def _trained(count: int, rounds: int) -> list[float]:
     return [record["time/step_seconds"] for record in records if "time/step_seconds" in record][2:]
 
 
-def measure_processes(steps: int):
-    """Step time of two processes of one device each, against one process with two, in turn."""
+def measure_processes(steps: int, flags: list[str]):
+    """Step time of two processes of one device each, against one process with two, in turn.
+
+    Args:
+        steps: train steps that are timed.
+        flags: of the command line, which say the config.
+    """
     times = {1: [], 2: []}
     for _ in range(3):
         for count in times:
-            times[count] += _trained(count, steps + 4)
+            times[count] += _trained(count, steps + 4, flags)
     one, two = (statistics.median(times[count]) for count in (1, 2))
     print(
         f"process {two / one - 1:+7.1%} of a step when two processes share the two devices of one: "

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
-from trainit import cli
 from trainit.cluster import hardware
 from trainit.config import Config
 from trainit.data.training_data import TrainingData
@@ -29,7 +28,7 @@ SETTINGS = {
 
 
 def build(config: Config) -> tuple[step.CompiledSteps, RunShape]:
-    shape = run_shape(config, jax.devices(), shrink_to_fit=cli.is_debug())
+    shape = run_shape(config, jax.devices())
     return step.build(config, shape), shape
 
 

@@ -1,5 +1,6 @@
 """All checks of the doctor, in the order of a run's start: config, processes, devices, folder, data."""
 
+import argparse
 import json
 import os
 import secrets
@@ -14,8 +15,8 @@ from jax.sharding import Mesh
 
 from trainit import cli
 from trainit.cluster import devices, rendezvous, run_lock, sync
-from trainit.cluster.place import Place, SetupError, check_coordinator
-from trainit.config import Config, ConfigError
+from trainit.cluster.place import Place, SetupError
+from trainit.config import Config, ConfigDict, ConfigError
 from trainit.data.dataset import DatasetError
 from trainit.data.training_data import TrainingData
 from trainit.logs import quantity
@@ -29,16 +30,21 @@ T = TypeVar("T")
 DATA_SECONDS = 1.0  # for which the loader is timed
 
 
-def run(place: Place) -> tuple[list[Result], bool]:
+def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tuple[list[Result], bool]:
     """Runs all checks. A collective, as soon as all processes are connected.
+
+    Args:
+        config: as the config file and the flags give it, not checked.
+        place: of this process.
+        arguments: the flags.
 
     Returns:
         the results, and whether the processes were connected: if not, what follows is left out.
     """
     # The config and the dataset: what is wrong with them does not keep the machine from being checked.
-    results, config, dataset, resolved = [], cli.unresolved(), None, None
+    results, dataset, resolved = [], None, None
     try:
-        resolved, dataset = cli.read()
+        resolved, dataset = cli.read(config, arguments)
         results.append(Result("config", OK, "valid"))
     except (ConfigError, DatasetError) as error:
         name = "dataset" if isinstance(error, DatasetError) else "config"
@@ -49,14 +55,7 @@ def run(place: Place) -> tuple[list[Result], bool]:
     try:
         told = devices.configure(config.platform, config.cpu_devices, cli.cache(), place)
         results.append(Result("settings", OK, told))
-        coordinator = ""
-        if place.num_processes > 1:
-            check_coordinator(place)
-            gpus = devices.visible_gpus(os.environ, place) if config.platform != "cpu" else []
-            _, coordinator = rendezvous.meet(
-                *(place.process_id, place.num_processes, place.coordinator, {}, gpus),
-                *(cli.wait_seconds(), lambda: ""),
-            )
+        _, coordinator = cli.meet(config, place, arguments, {}, lambda: "")
         devices.initialize(config.platform, place, coordinator)
     except rendezvous.MeetingError as error:
         return [*results, Result("processes", FAIL, str(error))], False
@@ -65,8 +64,8 @@ def run(place: Place) -> tuple[list[Result], bool]:
 
     hosts = sync.gather_text(socket.gethostname())
     processes = [f"process {index} ({host})" for index, host in enumerate(hosts)]
-    results += _check_machines(hosts, processes, cli.workdir())
-    results += _check_data(resolved, dataset, processes)
+    results += _check_machines(hosts, processes, cli.workdir(arguments))
+    results += _check_data(resolved, dataset, processes, arguments.debug)
     if sync.is_lead():
         results.append(environment.check_wandb(config.wandb.project, os.environ))
     return results, True
@@ -111,13 +110,16 @@ def _check_machines(hosts: list[str], processes: list[str], folder: Path) -> lis
     return results
 
 
-def _check_data(config: Config | None, dataset: TrainingData | None, processes: list[str]) -> list[Result]:
+def _check_data(
+    config: Config | None, dataset: TrainingData | None, processes: list[str], debug: bool
+) -> list[Result]:
     """Checks that the config fits the devices, and how fast its data is read. A collective.
 
     Args:
         config: None if it is not valid.
         dataset: None if it cannot be opened.
         processes: their names.
+        debug: whether the mesh may shrink to the devices.
     """
     fingerprints = sync.gather_text(dataset.fingerprint if dataset else "none")
     if len(set(fingerprints)) > 1:
@@ -126,7 +128,7 @@ def _check_data(config: Config | None, dataset: TrainingData | None, processes: 
     if config is None or dataset is None:
         return []
     try:
-        shape = run_shape(config, jax.devices(), shrink_to_fit=cli.is_debug())
+        shape = run_shape(config, jax.devices(), shrink_to_fit=debug)
     except ConfigError as error:
         return [Result("mesh", FAIL, str(error))]
     batch = shape.batch_at(0)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from absl import logging
 
+from trainit.cluster.process import STOPPED
 from trainit.config import ConfigError, require
 from trainit.tools.compare.runs import read
 from trainit.tools.sweep.spec import Job
 
-STOPPED = 75  # exit code of a run that was asked to stop
 LAUNCH = {"sbatch": Path("launch/slurm.sh"), "qsub": Path("launch/sge.sh")}
 
 
@@ -96,7 +96,7 @@ class LocalRunner:
             prepare(job)
             start = time.monotonic()
             with (job.folder / "output.txt").open("w") as output:
-                command = [sys.executable, "-m", "trainit.main", *job.arguments]
+                command = [sys.executable, "-m", "trainit", "train", *job.arguments]
                 self._child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
                 if self._stopping:  # the signal came before there was a child
                     self._child.terminate()

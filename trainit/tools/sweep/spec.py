@@ -42,7 +42,7 @@ class Job:
     changes: Point
     seed: int
     folder: Path
-    arguments: tuple[str, ...]  # of trainit.main
+    arguments: tuple[str, ...]  # of `trainit train`
 
     def __str__(self) -> str:
         return f"{self.variant} {describe(self.changes)} seed {self.seed}".replace("  ", " ")
@@ -240,4 +240,4 @@ def _draw(file: Path, ranges: dict, variant: str, sample: int) -> Point:
 
 def command(job: Job) -> str:
     """Returns the command of a run as one would type it."""
-    return shlex.join(["python", "-m", "trainit.main", *job.arguments])
+    return shlex.join(["trainit", "train", *job.arguments])

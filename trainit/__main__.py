@@ -1,0 +1,91 @@
+"""The command `trainit`, also as `python -m trainit`: finds the sub-command and runs it.
+
+Each sub-command is a module with a DESCRIPTION, add_arguments(parser) and run(arguments), which returns the
+exit code. These modules import what takes seconds only in run(), so that --help is answered at once.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from trainit import __version__, cli
+from trainit.cluster.process import DONE, FAILED, USAGE, block_stop_signals, tune_process
+from trainit.config import ConfigError
+
+COMMANDS = {
+    "train": "train a model, or go on with a run that has stopped",
+    "prepare": "turn text into token ids on disk",
+    "compare": "compare runs: tables, curves, a page",
+    "sweep": "start many runs from one file, and compare them",
+    "plan": "predict memory, communication and time on many GPUs",
+    "benchmark": "measure the loader, the train step and saves on this machine",
+    "doctor": "check a config, the processes and the machines before a run",
+    "fields": "list the fields of configs, with default, bounds and meaning",
+    "completion": "print a script with which a shell completes all of this",
+}
+HELP = f"""usage: trainit COMMAND ...    (python -m trainit COMMAND ... is the same)
+
+Trainit {__version__} pre-trains GPT models with JAX on many hosts.
+
+{chr(10).join(f"  {name:11}{text}" for name, text in COMMANDS.items())}
+
+`trainit COMMAND --help` lists the flags of a command. A first run: trainit train --config=configs/debug.py
+"""
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Runs the command line, by default that of this process. Returns the exit code."""
+    name, *rest = given if given is not None else sys.argv[1:] or [""]
+    if name in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return DONE
+    if name == "--version":
+        print(f"trainit {__version__}")
+        return DONE
+    if name not in COMMANDS:
+        cli.print_error(_unknown(name))
+        return USAGE
+    if name == "train":
+        tune_process()
+        block_stop_signals()  # the imports that follow take seconds; signals wait until JobMonitor listens
+    try:
+        arguments = command_parser(name).parse(rest)
+        code: int = _module(name).run(arguments)
+    except ConfigError as error:
+        cli.print_error(error)
+        return USAGE
+    except OSError as error:
+        cli.print_error(f"{error.filename}: {error.strerror}" if error.filename else error)
+        return FAILED
+    return code
+
+
+def command_parser(name: str) -> cli.Parser:
+    """Returns the parser of a sub-command."""
+    if name == "train":
+        return cli.train_parser("trainit train")
+    module = _module(name)
+    parser = cli.Parser(f"trainit {name}", module.DESCRIPTION)
+    module.add_arguments(parser)
+    if name == "completion":  # which completes the flags of all commands
+        parser.set_defaults(commands=COMMANDS, command_parser=command_parser)
+    return parser
+
+
+def _module(name: str):
+    path = {"train": "trainit.main", "prepare": "trainit.prepare.command"}
+    return importlib.import_module(path.get(name, f"trainit.tools.{name}.command"))
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+    if name.startswith("--config") or name.endswith(".py"):
+        near = ["train"]
+    what = f"unknown command {name!r}" if name else "the command is missing"
+    hint = f"did you mean trainit {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}."
+    return f"{what}; {hint} See trainit --help"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

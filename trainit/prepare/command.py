@@ -1,0 +1,73 @@
+"""Turns text files into a prepared dataset.
+
+    trainit prepare --input='pile/train/*.jsonl.zst' --validation='pile/val.jsonl.zst' \\
+        --tokenizer=gpt2 --output=data/pile [--workers=N] [--shard=3/30] [--join]
+    trainit prepare --verify --output=data/pile
+
+Exit codes: 0 all is done, 75 stopped on request with everything kept, 2 wrong usage, 1 anything else.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from absl import logging
+
+from trainit import logs
+from trainit.cluster.process import FAILED, STOPPED
+from trainit.config import ConfigError
+from trainit.data import tokenizers
+from trainit.data.dataset import DatasetError
+from trainit.data.documents import SUFFIXES
+from trainit.prepare import prepare, workers
+from trainit.prepare.writer import Recipe
+
+DESCRIPTION = "Turns text files into token ids on disk. The same command goes on after a stop."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    add = parser.add_argument_group("what is read and written").add_argument
+    kinds = ", ".join(SUFFIXES)
+    add(
+        "--input", action="append", default=[], help=f"files of the train split ({kinds}); a glob; repeatable"
+    )
+    add("--validation", action="append", default=[], help="files to validate on, likewise")
+    add("--validation_fraction", type=float, default=0.0, help="documents put aside for it, by their hash")
+    add("--tokenizer", default="", help=f"one of {tokenizers.KINDS}")
+    add("--output", type=Path, help="folder of the dataset")
+    add("--text_field", default="text", help="dotted path of the text in JSON or parquet")
+    add("--subset_field", default="meta.pile_set_name", help="dotted path of the subset's name")
+    add("--on_error", default="stop", choices=("stop", "skip"), help="skip: list and count what is broken")
+    add("--deduplicate", action="store_true", help="leave out documents that came before, byte for byte")
+    add = parser.add_argument_group("how the work is shared").add_argument
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    add("--shard", default="", help="3/30: do the third of thirty parts of the work, and do not join")
+    add("--join", action="store_true", help="do nothing except join what all shards have done")
+    add("--shard_tokens", type=int, default=Recipe.shard_tokens, help="tokens after which a file is closed")
+    add("--unit_bytes", type=int, default=1 << 26, help="smaller files in a row are one unit of work")
+    add = parser.add_argument_group("other work").add_argument
+    add("--verify", action="store_true", help="read a finished dataset and check all of it")
+    add("--train_tokenizer", action="store_true", help="make the model of --tokenizer=sentencepiece:FILE")
+    add("--vocab_size", type=int, default=32_000, help="ids of the tokenizer that is made")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepares, and returns the exit code."""
+    logs.log_to_terminal(lead=True)
+    try:
+        return prepare.prepare(arguments)
+    except workers.StoppedError:
+        _log_error("stopped on request; everything so far is kept, and the same command goes on there")
+        return STOPPED
+    except DatasetError as error:
+        _log_error(error)
+    except ConfigError:
+        raise
+    except (ValueError, OSError, workers.LostWorkerError) as error:
+        _log_error(error)
+    return FAILED
+
+
+def _log_error(error: Exception | str) -> None:
+    logging.error("trainit: error: %s", " ".join(str(error).split()))

@@ -1,0 +1,1 @@
+"""Completes commands, flags, files and fields in a shell."""

@@ -1,0 +1,85 @@
+"""What a config's train step costs on a number of GPUs: memory, what devices exchange, time, MFU.
+
+    trainit plan --config=configs/pile_gpt.py:model=llama2_7b --devices=8,64
+
+The real step is compiled for as many virtual devices, and what they exchange is compared with the formula.
+Above --compile_up_to devices, the formula is used alone.
+"""
+
+import argparse
+import os
+
+from trainit import cli
+from trainit import config as config_lib
+from trainit.cluster.hardware import ACCELERATORS
+from trainit.cluster.process import DONE
+from trainit.config import Config, ConfigDict, require
+
+DESCRIPTION = "Predicts memory, what devices exchange, time and MFU of a config's train step on GPUs."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    cli.add_config_arguments(parser)
+    add = parser.add_argument_group("plan").add_argument
+    gpus = [gpu.name for gpu in ACCELERATORS if gpu.node]  # whose links are known
+    add("--devices", metavar="N[,N...]", default="8", help="GPUs of the job, or several numbers of them")
+    add(
+        "--rows",
+        type=cli.number(int, 0),
+        default=0,
+        help="sequences of a step on each part of data × fsdp, instead of batch_size; 0: batch_size",
+    )
+    add("--gpu", choices=gpus, default="H100", help="kind of GPU")
+    add(
+        "--efficiency",
+        type=cli.number(float, 0.01, 1),
+        default=0.6,
+        help="fraction of the peak that computation reaches",
+    )
+    add(
+        "--compile_up_to",
+        type=cli.number(int),
+        default=512,
+        help="maximum of virtual devices for which the step is compiled",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a plan for each number of devices; returns the exit code."""
+    numbers = arguments.devices.split(",")
+    require(
+        all(number.isdigit() and int(number) for number in numbers),
+        f"--devices={arguments.devices}: write numbers above 0, as 8,64",
+    )
+    counts = [int(number) for number in numbers]
+    config = cli.load_config(arguments)
+    from trainit.cluster import devices
+    from trainit.tools.plan import report, roofline
+    from trainit.tools.plan.plan import plan
+
+    virtual = max([count for count in counts if count <= arguments.compile_up_to], default=1)
+    devices.configure("cpu", virtual, cli.cache())
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    gpu = roofline.GPUS[arguments.gpu]
+    plans = []
+    for count in counts:
+        resolved = _resolve(config.copy_and_resolve_references(), count, arguments)
+        plans.append(plan(resolved, count, gpu, arguments.efficiency, count <= arguments.compile_up_to))
+        print(report.describe(plans[-1]), flush=True)
+    if len(plans) > 1:
+        print(report.table(plans))
+    return DONE
+
+
+def _resolve(config: ConfigDict, count: int, arguments: argparse.Namespace) -> Config:
+    """The resolved config for this number of devices. If it has a vocabulary, no dataset is needed."""
+    from trainit.parallel.mesh import mesh_sizes
+
+    if arguments.rows:
+        config.batch_size = arguments.rows * count  # which every mesh can share
+        sizes = mesh_sizes(config, count)
+        config.batch_size = arguments.rows * sizes["data"] * sizes["fsdp"]
+    if config.model.vocab_size:
+        return config_lib.resolve(config, config.model.vocab_size)
+    return cli.read(config, arguments)[0]

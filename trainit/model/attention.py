@@ -24,13 +24,7 @@ SCORES_MIB_OF_GPUS = 256.0
 
 
 def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
-    """The attention kernel of this name; each device computes its own rows and heads.
-
-    Args:
-        name: "plain", "blockwise" or "cudnn": the functions below.
-        platform: JAX's name for the devices' kind.
-        parallel: the mesh.
-    """
+    """The kernel of this name (`RunShape.attention`), so that each device computes its own rows and heads."""
     kernels: dict[str, Callable] = {"plain": plain, "blockwise": blockwise, "cudnn": cudnn}
     kernel = kernels[name]
     if name == "blockwise" and platform != "cpu":  # GPUs need larger blocks to be busy
@@ -48,11 +42,8 @@ def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: jax.Array | int) -> jax.Array:
     """Zeroes entries with probability `rate` and scales up the rest; gives x itself without a key.
 
-    Args:
-        x: any array.
-        rate: of dropout.
-        key: one key, or an array of keys for x's first axes: a row's mask then depends on its own key alone.
-        site: the place in the layer or the block of queries, for each of which a key gives another mask.
+    The key is one, or an array of keys for x's first axes: a row's mask then depends on its own key alone.
+    For each `site` (a place in the layer, a block of queries) a key gives another mask.
     """
     if not rate or key is None:
         return x
@@ -62,9 +53,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: jax.Array | 
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def plain(
-    q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ: jax.Array | None = None, rate: float = 0.0
-) -> jax.Array:
+def plain(q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0.0) -> jax.Array:
     """Causal softmax attention with scale 1/sqrt(K), with all scores in memory.
 
     Args:
@@ -91,23 +80,14 @@ def plain(
     return checkpoint_name(y_BLHK, PRODUCT)
 
 
-def cudnn(
-    q_BLHK, k_BLJK, v_BLJK, document_BL: None = None, key_BJ: None = None, rate: float = 0.0
-) -> jax.Array:
+def cudnn(q_BLHK, k_BLJK, v_BLJK, document_BL=None, key_BJ=None, rate: float = 0.0) -> jax.Array:
     """What `plain` gives, without documents and dropout, by cuDNN's kernel for NVIDIA GPUs."""
     y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLJK, v_BLJK, is_causal=True, implementation="cudnn")
     return checkpoint_name(y_BLHK, PRODUCT)
 
 
 def blockwise(
-    q_BLHK,
-    k_BLJK,
-    v_BLJK,
-    document_BL=None,
-    key_BJ: jax.Array | None = None,
-    rate: float = 0.0,
-    block: int = BLOCK,
-    scores_mib: float = SCORES_MIB,
+    q_BLHK, k_BLJK, v_BLJK, document_BL=None, key_BJ=None, rate=0.0, block=BLOCK, scores_mib=SCORES_MIB
 ) -> jax.Array:
     """What `plain` gives, except for other dropout masks, in memory linear in L.
 
@@ -180,7 +160,9 @@ class _Blocks:
         more = self.stages * self.per_stage * self.block - L
         x = jnp.pad(x_BLHK, ((0, 0), (0, more), (0, 0), (0, 0)))
         x = x.reshape(B, -1, self.block, self.key_heads, self.shared, K)
-        x = jnp.transpose(x, (0, 3, 1, 4, 2, 5)).reshape(-1, self.group, *x.shape[1:2], self._rows, K)
+        x = jnp.transpose(x, (0, 3, 1, 4, 2, 5)).reshape(
+            -1, self.group, *x.shape[1:2], self.shared * self.block, K
+        )
         return jnp.swapaxes(x, 1, 2)
 
     def join_queries(self, x_mngXK: jax.Array) -> jax.Array:
@@ -188,10 +170,6 @@ class _Blocks:
         B, L, H, K = self.shape
         x = jnp.swapaxes(x_mngXK, 1, 2).reshape(B, self.key_heads, -1, self.shared, self.block, K)
         return jnp.transpose(x, (0, 2, 4, 1, 3, 5)).reshape(B, -1, H, K)[:, :L]
-
-    @property
-    def _rows(self) -> int:
-        return self.shared * self.block
 
     def documents(self, document_BL: jax.Array | None) -> tuple:
         """Numbers of documents of queries (m, n, g, X), padded with the last, and of keys (m, g, L)."""

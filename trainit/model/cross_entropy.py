@@ -51,7 +51,9 @@ class CrossEntropy:
             chunks, join = self._chunks(head, x_BLD, targets_BL)
             return join(jax.lax.map(lambda chunk: self._chunk_losses(head, *chunk)[0], chunks))
 
-        return self._shard_map(on_device, self._spec("batch", "length"), head, x_BLD, None, targets_BL)
+        return self._shard_map(
+            on_device, self.parallel.spec("batch", "length"), head, x_BLD, None, targets_BL
+        )
 
     def sums(
         self, head: Head, x_BLD, targets_BL, mask_BL, scale: jax.Array | None = None
@@ -91,8 +93,8 @@ class CrossEntropy:
             dx_BLD = scatter_sum(join(dx_nRD), self.parallel.sequence_axes, 1)
             return join(tokens), d_head, dx_BLD
 
-        residual = self._spec("batch", "residual_length", None)
-        outputs = (self._spec("batch", "length"), self._head_spec(head), residual)
+        residual = self.parallel.spec("batch", "residual_length", None)
+        outputs = (self.parallel.spec("batch", "length"), self._head_spec(head), residual)
         return self._shard_map(on_device, outputs, head, x_BLD, scale, targets_BL, mask_BL)
 
     def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array) -> tuple[jax.Array, dict]:
@@ -107,13 +109,10 @@ class CrossEntropy:
         sums["z_loss"] = self.z_loss * over(tokens["log_total"] ** 2)
         return sums["loss"] + sums["z_loss"], sums
 
-    def _spec(self, *axes: str | None) -> PartitionSpec:
-        return self.parallel.spec(*axes)
-
     def _head_spec(self, head: Head) -> Head:
         """How the head is split."""
-        bias_spec = None if head.bias_V is None else self._spec("vocab")
-        return head.replace(self._spec("embed", "vocab"), bias_spec)
+        bias_spec = None if head.bias_V is None else self.parallel.spec("vocab")
+        return head.replace(self.parallel.spec("embed", "vocab"), bias_spec)
 
     def _shard_map(self, function: Callable, outputs, head: Head, x_BLD, scale, *arrays_BL):
         """function(head, x, scale, arrays (B, L)) on each device's parts, but with D and L whole."""
@@ -125,8 +124,12 @@ class CrossEntropy:
             x_BLD = gather(x_BLD, self.parallel.sequence_axes, 1)
             return function(head.replace(kernel_DV, head.bias_V), x_BLD, scale, *arrays_BL)
 
-        inputs = [self._head_spec(head), self._spec("batch", "residual_length", None), PartitionSpec()]
-        inputs += [self._spec("batch", "length")] * len(arrays_BL)
+        inputs = [
+            self._head_spec(head),
+            self.parallel.spec("batch", "residual_length", None),
+            PartitionSpec(),
+        ]
+        inputs += [self.parallel.spec("batch", "length")] * len(arrays_BL)
         return self.parallel.shard_map(on_device, tuple(inputs), outputs)(head, x_BLD, scale, *arrays_BL)
 
     def _chunks(self, head: Head, *arrays) -> tuple[tuple, Callable]:

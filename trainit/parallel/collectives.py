@@ -77,13 +77,7 @@ class Parallel:
         return jax.lax.with_sharding_constraint(array, layout)
 
     def shard_map(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
-        """A function of whole arrays that runs `function` on each device's parts of them.
-
-        Args:
-            function: takes and gives parts of arrays.
-            inputs: specs of its arguments, as `jax.shard_map` takes them.
-            outputs: specs of its results.
-        """
+        """A function of whole arrays that runs `function` on each device's parts, by specs for both sides."""
         if not self.accumulate_locally:
             return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs)
         assert self.mesh is not None
@@ -99,15 +93,13 @@ class Parallel:
         return self.shard_map(function, inputs, outputs)
 
     def varying(self, tree: Any, *logical: str | None) -> Any:
-        """Inside shard_map: marks a tree of equal arrays as different on each device along these axes."""
+        """Inside shard_map: marks arrays that are equal on all devices as different along these axes."""
         return tree if self.accumulate_locally else jax.lax.pcast(tree, self.axes(*logical), to="varying")
 
     def sum_gradient(self, gradient: jax.Array, dimension: int) -> jax.Array:
-        """Sums a kernel's gradient over all positions of the batch; inside shard_map.
+        """Inside shard_map: sums a kernel's gradient over the positions of all devices.
 
-        Args:
-            gradient: float32, summed over this device's positions, its width whole.
-            dimension: the kernel's width, over which fsdp splits the result.
+        `dimension` is the kernel's width, by which fsdp splits the result.
         """
         fsdp = self.axes("embed")
         rest = tuple(axis for axis in self.axes("batch", "length") if axis not in fsdp)
@@ -131,12 +123,7 @@ class Parallel:
         )(batch, *shared)
 
     def first_row(self, micro_step: jax.Array | int, rows: int) -> jax.Array | int:
-        """The row of the global batch with which a micro-step begins, or this replica's part of it.
-
-        Args:
-            micro_step: its number.
-            rows: of the micro-step, or of this replica's part.
-        """
+        """The row of the global batch with which a micro-step of this size, or a replica's part, begins."""
         if not self.accumulate_locally:
             return micro_step * rows
         assert self.mesh is not None

@@ -5,6 +5,7 @@ has fewer tokens than the vocabulary has ids. b is a device's part of B, l of L,
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,34 +42,24 @@ def vocab_parallel_embedding(
 
 def _specs(p: Parallel, position_LD: MaybeArray, position_BL: MaybeArray) -> tuple:
     """How table, table of positions, tokens and positions are split."""
-    whole_length = p.spec("batch", "length")
-    return (
-        p.spec("vocab", "embed"),
-        None if position_LD is None else p.spec(None, "embed"),
-        whole_length,
-        None if position_BL is None else whole_length,
-    )
+    ids = p.spec("batch", "length")
+    positions = None if position_LD is None else p.spec(None, "embed")
+    return p.spec("vocab", "embed"), positions, ids, None if position_BL is None else ids
 
 
 def _local_ids(p: Parallel, tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """For each token its row in this device's part of the table, and whether it has one in this part.
-
-    Args:
-        p: the mesh.
-        tokens: ids in the whole vocabulary.
-        rows: of this device's part.
-    """
+    """For each token its row in this device's part of the table, of `rows` rows; and whether it is in it."""
     split = p.axes("vocab")
     local = tokens - (rows * jax.lax.axis_index(split) if split else 0)
     return jnp.clip(local, 0, rows - 1), (local >= 0) & (local < rows)
 
 
 def _positions(p: Parallel, position_BL: MaybeArray, length: int) -> jax.Array:
-    """The position of each token in this device's part (rows of all fsdp, l) of the residual stream.
+    """Positions of this device's part (rows of all fsdp, l) of the residual stream; (l,) if rows have none.
 
     Args:
         p: the mesh.
-        position_BL: this device's rows; None: positions are the same in all rows, and the result is (l,).
+        position_BL: this device's rows; None: positions are the same in all rows.
         length: l.
     """
     split = p.axes("residual_length")
@@ -80,17 +71,8 @@ def _positions(p: Parallel, position_BL: MaybeArray, length: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _embed(
-    p: Parallel,
-    dtype: DTypeLike,
-    table_VD: jax.Array,
-    position_LD: MaybeArray,
-    tokens_BL: jax.Array,
-    position_BL: MaybeArray,
-) -> jax.Array:
-    def on_device(
-        table: jax.Array, position_table: MaybeArray, tokens: jax.Array, position: MaybeArray
-    ) -> jax.Array:
+def _embed(p: Parallel, dtype: DTypeLike, *arrays: MaybeArray) -> jax.Array:
+    def on_device(table: Any, position_table: Any, tokens: Any, position: MaybeArray) -> jax.Array:
         # Rows of the tokens of all fsdp, of which each device has its part of D; 0 if another one has the id.
         ids, present = _local_ids(p, gather(tokens, p.axes("embed"), 0), len(table))
         rows = jnp.where(present[..., None], table[ids].astype(dtype), 0)
@@ -98,23 +80,14 @@ def _embed(
         if position_table is not None:
             added = position_table[_positions(p, position, rows.shape[1])]
             rows = (rows.astype(added.dtype) + added).astype(dtype)
-        # (rows of all fsdp, l, d) -> (b, l, D)
-        return exchange(rows, p.axes("embed"), 0, 2)
+        return exchange(rows, p.axes("embed"), 0, 2)  # (rows of all fsdp, l, d) -> (b, l, D)
 
-    inputs, outputs = _specs(p, position_LD, position_BL), p.spec("batch", "residual_length", None)
-    return p.shard_map_if_needed(on_device, inputs, outputs)(table_VD, position_LD, tokens_BL, position_BL)
+    inputs, outputs = _specs(p, arrays[1], arrays[3]), p.spec("batch", "residual_length", None)
+    return p.shard_map_if_needed(on_device, inputs, outputs)(*arrays)
 
 
-def _embed_backward(p: Parallel, dtype: DTypeLike, saved: tuple, dx_BLD: jax.Array) -> tuple:
-    _, position_LD, _, position_BL = saved
-
-    def on_device(
-        table: jax.Array,
-        position_table: MaybeArray,
-        tokens: jax.Array,
-        position: MaybeArray,
-        dx_blD: jax.Array,
-    ) -> tuple[jax.Array, MaybeArray]:
+def _embed_backward(p: Parallel, dtype: DTypeLike, arrays: tuple, dx_BLD: jax.Array) -> tuple:
+    def on_device(table: Any, position_table: Any, tokens: Any, position: MaybeArray, dx_blD: Any) -> tuple:
         dx = exchange(dx_blD, p.axes("embed"), 2, 0)  # (b, l, D) -> (rows of all fsdp, l, d)
 
         # The gradient of positions: each device adds up its own, and they are summed over the others.
@@ -134,9 +107,9 @@ def _embed_backward(p: Parallel, dtype: DTypeLike, saved: tuple, dx_BLD: jax.Arr
         others = tuple(axis for axis in p.axes("batch", "length") if axis not in p.axes("embed"))
         return sum_over(d_table, others), d_position
 
-    specs = _specs(p, position_LD, position_BL)
+    specs = _specs(p, arrays[1], arrays[3])
     inputs = (*specs, p.spec("batch", "residual_length", None))
-    d_table, d_position = p.shard_map_if_needed(on_device, inputs, specs[:2])(*saved, dx_BLD)
+    d_table, d_position = p.shard_map_if_needed(on_device, inputs, specs[:2])(*arrays, dx_BLD)
     return d_table, d_position, None, None
 
 

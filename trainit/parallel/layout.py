@@ -59,7 +59,7 @@ BLOCK = 32  # optimizer state in 8 bits has one scale for at most this many numb
 
 
 def _row(path: str) -> tuple[tuple[str, ...], str]:
-    """The logical axes and the kind in the parameter's row of the table."""
+    """The logical axes and the kind of the parameter with this path. Raises KeyError if it is missing."""
     for pattern, axes, kind in PARAMETERS:
         if re.fullmatch(pattern, path):
             return axes, kind
@@ -67,7 +67,7 @@ def _row(path: str) -> tuple[tuple[str, ...], str]:
 
 
 def logical_axes(path: str) -> tuple[str, ...]:
-    """The logical axes of the parameter with this path. Raises KeyError if the table lacks it."""
+    """The logical axes of the parameter with this path."""
     return _row(path)[0]
 
 
@@ -112,7 +112,7 @@ def matrix_spec(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSp
     Args:
         path: of a parameter that is not a vector.
         shape: ([layers,] rows, columns): of its own matrices, or of others such as products of these.
-        mesh: with axes `MESH_AXES`.
+        mesh: on which they are.
     """
     axes = [axis for axis in logical_axes(path) if axis != "layers"]
     # A matrix has an axis for its inputs and one for its outputs: heads stand for heads * head size.
@@ -136,27 +136,24 @@ def state_shardings(state: Any, parameters: Mapping, mesh: AnyMesh) -> Any:
     """The sharding of every leaf of a train state: split like the parameter that the leaf belongs to.
 
     A leaf belongs to the parameter whose path ends the leaf's own path: optimizer state repeats the tree of
-    parameters. It is split
-
-    - like the parameter, if it has its shape (the parameter itself, a moment, the sum of gradients), or one
-      number for each of its blocks;
-    - as `matrix_spec` says, if it holds a square matrix for each of the parameter's matrices;
-    - not at all otherwise, nor if it belongs to no parameter.
+    parameters. With the parameter's shape (the parameter itself, a moment, the sum of gradients), or with one
+    number for each of its blocks, it is split like the parameter; with a square matrix for each of its
+    matrices, as `matrix_spec` says; otherwise not at all, nor if it belongs to no parameter.
 
     Args:
-        state: a tree of arrays or of their shapes.
-        parameters: the tree of parameters, or of their shapes.
-        mesh: with axes `MESH_AXES`.
+        state: a tree of arrays or of their shapes, like `parameters`.
+        parameters: all parameters.
+        mesh: that they are laid out on.
     """
     shapes = _shapes(parameters)
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         for suffix in _suffixes(path):
-            if shapes.get(suffix) == leaf.shape:
+            if suffix not in shapes:
+                continue
+            if leaf.shape in (shapes[suffix], _blocks_shape(suffix, shapes[suffix], mesh)):
                 return NamedSharding(mesh, partition_spec(logical_axes(suffix)))
-            if suffix in shapes and leaf.shape == _blocks_shape(suffix, shapes[suffix], mesh):
-                return NamedSharding(mesh, partition_spec(logical_axes(suffix)))
-            if suffix in shapes and _is_square(suffix, leaf.shape):
+            if _is_square(suffix, leaf.shape):
                 return NamedSharding(mesh, matrix_spec(suffix, leaf.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
@@ -164,13 +161,7 @@ def state_shardings(state: Any, parameters: Mapping, mesh: AnyMesh) -> Any:
 
 
 def owner_path(path: tuple, shape: tuple[int, ...], parameters: Mapping) -> str:
-    """The path of the parameter that a leaf of optimizer state belongs to and has the shape of, or "".
-
-    Args:
-        path: the leaf's key path.
-        shape: the leaf's.
-        parameters: the tree of parameters, or of their shapes.
-    """
+    """The path of the parameter that a leaf with this key path belongs to and has the shape of; or ""."""
     shapes = _shapes(parameters)
     return next((suffix for suffix in _suffixes(path) if shapes.get(suffix) == shape), "")
 
@@ -190,13 +181,9 @@ def _is_square(path: str, shape: tuple[int, ...]) -> bool:
 
 
 def quantization_block(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The axis along which a parameter's numbers form blocks with one scale each, and a block's size.
+    """The axis along which a parameter's numbers form blocks with one scale each, and the size of a block.
 
-    The axis is chosen so that no block lies on several devices, unless `check_blocks` raises.
-
-    Args:
-        path: of a parameter that is not a vector.
-        shape: the parameter's.
+    No block lies on several devices, unless `check_blocks` raises. The parameter is not a vector.
     """
     axes = logical_axes(path)
     axis = axes.index(next(name for name in ("head_size", "mlp", "embed") if name in axes))

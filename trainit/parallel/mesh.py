@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from trainit.config import MESH_AXES, BatchSizes, Config, batch_sizes, check_mesh, require
 
-MULTIPLE = 128  # a chunk's positions are a multiple of it, because matrix units like that
+MULTIPLE = 128
 
 
 class BatchShape(NamedTuple):
@@ -60,32 +60,22 @@ class RunShape:
     def accumulates_locally(self, micro_steps: int) -> bool:
         """Whether each replica adds up its own gradients over the micro-steps, to be summed over data once.
 
-        Otherwise gradients are summed over data in each micro-step. So they are where each micro-step's own
-        is asked for, and with float8, whose scales must be the same on all replicas.
+        Not where each micro-step's own is asked for, nor with float8, whose scales all replicas share.
         """
         return self.sums_once and micro_steps > 1
 
 
 def run_shape(config: Config, devices: Sequence[jax.Device], shrink_to_fit: bool = False) -> RunShape:
-    """The shape of a run on all of the job's devices.
-
-    Args:
-        config: resolved.
-        devices: in the order of processes, as `jax.devices()` gives them.
-        shrink_to_fit: set mesh axes that do not fit to 1 (`--debug`) instead of raising.
-
-    Raises:
-        ConfigError: the mesh does not fit the devices, or they lack the attention kernel that is asked for.
-    """
+    """The shape of a run on all of the job's devices; arguments and errors as for `mesh_sizes`."""
     return shape_on(config, make_mesh(mesh_sizes(config, len(devices), shrink_to_fit), devices))
 
 
 def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
-    """The shape of a run on a mesh; an abstract one is taken to consist of this machine's devices.
+    """The shape of a run on a mesh, whatever `config.mesh` says.
 
     Args:
         config: resolved.
-        mesh: with axes `config.MESH_AXES`; it counts instead of `config.mesh`.
+        mesh: with axes `config.MESH_AXES`; an abstract one is taken to consist of this machine's devices.
 
     Raises:
         ConfigError: the devices lack the attention kernel that is asked for.
@@ -94,18 +84,17 @@ def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
     # cuDNN's attention kernel needs bfloat16 units, which came with compute capability 8 (Ampere).
     ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
     platform = "cuda" if ampere else device.platform
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    precision = compute_type(config.precision_of["attention"], config.precision)
 
-    share = config.batch_size // shares
+    share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     positions = share // _micro_steps(share, config.device_batch_size) * config.model.context_length
     vocabulary = config.model.vocab_size // mesh.shape["tensor"]
     float8 = "float8" in config.precision_of.values()
-    attention_type = compute_type(config.precision_of["attention"], config.precision)
     return RunShape(
         mesh=mesh,
         batch_sizes=batch_sizes(config),
         device_batch_size=config.device_batch_size,
-        attention=choose_attention(config.model, platform, attention_type),
+        attention=choose_attention(config.model, platform, precision),
         logits_chunk=chunk_size(positions, vocabulary, config.logits_mib),
         sums_once=mesh.shape["data"] > 1 and not wants_squares(config) and not float8,
     )
@@ -129,9 +118,6 @@ def compute_type(own: str, precision: str) -> str:
 def choose_attention(config: Config, platform: str, precision: str) -> str:
     """The attention kernel that `model.attention` stands for on this platform.
 
-    cuDNN's kernel works here in bfloat16, without dropout and document mask, with head sizes that are
-    multiples of 8, up to 128 on every card.
-
     Args:
         config: the sub-config `model`.
         platform: "cuda" for NVIDIA's GPUs with bfloat16 units, otherwise JAX's name.
@@ -141,8 +127,8 @@ def choose_attention(config: Config, platform: str, precision: str) -> str:
         ConfigError: cudnn is asked for where it cannot run.
     """
     size = config.dim // config.num_heads
-    fits = precision == "bfloat16" and not config.attn_dropout and size % 8 == 0 and size <= 128
-    possible = platform == "cuda" and fits and not config.document_mask
+    fits = precision == "bfloat16" and size % 8 == 0 and size <= 128  # larger ones not on every card
+    possible = platform == "cuda" and fits and not config.attn_dropout and not config.document_mask
     require(
         config.attention != "cudnn" or possible,
         f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16, a head size that 8 divides up "
@@ -155,17 +141,14 @@ def choose_attention(config: Config, platform: str, precision: str) -> str:
 
 
 def chunk_size(positions: int, vocab_size: int, logits_mib: float) -> int:
-    """How many positions' logits to compute at once: at most `logits_mib` of them, but at least 128.
+    """How many of a device's positions to take at once, that is a multiple of 128 (matrix units like that).
 
-    Args:
-        positions: of a device in a micro-step.
-        vocab_size: a device's part.
-        logits_mib: MiB of float32 logits; 0: no bound.
+    Their logits, float32 for a device's part of the vocabulary, are `logits_mib` at most (0: no bound), or
+    those of 128 positions. All chunks are about equally large, so that little of the last is padding.
     """
     maximum = max(1, int(logits_mib * 2**20 / (4 * vocab_size * MULTIPLE))) * MULTIPLE
     if not logits_mib or positions <= maximum:
         return positions
-    # As many chunks as are needed, and all about equally large, so that little of the last one is padding.
     count = -(-positions // maximum)
     return MULTIPLE * -(-positions // (MULTIPLE * count))
 
@@ -203,12 +186,7 @@ def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dic
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices in their own order, process after process, as a mesh with axes `MESH_AXES`.
-
-    Args:
-        sizes: devices along each axis; their product is the number of devices.
-        devices: default: all of the job's.
-    """
+    """The devices (default: all of the job's) in their own order, process after process, as a mesh."""
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices).reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
 

@@ -8,6 +8,7 @@ NAME is a key of PARTS below. The text around it is written by hand. The picture
 own.
 """
 
+import argparse
 import ast
 import html
 import os
@@ -349,6 +350,46 @@ def wrapper_list() -> str:
 # ----------------------------------------------------------------- flags, commands, evidence
 
 
+def commands() -> str:
+    """The sub-commands with their flags, from the parsers that read them."""
+    from trainit.__main__ import COMMANDS, command_parser
+
+    sections = [
+        table(
+            ("Command", "What it does"), ((f"[`trainit {n}`](#trainit-{n})", t) for n, t in COMMANDS.items())
+        )
+    ]
+    for name in COMMANDS:
+        parser = command_parser(name)
+        rows_ = []
+        for group in parser._action_groups:
+            for action in group._group_actions:
+                if action.dest != "help":
+                    rows_.append((flag(action), default(action), sentence(action.help or "")))
+        sections.append(f"## `trainit {name}`\n\n{sentence(parser.description or '')}")
+        if rows_:
+            sections.append(table(("Argument", "Default", "Meaning"), rows_))
+    return "\n\n".join(sections)
+
+
+def flag(action: argparse.Action) -> str:
+    """Returns how an argument is written: `--steps=...`, `--on_error={stop,skip}`, `--debug` or `FILE`."""
+    metavar = action.metavar if isinstance(action.metavar, str) else "..."
+    if not action.option_strings:
+        return f"`{metavar if metavar != '...' else action.dest.upper()}`"
+    takes = action.nargs not in (0, "?")
+    value = f"{{{','.join(map(str, action.choices))}}}" if action.choices else metavar
+    return f"`{action.option_strings[-1]}{'=' + value if takes else ''}`"
+
+
+def default(action: argparse.Action) -> str:
+    """Returns the default, unless there is none, or the help explains it."""
+    if action.dest == "workers":
+        return "all cores"  # a number that is another one on each machine
+    hidden = action.default in (None, argparse.SUPPRESS, "", False, []) or "default" in (action.help or "")
+    return "" if hidden else f"`{action.default}`"
+
+
 def xla_flags() -> str:
     """The table of settings, each with where it holds and its source."""
     from trainit.cluster.xla_flags import SETTINGS
@@ -421,6 +462,7 @@ PARTS = {
     "optimizers": optimizer_list,
     "wrappers": wrapper_list,
     "learners": learners,
+    "commands": commands,
     "xla_flags": xla_flags,
     "evidence": evidence,
 }

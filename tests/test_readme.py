@@ -61,15 +61,15 @@ def test_readme_is_a_page_and_its_links_lead_somewhere():
 
 
 def test_exit_codes_are_those_of_the_code():
-    from trainit import cli
-    from trainit.train import loop
+    from trainit.cluster import process
 
     page = (ROOT / "docs/reference/exit-codes.md").read_text()
     rows = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|$", page, re.M))
     assert rows.keys() == {"0", "1", "2", "75"}
-    assert "all steps are done" in rows[str(loop.DONE)]
-    assert "everything is saved" in rows[str(loop.STOPPED)]
-    assert "usage" in rows[str(cli.USAGE_ERROR)]
+    assert "all steps are done" in rows[str(process.DONE)]
+    assert "everything is saved" in rows[str(process.STOPPED)]
+    assert "usage" in rows[str(process.USAGE)]
+    assert "anything else" in rows[str(process.FAILED)]
 
 
 def test_pages_name_files_that_exist():

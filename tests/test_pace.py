@@ -102,5 +102,5 @@ def test_zero_never_stalls(clock):
 
 
 def test_stacks_name_threads_and_lines():
-    assert "MainThread" in watchdog.stacks()
-    assert "test_stacks_name_threads_and_lines" in watchdog.stacks()
+    assert "MainThread" in watchdog.stacks_of_all_threads()
+    assert "test_stacks_name_threads_and_lines" in watchdog.stacks_of_all_threads()

@@ -38,14 +38,14 @@ def gather(members, count=None, seconds=5.0, stop=None):
 
 def test_all_come_and_are_connected_with_the_lead():
     lead, *others = gather([(0, ABOUT, ["GPU-a"]), (1, ABOUT, ["GPU-b"]), (2, ABOUT, [])])
-    assert [process for process, *_ in lead[0]] == [1, 2]
-    for (connections, coordinator), (number, _, _, to_it) in zip(others, lead[0], strict=True):
+    assert [peer.process for peer in lead[0]] == [1, 2]
+    for (connections, coordinator), other in zip(others, lead[0], strict=True):
         assert coordinator == lead[1]
         assert coordinator.startswith("localhost:")
-        ((zero, host, _, to_lead),) = connections
-        assert (zero, host) == (0, socket.gethostname())
-        to_it.sendall(f"hello {number}\n".encode())
-        assert to_lead.recv(100) == f"hello {number}\n".encode()
+        (zero,) = connections
+        assert (zero.process, zero.host) == (0, socket.gethostname())
+        other.connection.sendall(f"hello {other.process}\n".encode())
+        assert zero.connection.recv(100) == f"hello {other.process}\n".encode()
 
 
 def test_those_who_are_missing_are_named_by_all_who_came():

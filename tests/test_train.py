@@ -131,7 +131,7 @@ def _run_until(step, workdir, *args, **environment):
     process.send_signal(signal.SIGTERM)
     output = end(process, 75, 60)
     assert CheckpointStore(workdir, read_only=True).latest() >= step
-    assert "run the same command to go on" in output
+    assert "run the same command to continue" in output
     return output
 
 

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
     try:
         code = _train(arguments, place, monitor, leave, start)
     except rendezvous.Stopped:
-        logging.info("stopped    before all processes were connected; run the same command to go on")
+        logging.info("stopped    before all processes were connected; run the same command to continue")
         leave(STOPPED)
     except rendezvous.MeetingError as error:
         cli.print_error(error)
@@ -107,7 +107,9 @@ def _train(
         logging.info("%-10s %s", "place", place.source + where * (place.num_processes > 1))
         logging.info("%-10s %s", "settings", settings)
         identity = _identity(config, dataset.fingerprint, folder)
-        connections, coordinator = cli.meet(config, place, arguments, identity, monitor.stop_requested)
+        connections, coordinator = cli.meet(
+            config, place, arguments, identity, monitor.agreement.stop_requested
+        )
         if place.num_processes > 1:
             monitor.connect(connections)
         if place.process_id == 0:

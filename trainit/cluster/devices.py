@@ -13,8 +13,8 @@ from trainit.cluster import hardware, xla_flags
 from trainit.cluster.place import Place, SetupError
 from trainit.cluster.process import delay_abort
 
-# After this long without a sign of life JAX itself gives a process up. Trainit's own monitor does so much
-# earlier, and says more, so that this is only a second line of defence.
+# After this long without a sign of life JAX itself gives a process up. Trainit's own monitor reacts earlier
+# and says more, so that this is only a second line of defence.
 JAX_HEARTBEAT_SECONDS = 90
 
 
@@ -25,7 +25,7 @@ def configure(platform: str, cpu_devices: int, cache: Path, place: Place | None 
         platform: "cpu", "cuda", ...; empty: the best available one.
         cpu_devices: virtual devices of this process if it runs on the CPU.
         cache: folder for compiled programs, which later starts read; JAX_COMPILATION_CACHE_DIR overrides it.
-        place: of this process; without it, the process is alone.
+        place: this process's; without it, the process is alone.
 
     Returns:
         the settings, for the log.
@@ -50,7 +50,7 @@ def initialize(platform: str, place: Place, coordinator: str = ""):
 
     Args:
         platform: as for `configure`.
-        place: of this process.
+        place: this process's.
         coordinator: host:port for JAX's coordination service, if there are several processes.
 
     Raises:

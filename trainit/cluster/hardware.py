@@ -101,9 +101,9 @@ def detect(
 
     Args:
         platform: the config's; with "cpu", GPUs do not count.
-        environment: of this process.
-        processes: of the job.
-        hosts: of the job.
+        environment: this process's.
+        processes: how many the job has.
+        hosts: how many the job has.
         folder: the driver's, which answers at once, while nvidia-smi may take seconds.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")

@@ -139,7 +139,7 @@ def _local_devices(environment: Mapping[str, str], processes: int, local_id: int
     """Splits the GPUs that CUDA_VISIBLE_DEVICES names evenly among the processes of this host.
 
     Args:
-        environment: of this process.
+        environment: this process's.
         processes: how many the job has on this host.
         local_id: number of this one among them.
 

@@ -9,8 +9,10 @@ import gc
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from typing import Any
 
 from absl import logging
@@ -25,8 +27,8 @@ USAGE = 2  # a wrong config or wrong flags
 STOPPED = 75  # stopped on request, with everything saved
 
 # Settings of glibc's malloc, which it reads only when a process starts. Large arrays of the host are put in
-# huge pages and are given back to the system when they are freed. Without them, a step of GPT-2 at width 384
-# takes 3 to 8 % longer on a CPU, and a process keeps 60 to 80 MB more (both measured).
+# huge pages and are given back to the system when they are freed. Without them, a step of GPT-2 at width
+# 384 takes 3 to 8 % longer on a CPU, and a process keeps 60 to 80 MB more (both measured).
 TUNABLES = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {"hugetlb": 1, "mmap_threshold": 8 << 20, "trim_threshold": 32 << 20}.items()
@@ -36,8 +38,9 @@ TUNABLES = ":".join(
 def tune_process():
     """Collects garbage rarely, and restarts the program in this same process, so that glibc reads TUNABLES.
 
-    Call it first of all: what ran before runs twice. Nothing is restarted if the user has set GLIBC_TUNABLES
-    or TRAINIT_SETTINGS. It may go when a running process can switch huge pages on, e.g. by glibc's `mallopt`.
+    Call it first of all: what ran before runs twice. Nothing is restarted if the user has set
+    GLIBC_TUNABLES or TRAINIT_SETTINGS. It may go when a running process can switch huge pages on, e.g. by
+    glibc's `mallopt`.
     """
     collect_garbage_rarely()
     chosen = {"GLIBC_TUNABLES", "TRAINIT_SETTINGS"} & set(os.environ)
@@ -49,8 +52,8 @@ def tune_process():
 def collect_garbage_rarely():
     """Makes Python's collector run after 100,000 new objects instead of 700, and hardly ever over old ones.
 
-    Imports and tracing make some million objects that stay alive. By default the collector walks over all of
-    them again and again meanwhile, which is a tenth of the time that a small run needs to start (measured).
+    Imports and tracing make some million objects that stay alive. By default the collector walks over all
+    of them again and again meanwhile: a tenth of the time that a small run needs to start (measured).
     """
     gc.set_threshold(100_000, 50, 100)
 
@@ -72,20 +75,59 @@ def block_stop_signals():
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+class SignalInbox:
+    """Stop signals as something that a thread can wait for and read, even while the main thread compiles.
+
+    Python runs signal handlers in the main thread alone, between two of its instructions, and one of them
+    may compile for minutes. But it writes each signal's number to a socket at once. Handlers that did the
+    work themselves would let a run that compiles be killed, unsaved, when the scheduler's patience ends.
+    """
+
+    def __init__(self):
+        """Takes the signals from here on. To be made by the main thread, which `unblock` does not concern."""
+        self.socket, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._interrupted: float | None = None  # when SIGINT last came
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        # Data workers, and whatever else the main thread starts, inherit these signals blocked.
+        block_stop_signals()
+
+    def unblock(self):
+        """Lets signals come to the thread that calls this: the one that reads."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def wake(self):
+        """Makes the socket readable without a signal. Any thread may call it."""
+        self._wakeup.send(b"\0")
+
+    def read(self) -> tuple[bool, list[str]]:
+        """Returns whether `wake` was called, and the signals' names. A second SIGINT ends the process."""
+        numbers = self.socket.recv(64)
+        if signal.SIGINT in numbers:
+            # A launcher may pass on, at once, what the terminal has sent as well: that is no second one.
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted > 1:
+                os._exit(130)
+            self._interrupted = now
+        return 0 in numbers, [signal.Signals(number).name for number in numbers if number]
+
+
 def delay_abort():
     """Delays JAX's abort() by six seconds, in which the monitor can report which process was lost.
 
     JAX calls abort() when it loses process 0, often before the monitor has reported which process died.
-    SIGABRT is number 6, so installing C's sleep as its handler delays the abort by six seconds. A handler in
-    Python would not do: it would run in the main thread, which waits inside of a collective. It may go when
-    JAX lets the caller decide what happens to a process that loses process 0.
+    SIGABRT is number 6, so installing C's sleep as its handler delays the abort by six seconds. A handler
+    in Python would not do: it would run in the main thread, which waits inside of a collective. It may go
+    when JAX lets the caller decide what happens to a process that loses process 0.
     """
     libc = ctypes.CDLL(None)
     libc.signal(int(signal.SIGABRT), libc.sleep)
 
 
 def coordination_client() -> Any:
-    """Returns the client of JAX's coordination service, whose barrier has no public name (JAX 0.10 to 0.12).
+    """Returns the client of JAX's coordination service, whose barrier has no public name as of JAX 0.12.
 
     The public barriers are collectives on devices, which give up after a time of their own, e.g. while
     another process still compiles.

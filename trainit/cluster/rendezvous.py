@@ -1,26 +1,25 @@
-"""How the processes of a job come together, before JAX starts: all of them, each once, of one mind."""
+"""How the processes of a job meet before JAX starts: all of them, each once, with the same config."""
 
-import json
+import errno
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from absl import logging
 
-NEWS_SECONDS = 10.0  # between messages about who is still missing
-STOP_SECONDS = 20.0  # in which those that are still to come hear that the run is to stop
+from trainit.cluster.messages import Peer, describe_process, encode, receive
+
+NEWS_SECONDS = 10.0  # between messages about which processes are missing
+STOP_SECONDS = 20.0  # in which processes that have not come yet can still learn that the run is to stop
 
 
 class MeetingError(RuntimeError):
-    """The processes have not come together. The message is one line and says who or what is at fault."""
+    """The processes have not met. The message is one line and names what or who is at fault."""
 
 
 class Stopped(Exception):  # noqa: N818, it is no error
-    """The run was asked to stop before all were there. Nothing is lost."""
-
-
-Connections = list[tuple[int, str, int, socket.socket]]  # process, host, pid, connection to it
+    """The run was asked to stop before all processes had come. Nothing is lost."""
 
 
 def meet(
@@ -30,43 +29,45 @@ def meet(
     about: dict[str, str],
     gpus: list[str],
     seconds: float,
-    asked: Callable[[], str],
-) -> tuple[Connections, str]:
-    """Waits until all processes of the job are there, and checks that they belong together.
+    stop_requested: Callable[[], str],
+) -> tuple[list[Peer], str]:
+    """Waits until all processes of the job have come, and checks that they belong together.
 
     Args:
         process: number of this one.
-        count: of all.
+        count: how many the job has.
         address: host:port on which process 0 listens.
         about: what must be the same everywhere, such as {"config": ...}.
-        gpus: names of the GPUs that this process will use, unique in the world.
+        gpus: worldwide unique names of the GPUs that this process will use.
         seconds: how long to wait.
-        asked: why the run should stop, or "".
+        stop_requested: returns why the run should stop, or "".
 
     Returns:
-        process 0's connections to all others, or the others' to process 0; and an address for JAX's
-        coordinator, on process 0's host.
+        all others on process 0, and process 0 on these, as connected peers; and an address for JAX's
+        coordination service, on process 0's host.
 
     Raises:
-        MeetingError: some are missing, or differ, or two want the same GPU. Raised by all that have come.
-        Stopped: `asked` says so, on this process or on another that has come: on all, when all have come,
-            or soon.
+        MeetingError: some are missing, or differ, or two want the same GPU. All that have come raise it.
+        Stopped: a process that has come was asked to stop. All raise it: those that have come, after the
+            last one has, or after STOP_SECONDS.
     """
     host, _, port = address.rpartition(":")
-    mine = {"process": process, "count": count, "host": socket.gethostname(), "pid": os.getpid()}
-    mine |= {"about": about, "gpus": gpus, "stop": ""}
+    own = {"process": process, "count": count, "host": socket.gethostname(), "pid": os.getpid()}
+    own |= {"about": about, "gpus": gpus, "stop": ""}
     until = time.monotonic() + seconds
     if process == 0:
-        return _Lead(host, int(port), mine, asked).gather(until, seconds)
-    return _call(host, int(port), mine, until, seconds, asked)
+        return _Lead(host, int(port), own, stop_requested).gather(until, seconds)
+    return _call(host, int(port), own, until, seconds, stop_requested)
 
 
 class _Lead:
-    """Process 0's part: it listens, and answers when it knows."""
+    """Process 0's part: it listens until all have come, and then answers all at once."""
 
-    def __init__(self, host: str, port: int, mine: dict, asked: Callable[[], str]):
-        self._host, self._asked = host, asked
-        self._members, self._connections = {0: mine}, {}
+    def __init__(self, host: str, port: int, own: dict, stop_requested: Callable[[], str]):
+        self._host, self._stop_requested = host, stop_requested
+        self._members = {0: own}
+        self._connections: dict[int, socket.socket] = {}
+        self._refused: list[socket.socket] = []
         try:
             self._listener = _listen(port)
         except OSError as error:
@@ -76,26 +77,11 @@ class _Lead:
             ) from None
         self._listener.settimeout(0.2)
 
-    def gather(self, until: float, seconds: float) -> tuple[Connections, str]:
-        """Until all are there."""
-        count, news, stop = self._members[0]["count"], time.monotonic(), ""
+    def gather(self, until: float, seconds: float) -> tuple[list[Peer], str]:
+        """Returns the others' connections and an address for JAX; see `meet`."""
         try:
-            while len(self._members) < count:
-                if not stop and (stop := self._stop()):
-                    until = min(until, time.monotonic() + STOP_SECONDS)
-                missing = ", ".join(str(i) for i in range(count) if i not in self._members)
-                if time.monotonic() > until:
-                    if stop:
-                        break
-                    raise MeetingError(
-                        f"after {seconds:.0f} s {count - len(self._members)} of {count} processes are "
-                        f"missing: {missing}; see what the launcher and their hosts say of them"
-                    )
-                if time.monotonic() - news > NEWS_SECONDS:
-                    news = time.monotonic()
-                    logging.info("waiting    for processes %s of %d", missing, count)
-                self._take()
-            if stop := stop or self._stop():
+            stop = self._wait_for_all(until, seconds) or self._stop_reason()
+            if stop:
                 self._answer({"stopped": stop})
                 raise Stopped
             _check_gpus(self._members.values())
@@ -106,93 +92,121 @@ class _Lead:
             self._listener.close()
         coordinator = f"{self._host}:{free_port()}"
         self._answer({"welcome": coordinator, "host": socket.gethostname(), "pid": os.getpid()})
-        members = [self._members[i] for i in sorted(self._connections)]
-        return [
-            (m["process"], m["host"], m["pid"], self._connections[m["process"]]) for m in members
-        ], coordinator
+        peers = [
+            Peer(number, self._members[number]["host"], self._members[number]["pid"], connection)
+            for number, connection in sorted(self._connections.items())
+        ]
+        return peers, coordinator
 
-    def _stop(self) -> str:
-        """Why somebody who has come wants the run to stop, or ""."""
-        return self._asked() or next((m["stop"] for m in self._members.values() if m["stop"]), "")
+    def _wait_for_all(self, until: float, seconds: float) -> str:
+        """Lets processes in until all have come; returns why to stop instead, or ""."""
+        count, news, stop = self._members[0]["count"], time.monotonic(), ""
+        while len(self._members) < count:
+            # Those that have not come yet get some time to come and learn that the run is to stop.
+            if not stop and (stop := self._stop_reason()):
+                until = min(until, time.monotonic() + STOP_SECONDS)
+            missing = ", ".join(str(i) for i in range(count) if i not in self._members)
+            if time.monotonic() > until:
+                if stop:
+                    break
+                raise MeetingError(
+                    f"after {seconds:.0f} s {count - len(self._members)} of {count} processes are "
+                    f"missing: {missing}; see what the launcher and their hosts say of them"
+                )
+            if time.monotonic() - news > NEWS_SECONDS:
+                news = time.monotonic()
+                logging.info("waiting    for processes %s of %d", missing, count)
+            self._let_in()
+        return stop
 
-    def _take(self):
-        """Lets one process in."""
+    def _stop_reason(self) -> str:
+        """Returns why a process that has come wants the run to stop, or ""."""
+        wanted = (member["stop"] for member in self._members.values() if member["stop"])
+        return self._stop_requested() or next(wanted, "")
+
+    def _let_in(self):
+        """Lets one process in, if one calls. Connections that do not talk as processes do are closed."""
         try:
             connection, _ = self._listener.accept()
         except TimeoutError:
             return
         connection.settimeout(5)
+        own = self._members[0]
         try:
-            message = _receive(connection)
-            if not isinstance(message, dict) or message.keys() != self._members[0].keys():
-                raise ValueError("it does not speak as processes of a job do")
+            message = receive(connection)
+            if not isinstance(message, dict) or message.keys() != own.keys():
+                raise ValueError("this is no process of a job")
         except (OSError, ValueError):
             connection.close()
             return
         number = message["process"]
-        if number in self._members or message["count"] != self._members[0]["count"]:
-            other = self._members.get(number, self._members[0])
-            self._connections[f"refused {number}"] = connection
+        if number in self._members or message["count"] != own["count"]:
+            self._refused.append(connection)
             raise MeetingError(
-                f"{_name(message)} of {message['count']} came to a job of {self._members[0]['count']} "
-                f"processes, where {_name(other)} is already: start each process once, with its own number"
+                f"{_name(message)} of {message['count']} came to a job of {own['count']} processes, where "
+                f"{_name(self._members.get(number, own))} is already: start each process once, with "
+                f"its own number"
             )
         self._connections[number], self._members[number] = connection, message
-        for what, value in self._members[0]["about"].items():
+        for what, value in own["about"].items():
             if message["about"].get(what) != value:
                 raise MeetingError(
-                    f"{_name(message)} has {what} {message['about'].get(what)}, {_name(self._members[0])} "
-                    f"has {value}; start all processes with the same code, command and files"
+                    f"{_name(message)} has {what} {message['about'].get(what)}, {_name(own)} has {value}; "
+                    f"start all processes with the same code, command and files"
                 )
 
     def _answer(self, message: dict):
-        for connection in self._connections.values():
+        for connection in (*self._connections.values(), *self._refused):
             try:
-                connection.sendall(_line(message))
-            except OSError:  # it is lost; that is noticed soon enough
+                connection.sendall(encode(message))
+            except OSError:  # it is lost, which the monitor will notice
                 continue
 
 
 def _call(
-    host: str, port: int, mine: dict, until: float, seconds: float, asked: Callable[[], str]
-) -> tuple[Connections, str]:
+    host: str, port: int, own: dict, until: float, seconds: float, stop_requested: Callable[[], str]
+) -> tuple[list[Peer], str]:
     """The part of all others: calls process 0 and waits for its answer."""
+    # Process 0 may not listen yet. If this process is asked to stop meanwhile, it still calls, since the
+    # others wait for it; but not for long.
     trouble = "no answer"
     while time.monotonic() < until:
-        if not mine["stop"] and asked():  # the others wait for this process: it comes and says so
-            mine["stop"], until = asked(), min(until, time.monotonic() + STOP_SECONDS)
+        if not own["stop"] and (reason := stop_requested()):
+            own["stop"], until = reason, min(until, time.monotonic() + STOP_SECONDS)
         try:
             connection = socket.create_connection((host, port), timeout=5)
             break
-        except OSError as error:  # it may not be there yet
+        except OSError as error:
             trouble = error.strerror or str(error)
             time.sleep(0.2)
     else:
-        if mine["stop"]:
+        if own["stop"]:
             raise Stopped
         raise MeetingError(
-            f"process {mine['process']} has waited {seconds:.0f} s for process 0 at {host}:{port}: "
+            f"process {own['process']} has waited {seconds:.0f} s for process 0 at {host}:{port}: "
             f"{trouble}; see what the launcher and that host say of it"
         )
-    connection.settimeout(max(until - time.monotonic(), 0) + 30)  # the lead says when it is enough
+
+    # Process 0 decides how long to wait for the others, and answers even then.
+    connection.settimeout(max(until - time.monotonic(), 0) + 30)
     try:
-        connection.sendall(_line(mine))
-        answer = _receive(connection)
+        connection.sendall(encode(own))
+        answer = receive(connection)
     except (OSError, ValueError):
-        if asked():
+        if stop_requested():
             raise Stopped from None
         raise MeetingError(f"process 0 at {host}:{port} left before all processes were there") from None
     match answer:
         case {"welcome": coordinator, "host": name, "pid": pid}:
-            return [(0, name, pid, connection)], coordinator
+            return [Peer(0, name, pid, connection)], coordinator
         case {"stopped": _}:
             raise Stopped
     raise MeetingError(answer["refused"])
 
 
-def _check_gpus(members):
-    """No GPU may be used by two processes."""
-    users = {}
+def _check_gpus(members: Iterable[dict]):
+    """Raises MeetingError if two processes want the same GPU."""
+    users: dict[str, dict] = {}
     for member in members:
         for gpu in member["gpus"]:
             if gpu in users:
@@ -204,37 +218,22 @@ def _check_gpus(members):
 
 
 def _name(member: dict) -> str:
-    return f"process {member['process']} ({member['host']}, pid {member['pid']})"
-
-
-def _line(message: dict) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-def _receive(connection: socket.socket) -> dict:
-    """One message, byte by byte up to its end: what follows belongs to whoever reads next."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = connection.recv(1)
-        if not byte:
-            raise ValueError("the connection was closed")
-        line += byte
-    return json.loads(line)
+    return describe_process(member["process"], member["host"], member["pid"])
 
 
 def _listen(port: int) -> socket.socket:
-    """On all addresses of this host, of both kinds where it has both."""
+    """Listens on all addresses of this host, of IPv4 and of IPv6 if it has both."""
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
         except OSError as error:
-            if error.errno == 98:  # in use
+            if error.errno == errno.EADDRINUSE:
                 raise
     return socket.create_server(("", port), backlog=4096)
 
 
 def free_port() -> int:
-    """A port of this host that nobody uses now."""
+    """Returns a port of this host that nobody uses now."""
     with socket.socket() as s:
         s.bind(("", 0))
         return s.getsockname()[1]

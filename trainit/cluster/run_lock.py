@@ -18,10 +18,10 @@ DEAD_SECONDS = 17.0  # without any, a holder on another host is dead
 
 
 def make_folder(folder: Path, process: int) -> Path:
-    """The folder, created and writable.
+    """Returns the folder, created and writable.
 
     Raises:
-        ConfigError: it cannot be written by this process.
+        ConfigError: this process cannot write there.
     """
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -33,24 +33,21 @@ def make_folder(folder: Path, process: int) -> Path:
     return folder
 
 
-def write_json(path: Path, value: dict):
-    """Writes a file that is whole or not there."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
-    unfinished.rename(path)
-
-
 class RunLock:
-    """WORKDIR/lock.json says which job writes here. Its holder touches it as long as it lives."""
+    """Keeps a second job out of a run's folder: WORKDIR/lock.json describes the job that writes there.
+
+    The holder touches the file as long as it lives, so that a job on another host can see whether it does.
+    File locks would not do: on network file systems they are missing, or outlive a host that went down.
+    """
 
     def __init__(self, job: str, lost: Callable[[str], None]):
         """
         Args:
-            job: what the scheduler calls this one.
+            job: the scheduler's name of this one.
             lost: called with a message when another job has taken the folder over.
         """
         self._lost, self._path, self._released = lost, None, threading.Event()
-        self._mine = {
+        self._own = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": _start_of(os.getpid()),
@@ -61,63 +58,66 @@ class RunLock:
         }
 
     def take(self, folder: Path):
-        """Takes the folder, at once where nobody holds it.
+        """Takes the folder, at once if no job holds it.
 
         Raises:
-            ConfigError: another job, which lives, holds it.
+            ConfigError: another job holds it and is alive.
         """
         path = folder / "lock.json"
-        text = json.dumps(self._mine)
+        text = json.dumps(self._own)
         while True:
+            # Exclusive creation decides between two that come to a free folder at once.
             try:
                 with path.open("x") as file:
                     file.write(text)
                 break
             except FileExistsError:
                 holder = _read(path)
-            if _lives(path, holder):
+            if _is_alive(path, holder):
                 raise ConfigError(_held(folder, holder))
             if not path.exists():
                 continue  # it was released meanwhile
+            # The holder is dead. If two take over at once, the last one to write has the folder.
             logging.info("workdir    taken over from %s: it is dead", _describe(holder))
-            mine = path.with_suffix(f".{self._mine['id']}")
-            mine.write_text(text)
-            mine.replace(path)
-            time.sleep(1)  # of two that take over at once, the last one has it
-            if (holder := _read(path)).get("id") != self._mine["id"]:
+            replacement = path.with_suffix(f".{self._own['id']}")
+            replacement.write_text(text)
+            replacement.replace(path)
+            time.sleep(1)
+            if (holder := _read(path)).get("id") != self._own["id"]:
                 raise ConfigError(_held(folder, holder))
             break
         self._path = path
         threading.Thread(target=self._hold, name="workdir", daemon=True).start()
 
     def _hold(self):
+        """Touches the lock now and then, and notices if another job has taken it over."""
         while not self._released.wait(BEAT_SECONDS):
             try:
                 holder = _read(self._path)
-                if holder.get("id") == self._mine["id"]:
+                if holder.get("id") == self._own["id"]:
                     os.utime(self._path)
-            except OSError:  # the file system has a bad moment; a job that lives holds on
+            except OSError:  # the file system fails for a moment, which is no reason to end the run
                 continue
-            if holder.get("id") != self._mine["id"] and not self._released.is_set():
+            if holder.get("id") != self._own["id"] and not self._released.is_set():
                 self._lost(f"--workdir={self._path.parent} was taken over by {_describe(holder)}")
 
     def release(self):
-        """Nothing is written here any more."""
+        """Lets other jobs in. Nothing may be written here any more."""
         if self._path and not self._released.is_set():
             self._released.set()
             self._path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict:
-    """Who holds it; {} if nobody does, or while it is being written."""
+    """Returns who holds it; {} if nobody does, or while it is being written."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 
-def _lives(path: Path, holder: dict) -> bool:
-    """Whether the holder of a lock lives: its process on this host, on another its signs of life."""
+def _is_alive(path: Path, holder: dict) -> bool:
+    """Whether a lock's holder is alive: its process if that is on this host, else its signs of life."""
     if holder.get("host") == socket.gethostname() and holder["namespace"] == _namespace() != "":
         return holder["started"] == _start_of(holder["pid"])
     before, until = _touched(path), time.monotonic() + DEAD_SECONDS
@@ -130,7 +130,7 @@ def _lives(path: Path, holder: dict) -> bool:
 
 
 def _touched(path: Path) -> tuple | None:
-    """When the lock was touched last. Opening it asks a network file system, past its caches."""
+    """Returns when the lock was touched last. Opening it makes a network file system ask its server."""
     try:
         with path.open() as file:
             stat = os.fstat(file.fileno())
@@ -140,7 +140,7 @@ def _touched(path: Path) -> tuple | None:
 
 
 def _start_of(pid: int) -> str:
-    """When a process of this host was started; "" if it does not live."""
+    """Returns when a process of this host was started, in the kernel's ticks; "" if it is not alive."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[19] if fields[0] not in "ZX" else ""
@@ -149,7 +149,7 @@ def _start_of(pid: int) -> str:
 
 
 def _namespace() -> str:
-    """In which process numbers mean the same; a host's containers have different ones."""
+    """Returns in which namespace this host's process numbers are; each container may have its own."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:

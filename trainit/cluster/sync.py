@@ -19,7 +19,7 @@ def barrier(name: str, seconds: float):
     """Waits until all processes have called this. No collective on devices, whose patience is their own.
 
     Args:
-        name: of this barrier, which can be used once.
+        name: the barrier's; each can be used once.
         seconds: how long to wait before an error is raised.
     """
     if jax.process_count() > 1:

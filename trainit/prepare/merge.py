@@ -11,6 +11,7 @@ from trainit.data import dataset as tokens
 from trainit.data.dataset import dtype_of
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
+from trainit.files import write_atomically
 from trainit.prepare.writer import (
     HASH,
     PARTS,
@@ -18,7 +19,6 @@ from trainit.prepare.writer import (
     StateError,
     Unit,
     read_journal,
-    write_atomically,
 )
 
 HASHES_AT_ONCE = 1 << 22  # that are sorted in memory

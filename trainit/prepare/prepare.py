@@ -22,6 +22,7 @@ from trainit.data import tokenizers
 from trainit.data.documents import Position
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
+from trainit.files import write_atomically
 from trainit.prepare import options
 from trainit.prepare import workers as pipeline
 from trainit.prepare.merge import join
@@ -29,7 +30,6 @@ from trainit.prepare.verify import verify
 from trainit.prepare.writer import (
     Recipe,
     Unit,
-    write_atomically,
 )
 
 SAMPLE_BYTES = 1 << 28  # of text, from the beginnings of all files, to train a tokenizer on

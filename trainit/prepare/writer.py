@@ -25,6 +25,7 @@ from trainit.data.documents import Batch, Broken, BrokenInputError, Position, pa
 from trainit.data.documents import encode as encode_documents
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import to_bytes
+from trainit.files import write_atomically
 
 LISTED = 1000  # of what is broken in a unit; all is counted
 HASH = 16  # bytes of a document's hash: BLAKE2b
@@ -308,13 +309,3 @@ def read_journal(folder: Path, unit: Unit) -> dict:
         return json.loads((folder / f"{unit.name}.json").read_bytes())
     except FileNotFoundError:
         return {}
-
-
-def write_atomically(path: Path, content: str | bytes):
-    """A file that is there in full or not at all, whoever else writes it too."""
-    unfinished = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from trainit import __version__
-from trainit.cluster import run_lock, sync
+from trainit import __version__, files
+from trainit.cluster import sync
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.process import DONE, FAILED, STOPPED
 from trainit.config import Config
@@ -55,7 +55,7 @@ def run(
                 break
 
             # 3. Save again, if a process could not write its part of the newest checkpoint.
-            if monitor.must_save_again():
+            if monitor.agreement.must_save_again():
                 job.recorder.flush()
                 job.saves.save_again(step, state)
 
@@ -143,8 +143,8 @@ class Job:
             )
         if sync.is_lead():
             facts = metrics.facts(c.model, self._steps.abstract_state)
-            run_lock.write_json(self._workdir / "config.json", c.to_dict())
-            run_lock.write_json(self._workdir / "run.json", facts)
+            files.write_json(self._workdir / "config.json", c.to_dict())
+            files.write_json(self._workdir / "run.json", facts)
 
         self.meter = metrics.Meter(c.model)
         self.feed = BatchFeed(self._data, self._shape, self._monitor, self.meter, start.step, start.position)
@@ -235,7 +235,7 @@ class Job:
     def report_end(self, step: int, reason: str):
         """Logs how the job ended, and how to go on."""
         if reason:
-            logging.info("stopped    on %s at step %d; run the same command to go on", reason, step)
+            logging.info("stopped    on %s at step %d; run the same command to continue", reason, step)
             return
         logging.info("done       all %d steps; metrics in %s", step, self._workdir / "metrics.jsonl")
         logging.info("           checkpoint in %s", self._checkpoints.folder / str(step))

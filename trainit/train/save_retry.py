@@ -46,7 +46,7 @@ class SaveRetry:
     def check(self):
         """Reports to the other processes if a save has failed here; cheap."""
         if error := self._checkpoints.error():
-            self._monitor.report_failed_save(str(error))
+            self._monitor.agreement.report_failed_save(str(error))
 
     def save(self, step: int, state: TrainState):
         """Starts a save, after the one before is durable; does nothing if the step is saved already.
@@ -64,10 +64,10 @@ class SaveRetry:
         # Process 0 clears the report after the collective in `settle`, the others before it, so that a new
         # report cannot be mistaken for this one.
         if not sync.is_lead():
-            self._monitor.clear_failed_save()
+            self._monitor.agreement.clear_failed_save()
         self.settle(step, state)
         if sync.is_lead():
-            self._monitor.clear_failed_save()
+            self._monitor.agreement.clear_failed_save()
 
     def settle(self, step: int, state: TrainState):
         """Returns when the newest save is durable. If it has failed on any process, all save this step.
@@ -102,7 +102,7 @@ class SaveRetry:
         while True:
             # Wait for this process's part, but not if the save is lost anyway.
             while self._checkpoints.busy() and not self._checkpoints.error():
-                if self._monitor.save_failed_somewhere():
+                if self._monitor.agreement.save_failed_somewhere():
                     break
                 time.sleep(0.02)
             own = DURABLE

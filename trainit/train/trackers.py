@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
+from trainit.files import write_atomically
 from trainit.logs import quantity
 
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal
@@ -33,9 +34,7 @@ class JsonLines:
                     kept += [line + "\n"] if json.loads(line)["step"] <= keep_through else []
                 except json.JSONDecodeError:
                     continue
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(kept))
-        replacement.rename(path)
+        write_atomically(path, "".join(kept))
         self._file = path.open("a")
 
     def log(self, record: Mapping):

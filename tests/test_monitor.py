@@ -1,0 +1,115 @@
+"""The monitor's thread, with real connections and signals but without JAX: here, all in one process."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from trainit.cluster import heartbeats
+from trainit.cluster.messages import Peer, Peers, encode, receive
+from trainit.cluster.monitor import JobMonitor
+from trainit.cluster.process import STOP_SIGNALS
+
+
+def wait_for(condition, seconds=10.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Two monitors that are connected, and the exit codes with which they leave."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    monkeypatch.setattr("trainit.cluster.monitor.DRAIN_SECONDS", 0.2)
+    codes = {0: [], 1: []}
+    monitors = [JobMonitor(number, 2, codes[number].append, 60.0) for number in (0, 1)]
+    ends = socket.socketpair()
+    for number, monitor in enumerate(monitors):
+        monitor.connect([Peer(1 - number, "host", 100 + number, ends[number])])
+    yield monitors, codes
+    for monitor in monitors:
+        monitor.close()
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_stops_both_while_the_main_thread_is_busy(job):
+    """The monitor's thread asks for the stop; this one, which runs Python's handlers, polls only later."""
+    (lead, other), codes = job
+    for monitor in (lead, other):
+        monitor.step_done()
+        assert monitor.stop_reason() == ""
+    assert other.stop_reason() == ""
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_for(other.stop_is_due)
+    assert [monitor.agreement.stop_requested() for monitor in (lead, other)] == ["SIGTERM"] * 2
+    assert lead.stop_reason() == ""  # it has polled once less
+    assert [monitor.stop_reason() for monitor in (lead, other)] == ["SIGTERM"] * 2
+    assert codes == {0: [], 1: []}
+
+
+def test_before_the_first_step_both_leave_at_once(job):
+    _, codes = job
+    os.kill(os.getpid(), signal.SIGUSR1)
+    wait_for(lambda: codes == {0: [75], 1: [75]})
+
+
+def test_a_failure_ends_both_with_its_code(job, caplog):
+    (_, other), codes = job
+    other.report_failure(ValueError("no\nmore"), 2)
+    wait_for(lambda: codes[0] == [2])
+    wait_for(lambda: any("failed: no more" in record.getMessage() for record in caplog.records))
+
+
+def test_messages_end_where_the_next_begins():
+    ends = socket.socketpair()
+    ends[0].sendall(encode({"a": 1}) + encode({"b": [2]}) + b'{"c"')
+    assert receive(ends[1]) == {"a": 1}
+    ends[1].setblocking(False)
+    peer = Peer(0, "host", 1, ends[1])
+    assert peer.read() == [{"b": [2]}]
+    assert peer.read() == []
+    ends[0].sendall(b": 3}\n")
+    assert peer.read() == [{"c": 3}]
+    ends[0].close()
+    assert peer.read() is None
+
+
+def test_silent_and_late_processes_are_named():
+    peers, sent = Peers(), []
+    ends = [socket.socketpair() for _ in range(2)]
+    peers.connect(Peer(number + 1, f"h{number}", 7, ends[number][0], heard=0.0) for number in range(2))
+    peers.send = sent.append
+    lead = heartbeats.Heartbeats(0, peers, 10.0)
+    assert lead.silent(9.0) == ""
+    first, second = peers
+    second.heard, second.left = 5.0, False
+    assert lead.silent(12.0).startswith("process 1 (h0, pid 7) is lost: no sign of life for 12 s")
+    first.left = True
+    assert lead.silent(12.0) == ""
+    first.status = {"polls": 4, "doing": "training", "seconds": 0}
+    second.status = {"polls": 3, "doing": "waiting for data", "seconds": 8}
+    lead.send(4, "training", 0.4)
+    assert lead.late == "process 2 (h1, pid 7): waiting for data for 8 s"
+    assert sent == [{"late": lead.late}]
+    lead.send(3, "training", 0.4)
+    second.status["polls"] = first.status["polls"] = 3
+    lead.send(3, "training", 0.4)
+    assert lead.late == "none: all are equally far"
+
+
+def test_after_a_suspension_nobody_is_silent():
+    peers = Peers()
+    peers.connect([Peer(1, "h", 7, socket.socketpair()[0], heard=0.0)])
+    beats = heartbeats.Heartbeats(0, peers, 40.0)
+    now = time.monotonic()
+    assert not beats.was_suspended(now + 5)
+    assert beats.was_suspended(now + 60)
+    assert beats.silent(now + 61) == ""

@@ -40,7 +40,7 @@ def exact(tree):
 
 
 def close(found, expected, dtype, steps):
-    """Within so many roundings to the type, of the largest value."""
+    """Within that many roundings to the type, of the largest value."""
     tolerance = steps * (2**-8 if dtype == jnp.bfloat16 else 2**-22)
     np.testing.assert_allclose(
         np.asarray(found, np.float64), expected, atol=tolerance * np.abs(expected).max()

@@ -62,7 +62,7 @@ def plain(q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0
         v_BSJK: values.
         document_BL: the number of each token's document, the only one that it sees; None: a row is one.
         key_BJ: dropout keys for the attention weights of each row and key head; None: no dropout.
-        rate: of dropout.
+        rate: dropout rate.
 
     Returns:
         (B, L, H, K) in the queries' type.
@@ -70,11 +70,13 @@ def plain(q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0
     B, L, H, K = q_BLHK.shape
     S, J = k_BSJK.shape[1:3]
     q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
+    # Query heads that share a key head are one axis. Scores are float32, and -inf where nothing may be seen.
     scores = jnp.einsum("bljrk,bsjk->bjrls", q_BLJRK, k_BSJK, preferred_element_type=jnp.float32)
     visible = jnp.arange(L)[:, None] >= jnp.arange(S)
     if document_BL is not None:
         visible = visible & (document_BL[:, None, None, :, None] == document_BL[:, None, None, None, :])
     scores = jnp.where(visible, scores / math.sqrt(K), -jnp.inf)
+    # Weights are rounded to the values' type only after softmax and dropout.
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key_BJ, 0).astype(v_BSJK.dtype)
     y_BLHK = jnp.einsum("bjrls,bsjk->bljrk", weights, v_BSJK).reshape(B, L, H, K)
     return checkpoint_name(y_BLHK, PRODUCT)
@@ -202,6 +204,7 @@ def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, block: in
     cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], block, scores_mib)
     indices = jnp.arange(cut.stages * cut.per_stage)
 
+    # One group of heads after the other, then one stage, in it one block of queries.
     def group(arrays):
         q_ngXK, k_gLK, v_gLK, (query_ngX, key_gL), key_g = arrays
         kt_gKL, parts = jnp.swapaxes(k_gLK, 1, 2), []
@@ -262,6 +265,7 @@ def _backward(rate: float, block: int, scores_mib: float, residuals, dy_BLHK):
                 return total + jnp.stack([d_keys, d_values]), product(d_scores, k_gSK).astype(q_gXK.dtype)
 
             zeros = jnp.zeros_like(totals[..., :end])
+            # Gradients of keys and values add up over all blocks that saw them.
             total, dq_ngXK = jax.lax.scan(pull, zeros, cut.of_stage(stage, (indices, tuple(of_queries))))
             totals = totals.at[..., :end].add(total)
             parts.append(dq_ngXK)

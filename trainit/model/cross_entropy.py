@@ -135,6 +135,7 @@ class CrossEntropy:
     def _chunks(self, head: Head, *arrays) -> tuple[tuple, Callable]:
         """Arrays (B, L, ...) as chunks (n, R, ...), padded with zeros; and the way back, for any tree."""
         B, L = arrays[0].shape[:2]
+        # `lax.map` and `scan` need chunks of one size, so that the last one is padded.
         size = chunk_size(B * L, head.kernel_DV.shape[1], self.logits_mib)
         count = -(-B * L // size)
 
@@ -177,7 +178,7 @@ class CrossEntropy:
         x_RD, targets_R, mask_R = chunk
         tokens, (logits_RV, d_RV, column_R) = self._chunk_losses(head, x_RD, targets_R)
 
-        # By logits, from the probabilities: of cross-entropy and z-loss, through the soft cap.
+        # By logits, from the probabilities (cross-entropy and z-loss), through the soft cap.
         if self.z_loss:
             d_RV = d_RV * (1 + 2 * self.z_loss * tokens["log_total"])[:, None]
         d_RV = d_RV - (jnp.arange(d_RV.shape[1]) == column_R[:, None])

@@ -116,6 +116,7 @@ class Block(nnx.Module):
 
     def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, parts: Parts):
         self.parallel = parallel
+        # The residual stream has the model's precision; norms round what each half reads to its own.
         self.types = parts["attention"].dtype, parts["mlp"].dtype
         self.attention_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
         self.attention = Attention(c, attend, parallel, rngs, parts["attention"].float8)
@@ -132,7 +133,7 @@ class Block(nnx.Module):
         return self.parallel.constrain(x_BLD, "batch", "residual_length", None)
 
 
-# What a block keeps for its backward pass besides its input, by model.remat; the rest is computed again.
+# What a block keeps for its backward pass in addition to its input, by model.remat. The rest is recomputed.
 POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # products except some of `row_parallel`
@@ -153,6 +154,7 @@ class Network(nnx.Module):
         self.token_embedding = Embedding(c.vocab_size, c.dim, rngs)
         learned = c.positions == "learned"
         self.position_embedding = Embedding(c.context_length, c.dim, rngs) if learned else None
+        # All layers are created at once, each with a key of its own, and their parameters are stacked.
         self.blocks = nnx.vmap(lambda key: Block(c, attend, parallel, nnx.Rngs(params=key), parts))(
             jax.random.split(rngs.params(), c.num_blocks)
         )
@@ -180,7 +182,8 @@ class Network(nnx.Module):
             )
             x_BLD = dropout(x_BLD, c.gpt_dropout, key, 0)
 
-        # All blocks, by a loop that is compiled once (scan_layers), or one after the other.
+        # All blocks: one compiled loop over the stacked parameters (scan_layers), or one after the other,
+        # which compiles longer and runs faster. `graph` is what layers have in common.
         graph, layers = nnx.split(self.blocks)
 
         def block(x_BLD, layer):
@@ -188,6 +191,7 @@ class Network(nnx.Module):
             layer_key = None if key is None else jax.vmap(jax.random.fold_in, (0, None))(key, index + 1)
             return nnx.merge(graph, parameters)(x_BLD, layer_key, documents), None
 
+        # In a loop, XLA cannot merge what is recomputed with what was computed before: no barrier is needed.
         if c.remat in POLICIES:
             block = jax.checkpoint(block, prevent_cse=not c.scan_layers, policy=POLICIES[c.remat])
         unroll = 1 if c.scan_layers else c.num_blocks
@@ -216,7 +220,7 @@ class GPT:
         """
         Args:
             config: the resolved sub-config `model`.
-            precision: of matrix products and activations: "float32", "bfloat16" or "float16".
+            precision: type of matrix products and activations: "float32", "bfloat16" or "float16".
             attend: the attention kernel, with the arguments and the result of `attention.plain`.
             parallel: the mesh; default: one device.
             parts: the precision of "attention", "mlp" and "head"; None: `precision`.

@@ -39,7 +39,7 @@ class Norm(nnx.Module):
     """LayerNorm (Ba et al. 2016, arXiv 1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467).
 
     Args:
-        size: of the last axis.
+        size: length of the last axis.
         center: whether the mean is subtracted (LayerNorm).
         bias: whether a LayerNorm has one.
     """
@@ -51,6 +51,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         """Normalizes the last axis in float32; the result is `dtype`, by default that of x."""
+        # In float32, because squares and their mean lose too much in 16 bits.
         y = x.astype(jnp.float32)
         if self.center:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -102,7 +103,8 @@ def find_documents(tokens_BL: jax.Array, end_of_text: int) -> Documents:
 
     A row's first tokens count as a document of their own, even if their document began in the row before.
     """
-    ends_BL = jnp.pad(tokens_BL[:, :-1] == end_of_text, ((0, 0), (1, 0)))  # whether the token before is one
+    # A document starts after each end-of-text id; the latest start up to a token is its document's.
+    ends_BL = jnp.pad(tokens_BL[:, :-1] == end_of_text, ((0, 0), (1, 0)))
     index_L = jnp.arange(tokens_BL.shape[1])
     starts_BL = jax.lax.cummax(jnp.where(ends_BL, index_L, 0), axis=1)
     return Documents(jnp.cumsum(ends_BL, axis=1), index_L - starts_BL)
@@ -117,6 +119,7 @@ def rope(x_BLHK: jax.Array, theta: float, position_BL: jax.Array | None = None) 
         position_BL: l for each token; None: its index in the row.
     """
     _, L, _, K = x_BLHK.shape
+    # In float32: bfloat16 could not tell large positions apart.
     frequency = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
     position = jnp.arange(L) if position_BL is None else position_BL
     angle = position.astype(jnp.float32)[..., None] * frequency  # ([B,] L, K / 2)

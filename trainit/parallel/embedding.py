@@ -28,7 +28,7 @@ def vocab_parallel_embedding(
 
     Args:
         parallel: the mesh.
-        dtype: of the result, in which rows travel.
+        dtype: type of the result, in which rows travel.
         tokens_BL: ids.
         table_VD: float32. So is its gradient, in which the many terms of frequent tokens add up.
         position_LD: the table of learned positions; None: there are none.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2  # of activations and kernels; of gradients
+FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2  # for activations and kernels; for gradients
 
 
 class Factor(NamedTuple):
@@ -22,11 +22,12 @@ def factor(x: jax.Array, dtype: DTypeLike, axes: tuple[str, ...] = ()) -> Factor
 
     Args:
         x: inside shard_map a device's part. Infinities and NaN become NaN in float8.
-        dtype: of the values.
-        axes: of the mesh, over which the array is split: all parts get the same scale.
+        dtype: type of the values.
+        axes: mesh axes over which the array is split: all parts get the same scale.
     """
     if dtype not in (FORWARD, BACKWARD):
         return Factor(x.astype(dtype), None)
+    # The scale is bounded, so that it stays finite for tiny numbers, and 1 for zeros.
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     largest = jax.lax.pmax(largest, axes) if axes else largest
     scale = jnp.where(largest > 0, jnp.minimum(float(jnp.finfo(dtype).max) / largest, 2.0**60), 1.0)

@@ -87,8 +87,8 @@ def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
     Attention's kernels join heads and head size; an embedding maps from its rows.
 
     Args:
-        path: of a parameter that is not a vector.
-        shape: without a layers axis.
+        path: that of a parameter that is not a vector.
+        shape: its shape without a layers axis.
     """
     axes = [axis for axis in logical_axes(path) if axis != "layers"]
     inputs = 1 if axes[0] == "embed" else len(axes) - 1
@@ -110,8 +110,8 @@ def matrix_spec(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSp
     """How matrices that belong to a parameter are split: like its rows and columns, where that divides them.
 
     Args:
-        path: of a parameter that is not a vector.
-        shape: ([layers,] rows, columns): of its own matrices, or of others such as products of these.
+        path: that of a parameter that is not a vector.
+        shape: ([layers,] rows, columns) of its own matrices, or of others such as products of these.
         mesh: on which they are.
     """
     axes = [axis for axis in logical_axes(path) if axis != "layers"]
@@ -147,6 +147,7 @@ def state_shardings(state: Any, parameters: Mapping, mesh: AnyMesh) -> Any:
     """
     shapes = _shapes(parameters)
 
+    # The longest end of a leaf's path that is a parameter's, and fits, counts.
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         for suffix in _suffixes(path):
             if suffix not in shapes:

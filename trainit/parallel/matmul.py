@@ -60,8 +60,8 @@ def row_parallel(
 ) -> jax.Array:
     """x (B, L, F, ...) @ kernel (F, ..., D) + bias, where F is split over tensor (Megatron-LM).
 
-    Remat keeps the result if an exchange was needed for it, and otherwise computes it again: of all products,
-    attention's output is the cheapest for its size, and the MLP's is not needed in the backward pass.
+    Remat keeps the result if an exchange was needed for it, and otherwise computes it again: attention's
+    output is the cheapest product for its size, and the MLP's is not needed in the backward pass.
 
     Returns:
         (B, L, D), with its length split like the residual stream's.
@@ -110,6 +110,7 @@ def _column_parallel(
     p: Parallel, float8: bool, x_BLD: jax.Array, weights: tuple[Weights, ...]
 ) -> tuple[jax.Array, ...]:
     def on_device(x_blD: jax.Array, weights: tuple[Weights, ...]) -> tuple[jax.Array, ...]:
+        # The length is gathered once for all kernels.
         dtype = FORWARD if float8 else x_blD.dtype
         x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype, p.axes("batch", "length"))
 
@@ -126,6 +127,7 @@ def _column_parallel(
 
 def _column_parallel_backward(p: Parallel, float8: bool, saved: tuple, dys: tuple) -> tuple:
     def on_device(x_blD: jax.Array, weights: tuple[Weights, ...], dys: tuple) -> tuple:
+        # The length of x was not kept whole: it is gathered again.
         dtype, backward = (FORWARD, BACKWARD) if float8 else (x_blD.dtype,) * 2
         x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype, p.axes("batch", "length"))
 
@@ -138,6 +140,7 @@ def _column_parallel_backward(p: Parallel, float8: bool, saved: tuple, dys: tupl
             d_bias = None if bias is None else jnp.sum(dy, (0, 1), dtype=jnp.float32)
             return p.sum_gradient(product, 0), sum_over(d_bias, p.axes("batch", "length"))
 
+        # The gradient by x adds up over the kernels, and over tensor, which splits their outputs.
         factors = tuple(factor(dy, backward, p.axes("batch", "length", "mlp")) for dy in dys)
         dx_bLD = sum(to_inputs(kernel, dy) for (kernel, _), dy in zip(weights, factors, strict=True))
         d_weights = tuple(to_weights(pair[1], *dy) for pair, *dy in zip(weights, dys, factors, strict=True))
@@ -166,6 +169,7 @@ def _row_parallel(
         dtype, inputs = FORWARD if float8 else x.dtype, kernel.ndim - 1
         x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))
         axes = tuple(range(2, x.ndim)), tuple(range(inputs))
+        # Each device has a part of the sum over F; the reduce-scatter adds them and splits the length.
         y_bLD = dot(x_factor, _gather_kernel(p, kernel, dtype, inputs), axes, x.dtype)
         y_blD = scatter_sum(y_bLD, p.sequence_axes, 1)
         return y_blD if bias is None else y_blD + bias.astype(y_blD.dtype)
@@ -180,6 +184,8 @@ def _row_parallel_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.
         dtype, backward = (FORWARD, BACKWARD) if float8 else (x.dtype,) * 2
         d_bias = None if bias is None else jnp.sum(dy_blD, (0, 1), dtype=jnp.float32)
         dy_bLD = factor(gather(dy_blD, p.sequence_axes, 1), backward, p.axes("batch", "length"))
+
+        # By x, which needs the kernel; then by the kernel, which needs x.
         last = kernel.ndim - 1
         dx = dot(dy_bLD, _gather_kernel(p, kernel, dtype, last), ((2,), (last,)), x.dtype)
         x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))

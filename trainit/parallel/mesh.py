@@ -35,7 +35,7 @@ class RunShape:
     batch_sizes: BatchSizes  # sequences of each optimizer step
     device_batch_size: int  # most sequences that a device takes in one micro-step; 0: no bound
     attention: str  # the attention kernel: "plain", "blockwise" or "cudnn"
-    logits_chunk: int  # positions whose logits a device has in memory at once
+    logits_chunk: int  # positions whose logits a device has in memory at once, for the first batch size
     sums_once: bool  # whether gradients may be summed over data once a step: see `accumulates_locally`
 
     @property
@@ -86,6 +86,7 @@ def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
     platform = "cuda" if ampere else device.platform
     precision = compute_type(config.precision_of["attention"], config.precision)
 
+    # Chunks of logits for the first batch size; others have their own if they have other micro-steps.
     share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     positions = share // _micro_steps(share, config.device_batch_size) * config.model.context_length
     vocabulary = config.model.vocab_size // mesh.shape["tensor"]
@@ -121,7 +122,7 @@ def choose_attention(config: Config, platform: str, precision: str) -> str:
     Args:
         config: the sub-config `model`.
         platform: "cuda" for NVIDIA's GPUs with bfloat16 units, otherwise JAX's name.
-        precision: of attention's activations.
+        precision: type of attention's activations.
 
     Raises:
         ConfigError: cudnn is asked for where it cannot run.
@@ -175,6 +176,7 @@ def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dic
             left //= sizes[axis]
         sizes[free] = max(left, 1)
 
+    # What was asked for must fit the devices, and divide what it splits.
     needed = math.prod(sizes.values())
     require(
         needed == devices,

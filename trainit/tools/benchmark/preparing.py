@@ -82,7 +82,7 @@ def _compare(
             bare(batch)
         bares.append(size / (time.perf_counter() - start) / 1e6)
         bare_work = time.process_time() - bare_work
-        command = [sys.executable, "-m", "trainit.prepare.prepare", f"--validation={folder}/val.jsonl"]
+        command = [sys.executable, "-m", "trainit", "prepare", f"--validation={folder}/val.jsonl"]
         command += [f"--tokenizer={choice}", f"--output={folder}/{what}{number}"]
         command += [f"--input={glob.escape(str(path))}" for path in paths]
         start, before = time.perf_counter(), _work_of_children()

@@ -207,7 +207,7 @@ def test_stored_sequences_of_the_context_length_and_one_are_read_whole(write, tm
     dataset = open_path(str(tmp_path), "bytes", str(tmp_path / "held_out" / "any.bin"))
     train = dataset.splits["train"]
     assert train.sequences(LENGTH) == 97
-    # Pythia's batch t is the t-th so many sequences.
+    # Pythia's batch t is the t-th group of that many sequences.
     batches = loader.BatchSource(Ordered(train, Sequential(97)), 0, (2, 8, LENGTH), slice(0, 8), 6)
     for t in range(6):
         np.testing.assert_array_equal(
@@ -217,7 +217,7 @@ def test_stored_sequences_of_the_context_length_and_one_are_read_whole(write, tm
     np.testing.assert_array_equal(ids[:97], rows)
     assert lengths.tolist() == [LENGTH] * 97 + [0]
     assert f"sequences of {LENGTH + 1} tokens read whole" in dataset.layout(LENGTH)
-    # With another context length they are one stream, which is said.
+    # With another context length they are one stream, which is reported.
     ids, lengths = train.read(np.array([3]), 40)
     np.testing.assert_array_equal(ids[0], rows.ravel()[120:161])
     assert train.sequences(40) == -(-(rows.size - 1) // 40)

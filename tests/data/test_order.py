@@ -35,7 +35,7 @@ def test_blocks_keep_neighbours_near_and_mix_them():
         assert block.max() // 64 == block.min() // 64
         assert (np.diff(block) == 1).mean() < 0.2
     numbers = [int(block[0]) // 64 for block in blocks]
-    assert numbers[-1] == 15  # what is behind the last whole block ends the epoch
+    assert numbers[-1] == 15  # what follows the last whole block ends the epoch
     assert numbers[:-1] != sorted(numbers[:-1])
     assert len({tuple(block % 64) for block in blocks[:-1]}) == len(blocks) - 1
 

@@ -109,7 +109,7 @@ def test_broken_lines_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])
 def test_torn_and_damaged_files(name, tmp_path):
-    """Whole lines before the tear are kept, and the file is said to be damaged."""
+    """Whole lines before the tear are kept, and the file is reported as damaged."""
     rows = records(200)
     path = tmp_path / name
     write(path, rows)

@@ -45,7 +45,7 @@ def lines(documents: list[str]) -> bytes:
 
 
 def write(folder, sizes: tuple[int, ...]) -> list[str]:
-    """Files of so many documents, of all kinds in turn; returns all documents."""
+    """Writes `sizes` documents to files of all kinds in turn; returns all documents."""
     everything = []
     for i, size in enumerate(sizes):
         content = lines(documents := texts(size, i))
@@ -164,7 +164,7 @@ def test_resume_is_exact_at_any_position(sizes, tmp_path):
 
 
 def batches_of(corpus, hosts: int, states, count: int, shape, monkeypatch, first_row=0):
-    """The next batches (count, G, b, L + 1) out of what hosts read, and where all streams are behind them."""
+    """The next batches (count, G, b, L + 1) out of what hosts read, and where all streams are afterwards."""
     layout = batch_sharding(make_mesh({"data": 1, "fsdp": 4, "tensor": 1, "context": 1}, jax.devices()[:4]))
     batches, behind = np.zeros((count, *shape[:2], shape[2] + 1), np.uint16), {}
     for host in range(hosts):
@@ -180,7 +180,7 @@ def batches_of(corpus, hosts: int, states, count: int, shape, monkeypatch, first
 
 @pytest.mark.evidence("straight from `.jsonl`: the same batches for 1, 2, 4 and 8 hosts' rows")
 def test_batches_do_not_depend_on_hosts_or_micro_steps(folder, monkeypatch):
-    """Nor do resumes: what each number of hosts has left behind, another one goes on with."""
+    """Nor do resumes: what one number of hosts has left, another one continues."""
     corpus = corpus_of(folder, 8, window=4)
     expected, _ = batches_of(corpus, 1, None, 9, (1, 16, LENGTH), monkeypatch)
     expected = expected.reshape(9, 16, LENGTH + 1)
@@ -379,7 +379,7 @@ def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path):
 
 
 def test_a_batch_that_grows_is_the_run_gone_on_with_a_larger_one(command, tmp_path):
-    """Bit for bit; streams go on from where they are, within a window."""
+    """Bit for bit; streams continue from where they are, within a window."""
     plain = [*command, "--config.cpu_devices=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]
     plain += ["--config.batch_size=8", "--config.eval.every_steps=0", "--config.eval.sequences=8"]
     plain[0] += ",schedule=constant"

@@ -161,7 +161,7 @@ def test_what_cannot_be_had(tmp_path, monkeypatch):
 
 
 def test_a_model_without_bytes_refuses_what_it_cannot_say(tmp_path):
-    """A model with a dummy prefix and normalization is told apart, and does not lose surrogates silently."""
+    """A model with a dummy prefix and normalization is recognized, and does not lose surrogates silently."""
     prefix = str(tmp_path / "m")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS.splitlines()), model_prefix=prefix, vocab_size=200, minloglevel=2

@@ -42,7 +42,7 @@ def dtype_of(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def pieces(ends: Sequence[int], begin: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def pieces(ends: Sequence[int] | np.ndarray, begin: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Yields where tokens [begin, stop) of concatenated parts lie, as (part, first, last) within each part.
 
     Args:
@@ -51,7 +51,7 @@ def pieces(ends: Sequence[int], begin: int, stop: int) -> Iterator[tuple[int, in
         begin: first token.
         stop: the token after the last one.
     """
-    part = bisect.bisect_right(ends, begin)
+    part = bisect.bisect_right(ends, begin)  # type: ignore[arg-type]  # an array is sequence enough
     while begin < stop:
         start = int(ends[part - 1]) if part else 0
         last = min(stop, int(ends[part]))
@@ -111,7 +111,7 @@ class Split:
             return self.tokens // self.stored
         return -(-(self.tokens - 1) // length)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         opened = ("_shards", "_ends", "_documents")
         return {name: value for name, value in self.__dict__.items() if name not in opened}
 
@@ -268,8 +268,8 @@ def open_dataset(folder: Path, option: str = "dataset.path") -> Dataset:
     """Reads `dataset.json` and checks that every shard is complete.
 
     Args:
-        folder: of the dataset.
-        option: which named it, for messages.
+        folder: the dataset's.
+        option: the option that named the folder, for messages.
 
     Raises:
         DatasetError: missing, unfinished, of an unknown format, or damaged.

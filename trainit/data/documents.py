@@ -1,8 +1,8 @@
 """Documents out of files, as a stream: .jsonl, .jsonl.zst, .jsonl.gz, .txt and .parquet.
 
-A file is read by one process, in order, in batches of about a MiB that others parse and encode. A
-batch says where the file goes on behind it, and from there the reader starts again after a stop.
-Memory is bounded by a few batches and the largest document (of a .txt: by a few batches).
+One process reads a file in order, in batches of about a MiB, which others may parse and encode. A batch has
+the position in the file after it, and reading can start again from there after a stop. Memory is bounded by
+a few batches and the largest document. A .txt is read in pieces, so that its length does not matter.
 """
 
 import codecs
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -37,12 +37,12 @@ class Document(NamedTuple):
     line: int  # of the file, or row, from 1
     first: bool = True  # piece of its document
     last: bool = True
-    hash: bytes = b""  # of the whole document; empty: of this text
+    hash: bytes = b""  # the whole document's; empty: `text` is the whole document
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where reading goes on: behind so many bytes (as decompressed) and lines of a file."""
+    """Where reading continues: after this many bytes (as decompressed) and lines of a file."""
 
     file: int = 0
     offset: int = 0
@@ -51,24 +51,24 @@ class Position:
 
 @dataclass(frozen=True)
 class Broken:
-    """What cannot be read. `line` is the document's, or the last one before a file's damage."""
+    """Something that cannot be read. `line` is the document's, or the last one before a file's damage."""
 
     file: str
     line: int
     reason: str
     damaged: bool = False  # the rest of the file is lost
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = f"after line {self.line}" if self.damaged else f"line {self.line}"
         return f"{self.file}: {where}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some documents in a row: lines of JSON, or texts."""
+    """Consecutive documents of a file: lines of JSON, or texts."""
 
     file: str
-    position: Position  # behind it
+    position: Position  # after the batch
     read: int  # bytes of the file as it is on disk, up to here
     line: int = 0  # lines of the file before it
     lines: bytes = b""
@@ -77,24 +77,23 @@ class Batch:
 
 
 def suffix(path: Path) -> str | None:
-    """The one of SUFFIXES with which the path ends."""
+    """Returns the one of SUFFIXES that the path ends in, or None."""
     return next((s for s in reversed(SUFFIXES) if path.name.endswith(s)), None)
 
 
 def read(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
-    """The batches of a file from `start` on. A damaged end comes as the last batch's `broken`.
+    """Yields the batches of a file from `start` on. If its end is damaged, the last batch's `broken` says so.
 
     Args:
-        path: of the file.
-        name: what messages call it.
+        path: the file.
+        name: its name in messages.
         fields: dotted names of the text and of the subset; parquet reads only these columns.
         start: where to begin.
 
     Raises:
         OSError: the file cannot be opened or read.
     """
-    kind = suffix(path)
-    reader = {".txt": _read_text, ".parquet": _read_parquet}.get(kind, _read_lines)
+    reader = {".txt": _read_text, ".parquet": _read_parquet}.get(path.suffix, _read_lines)
     line = start.line
     try:
         for batch in reader(path, name, fields, start):
@@ -105,9 +104,10 @@ def read(path: Path, name: str, fields: tuple[str, str], start: Position) -> Ite
         yield Batch(name, Position(start.file + 1), path.stat().st_size, broken=broken)
 
 
-def _read_lines(path: Path, name: str, fields: tuple, start: Position) -> Iterator[Batch]:
-    """Whole lines, about BATCH bytes of them at a time."""
-    position, parts, size = start, [], 0
+def _read_lines(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
+    """Yields whole lines, about BATCH bytes of them at a time."""
+    position, size = start, 0
+    parts: list[bytes] = []
 
     def batch(lines: bytes) -> Batch:
         nonlocal position
@@ -128,7 +128,7 @@ def _read_lines(path: Path, name: str, fields: tuple, start: Position) -> Iterat
         except DamagedError as error:
             damage = error
         rest = b"".join(parts)
-        if damage:  # what stands behind the last whole line is torn
+        if damage:  # the rest after the last whole line is incomplete
             rest = rest[: rest.rfind(b"\n") + 1]
         if rest:
             yield batch(rest)
@@ -137,7 +137,7 @@ def _read_lines(path: Path, name: str, fields: tuple, start: Position) -> Iterat
 
 
 def parse(batch: Batch, fields: tuple[str, str]) -> tuple[list[Document], list[Broken]]:
-    """The documents of a batch's lines, and the lines that are none. Blank lines are passed over."""
+    """Returns the documents of a batch, and its lines that are no documents. Blank lines are skipped."""
     documents, broken = list(batch.documents), list(batch.broken)
     for number, line in enumerate(batch.lines.split(b"\n"), start=batch.line + 1):
         if not line or line.isspace():
@@ -206,7 +206,7 @@ def find_files(patterns: Sequence[str], option: str, suffixes: Sequence[str]) ->
     return paths, [str(path.relative_to(common)) for path in paths]
 
 
-def _field(record, dotted: str):
+def _field(record: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         if not isinstance(record, dict) or part not in record:
             raise ValueError(f"field {dotted} is missing")
@@ -214,23 +214,23 @@ def _field(record, dotted: str):
     return record
 
 
-def _subset(record, dotted: str) -> str:
-    """A document's subset; empty where it has none."""
+def _subset(record: Any, dotted: str) -> str:
+    """Returns a document's subset, or an empty text if it has none."""
     try:
         return str(_field(record, dotted)) if dotted else ""
     except ValueError:
         return ""
 
 
-def _document(record: dict, fields: tuple[str, str], line: int) -> Document:
+def _document(record: dict[str, Any], fields: tuple[str, str], line: int) -> Document:
     text = _field(record, fields[0])
     if type(text) is not str:
         raise ValueError(f"field {fields[0]} is not a text")
     return Document(text, _subset(record, fields[1]), line)
 
 
-def _read_text(path: Path, name: str, fields: tuple, start: Position) -> Iterator[Batch]:
-    """One document, piece by piece. It is read twice: first to know that all of it is UTF-8."""
+def _read_text(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
+    """Reads one document, piece by piece. It is read twice: first to check that all of it is UTF-8."""
     with path.open("rb") as file:
         decoder, digest, line = codecs.getincrementaldecoder("utf8")(), blake2b(digest_size=16), 1
         chunk = b"..."
@@ -257,7 +257,7 @@ def _read_text(path: Path, name: str, fields: tuple, start: Position) -> Iterato
 
 
 def _stream(file: BinaryIO) -> Iterator[tuple[str, bool]]:
-    """The pieces of a text, cut where `vocabulary.pieces` cuts it, and whether each is the last."""
+    """Yields the pieces of a text, cut as `tokenizers.base.pieces` does, and whether each is the last."""
     text, chunk, decoder = "", b"...", codecs.getincrementaldecoder("utf8")()
     while chunk:
         chunk = file.read(BATCH)
@@ -271,7 +271,7 @@ def _stream(file: BinaryIO) -> Iterator[tuple[str, bool]]:
     yield text, True
 
 
-def _read_parquet(path: Path, name: str, fields: tuple, start: Position) -> Iterator[Batch]:
+def _read_parquet(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -280,10 +280,10 @@ def _read_parquet(path: Path, name: str, fields: tuple, start: Position) -> Iter
     bytes_on_disk, row, size, documents, broken = path.stat().st_size, 0, 0, [], []
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            there = [file.schema.column(i).path for i in range(len(file.schema))]
-            if fields[0] not in there:
-                raise DamagedError(f"there is no column {fields[0]}, only {', '.join(there)}")
-            columns = [column for column in fields if column in there]
+            available = [file.schema.column(i).path for i in range(len(file.schema))]
+            if fields[0] not in available:
+                raise DamagedError(f"there is no column {fields[0]}, only {', '.join(available)}")
+            columns = [column for column in fields if column in available]
             total = file.metadata.num_rows
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
@@ -309,8 +309,8 @@ def _read_parquet(path: Path, name: str, fields: tuple, start: Position) -> Iter
         raise DamagedError(f"damaged parquet file ({error})") from None
 
 
-def _records(rows) -> list[dict | None]:
-    """Rows as dicts; None in the place of one whose text is not UTF-8."""
+def _records(rows: Any) -> list[dict | None]:
+    """Returns rows as dicts, and None for each whose text is not UTF-8."""
     try:
         return rows.to_pylist()
     except UnicodeDecodeError:

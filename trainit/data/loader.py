@@ -1,8 +1,8 @@
 """Global batches of token ids: which sequences make batch t, and how each process reads its rows.
 
-Law: global batch t is a pure function of (dataset, seed, t). There is one endless order of rows, of
-which batch t is rows [t*B, (t+1)*B). Hosts, devices, workers, micro-steps and restarts only decide who
-reads which of these rows. The position in the data is one integer: rows consumed.
+Law: global batch t is a pure function of (dataset, seed, t). There is one endless order of rows, and batch t
+is rows [t*B, (t+1)*B) of it. Hosts, devices, workers, micro-steps and restarts only decide who reads which of
+these rows. The position in prepared data is one integer: the rows consumed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,7 +38,7 @@ class DataPosition(NamedTuple):
         return cls(rows, streams)
 
     def to_meta(self) -> dict[str, Any]:
-        """Returns what `from_meta` reads, besides the config."""
+        """Returns the entries of a checkpoint's meta data that `from_meta` reads."""
         return self._asdict()
 
 
@@ -47,16 +47,16 @@ START = DataPosition()
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Record j: this process's rows of the j-th global batch behind row `first_row`.
+    """What Grain reads. Record j is this process's rows of the j-th global batch after row `first_row`.
 
-    A record is {"tokens": (G, rows, L + 1) ids in the dataset's narrow type, "lengths": (G, rows)
-    int32, how many targets of each row count}, and with_subsets "subsets": (G, rows, L) uint16.
+    A record is {"tokens": (G, rows, L + 1) ids in the dataset's small type, "lengths": (G, rows) int32, how
+    many targets of each row count}, and, if with_subsets, "subsets": (G, rows, L) uint16.
     """
 
     source: Ordered | Mixture
     first_row: int
     shape: tuple[int, int, int]  # of the global batch: micro-steps G, rows of one b, L
-    rows: slice  # of each micro-step, those that this process reads
+    rows: slice  # those of each micro-step that this process reads
     batches: int
     with_subsets: bool = False
 
@@ -73,6 +73,7 @@ class BatchSource:
             "lengths": lengths.reshape(in_batch.shape),
         }
         if self.with_subsets:
+            assert isinstance(self.source, Ordered)  # a mixture is not for validation
             batch["subsets"] = self.source.read_subsets(positions, length).reshape(*in_batch.shape, length)
         return batch
 
@@ -87,17 +88,17 @@ def batches(
     prefetch: int = 2,
     with_subsets: bool = False,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Global batches on the devices, read ahead by a thread or by worker processes.
+    """Yields global batches on the devices. A thread or worker processes read ahead.
 
     Args:
         source: the endless order of rows.
         shape: (micro-steps G, rows of a micro-step b, length L); a batch is G * b rows.
-        sharding: of arrays (G, b, ...); only the second axis may be split.
+        sharding: for arrays (G, b, ...); only the second axis may be split.
         first_row: rows consumed before the first batch.
-        count: how many batches there are to come.
+        count: number of batches.
         workers: processes that read; 0: a thread of this process.
         prefetch: batches read ahead (by each worker).
-        with_subsets: tell each target's subset, too; of an `Ordered` split.
+        with_subsets: adds the subset of each target; only for `Ordered` sources.
 
     Yields:
         {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32, and perhaps "subsets": (G, b, L) uint16},
@@ -106,8 +107,8 @@ def batches(
     Raises:
         RuntimeError: a worker process died.
     """
-    mine = local_rows(shape, sharding)
-    rows_read = BatchSource(source, first_row, shape, mine, count, with_subsets)
+    own_rows = local_rows(shape, sharding)
+    rows_read = BatchSource(source, first_row, shape, own_rows, count, with_subsets)
     reader = grain.MapDataset.source(rows_read).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     )
@@ -116,30 +117,30 @@ def batches(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
             end_with_parent,
         )
-    yield from on_devices(reader, mine, shape, sharding)
+    yield from on_devices(reader, own_rows, shape, sharding)
 
 
 def local_rows(shape: tuple[int, int, int], sharding: jax.sharding.NamedSharding) -> slice:
-    """The rows of each micro-step that this process reads: from its devices' first to their last."""
+    """Returns the rows of each micro-step that this process reads: from its devices' first to their last."""
     micro_steps, rows, _ = shape
     local = sharding.addressable_devices_indices_map((micro_steps, rows)).values()
-    mine = [index[1].indices(rows)[:2] for index in local]
-    return slice(min(start for start, _ in mine), max(stop for _, stop in mine))
+    ranges = [index[1].indices(rows)[:2] for index in local if index is not None]
+    return slice(min(start for start, _ in ranges), max(stop for _, stop in ranges))
 
 
 def on_devices(
     records: Iterable[dict[str, np.ndarray]],
-    mine: slice,
+    own_rows: slice,
     shape: tuple[int, int, int],
     sharding: jax.sharding.NamedSharding,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Global arrays (G, b, ...) out of records of this process's rows, arrays (G, rows, ...)."""
+    """Yields global arrays (G, b, ...) made of records of this process's rows, arrays (G, rows, ...)."""
     _, rows, _ = shape
 
     def place(local: np.ndarray) -> jax.Array:
-        def part(index):
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(rows)
-            return local[:, start - mine.start : stop - mine.start]
+            return local[:, start - own_rows.start : stop - own_rows.start]
 
         return jax.make_array_from_callback((local.shape[0], rows, *local.shape[2:]), sharding, part)
 

@@ -1,8 +1,8 @@
 """Several sources of sequences as one, in exact proportions that may change during a run.
 
-Position p of the mixture is a position of one of its sources: a pure function of p and the weights. Sources
-alternate as evenly as their weights allow, with a period that has each weight exactly, so that any thousand
-batches hold each source in its proportion, to a row.
+Position p of the mixture is a position in one of its sources: a pure function of p and the weights. Sources
+alternate as evenly as their weights allow, with a period that has each weight exactly. Any range of rows
+therefore holds each source in its proportion, up to a row.
 """
 
 import dataclasses
@@ -13,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from trainit import config as config_lib
 from trainit.config import Config, ConfigError
 from trainit.data import subsets
-from trainit.data.dataset import Dataset
+from trainit.data.dataset import Dataset, Split
 from trainit.data.formats import detect
 from trainit.data.order import Ordered
+from trainit.data.subsets import Subset
 
 PERIOD = 1 << 20  # rows at most; weights that need more are rounded to multiples of 1 / PERIOD
 
@@ -35,20 +37,20 @@ class Stage:
 
     @functools.cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each place of a period: its source, and how often that source came before in it.
+        """For each row of a period: its source, and how often that source came before in the period.
 
-        Source k's j-th turn is due at (j + 1/2) / counts[k] of the period; places go by what is due.
+        Source k's j-th turn is due at (j + 1/2) / counts[k] of the period. Rows have that order.
         """
         due = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts if count])
         of = np.repeat(np.arange(len(self.counts)), self.counts)
         source = of[np.argsort(due, kind="stable")].astype(np.int32)
         before = np.empty(len(source), np.int64)
         for k in range(len(self.counts)):
-            mine = source == k
-            before[mine] = np.arange(np.count_nonzero(mine))
+            own = source == k
+            before[own] = np.arange(np.count_nonzero(own))
         return source, before
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_table"}
 
     def used(self, rows: int) -> np.ndarray:
@@ -93,7 +95,7 @@ class Mixture:
             used.append(used[-1] + one.used(following.start - one.start))
         return used
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_used"}
 
     @property
@@ -106,9 +108,9 @@ class Mixture:
         starts = np.array([stage.start for stage in self.stages])
         of = np.searchsorted(starts, positions, side="right") - 1
         for i in np.unique(of):
-            mine = of == i
-            number[mine], at[mine] = self.stages[i](positions[mine] - self.stages[i].start)
-            at[mine] += self._used[i][number[mine]]
+            rows = of == i
+            number[rows], at[rows] = self.stages[i](positions[rows] - self.stages[i].start)
+            at[rows] += self._used[i][number[rows]]
         return number, at
 
     def read(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,17 +128,18 @@ Parts = list[tuple[str, Fraction]]  # names and weights
 
 
 def parse(text: str) -> list[tuple[str, Parts]]:
-    """`dataset.mixture` as [(from when on, [(part, weight), ...]), ...].
+    """Returns `dataset.mixture` as [(from when on, [(part, weight), ...]), ...].
 
     Stages are separated by ";", parts by ","; a part's last word is its weight; "20%:" before a stage says
     when it begins, a duration as schedules have them.
 
     Raises:
-        ConfigError: it is written otherwise; the message says what is wrong.
+        ConfigError: it has another form; the message says what is wrong.
     """
     stages = []
     for number, one in enumerate(text.split(";")):
         match = re.fullmatch(r"\s*(?:([\d.]+(?:e\d+)?\s*(?:%|tokens)?)\s*:)?(.*)", one, re.DOTALL)
+        assert match is not None  # the expression fits every text
         begin, parts = match[1], []
         if (begin is None) != (number == 0):
             raise ConfigError(
@@ -158,10 +161,10 @@ def parse(text: str) -> list[tuple[str, Parts]]:
 
 
 def with_parts(dataset: Dataset, text: str, cache: Path) -> Dataset:
-    """The dataset, with what a mixture is made of: its own subsets, and other datasets.
+    """Returns the dataset with the parts of a mixture: its own subsets, and other datasets.
 
     Args:
-        dataset: that `dataset.path` names; parts that others made have its tokenizer.
+        dataset: the one at `dataset.path`. Parts that other programs made have its tokenizer too.
         text: `dataset.mixture`.
         cache: folder in which the indexes of subsets are kept.
 
@@ -173,7 +176,8 @@ def with_parts(dataset: Dataset, text: str, cache: Path) -> Dataset:
     names = dict.fromkeys(name for _, parts in parse(text) for name, _ in parts)
     numbers = {name: train.subsets.index(name) for name in names if name in train.subsets}
     own = subsets.open_subsets(train, numbers.values(), cache / f"subsets-{dataset.fingerprint}")
-    parts, prints = {}, []
+    parts: dict[str, Split | Subset] = {}
+    prints = []
     for name in names:
         if name in numbers:
             parts[name] = own[numbers[name]]
@@ -185,14 +189,14 @@ def with_parts(dataset: Dataset, text: str, cache: Path) -> Dataset:
 
 
 def _open_part(name: str, dataset: Dataset) -> Dataset:
-    """Another dataset, with the tokenizer of this one."""
+    """Opens another dataset and checks that it has the tokenizer of this one."""
     where = f"dataset.path={str(dataset.folder)!r}"
     foreigners = detect.find(Path(name))
     if not foreigners and not Path(name).exists():
-        there = ", ".join(dataset.splits["train"].subsets) or "none"
+        available = ", ".join(dataset.splits["train"].subsets) or "none"
         raise ConfigError(
             f"dataset.mixture: {name!r} is neither a dataset's folder nor a subset of {where}, which has "
-            f"{there}"
+            f"{available}"
         )
     if foreigners:
         other = detect.open_path(name, dataset.tokenizer, str(dataset.folder))
@@ -211,7 +215,7 @@ def _open_part(name: str, dataset: Dataset) -> Dataset:
 
 
 def stages(text: str, config: Mapping) -> list[tuple[int, dict[str, Fraction]]]:
-    """`dataset.mixture` as [(first row, {part: weight}), ...]; the whole config says where steps begin."""
+    """Returns `dataset.mixture` as [(first row, {part: weight}), ...], for the batch sizes of the config."""
     result, sizes = [], config_lib.batch_sizes(config)
     for begin, parts in parse(text):
         step = sizes.duration(begin, "dataset.mixture")
@@ -225,17 +229,17 @@ def stages(text: str, config: Mapping) -> list[tuple[int, dict[str, Fraction]]]:
     return result
 
 
-def check_history(config: Config, before: Mapping, rows: int, step: int):
-    """Checks that a mixture that changes goes on as it was: its stages begin at rows counted from the start.
+def check_history(config: Config, before: Mapping[str, Any], rows: int, step: int) -> None:
+    """Checks that a mixture with stages continues as it was: stages begin at rows counted from the start.
 
     Args:
         config: resolved.
         before: the checkpoint's config, as nested dicts.
-        rows: consumed until now.
-        step: of the run.
+        rows: number of sequences consumed.
+        step: the run's present step.
 
     Raises:
-        ConfigError: the rows are not those of so many steps, or another past would have been.
+        ConfigError: the rows are not those of `step` steps, or stages that are over were others.
     """
     d = config.dataset
     old_text = before["dataset"].get("mixture", "")

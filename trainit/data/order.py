@@ -115,7 +115,8 @@ class Ordered:
         return self.split.read(self.order(positions), length)
 
     def read_subsets(self, positions: np.ndarray, length: int) -> np.ndarray:
-        """uint16 (n, length): the subset of each target."""
+        """Returns uint16 (n, length): the subset of each target."""
+        assert isinstance(self.split, Split)  # a subset has only one
         return self.split.read_subsets(self.order(positions), length)
 
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,12 +36,13 @@ class Subset:
         """How many sequences of `length` targets cover the subset."""
         return -(-(self.tokens - 1) // length)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_index"}
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(np.memmap(f"{self.index}.{part}", "<u8", "r") for part in ("starts", "ends"))
+        starts, ends = (np.memmap(f"{self.index}.{part}", "<u8", "r") for part in ("starts", "ends"))
+        return starts.view(np.ndarray), ends.view(np.ndarray)
 
     def read(self, sequences: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """As `Split.read`."""
@@ -91,7 +93,7 @@ def _part(index: Path, part: str) -> Path:
     return index.with_name(f"{index.name}.{part}")
 
 
-def _make_indexes(split: Split, indexes: dict[int, Path]):
+def _make_indexes(split: Split, indexes: dict[int, Path]) -> None:
     """Writes the two files of each, the ends last."""
     totals, offset = dict.fromkeys(indexes, 0), 0
     with contextlib.ExitStack() as stack:
@@ -104,10 +106,10 @@ def _make_indexes(split: Split, indexes: dict[int, Path]):
             starts, of = split.documents(shard)
             lengths = np.diff(np.append(starts, size))
             for number in indexes:
-                mine = of == number
-                (starts[mine] + offset).astype("<u8").tofile(files[number, "starts"])
-                (np.cumsum(lengths[mine]) + totals[number]).astype("<u8").tofile(files[number, "ends"])
-                totals[number] += int(lengths[mine].sum())
+                own = of == number
+                (starts[own] + offset).astype("<u8").tofile(files[number, "starts"])
+                (np.cumsum(lengths[own]) + totals[number]).astype("<u8").tofile(files[number, "ends"])
+                totals[number] += int(lengths[own].sum())
             offset += size
     for index in indexes.values():
         for part in ("starts", "ends"):

@@ -1,4 +1,4 @@
-"""What a run trains on: the interface that training uses, and prepared data behind it.
+"""What a run trains on: the interface that training uses, and prepared data, which implement it.
 
 A run trains on tokens that lie on the disk (`PreparedData`: one dataset in some order, or a mixture), or on
 JSON lines that are tokenized while it trains (`jsonl.dataset.StreamedData`). Both are a `TrainingData`, and
@@ -24,6 +24,7 @@ from trainit.data.jsonl import dataset as jsonl
 from trainit.data.loader import START, DataPosition
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered, Spaced
+from trainit.data.subsets import Subset
 from trainit.data.tokenizers import Tokenizer
 from trainit.logs import quantity
 
@@ -53,8 +54,13 @@ class BatchReader(Protocol):
 class TrainingData(Protocol):
     """What a run trains on and validates with, as its config says."""
 
-    source: str  # dataset.path
-    validation: Split
+    @property
+    def source(self) -> str:
+        """Where the data lie, for people."""
+
+    @property
+    def validation(self) -> Split:
+        """The split to validate with."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -77,13 +83,13 @@ class TrainingData(Protocol):
         """Returns what reads this process's rows of the batches after `position`.
 
         Args:
-            shape: of a global batch. It may differ from that of the batches before.
-            layout: of arrays (G, b, ...); only the second axis may be split.
+            shape: a global batch's. It may differ from that of the batches before.
+            layout: for arrays (G, b, ...); only the second axis may be split.
             position: how much of the data is consumed.
         """
 
-    def check_resume(self, before: Mapping, position: DataPosition, step: int) -> None:
-        """Checks that this data goes on as the data of a checkpoint would have.
+    def check_resume(self, before: Mapping[str, Any], position: DataPosition, step: int) -> None:
+        """Checks that this data continues as the data of a checkpoint would have.
 
         Args:
             before: the checkpoint's config, as nested dicts.
@@ -98,14 +104,15 @@ class TrainingData(Protocol):
 class PreparedReader:
     """Reads batches of prepared data; a `BatchReader`."""
 
-    def __init__(self, source: Ordered | Mixture, shape: Shape, layout, first_row: int, options: Mapping):
+    def __init__(
+        self, source: Ordered | Mixture, shape: Shape, layout: Any, first_row: int, options: dict[str, Any]
+    ):
         self._source, self._shape, self._layout, self._first_row = source, shape, layout, first_row
         self._options = options
 
     def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
-        return loader.batches(
-            self._source, self._shape, self._layout, self._first_row, count, **self._options
-        )
+        position = self._first_row, count
+        return loader.batches(self._source, self._shape, self._layout, *position, **self._options)
 
     def position(self, rows: int) -> DataPosition:
         return DataPosition(rows)
@@ -150,7 +157,7 @@ class PreparedData:
         length = c.model.context_length
         block = max(d.block_tokens // length, 1)
 
-        def ordered(split, seed: int) -> Ordered:
+        def ordered(split: Split | Subset, seed: int) -> Ordered:
             return Ordered(split, order.make(d.order, split.sequences(length), block, seed))
 
         if not d.mixture:
@@ -177,7 +184,7 @@ class PreparedData:
         options = {"workers": d.workers, "prefetch": d.prefetch}
         return PreparedReader(self.rows, shape, layout, position.rows, options)
 
-    def check_resume(self, before: Mapping, position: DataPosition, step: int) -> None:
+    def check_resume(self, before: Mapping[str, Any], position: DataPosition, step: int) -> None:
         mixture.check_history(self.config, before, position.rows, step)
 
 
@@ -205,7 +212,7 @@ def validation_batches(
         split: to read.
         sequences: how many; 0: all that there are. The last batch is filled up with rows of length 0.
         shape: (1, rows, L) of a batch.
-        layout: of arrays (1, rows, ...).
+        layout: for arrays (1, rows, ...).
         with_subsets: adds each target's subset to the batches, see `loader.batches`.
     """
     available = split.sequences(shape[2])
@@ -254,7 +261,7 @@ def read(
     return resolved, data
 
 
-def _check_size(name: str, split: Split | None):
+def _check_size(name: str, split: Split | None) -> None:
     if split is None or split.tokens < 2 or split.bytes == 0:
         size = f"{split.tokens} tokens" if split else "nothing"
         size += f" of {split.bytes} bytes" if split and split.bytes is not None else ""

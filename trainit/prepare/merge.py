@@ -1,9 +1,10 @@
-"""The last step of preparing: finished units become a dataset; duplicates are left out."""
+"""The last step of preparing: finished units become a dataset, and duplicates are left out."""
 
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,9 @@ def join(
     subsets = list(dict.fromkeys(name for journal in journals.values() for name in journal["subsets"]))
     dropped = _find_duplicates(folder, units, journals) if deduplicate else {}
     dtype = dtype_of(tokenizer.vocab_size)
-    described = {split: {"shards": [], "counts": {name: [0, 0, 0] for name in subsets}} for split in splits}
+    described: dict[str, dict[str, Any]] = {
+        split: {"shards": [], "counts": {name: [0, 0, 0] for name in subsets}} for split in splits
+    }
     for split, description in described.items():
         for unit in units:
             journal = journals[unit.name]
@@ -146,7 +149,7 @@ def _place(
 
 
 def _copy_without(old, new, dtype, gone, of_documents, token_bytes, subsets, shard) -> dict[str, list[int]]:
-    """Copies a shard but for some documents; returns what they counted. The old files stay."""
+    """Copies a shard without some documents; returns the counts of these by subset. The old files stay."""
     ids = np.memmap(old["tokens"], dtype, "r")
     starts = np.fromfile(old["documents"], "<u8").astype(np.int64)
     ends = np.append(starts[1:], len(ids))
@@ -172,7 +175,7 @@ def _copy_without(old, new, dtype, gone, of_documents, token_bytes, subsets, sha
 
 
 def _find_duplicates(folder: Path, units: list[Unit], journals: dict) -> dict[tuple[str, str], np.ndarray]:
-    """Which documents of a unit and split came before. What validation has, train loses."""
+    """Returns which documents of each unit and split are duplicates. What validation has, train loses."""
     places = [
         (unit.name, split)
         for split in ("validation", "train")
@@ -184,11 +187,11 @@ def _find_duplicates(folder: Path, units: list[Unit], journals: dict) -> dict[tu
 
 
 def duplicates(files: list[Path], at_once: int = HASHES_AT_ONCE) -> list[np.ndarray]:
-    """For each file of hashes, the numbers of those that stand earlier in it or in a file before it.
+    """Returns for each file of hashes the numbers of those that occur earlier, in it or in a file before it.
 
     Args:
         files: HASH bytes each document.
-        at_once: hashes sorted in memory; more of them are told apart by their first bytes.
+        at_once: hashes that are sorted in memory at once. More are divided by their remainders first.
     """
     found = [[np.empty(0, np.int64)] for _ in files]
     slices = -(-sum(file.stat().st_size for file in files) // (HASH * at_once)) or 1
@@ -200,9 +203,9 @@ def duplicates(files: list[Path], at_once: int = HASHES_AT_ONCE) -> list[np.ndar
             keys.append(hashes[chosen])
             where.append(np.stack([np.full_like(chosen, number), chosen], axis=1))
         if keys:
-            keys, where = np.concatenate(keys), np.concatenate(where)
-            order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: the first of equals comes first
-            again = where[order[1:][(keys[order[1:]] == keys[order[:-1]]).all(axis=1)]]
+            all_keys, places = np.concatenate(keys), np.concatenate(where)
+            order = np.lexsort((all_keys[:, 1], all_keys[:, 0]))  # stable: the first of equals comes first
+            again = places[order[1:][(all_keys[order[1:]] == all_keys[order[:-1]]).all(axis=1)]]
             for number in np.unique(again[:, 0]).tolist():
                 found[number].append(again[again[:, 0] == number, 1])
     return [np.sort(np.concatenate(numbers)) for numbers in found]

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from trainit.config import ConfigError, require
 from trainit.data import documents as readers
@@ -49,9 +50,10 @@ def files(patterns: list[str], flag: str) -> tuple[list[Path], list[str]]:
         raise ConfigError(str(error)) from None
 
 
-def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list]]:
+def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list[list[Any]]]]:
     """The units of work, and each split's files with their sizes."""
-    units, inputs = [], {}
+    units: list[Unit] = []
+    inputs: dict[str, list[list[Any]]] = {}
     for split, patterns, flag in (
         ("train", args.input, "input"),
         ("validation", args.validation, "validation"),

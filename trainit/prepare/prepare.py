@@ -37,7 +37,7 @@ SAMPLE_LINES = 1_000_000
 
 
 def _sample(paths: list[Path], text_fields: tuple[str, str]) -> Iterator[str]:
-    """The texts at the beginning of each file, in all about SAMPLE_BYTES."""
+    """Yields the texts at the beginning of each file, together about SAMPLE_BYTES."""
     share = SAMPLE_BYTES // len(paths)
     for path in paths:
         size = 0
@@ -50,7 +50,7 @@ def _sample(paths: list[Path], text_fields: tuple[str, str]) -> Iterator[str]:
 
 
 def _tokenizer(args: argparse.Namespace) -> Tokenizer:
-    """What --tokenizer names, made first if that is asked for and it is not there."""
+    """Returns the tokenizer of --tokenizer. With --train_tokenizer it is trained first, unless it exists."""
     path = Path(args.tokenizer.partition(":")[2])
     if args.train_tokenizer and path.exists():
         logging.info("%-10s %s is there already", "tokenizer", path)
@@ -88,10 +88,10 @@ def _source(args: argparse.Namespace, tokenizer: Tokenizer, inputs: dict) -> dic
 
 
 def _claim(output: Path, source: dict) -> dict | None:
-    """Begins or continues the dataset in `output`; the content of its dataset.json if it is finished.
+    """Begins or continues the dataset in `output`. Returns the content of its dataset.json if it is finished.
 
     Raises:
-        ConfigError: what is there was begun from another input or with other options.
+        ConfigError: the folder was begun from another input or with other options.
     """
     folder = output / "unfinished"
     finished = output / "dataset.json"
@@ -100,11 +100,11 @@ def _claim(output: Path, source: dict) -> dict | None:
     if info is None and not recipe.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(recipe, json.dumps(source, indent=1))
-    there = info.get("source", {}) if info else json.loads(recipe.read_bytes())
-    different = [key for key in source if there.get(key) != source[key]]
+    previous = info.get("source", {}) if info else json.loads(recipe.read_bytes())
+    different = [key for key in source if previous.get(key) != source[key]]
     if different:
         first = different[0]
-        how = f"{first}={str(there.get(first))[:80]}, not {str(source[first])[:80]}"
+        how = f"{first}={str(previous.get(first))[:80]}, not {str(source[first])[:80]}"
         if first == "input":
             how = "other input files, or other sizes of them"
         raise ConfigError(
@@ -162,10 +162,10 @@ def prepare(args: argparse.Namespace) -> int:
     folder = args.output / "unfinished"
     if not args.join:
         index, count = options.shard(args.shard) if args.shard else (0, 1)
-        mine = units[index::count]
-        _work(mine, folder, tokenizer, recipe, args.workers)
+        own_units = units[index::count]
+        _work(own_units, folder, tokenizer, recipe, args.workers)
         if args.shard:
-            logging.info("%-10s %d of %d units: shard %s", "done", len(mine), len(units), args.shard)
+            logging.info("%-10s %d of %d units: shard %s", "done", len(own_units), len(units), args.shard)
             return 0
     splits = ("train", "validation")
     return _finish(join(args.output, units, splits, tokenizer, recipe.deduplicate, source))

@@ -29,7 +29,7 @@ from trainit.prepare.writer import (
     encode,
 )
 
-COMMIT_SECONDS = 5.0  # at most so much work is done again after a kill
+COMMIT_SECONDS = 5.0  # at most this much work is done again after a kill
 LOG_SECONDS = 60.0  # between lines about the progress where there is no terminal
 
 
@@ -60,7 +60,7 @@ class Progress:
         self._logged = self.started
 
     def skip(self, size: int):
-        """Counts input that an earlier call has done, and that tells nothing about the speed."""
+        """Counts input that an earlier call has done, which does not count for the speed."""
         self.done += size
         if not self._bar.disable:
             self._bar.initial += size
@@ -99,6 +99,7 @@ def _start_worker(tokenizer: tuple[str, bytes, int], recipe: Recipe):
 
 
 def _encode(batch: Batch, split: str) -> Encoded:
+    assert _worker is not None
     return encode(batch, *_worker, split)
 
 
@@ -124,7 +125,7 @@ class Encoders:
                 return self._pool.submit(_encode, batch, split)
             except BrokenProcessPool:
                 raise LostWorkerError(_LOST) from None
-        future = Future()
+        future: Future[Encoded] = Future()
         future.set_result(encode(batch, self._tokenizer, self._recipe, split))
         return future
 
@@ -145,19 +146,19 @@ def run(
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Does what is left to do of the units, in order.
+    """Does the remaining work of the units, in order.
 
     Args:
         units: what to do.
         folder: where journals and shards are written.
-        tokenizer: of the recipe.
-        recipe: what to make.
-        encoders: who encodes.
-        progress: is told.
-        stop: asked after each batch; once it is true, what is done is kept and StoppedError is raised.
+        tokenizer: encodes the documents.
+        recipe: decides which tokens come out.
+        encoders: the processes that encode.
+        progress: counts what is done.
+        stop: is called after each batch. Once it is true, what is done is kept and StoppedError is raised.
 
     Raises:
-        StoppedError, LostWorkerError, BrokenInputError: all before it is kept, the same call goes on there.
+        StoppedError, LostWorkerError, BrokenInputError: the work before it is kept; the same call continues.
         StateError: the folder is in use or damaged.
         OSError: a file cannot be read or written.
     """
@@ -198,7 +199,8 @@ def run(
             writer.close()
 
 
-def _result(future: Future) -> Encoded:
+def _result(future: Future | None) -> Encoded:
+    assert future is not None  # only the ends of units have none
     try:
         return future.result()
     except BrokenProcessPool:
@@ -208,7 +210,7 @@ def _result(future: Future) -> Encoded:
 def _batches(
     units: Iterable[Unit], folder: Path, dtype: str, recipe: Recipe, progress: Progress
 ) -> Iterator[tuple[UnitWriter, Batch | None, int]]:
-    """The batches that are left, unit after unit, None behind each; and how much of its file each took."""
+    """Yields the remaining batches, with the bytes of the file that each took. None follows each unit."""
     fields = recipe.text_field, recipe.subset_field
     for unit in units:
         writer = UnitWriter(folder, unit, dtype, recipe)

@@ -1,8 +1,8 @@
-"""What preparing leaves on disk on its way: the shards of one unit of work, which can be resumed.
+"""The files of one unit of work, which grow while it is prepared and can be resumed.
 
-A unit is a file of the input, or some small ones in a row. While it is worked on, its files only grow,
-and now and then a journal says, in one atomic step, how long they are and where in the input that is.
-After a stop of any kind, what they hold beyond the journal is cut off, and work goes on from there:
+A unit is a file of the input, or several small consecutive ones. While it is worked on, its files only grow,
+and every few seconds a journal records, atomically, how long they are and which input they contain. After a
+stop of any kind, what they hold beyond the journal is cut off, and work continues from there:
 
     unfinished/UNIT.json            the journal
     unfinished/SHARD.tokens, .documents, .subsets    as in trainit/data/dataset.py, but that subsets are
@@ -38,7 +38,7 @@ class StateError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides, beside the input and the tokenizer, which tokens come out."""
+    """What decides, together with the input and the tokenizer, which tokens come out."""
 
     text_field: str = "text"
     subset_field: str = "meta.pile_set_name"
@@ -102,14 +102,14 @@ def encode(batch: Batch, tokenizer: Tokenizer, recipe: Recipe, split: str) -> En
 
 
 def _part(rows: list[tuple], dtype: str, end_of_text: int, hashed: bool) -> Part:
-    ids, sizes, subsets, first, last, hashes = zip(*rows, strict=True)
-    last = np.array(last)
+    ids, sizes, subsets, first, ends, hashes = zip(*rows, strict=True)
+    last = np.array(ends)
     lengths = np.array([len(one) for one in ids], np.int64) + last
     joined, at = np.empty(lengths.sum(), dtype), 0
-    for one, length, ends in zip(ids, lengths.tolist(), last.tolist(), strict=True):
+    for one, length, is_last in zip(ids, lengths.tolist(), ends, strict=True):
         joined[at : at + len(one)] = one
         at += length
-        if ends:
+        if is_last:
             joined[at - 1] = end_of_text
     digests = np.frombuffer(b"".join(hashes) if hashed else b"", np.uint8).reshape(-1, HASH)
     return Part(joined, lengths, np.array(sizes), np.array(subsets), np.array(first), last, digests)
@@ -133,7 +133,7 @@ class GrowingFile:
         self.file.truncate(size)
 
     def write(self, array: np.ndarray):
-        content = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
+        content = np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
         self.file.write(content)
         self.sha256.update(content)
         self.size += len(content)
@@ -153,12 +153,12 @@ class SplitWriter:
     def __init__(self, folder: Path, unit: Unit, split: str, dtype: str, recipe: Recipe, state: dict):
         """
         Args:
-            folder: in which to write.
-            unit: whose documents they are.
-            split: for which they are.
-            dtype: of the ids.
-            recipe: says when a shard is full, and if documents are hashed.
-            state: what `state` gave when the files were last synced; empty: from the start.
+            folder: the one to write in.
+            unit: the unit that the documents belong to.
+            split: the split that they are for.
+            dtype: type of the ids on the disk.
+            recipe: decides when a shard is full, and if documents are hashed.
+            state: what `state` returned when the files were last synced; empty: from the start.
         """
         self.folder, self.stem, self.dtype, self.recipe = folder, f"{split}-{unit.name[-5:]}", dtype, recipe
         self.shards = state.get("shards", [])
@@ -174,7 +174,7 @@ class SplitWriter:
         return {part: GrowingFile(self.folder / f"{shard}.{part}", sizes[part]) for part in PARTS}
 
     def write(self, part: Part, subsets: np.ndarray):
-        """Appends a part; a shard is closed at the first document end past so many tokens.
+        """Appends a part. A shard is closed at the first document end past `recipe.shard_tokens`.
 
         Args:
             part: what to write.
@@ -251,7 +251,7 @@ class UnitWriter:
         return SplitWriter(self.folder, self.unit, name, self.dtype, self.recipe, state)
 
     def write(self, position: Position, encoded: Encoded):
-        """Appends an encoded batch, behind which the input goes on at `position`.
+        """Appends an encoded batch. The input continues at `position` after it.
 
         Raises:
             BrokenInputError: it has something that cannot be read, and the recipe says to stop.

@@ -1,8 +1,8 @@
 """Token ids in the column `input_ids` of Arrow files, as Hugging Face's `datasets` saves, and parquet files.
 
-The rows follow each other as they stand there: nothing is put between them. Arrow files are mapped
-and not copied. Parquet files are compressed: a process keeps a few row groups that it has
-decompressed, so that reading in order costs each of them once, and reading at random once a row.
+Rows follow each other as they are stored: nothing is put between them. Arrow files are mapped and not copied.
+Parquet files are compressed: a process keeps a few decompressed row groups, so that reading in order
+decompresses each group once, and reading at random decompresses a group for each row.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Chunks:
 
 
 def inspect_arrow(path: Path) -> list[Shard]:
-    """What an Arrow file holds; reads the heads of its record batches.
+    """Returns what an Arrow file holds. Only the heads of its record batches are read.
 
     Raises:
         DatasetError: it is damaged or compressed, or has no such column of integers.
@@ -52,7 +52,7 @@ def open_arrow(path: Path) -> Chunks:
 
 
 def inspect_parquet(path: Path) -> list[Shard]:
-    """What a parquet file holds, from what it says of its row groups, and its first row.
+    """Returns what a parquet file holds, from its footer and its first row.
 
     Raises:
         DatasetError: it is damaged, or has no such column of integers.
@@ -83,15 +83,15 @@ def _row_group(path: Path, group: int, expected: int) -> np.ndarray:
 
 
 def _row_length(rows: int, tokens: int, first: int) -> int | None:
-    """The length of each of so many rows, if it is that of the first; else 0; without rows None."""
+    """Returns the length of all rows if it is that of the first, 0 if they differ, None without rows."""
     if not rows:
         return None
     return first if rows * first == tokens else 0
 
 
 def _only(lengths: set[int | None]) -> int:
-    lengths = lengths - {None}
-    return lengths.pop() if len(lengths) == 1 else 0
+    known = [length for length in lengths if length is not None]
+    return known[0] if len(known) == 1 else 0
 
 
 def _arrow_batches(path: Path) -> Iterator[tuple[Any, np.ndarray]]:
@@ -134,7 +134,7 @@ class _ParquetFile:
     def __enter__(self) -> "_ParquetFile":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self._file.close()
 
     def group_rows(self) -> list[int]:
@@ -161,7 +161,7 @@ class _ParquetFile:
             raise DatasetError(f"{self._path} is damaged ({error}); copy or make it again") from None
 
 
-def _ids(path: Path, column) -> np.ndarray:
+def _ids(path: Path, column: Any) -> np.ndarray:
     """The ids of a column of lists, without a copy, as unsigned integers."""
     _item_type(path, column.type)
     values = column.flatten()
@@ -171,7 +171,7 @@ def _ids(path: Path, column) -> np.ndarray:
     return ids.view(f"<u{ids.itemsize}")
 
 
-def _item_type(path: Path, kind):
+def _item_type(path: Path, kind: Any) -> Any:
     """The type of the integers in lists of this type."""
     types = _pyarrow(path).types
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
@@ -184,7 +184,7 @@ def _no_column(path: Path, names: list[str]) -> DatasetError:
     return DatasetError(f"{path} has no column {COLUMN}, only {', '.join(names)}: tokenize it first")
 
 
-def _pyarrow(path: Path):
+def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow
         import pyarrow.parquet

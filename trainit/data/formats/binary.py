@@ -1,4 +1,4 @@
-"""Files of bare token ids that others made: nanoGPT's, llm.c's, and Megatron's with an index beside them."""
+"""Files of bare token ids that other programs made: nanoGPT, llm.c, and Megatron, which adds an index."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ SAMPLED = 64  # sequences of a Megatron index that are looked at
 
 
 class Shard(NamedTuple):
-    """A file of token ids that others made."""
+    """A file of token ids that another program made."""
 
     path: Path
     format: str
@@ -31,7 +31,7 @@ class Shard(NamedTuple):
 
 
 def _flat(path: Path, format: str, dtype: str, offset: int = 0, stored: int = 0) -> Shard:
-    """A file that is nothing but ids behind `offset` bytes."""
+    """Describes a file of nothing but ids after `offset` bytes."""
     size, width = path.stat().st_size - offset, np.dtype(dtype).itemsize
     if size % width:
         raise DatasetError(f"{path} has {size} bytes of {format} ids, no multiple of the {width} of one")
@@ -40,7 +40,7 @@ def _flat(path: Path, format: str, dtype: str, offset: int = 0, stored: int = 0)
 
 
 def inspect_bin(path: Path) -> list[Shard]:
-    """nanoGPT's or llm.c's."""
+    """Describes a .bin of nanoGPT or llm.c."""
     magic, version, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
     if magic == LLM_C_QUESTIONS:
         raise DatasetError(f"{path} has llm.c's multiple-choice questions (magic {magic}), not a text's ids")
@@ -56,7 +56,7 @@ def inspect_bin(path: Path) -> list[Shard]:
 
 
 def parts(index: Path) -> list[Path]:
-    """The .bin of a Megatron index, or the parts in which it lies."""
+    """Returns the .bin files of a Megatron index: one, or the parts that it was cut into."""
     whole = index.with_suffix(".bin")
     if whole.exists():
         return [whole]
@@ -65,7 +65,7 @@ def parts(index: Path) -> list[Path]:
 
 
 def inspect_megatron(index: Path) -> list[Shard]:
-    """A Megatron pair: the index says what its ids are and how long each sequence is."""
+    """Describes a Megatron pair: the index has the type of the ids and the length of each sequence."""
 
     def wrong(text: str) -> DatasetError:
         return DatasetError(f"{index} {text}")

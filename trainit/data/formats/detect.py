@@ -1,16 +1,16 @@
-"""Tokens that others prepared, read where they lie: nanoGPT, llm.c, Megatron, GPT-NeoX, Hugging Face.
+"""Tokens that other programs prepared, read where they lie: nanoGPT, llm.c, Megatron, GPT-NeoX, Hugging Face.
 
-    *.bin                 nanoGPT: little-endian uint16 ids. llm.c: the same, or uint32 ids, behind a
+    *.bin                 nanoGPT: little-endian uint16 ids. llm.c: the same, or uint32 ids, after a
                           header of 256 int32: magic, version, number of ids
-    *.idx and *.bin       Megatron and GPT-NeoX: an index of sequences, and their ids one behind the
+    *.idx and *.bin       Megatron and GPT-NeoX: an index of sequences, and their ids one after the
                           other; the .bin may lie in parts, as in NAME-00000-of-00020.bin (Pythia's)
-    *.arrow, *.parquet    Hugging Face: rows with a list `input_ids`; see `columns`
+    *.arrow, *.parquet    Hugging Face: rows with a list `input_ids`; see arrow.py
 
-A folder's files are told apart by the words in their names or in those of the subfolders "train",
-"validation", ...: `WORDS`. A split is the concatenation of its files in the order of their names.
-Its sequences are cut out of that as anywhere else, but if all that were stored have the context
-length and one token more, these are read as they are, in their order. Ids are checked to be in the
-vocabulary when they are read. No id is added, and none is known to end a text.
+The words in a file's name, or in the names of subfolders ("train", "validation", ...: `WORDS`), decide which
+split it belongs to. A split is the concatenation of its files in the order of their names. Its sequences are
+cut out of that, as for prepared datasets; but if all stored sequences have the context length and one token
+more, they are read as they are, in their order. Ids that are read must be in the vocabulary. No id is added,
+and none is known to end a text.
 """
 
 import json
@@ -26,7 +26,7 @@ from trainit.data.formats.binary import Shard
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
 
-WORDS = {  # in names, and the split that they stand for; a test split is read if there is no better one
+WORDS = {  # words in names, and their splits; a test split is read only if there is no validation split
     "train": "train",
     "training": "train",
     "validation": "validation",
@@ -39,12 +39,12 @@ WORDS = {  # in names, and the split that they stand for; a test split is read i
 
 
 def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str = "") -> Dataset:
-    """The dataset that lies at a path: a prepared one, or one in a format that others made.
+    """Opens the dataset at a path: a prepared one, or one that another program made.
 
     Args:
         path: a folder, a file, or the name of a Megatron pair of files without .bin and .idx.
-        tokenizer: of tokens that others made: one of `tokenizers.KINDS`, or such a one itself.
-        validation_path: where the validation split lies; empty: beside the training data.
+        tokenizer: for tokens of other programs: one of `tokenizers.KINDS`, or a tokenizer.
+        validation_path: where the validation split lies; empty: with the training data.
 
     Raises:
         DatasetError: there is nothing, it cannot be read, or one of the arguments does not fit it.
@@ -84,7 +84,7 @@ def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str =
 
 
 def find(path: Path) -> list[Path]:
-    """Files in formats that others made, of Megatron the .idx; none at the path of a prepared dataset.
+    """Returns the files of other programs at a path, for Megatron the .idx; none for a prepared dataset.
 
     Raises:
         DatasetError: files of several formats, or of none that is known.
@@ -113,7 +113,7 @@ def find(path: Path) -> list[Path]:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """The files of a folder, or those that `datasets` says are the dataset's."""
+    """Returns the files of a folder, or those that are listed in the state file of `datasets`."""
     state = folder / "state.json"
     if not state.is_file():
         return [
@@ -128,13 +128,13 @@ def _listed(folder: Path) -> list[Path]:
         raise DatasetError(f"{state} is damaged ({error}); copy or save the dataset again") from None
     if about.get("_indices_data_files"):
         raise DatasetError(
-            f"{state} names indices beside the rows: save it again after dataset.flatten_indices()"
+            f"{state} names indices in addition to the rows: save it again after dataset.flatten_indices()"
         )
     return files
 
 
 def _by_split(files: list[Path], path: Path) -> dict[str, list[Path]]:
-    """The files of each split by the last word in a name that says so; nameless ones are to train on."""
+    """Returns the files of each split, by the last word of WORDS in their names; without them, train."""
     found: dict[str, list[Path]] = {}
     for file in files:
         name = str(file.relative_to(path) if path.is_dir() else file.name).lower()
@@ -165,7 +165,7 @@ def _tokenizer(choice: str | Tokenizer, file: Path) -> Tokenizer:
 
 
 def _validation(path: str, named: Tokenizer) -> Split:
-    """The validation split in a folder or file of its own, which may be a prepared dataset."""
+    """Opens the validation split in a folder or file of its own, which may be a prepared dataset."""
     if files := find(Path(path)):
         found = _by_split(files, Path(path))
         chosen = found.get("validation") or found.get("test") or found["train"]
@@ -203,14 +203,14 @@ def _split(name: str, shards: list[Shard], named: Tokenizer) -> Split:
 
 
 def _describe(split: Split) -> dict:
-    """What the fingerprint tells a split by, beside format and tokenizer."""
+    """Returns what the fingerprint contains about a split, in addition to format and tokenizer."""
     shards = zip(split.paths, split.sizes, strict=True)
     files = [[Path(path).name, Path(path).stat().st_size, size] for path, size in shards]
     return {"stored": split.stored, "files": files}
 
 
 def _shards(files: list[Path]) -> list[Shard]:
-    """What lies in the files; a file of one format may be several shards, or none if it is empty."""
+    """Describes the files. A file may be several shards, or none if it is empty."""
     shards = []
     for file in files:
         try:

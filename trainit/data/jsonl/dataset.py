@@ -8,9 +8,10 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grain
 import jax
@@ -31,7 +32,7 @@ SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 
 
 class Parts(grain.IterDataset):
-    """A worker's part of batch after batch: its streams' rows and their states behind them."""
+    """A worker's part of each batch: the rows of its streams, and the streams' states after these rows."""
 
     def __init__(self, corpus: Corpus, states: dict[int, State], count: int):
         """
@@ -43,7 +44,7 @@ class Parts(grain.IterDataset):
         super().__init__()
         self.corpus, self.states, self.count = corpus, states, count
 
-    def set_slice(self, chosen: slice, sequential_slice: bool = False):
+    def set_slice(self, chosen: slice, sequential_slice: bool = False) -> None:
         """Called by Grain in each worker."""
         self.states = dict(list(self.states.items())[chosen])
 
@@ -68,15 +69,15 @@ class _PartsIterator(grain.DatasetIterator):
         tokens = np.stack([stream.take(self._count) for stream in self._streams])
         return {"tokens": tokens, "states": np.array([stream.state for stream in self._streams], np.int64)}
 
-    def get_state(self) -> dict:
+    def get_state(self) -> dict[str, Any]:
         return {}  # it travels with the batches
 
-    def set_state(self, state: dict):
+    def set_state(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
 
 class StreamReader:
-    """One process's rows of the global batches, and where its streams are behind each batch."""
+    """Reads one process's rows of the global batches, and knows where its streams are after each batch."""
 
     def __init__(
         self,
@@ -91,23 +92,23 @@ class StreamReader:
         Args:
             corpus: what is read; its streams divide the rows of a batch.
             shape: (micro-steps G, rows of a micro-step b, length L); a batch is G * b rows.
-            sharding: of arrays (G, b, ...); only the second axis may be split.
+            sharding: for arrays (G, b, ...); only the second axis may be split.
             position: before the first batch; without states, streams start at their beginnings.
             workers: processes that read; 0: a thread of this process.
             prefetch: batches read ahead (by each worker).
         """
         micro_steps, rows, _ = shape
         self._corpus, self._shape, self._sharding, self._prefetch = corpus, shape, sharding, prefetch
-        self._mine, self._first_row = loader.local_rows(shape, sharding), position.rows
+        self._own_rows, self._first_row = loader.local_rows(shape, sharding), position.rows
         self._batch = micro_steps * rows
         self._count = self._batch // corpus.streams  # rows of a stream in a batch
-        in_batch = np.arange(self._batch).reshape(micro_steps, rows)[:, self._mine]
+        in_batch = np.arange(self._batch).reshape(micro_steps, rows)[:, self._own_rows]
         self._streams, self._of_row = np.unique(in_batch // self._count, return_inverse=True)
         self._of_row, self._in_stream = self._of_row.reshape(in_batch.shape), in_batch % self._count
         self._workers = min(workers, len(self._streams))
-        begin = position.streams or [State()] * corpus.streams
+        begin: Sequence[Sequence[int]] = position.streams or [State()] * corpus.streams
         self._begin = {int(number): State(*begin[number]) for number in self._streams}
-        self._behind = {position.rows: self._begin}  # the newest few
+        self._states_after = {position.rows: self._begin}  # the newest few
         of_all = len(self._streams) * self._count
         if in_batch.size < of_all:
             logging.warning(
@@ -127,7 +128,7 @@ class StreamReader:
             RuntimeError: a worker process died.
         """
         records = itertools.islice(self.records(), count)
-        return loader.on_devices(records, self._mine, self._shape, self._sharding)
+        return loader.on_devices(records, self._own_rows, self._shape, self._sharding)
 
     def records(self) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of batch after batch: {"tokens": (G, rows, L + 1), "lengths": (G, rows)}."""
@@ -142,16 +143,17 @@ class StreamReader:
             for number in itertools.count(1):
                 states, tokens = self._assemble(arriving)
                 row = self._first_row + number * self._batch
-                self._behind[row] = states
-                self._behind.pop(row - 4 * self._batch, None)
+                self._states_after[row] = states
+                self._states_after.pop(row - 4 * self._batch, None)
                 lengths = np.full(self._of_row.shape, self._shape[2], np.int32)
                 yield {"tokens": tokens[self._of_row, self._in_stream], "lengths": lengths}
         finally:
             arriving.close()  # ends the workers
 
     def _assemble(self, arriving: Iterator[dict]) -> tuple[dict[int, State], np.ndarray]:
-        """The states of this process's streams behind their next rows, and these (streams, count, L + 1)."""
-        workers, states = max(self._workers, 1), {}
+        """Returns the states of this process's streams after their next rows, and these rows."""
+        workers = max(self._workers, 1)
+        states: dict[int, State] = {}
         shape = len(self._streams), self._count, self._shape[2] + 1
         tokens = np.empty(shape, self._corpus.dtype)
         for worker in range(workers):  # Grain takes turns among them
@@ -163,7 +165,7 @@ class StreamReader:
 
     def states(self, rows: int) -> dict[int, State]:
         """Returns where each stream of this process is after `rows` consumed rows."""
-        return self._behind[rows]
+        return self._states_after[rows]
 
     def position(self, rows: int) -> DataPosition:
         """Returns the position after `rows` consumed rows, near those last read. A collective."""
@@ -177,8 +179,8 @@ class StreamReader:
 class Held(Split):
     """A split in memory."""
 
-    ids: np.ndarray = None
-    index: tuple[np.ndarray, np.ndarray] = None  # as that of `documents`
+    ids: Any = None  # (tokens,)
+    index: Any = None  # what `documents` returns
 
     @property
     def _shards(self) -> list[np.ndarray]:
@@ -189,7 +191,7 @@ class Held(Split):
 
 
 def hold(corpus: Corpus, name: str, sequences: int) -> Held:
-    """The first sequences of a corpus, 0: all, as a split in memory."""
+    """Reads the first `sequences` sequences of a corpus into memory; 0: all."""
     enough = sequences * corpus.length + 1 if sequences else 1 << 62
     pieces, count, starts, of = [], 0, [], []
     subsets: dict[str, int] = {}
@@ -230,7 +232,7 @@ class StreamedData:
 
     @property
     def fingerprint(self) -> str:
-        """The same for files of the same names and sizes in the same order, wherever they lie."""
+        """A text that is the same for files of the same names and sizes in the same order."""
         c = self.corpus
         name, content, end_of_text = c.tokenizer_file
         about = [*zip(c.names, c.sizes, strict=True), name, digest(content), end_of_text]
@@ -246,11 +248,11 @@ class StreamedData:
         """Returns what reads this process's rows of the batches after `position`."""
         return StreamReader(self.corpus, shape, layout, position, self.workers, self.prefetch)
 
-    def check_resume(self, before: Mapping, position: DataPosition, step: int):
-        """Checks nothing: streams go on from their own states."""
+    def check_resume(self, before: Mapping[str, Any], position: DataPosition, step: int) -> None:
+        """Checks nothing: streams continue from their own states."""
 
     def describe(self) -> str:
-        """How much there is to train on, and how it is shared out."""
+        """Returns how much there is to train on, and how streams share it, for people."""
         c = self.corpus
         return (
             f"files: {len(c.paths)}, in groups: {len(c.groups)}, {sum(c.sizes) / 1e9:.3g} GB in {c.streams} "
@@ -259,20 +261,20 @@ class StreamedData:
 
 
 def find_tokenizer(choice: str) -> Tokenizer:
-    """The tokenizer that dataset.tokenizer names. Raises DatasetError if it cannot be had."""
+    """Returns the tokenizer that dataset.tokenizer names. Raises DatasetError if it is not available."""
     try:
         return tokenizers.find(choice)
     except ValueError as error:
         raise DatasetError(str(error)) from None
 
 
-def open_files(config, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> StreamedData:
-    """Finds the files and tokenizes the validation sequences; of the training files nothing is read.
+def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> StreamedData:
+    """Finds the files and tokenizes the validation sequences. The training files are not opened.
 
     Args:
         config: the run's config.dataset, resolved.
-        tokenizer: what it names.
-        seed: of the order.
+        tokenizer: the one that it names.
+        seed: decides the order.
         length: L, targets of a sequence.
         sequences: validation sequences; 0: all that there are.
 

@@ -1,16 +1,16 @@
 """Training straight from .jsonl files: read, tokenized, cut and shuffled while the run trains.
 
-The data are cut into a fixed number S of logical streams, whoever reads them. A batch of B rows is
-the next B/S sequences of every stream, in the order of the streams; so batch t is a pure function of
-(files, seed, t), and a process reads the streams that its rows belong to.
+The data are cut into a fixed number S of logical streams, which does not depend on who reads them. A batch of
+B rows is the next B/S sequences of every stream, in the order of the streams. So batch t is a pure function
+of (files, seed, t), and a process reads the streams that its rows belong to.
 
-A group of streams shares a group of files: the files are dealt to as many groups of equal size as can
-be made of them, and of a group's k streams each takes every k-th line. An epoch's files come in an order
-of its own. A stream is its documents, each ended by the end-of-text id, joined and cut into sequences
-that overlap by one token, as in tokens.py; every `window` sequences in a row are shuffled.
+A group of streams shares a group of files: the files are dealt to as many groups of equal size as can be made
+of them, and each of a group's k streams takes every k-th line. Each epoch has its own order of files. A
+stream is its documents, each ended by the end-of-text id, joined and cut into sequences that overlap by one
+token, as in data/dataset.py; every `window` consecutive sequences are shuffled.
 
-Where a stream is, is a few integers (State). Each batch comes with those of all its streams behind
-it: what was read ahead does not count. A resume decompresses up to there without parsing.
+A stream's position is a few integers (`State`). Each batch carries the position of each of its streams after
+that batch; rows that were only prefetched do not count. A resume decompresses up to there without parsing.
 """
 
 import functools
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,11 +29,11 @@ from trainit.data.dataset import DatasetError, dtype_of
 from trainit.data.documents import Batch, BrokenInputError, Position
 from trainit.data.tokenizers import Tokenizer
 
-EQUAL = 0.95  # groups of files are of equal size if the least has so much of the largest
+EQUAL = 0.95  # groups of files count as equal if the smallest has at least this share of the largest
 
 
 class State(NamedTuple):
-    """Where a stream goes on: where its present window begins, and how much of the window is given."""
+    """Where a stream continues: where its present window begins, and how many of its sequences were given."""
 
     epoch: int = 0
     file: int = 0  # in the epoch's order
@@ -46,7 +46,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is read, and how it is cut. Cheap to pickle; the tokenizer is built on first use."""
+    """The files to read and how to cut them. It is cheap to pickle; the tokenizer is built on first use."""
 
     paths: tuple[str, ...]
     names: tuple[str, ...]  # of the files in messages, and in the fingerprint
@@ -59,7 +59,7 @@ class Corpus:
     length: int = 1  # L, targets of a sequence
     subset_field: str = ""  # empty: subsets are not told apart
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("tokenizer", "groups")}
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class Corpus:
         return deal(self.sizes, self.streams)
 
     def files(self, group: int, epoch: int) -> list[int]:
-        """The files of a group in the order of an epoch."""
+        """Returns the files of a group in the order of an epoch."""
         files = self.groups[group]
         return [files[i] for i in shuffled(len(files), self.seed, group, epoch)]
 
@@ -86,13 +86,14 @@ def shuffled(count: int, *entropy: int) -> np.ndarray:
 
 
 def deal(sizes: Sequence[int], streams: int) -> list[list[int]]:
-    """The files of each group: as many groups of equal size as can be made, a divisor of `streams`.
+    """Returns the files of each group: as many groups of equal size as can be made, a divisor of `streams`.
 
-    Every document is one stream's, and streams are drawn from alike; groups of unequal size would
-    have the documents of the smaller ones seen more often.
+    Each document belongs to one stream, and all streams give the same number of sequences. Documents of a
+    smaller group would therefore be seen more often.
     """
     for groups in (n for n in range(streams, 0, -1) if streams % n == 0):
-        dealt, filled = [[] for _ in range(groups)], [0] * groups
+        dealt: list[list[int]] = [[] for _ in range(groups)]
+        filled = [0] * groups
         for file in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
             emptiest = filled.index(min(filled))
             dealt[emptiest].append(file)
@@ -105,14 +106,14 @@ def deal(sizes: Sequence[int], streams: int) -> list[list[int]]:
 def documents(
     corpus: Corpus, file: int, start: Position, part: int = 0, parts: int = 1
 ) -> Iterator[tuple[Position, str, np.ndarray]]:
-    """Where each document's line begins, its subset, and its ids with the end-of-text id behind them.
+    """Yields where each document's line begins, its subset, and its ids followed by the end-of-text id.
 
     Args:
-        corpus: whose file it is.
+        corpus: the one that the file belongs to.
         file: number of the file.
         start: where a line begins.
-        part: of the lines, those with this remainder
-        parts: by this divisor; others are not parsed.
+        part: only lines whose number has this remainder
+        parts: by this divisor are parsed.
 
     Raises:
         BrokenInputError: a line or the file cannot be read, or its size has changed; the message names
@@ -136,7 +137,7 @@ def documents(
 
 
 def _encode(corpus: Corpus, batch: Batch, fields: tuple[str, str]) -> list[tuple[int, str, np.ndarray]]:
-    """Line, subset and ids of each document of a batch."""
+    """Returns line, subset and ids of each document of a batch."""
     documents, broken = readers.parse(batch, fields)
     documents, encoded, without_ids = readers.encode(documents, corpus.tokenizer, batch.file)
     if broken or without_ids:
@@ -159,10 +160,10 @@ class Stream:
         self._ahead: deque[tuple[State, np.ndarray]] = deque()  # from the window's first document on
         self._tokens = 0  # in all of them
         self._rows: np.ndarray | None = None  # the window: (window, L + 1), shuffled
-        self._next = state  # where the window behind begins
+        self._next = state  # where the next window begins
 
     def _read(self, at: State) -> Iterator[tuple[State, np.ndarray]]:
-        """The documents from that of `at` on, epoch after epoch."""
+        """Yields the documents from the one at `at` on, epoch after epoch."""
         group, part = divmod(self._number, self._parts)
         whole, found = at == State(), False
         for epoch in itertools.count(at.epoch):
@@ -180,14 +181,14 @@ class Stream:
                 )
             at, whole = State(), True
 
-    def _gather(self, tokens: int):
-        """Reads documents until so many tokens are there from the beginning of the first one."""
+    def _gather(self, tokens: int) -> None:
+        """Reads documents until there are `tokens` tokens from the beginning of the first one."""
         while self._tokens < tokens:
             self._ahead.append(next(self._documents))
             self._tokens += len(self._ahead[-1][1])
 
-    def fill(self):
-        """Has the present window ready.
+    def fill(self) -> None:
+        """Reads and shuffles the present window, unless that is done.
 
         Raises:
             BrokenInputError: what it needs cannot be read, or is not what it was at the state.
@@ -209,7 +210,7 @@ class Stream:
             self._tokens, at = self._tokens - size, at - size
         self._next = self._ahead[0][0]._replace(token=at, window=state.window + 1)
 
-    def _check(self):
+    def _check(self) -> None:
         """Raises BrokenInputError unless the first document is where the state says that there is one."""
         (place, ids), state = self._ahead[0], self.state
         begun = state.offset or state.line or state.token
@@ -221,10 +222,11 @@ class Stream:
             )
 
     def take(self, count: int) -> np.ndarray:
-        """The next (count, L + 1) ids; `state` is then behind them. Raises what `fill` raises."""
+        """Returns the next (count, L + 1) ids and moves `state` after them. Raises what `fill` raises."""
         taken = []
         while count:
             self.fill()
+            assert self._rows is not None
             taken.append(self._rows[self.state.given : self.state.given + count])
             count -= len(taken[-1])
             given = self.state.given + len(taken[-1])

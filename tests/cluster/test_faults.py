@@ -2,7 +2,7 @@
 
     pytest -n 0 -s tests/cluster/test_faults.py
 
-FAULTS sets how many (30), FAULTS_SEED draws them anew; both are printed, with what became of each.
+FAULTS sets how many (30), FAULTS_SEED draws others; both are printed, with what became of each.
 """
 
 import os

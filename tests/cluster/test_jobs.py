@@ -130,7 +130,7 @@ if RANK == 1:
 
 
 def test_a_stalled_process_is_named_by_all_with_its_stack(job, patched, tmp_path):
-    """Process 1's data never comes: its file system hangs. Everything in it lives, nothing gets on."""
+    """Process 1's data never comes: its file system hangs. All of it is alive, nothing makes progress."""
     process = job(2, "--config.stall_seconds=4", "--config.eval.every_steps=0", **patched(HANGS))
     output = end(process, None, 120)
     assert "stalls: no step done for" in output

@@ -46,7 +46,7 @@ def on_head(tmp_path_factory):
 
 
 class Job:
-    """A job that trains the tests' tiny model, and those that it submits to go on."""
+    """A job that trains the tests' tiny model, and the jobs that it submits to continue."""
 
     def __init__(self, on_head, random_dataset, activate, folder, *resources, steps):
         self.on_head, self.output, self.run = on_head, folder / "out", folder / "run"

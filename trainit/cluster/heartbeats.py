@@ -1,6 +1,7 @@
 """Signs of life that the processes of a job exchange: which are lost, and which are late."""
 
 import time
+from typing import Any
 
 from trainit.cluster.messages import Peers, describe_process
 
@@ -45,7 +46,7 @@ class Heartbeats:
             doing: what it does now.
             seconds: since it last made progress.
         """
-        own = {"polls": polls, "doing": doing, "seconds": round(seconds)}
+        own: dict[str, Any] = {"polls": polls, "doing": doing, "seconds": round(seconds)}
         if self._process:
             self._peers.send({"status": own})
             return

@@ -119,8 +119,8 @@ def delay_abort():
 
     JAX calls abort() when it loses process 0, often before the monitor has reported which process died.
     SIGABRT is number 6, so installing C's sleep as its handler delays the abort by six seconds. A handler
-    in Python would not do: it would run in the main thread, which waits inside of a collective. It may go
-    when JAX lets the caller decide what happens to a process that loses process 0.
+    in Python would not do: it would run in the main thread, which waits inside of a collective. JAX's guide
+    to fault tolerance says that no setting changes this for process 0; when one does, this may go.
     """
     libc = ctypes.CDLL(None)
     libc.signal(int(signal.SIGABRT), libc.sleep)

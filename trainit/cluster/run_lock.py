@@ -46,7 +46,8 @@ class RunLock:
             job: the scheduler's name of this one.
             lost: called with a message when another job has taken the folder over.
         """
-        self._lost, self._path, self._released = lost, None, threading.Event()
+        self._lost, self._released = lost, threading.Event()
+        self._path: Path | None = None
         self._own = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -87,19 +88,19 @@ class RunLock:
                 raise ConfigError(_held(folder, holder))
             break
         self._path = path
-        threading.Thread(target=self._hold, name="workdir", daemon=True).start()
+        threading.Thread(target=self._hold, args=(path,), name="workdir", daemon=True).start()
 
-    def _hold(self):
+    def _hold(self, path: Path):
         """Touches the lock now and then, and notices if another job has taken it over."""
         while not self._released.wait(BEAT_SECONDS):
             try:
-                holder = _read(self._path)
+                holder = _read(path)
                 if holder.get("id") == self._own["id"]:
-                    os.utime(self._path)
+                    os.utime(path)
             except OSError:  # the file system fails for a moment, which is no reason to end the run
                 continue
             if holder.get("id") != self._own["id"] and not self._released.is_set():
-                self._lost(f"--workdir={self._path.parent} was taken over by {_describe(holder)}")
+                self._lost(f"--workdir={path.parent} was taken over by {_describe(holder)}")
 
     def release(self):
         """Lets other jobs in. Nothing may be written here any more."""

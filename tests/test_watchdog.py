@@ -15,7 +15,7 @@ def clock(monkeypatch):
 
 
 def stepping(clock, seconds, count=10) -> Watchdog:
-    """A process that has done steps of so many seconds, and stalls after 10 s at the earliest."""
+    """A process that has done steps of this many seconds, and stalls after 10 s at the earliest."""
     p = Watchdog()
     p.stall_seconds = 10.0
     for _ in range(count):

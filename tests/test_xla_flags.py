@@ -108,15 +108,15 @@ def test_what_the_user_has_set_wins(tmp_path):
     everything = applied(here)
     mine = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_dump_to=/tmp/x"
     environment = {"XLA_FLAGS": mine, "CUDA_DEVICE_MAX_CONNECTIONS": "8", "HOME": "/h"}
-    told = apply(here, environment)
+    settings = apply(here, environment)
     changed = {"xla_gpu_enable_latency_hiding_scheduler": "false", "xla_dump_to": "/tmp/x"}
     assert flags(environment) == {k: v for k, v in (everything | changed).items() if k.islower()}
     assert environment["XLA_FLAGS"].endswith(mine)  # behind ours: also over flags by other names
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
     assert environment["XLA_CLIENT_MEM_FRACTION"] == "0.85"
     left = "--xla_gpu_enable_latency_hiding_scheduler, CUDA_DEVICE_MAX_CONNECTIONS"
-    assert told.endswith(f"; left as they were set: {left}")
-    assert "latency_hiding_scheduler=" not in told
+    assert settings.endswith(f"; left as they were set: {left}")
+    assert "latency_hiding_scheduler=" not in settings
     # jaxlib takes no two names for one thing.
     for name in (
         "XLA_CLIENT_MEM_FRACTION",
@@ -136,9 +136,9 @@ def test_what_the_user_has_set_wins(tmp_path):
 
 def test_what_was_set_is_told():
     environment = {}
-    told = apply(JobDevices(H100, 16, 2), environment)
+    settings = apply(JobDevices(H100, 16, 2), environment)
     variables = " ".join(f"{name}={value}" for name, value in environment.items() if name != "XLA_FLAGS")
-    assert told == f"16 × {H100} (Hopper), 2 hosts: {environment['XLA_FLAGS'].strip()} {variables}"
+    assert settings == f"16 × {H100} (Hopper), 2 hosts: {environment['XLA_FLAGS'].strip()} {variables}"
     assert apply(JobDevices(T4, 1), {}) == "1 × Tesla T4 (other): none"
 
 
@@ -152,7 +152,7 @@ def driver(folder: Path, *names: str) -> Path:
 
 
 def nvidia_smi(folder: Path, *names: str) -> dict[str, str]:
-    """An environment in which nvidia-smi tells of GPUs of these names, but only of what it is asked."""
+    """An environment in which nvidia-smi lists GPUs of these names, if it is asked for what Trainit needs."""
     folder.mkdir()
     lines = "".join(f"GPU-{number}, {name}\n" for number, name in enumerate(names))
     script = f'#!/bin/sh\n[ "$1" = --query-gpu=uuid,name ] || exit 3\nprintf "{lines}"\n'
@@ -188,7 +188,7 @@ def test_devices_are_found_without_jax(tmp_path):
 
 
 def test_names_of_visible_gpus(tmp_path):
-    """As processes compare them: numbers count among what nvidia-smi tells."""
+    """As processes compare them: numbers are indices into the list of nvidia-smi."""
     environment = nvidia_smi(tmp_path / "smi", A100, A100, A100)
     assert visible_gpus(environment, Place("test")) == ["GPU-0", "GPU-1", "GPU-2"]
     chosen = environment | {"CUDA_VISIBLE_DEVICES": "2,GPU-0"}

@@ -1,1 +1,1 @@
-"""What a run costs: speed and memory, measured."""
+"""Measures what a run costs: speed and memory."""

@@ -12,7 +12,7 @@ import argparse
 
 from trainit import cli
 from trainit.cluster.process import DONE, tune_process
-from trainit.config import ConfigError, require
+from trainit.config import require
 
 DESCRIPTION = "Measures the loader, the train step, saves, and what processes, optimizers and logits cost."
 PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"some of {', '.join(PARTS)}; or prepare alone",
     )
     add("--sweep", action="store_true", help="try other settings of the step that change no result")
-    add("--suite", choices=("cpu", "gpu"), help="the table beside other programs; needs no config")
+    add("--suite", choices=("cpu", "gpu"), help="compare other programs on the same work; needs no config")
     add("--corpus", default="", help="files of documents to prepare, for --only=prepare")
     add("--tokens", type=cli.number(int, 1), default=1 << 27, help="tokens of the loader's synthetic dataset")
     add("--rounds", type=cli.number(int, 1), default=3, help="turns of each of the things that are compared")
@@ -50,11 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         require(bool(alone), "--only=prepare stands alone and needs --corpus=FILES")
         from trainit.tools.benchmark import preparing
 
-        try:
-            for line in preparing.measure(arguments.corpus, rounds=arguments.rounds):
-                print(line, flush=True)
-        except (ValueError, OSError) as error:
-            raise ConfigError(str(error)) from None
+        preparing.measure(arguments.corpus, arguments.rounds)
         return DONE
 
     # As the command that trains.

@@ -1,10 +1,10 @@
-"""One GPT-2 training step, as different programs do it; each in a process of its own.
+"""Runs one GPT-2 training step as different programs do it, each in a process of its own.
 
     python -m trainit.tools.benchmark.contender NAME SHAPE PRECISION STEPS STARTED
 
-prints one line of JSON: seconds from STARTED (of time.time()) to the end of the first step, seconds of each
-step behind it, and the process's peak memory in bytes. The model is GPT-2 with the head untied, no dropout;
-the step is forward, backward, clip by global norm and AdamW, in place, on ids drawn at random.
+prints one line of JSON: seconds from STARTED (a value of time.time()) to the end of the first step, seconds
+of each later step, and the process's peak memory in bytes. The model is GPT-2 with an untied head, without
+dropout; the step is forward, backward, clipping by global norm and AdamW, in place, on ids drawn at random.
 """
 
 import json
@@ -19,33 +19,30 @@ import numpy as np
 
 from trainit.cluster.process import tune_process
 
-
-def _shape(
-    num_blocks: int, dim: int, num_heads: int, context_length: int, vocab_size: int, batch: int
-) -> dict:
-    return locals()
-
-
+_NAMES = ("num_blocks", "dim", "num_heads", "context_length", "vocab_size", "batch")
 SHAPES = {
-    "S": _shape(6, 384, 6, 256, 8192, 16),
-    "M": _shape(12, 768, 12, 1024, 50304, 4),
-    "124M": _shape(12, 768, 12, 1024, 50304, 32),
-    "350M": _shape(24, 1024, 16, 1024, 50304, 16),
-    "1.3B": _shape(24, 2048, 16, 1024, 50304, 8),
-    "7B": _shape(32, 4096, 32, 1024, 50304, 4),
+    name: dict(zip(_NAMES, sizes, strict=True))
+    for name, sizes in {
+        "S": (6, 384, 6, 256, 8192, 16),
+        "M": (12, 768, 12, 1024, 50304, 4),
+        "124M": (12, 768, 12, 1024, 50304, 32),
+        "350M": (24, 1024, 16, 1024, 50304, 16),
+        "1.3B": (24, 2048, 16, 1024, 50304, 8),
+        "7B": (32, 4096, 32, 1024, 50304, 4),
+    }.items()
 }
 MATMUL = 4096  # rows and columns of the square product whose rate is the yardstick
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.1, 1.0
 
 
 def ids(shape: dict) -> np.ndarray:
-    """(batch, context + 1)"""
+    """Returns random token ids (batch, context + 1)."""
     draw = np.random.default_rng(0)
     return draw.integers(0, shape["vocab_size"], (shape["batch"], shape["context_length"] + 1), np.int32)
 
 
 def trainit(shape: dict, precision: str) -> Callable[[], float]:
-    """Our own, as `python -m trainit.main` would run it, but for the data."""
+    """Returns Trainit's own step as a run would make it, except for the data."""
     import jax
 
     from trainit import config as config_lib
@@ -84,7 +81,7 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
 
 
 def matmul(shape: dict, precision: str) -> Callable[[], float]:
-    """No step, but a square product."""
+    """Returns no step, but a square product."""
     import jax
     import jax.numpy as jnp
 
@@ -94,7 +91,7 @@ def matmul(shape: dict, precision: str) -> Callable[[], float]:
 
 
 def flax(shape: dict, precision: str) -> Callable[[], float]:
-    """What one writes with Flax's own layers and optax, without further thought."""
+    """Returns a step that is written with Flax's own layers and optax, without further thought."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -156,7 +153,7 @@ def flax(shape: dict, precision: str) -> Callable[[], float]:
 
 
 def torch(shape: dict, precision: str, compiled: bool = False) -> Callable[[], float]:
-    """PyTorch with transformers' GPT-2 and its scaled dot product attention."""
+    """Returns a step of PyTorch with transformers' GPT-2 and scaled dot product attention."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -194,7 +191,7 @@ def torch(shape: dict, precision: str, compiled: bool = False) -> Callable[[], f
 
 
 def torch_compile(shape: dict, precision: str) -> Callable[[], float]:
-    """The same, compiled."""
+    """Returns the same step, compiled."""
     return torch(shape, precision, compiled=True)
 
 
@@ -202,6 +199,7 @@ CONTENDERS = {function.__name__: function for function in (matmul, trainit, flax
 
 
 def main(name: str, shape: str, precision: str, steps: str, started: str):
+    """Runs a program's first step and that many more, and prints the line of JSON."""
     run = CONTENDERS[name](SHAPES[shape], precision)
     loss = run()
     first, seconds = time.time() - float(started), []
@@ -213,7 +211,7 @@ def main(name: str, shape: str, precision: str, steps: str, started: str):
 
 
 def _peak() -> int:
-    """Most bytes in use so far on the GPU, or by this process where there is none."""
+    """Returns the most bytes used so far on the GPU, or by this process if there is none."""
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         return sys.modules["torch"].cuda.max_memory_allocated()
     if "jax" in sys.modules and (stats := sys.modules["jax"].devices()[0].memory_stats()):

@@ -1,4 +1,4 @@
-"""What the benchmark measures, by the names that --only takes."""
+"""The measurements of the benchmark, by the names that --only takes."""
 
 import argparse
 import os
@@ -32,16 +32,16 @@ def take_devices(config: Config, debug: bool) -> Config:
 
 
 def measure(names: Collection[str], config: Config, dataset: TrainingData, arguments: argparse.Namespace):
-    """Measures some of PARTS, in their order, and prints a few lines about each.
+    """Makes some of the measurements and prints a few lines about each.
 
     Args:
-        names: of PARTS.
+        names: some of PARTS; their order does not count.
         config: resolved.
-        dataset: that it names.
+        dataset: the config's.
         arguments: the command's flags, for tokens, steps, rounds and the config of other processes.
     """
     tokens, steps, rounds = arguments.tokens, arguments.steps, arguments.rounds
-    measures = {
+    measurements = {
         "loader": lambda: loader.measure(tokens),
         "step": lambda: step.measure(config, dataset, steps),
         "save": lambda: overheads.measure_save(config),
@@ -51,4 +51,4 @@ def measure(names: Collection[str], config: Config, dataset: TrainingData, argum
     }
     for part in PARTS:
         if part in names:
-            measures[part]()
+            measurements[part]()

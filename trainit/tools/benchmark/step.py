@@ -1,8 +1,9 @@
-"""The real train step on the real loader, and under other settings of it."""
+"""Measures the real train step on the real loader, also with other settings."""
 
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ from trainit.tools.benchmark import profile
 from trainit.tools.plan import hlo
 from trainit.train import metrics, step
 
-# What --sweep tries, one field after the other from the config's own settings, each time going on with the
-# fastest. None changes what a run computes.
+WARMUP = 2  # steps before those that are timed
+# What --sweep tries, one field after the other, starting from the config's settings and continuing with the
+# fastest. None of them changes what a run computes.
 SETTINGS = {
     "model.attention": ("plain", "blockwise", "cudnn"),
     "model.remat": ("none", "attention", "dots", "block", "offload"),
@@ -28,18 +30,19 @@ SETTINGS = {
 
 
 def build(config: Config) -> tuple[step.CompiledSteps, RunShape]:
+    """Returns the step of a config on all devices, and the run's shape."""
     shape = run_shape(config, jax.devices())
     return step.build(config, shape), shape
 
 
 class _Bench:
-    """A step that is compiled, with its state, and batches for it."""
+    """A compiled step with its state and its batches."""
 
     def __init__(self, config: Config, dataset: TrainingData):
         self.config = config
-        self.steps, shape = build(config)
-        self.mesh, layout = shape.mesh, batch_sharding(shape.mesh)
-        self._batches = dataset.reader(shape.batch_at(0), layout).batches()
+        self.steps, self.shape = build(config)
+        layout = batch_sharding(self.shape.mesh)
+        self._batches = dataset.reader(self.shape.batch_at(0), layout).batches()
         self.state = jax.block_until_ready(self.steps.init())
         start = time.perf_counter()
         self.lowered = self.steps.train.lower(self.state, next(self._batches))
@@ -47,7 +50,7 @@ class _Bench:
         self.compile_seconds = time.perf_counter() - start
 
     def run(self) -> tuple[dict, float]:
-        """A step to its end; its metrics, and how long it waited for data."""
+        """Runs a step until it has finished; returns its metrics and the seconds it waited for data."""
         start = time.perf_counter()
         batch = next(self._batches)
         waited = time.perf_counter() - start
@@ -55,69 +58,72 @@ class _Bench:
         return jax.block_until_ready(result), waited
 
     def times(self, count: int) -> tuple[list[float], list[float]]:
-        """Seconds of steps, and of waiting in each, behind two that do not count."""
+        """Returns the seconds of `count` steps, and the seconds each has waited for data."""
         times, waits = [], []
-        for _ in range(count + 2):
+        for _ in range(count + WARMUP):
             start = time.perf_counter()
             waits.append(self.run()[1])
             times.append(time.perf_counter() - start)
-        return times[2:], waits[2:]
+        return times[WARMUP:], waits[WARMUP:]
 
     def forward(self) -> jax.stages.Compiled:
-        """The forward pass and loss of a micro-step alone."""
+        """Compiles the forward pass and loss of one micro-step."""
         micro_step = jax.tree.map(lambda x: x[:1], next(self._batches))
         token_bytes = jnp.zeros(self.config.model.vocab_size)
         return self.steps.evaluate.lower(self.state.params, micro_step, token_bytes, 1).compile()
 
 
 def measure(config: Config, dataset: TrainingData, count: int):
-    """Compile time, step time over `count` steps, tokens/s, MFU, memory, exchanges, where the time goes."""
+    """Prints compile time, time of `count` steps, tokens/s, MFU, memory, exchanges, and shares of time."""
     bench = _Bench(config, dataset)
     times, waits = bench.times(count)
     median = statistics.median(times)
     tokens = config.batch_size * config.model.context_length
     flops = metrics.flops_per_token(config.model) * tokens / median
-    peak = hardware.peak_flops(jax.devices()[0].device_kind)
     lines = [
-        f"{bench.compile_seconds:7.1f} s  to compile (or to read back what was compiled before)",
+        f"{bench.compile_seconds:7.1f} s  to compile, or to read what was compiled before",
         f"{1e3 * median:7.1f} ms  median of {len(times)}; {1e3 * min(times):.1f} to {1e3 * max(times):.1f}",
-        f"{tokens / median:7.0f} tokens/s  {flops / 1e12:.3f} TFLOP/s, a token's being 6 * weights "
-        f"in products + 12 * layers * length * width",
+        f"{tokens / median:7.0f} tokens/s  {flops / 1e12:.3f} TFLOP/s; a token counts as 6 * weights in "
+        f"products + 12 * layers * length * width",
     ]
+    peak = hardware.peak_flops(jax.devices()[0].device_kind)
     if peak:
-        lines.append(
-            f"{flops / peak / jax.device_count():7.1%} MFU  of {peak / 1e12:.0f} TFLOP/s a device, which its "
-            f"maker states for dense bfloat16"
-        )
+        mfu = flops / peak / jax.device_count()
+        lines.append(f"{mfu:7.1%} MFU  of {peak / 1e12:.0f} dense bfloat16 TFLOP/s a device (data sheet)")
     lines.append(f"{sum(waits) / sum(times):7.2%} of the time spent waiting for data")
+
     sizes = profile.memory(bench.state, bench.compiled, bench.forward())
     kinds = ", ".join(f"{name} {size:.3f}" for name, size in sizes.items())
     lines.append(f"{sum(sizes.values()):7.3f} GiB  on a device at most: {kinds}")
-    read = hlo.read(hlo.compile_with_text(bench.lowered)[1], bench.mesh.shape)
-    for (kind, axes), size in sorted(hlo.total(read).items(), key=lambda item: -item[1]):
+
+    exchanged = hlo.total(hlo.read(hlo.compile_with_text(bench.lowered)[1], bench.shape.sizes))
+    for (kind, axes), size in sorted(exchanged.items(), key=lambda item: -item[1]):
         over = " × ".join(axes)
         lines.append(f"exchanged: {kind} over {over}: {size / 2**20:.5g} MiB a device and step")
+
     lines.append(f"time: {profile.report(bench.compiled, lambda: bench.run()[0])}")
     print("\n".join(f"step    {line}" for line in lines), flush=True)
 
 
 @dataclass(frozen=True)
-class _Tried:
+class _Trial:
+    """The step with some settings changed."""
+
     changes: dict
     seconds: float  # of a step
     bytes: int  # on a device: state and temporaries
     compile_seconds: float
 
     def __str__(self) -> str:
-        named = " ".join(f"{name.removeprefix('model.')}={value}" for name, value in self.changes.items())
+        changes = " ".join(f"{name.removeprefix('model.')}={value}" for name, value in self.changes.items())
         return (
             f"sweep   {1e3 * self.seconds:8.1f} ms  {self.bytes / 2**30:7.3f} GiB  "
-            f"{self.compile_seconds:5.1f} s to compile  {named or 'as the config has it'}"
+            f"{self.compile_seconds:5.1f} s to compile  {changes or 'as the config has it'}"
         )
 
 
-def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _Tried | None:
-    """The config's step with these fields changed; None where it cannot be, which it says."""
+def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _Trial | None:
+    """Times and prints the step with these fields changed; returns None, and prints why, if it cannot run."""
     changed = config.to_dict()
     for field, value in changes.items():
         *path, name = field.split(".")
@@ -131,25 +137,23 @@ def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _T
     except (ValueError, JaxRuntimeError) as error:
         print(f"sweep   {changes} cannot be: {str(error).splitlines()[0][:150]}", flush=True)
         return None
-    memory = bench.compiled.memory_analysis()
+    memory: Any = bench.compiled.memory_analysis()
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    tried = _Tried(changes, seconds, size, bench.compile_seconds)
-    print(tried, flush=True)
-    return tried
+    trial = _Trial(changes, seconds, size, bench.compile_seconds)
+    print(trial, flush=True)
+    return trial
 
 
 def sweep(config: Config, dataset: TrainingData, count: int):
-    """Step time and memory under other settings that change neither batch nor result; the best of them."""
-    found = [_try(config, dataset, {}, count)]
-    best = found[0]
+    """Tries other settings that change neither batch nor result; prints each, and the best of them."""
+    trials = [trial for trial in [_try(config, dataset, {}, count)] if trial]
     for field, values in SETTINGS.items():
+        fastest = min(trials, key=lambda trial: trial.seconds, default=None)
         for value in values:
             if field == "device_batch_size" and value > config.batch_size:
-                continue  # the same program as all at once
-            changes = (best.changes if best else {}) | {field: value}
-            found.append(_try(config, dataset, changes, count))
-        done = [tried for tried in found if tried]
-        best = min(done, key=lambda tried: tried.seconds) if done else None
-    if best:
-        smallest = min(done, key=lambda tried: tried.bytes)
-        print(f"fastest of all:\n{best}\nsmallest of all:\n{smallest}", flush=True)
+                continue  # the same program as without a bound
+            trial = _try(config, dataset, (fastest.changes if fastest else {}) | {field: value}, count)
+            trials += [trial] if trial else []
+    if trials:
+        print(f"fastest of all:\n{min(trials, key=lambda trial: trial.seconds)}")
+        print(f"smallest of all:\n{min(trials, key=lambda trial: trial.bytes)}", flush=True)

@@ -1,7 +1,7 @@
-"""The step beside other programs' on the same work: a table.
+"""Compares the step with other programs' on the same work, in tables.
 
-Each turn starts every program anew in a process of its own, one after another, so that all see the machine in
-the same state and none another's memory. Compiled programs are not kept between them.
+In each round every program starts in a new process, one after another, so that each finds the machine in the
+same state and its memory free of the others. Compiled programs are not kept between them.
 """
 
 import json
@@ -12,28 +12,30 @@ import sys
 import tempfile
 import time
 
+from tabulate import tabulate
+
 from trainit import config as config_lib
 from trainit.config import ConfigError
 from trainit.tools.benchmark.contender import CONTENDERS, MATMUL, SHAPES
 from trainit.train import metrics
 
-# (shape, precision, steps behind the first, programs)
-SUITES = {
+# (shape, precision, steps after the first, programs)
+SUITES: dict[str, list[tuple[str, str, int, tuple[str, ...]]]] = {
     "cpu": [
-        ("S", "float32", 4, tuple(CONTENDERS)),
-        ("M", "float32", 1, tuple(CONTENDERS)),
-        ("S", "bfloat16", 4, tuple(CONTENDERS)),
-        ("M", "bfloat16", 1, tuple(CONTENDERS)),
+        (shape, precision, steps, tuple(CONTENDERS))
+        for precision in ("float32", "bfloat16")
+        for shape, steps in (("S", 4), ("M", 1))
     ],
     "gpu": [
         (shape, "bfloat16", 20, ("matmul", "trainit", "torch_compile"))
         for shape in ("124M", "350M", "1.3B", "7B")
     ],
 }
+HEADER = ["program", "seconds a step", "of the product's rate", "first step after", "peak memory"]
 
 
 def flops(shape: str) -> float:
-    """Of a step, by `metrics.flops_per_token`: attention counts whole, whether half of it is made or not."""
+    """Returns the FLOPs of a step by `metrics.flops_per_token`: all of attention, even if half is skipped."""
     sizes = SHAPES[shape]
     model = config_lib.model(**{name: size for name, size in sizes.items() if name != "batch"})
     model.update(num_kv_heads=model.num_heads, mlp_dim=4 * model.dim)
@@ -41,19 +43,11 @@ def flops(shape: str) -> float:
 
 
 def _run(name: str, shape: str, precision: str, steps: int) -> dict:
-    """What one program says of itself; its error, where it ends with one."""
+    """Runs a program once; returns what it prints, or {"error": its last line}."""
+    module = [sys.executable, "-m", "trainit.tools.benchmark.contender"]
     with tempfile.TemporaryDirectory() as cache:
-        command = [
-            sys.executable,
-            "-m",
-            "trainit.tools.benchmark.contender",
-            name,
-            shape,
-            precision,
-            str(steps),
-        ]
         process = subprocess.run(
-            [*command, str(time.time())],
+            [*module, name, shape, precision, str(steps), str(time.time())],
             capture_output=True,
             text=True,
             env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache},
@@ -64,43 +58,44 @@ def _run(name: str, shape: str, precision: str, steps: int) -> dict:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def _table(shape: str, precision: str, turns: dict[str, list[dict]], rate: float):
-    print(f"\n{shape}, {precision}: {MATMUL}³ product at {rate / 1e9:.0f} GFLOP/s", flush=True)
-    print("| program | seconds a step | of the product's rate | first step after | peak memory |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, runs in turns.items():
-        if name == "matmul":
-            continue
-        failed = [run["error"] for run in runs if "error" in run]
-        if failed:
-            print(f"| {name} | {failed[0][:100]} | | | |")
-            continue
-        seconds = [second for run in runs for second in run["seconds"]]
-        median, first = statistics.median(seconds), statistics.median(run["first"] for run in runs)
-        peak = max(run["peak"] for run in runs) / 1e9
-        print(
-            f"| {name} | {median:.3f} ({min(seconds):.3f} to {max(seconds):.3f}) "
-            f"| {flops(shape) / median / rate:.0%} | {first:.1f} s | {peak:.2f} GB |",
-            flush=True,
-        )
+def _row(name: str, shape: str, runs: list[dict], rate: float) -> list[str]:
+    """Returns a program's row of the table: medians over the rounds, the maximum of the memory."""
+    failed = [run["error"] for run in runs if "error" in run]
+    if failed:
+        return [name, failed[0][:100], "", "", ""]
+    seconds = [second for run in runs for second in run["seconds"]]
+    median, first = statistics.median(seconds), statistics.median(run["first"] for run in runs)
+    return [
+        name,
+        f"{median:.3f} ({min(seconds):.3f} to {max(seconds):.3f})",
+        f"{flops(shape) / median / rate:.0%}",
+        f"{first:.1f} s",
+        f"{max(run['peak'] for run in runs) / 1e9:.2f} GB",
+    ]
 
 
 def measure(name: str, rounds: int) -> int:
-    """Prints the suite's tables; the exit code.
+    """Prints the tables of a suite; returns the exit code.
 
     Raises:
-        ConfigError: the yardstick cannot be measured here.
+        ConfigError: the matrix product that gives the scale cannot be measured here.
     """
     for shape, precision, steps, programs in SUITES[name]:
-        turns: dict[str, list[dict]] = {program: [] for program in programs}
+        runs: dict[str, list[dict]] = {program: [] for program in programs}
         for _ in range(rounds):
-            for program, runs in turns.items():
-                if program == "matmul":  # on a CPU in float32 for all
-                    runs.append(_run(program, shape, "float32" if name == "cpu" else precision, 5))
+            for program in programs:
+                if program == "matmul":  # in float32 on a CPU, for every precision
+                    runs[program].append(_run(program, shape, "float32" if name == "cpu" else precision, 5))
                 else:
-                    runs.append(_run(program, shape, precision, steps))
-        if failed := [run["error"] for run in turns["matmul"] if "error" in run]:
+                    runs[program].append(_run(program, shape, precision, steps))
+        products = runs.pop("matmul")
+        if failed := [run["error"] for run in products if "error" in run]:
             raise ConfigError(f"--suite={name}: the product fails: {failed[0]}")
-        seconds = statistics.median(second for run in turns["matmul"] for second in run["seconds"])
-        _table(shape, precision, turns, 2 * MATMUL**3 / seconds)
+        seconds = statistics.median(second for run in products for second in run["seconds"])
+        rate = 2 * MATMUL**3 / seconds
+        rows = [_row(program, shape, own, rate) for program, own in runs.items()]
+        print(f"\n{shape}, {precision}: {MATMUL}³ product at {rate / 1e9:.0f} GFLOP/s")
+        alignment = ["left"] + ["right"] * (len(HEADER) - 1)
+        table = tabulate(rows, HEADER, tablefmt="github", colalign=alignment, disable_numparse=True)
+        print(table, flush=True)
     return 0

@@ -33,10 +33,10 @@ def describe(plan: Plan) -> str:
             f"{own_rows} sequences of {length} tokens on each part of data × fsdp",
             f"model      {quantity(p.parameters)} parameters, remat {p.config.model.remat}",
             f"memory     {memory}",
-            f"time       {1e3 * t.step:.4g} ms on {p.gpu.name}, MFU {t.mfu:.1%}, if exchanges overlap with "
-            f"computation; {1e3 * t.unhidden:.4g} ms, MFU {t.mfu * t.step / t.unhidden:.1%}, if none does",
-            f"           computation {1e3 * t.compute:.4g} ms at {p.efficiency:g} of the peak; exchanges "
-            f"{1e3 * t.exposed:.3g} ms that cannot overlap and {1e3 * t.hidden:.3g} ms that can",
+            f"time       {1e3 * t.step:.2f} ms on {p.gpu.name}, MFU {t.mfu:.1%}, if exchanges overlap with "
+            f"computation; {1e3 * t.unhidden:.2f} ms, MFU {t.mfu * t.step / t.unhidden:.1%}, if none does",
+            f"           computation {1e3 * t.compute:.2f} ms at {p.efficiency:g} of the peak; exchanges "
+            f"{1e3 * t.exposed:.2f} ms that cannot overlap and {1e3 * t.hidden:.2f} ms that can",
             "exchanged  by each device in a step:",
             *("           " + line for line in exchanges.splitlines()),
         ]
@@ -52,8 +52,8 @@ def _exchanges(plan: Plan) -> list[list[str]]:
         [
             kind,
             " × ".join(axes),
-            f"{predicted.get((kind, axes), 0.0) / MIB:.5g}",
-            f"{compiled.get((kind, axes), 0.0) / MIB:.5g}" if plan.compiled is not None else "not compiled",
+            _mib(predicted.get((kind, axes), 0.0)),
+            _mib(compiled.get((kind, axes), 0.0)) if plan.compiled is not None else "not compiled",
         ]
         for kind, axes in sorted(predicted.keys() | large)
     ]
@@ -62,7 +62,7 @@ def _exchanges(plan: Plan) -> list[list[str]]:
 def table(plans: Sequence[Plan]) -> str:
     """Returns a row for each plan, in Markdown. Columns with two values: with overlap, without."""
     headers = ["parameters", "GPUs", "mesh", "state + rest, GiB", "exchanged, GiB", "formula off by"]
-    headers += ["ms a step", "MFU"]
+    headers += ["step in s: with overlap, without", "MFU"]
     rows = []
     for p in plans:
         memory = " + ".join(f"{size / GIB:.1f}" for size in (p.state, p.temporaries) if not math.isnan(size))
@@ -74,7 +74,7 @@ def table(plans: Sequence[Plan]) -> str:
                 memory,
                 f"{sum(one.bytes for one in p.predicted) / GIB:.2f}",
                 "not compiled" if math.isnan(p.error) else f"{abs(p.error):.2%}",
-                f"{1e3 * p.times.step:.3g}, {1e3 * p.times.unhidden:.3g}",
+                f"{p.times.step:.3g}, {p.times.unhidden:.3g}",
                 f"{p.times.mfu:.0%}, {p.times.mfu * p.times.step / p.times.unhidden:.0%}",
             ]
         )
@@ -84,3 +84,7 @@ def table(plans: Sequence[Plan]) -> str:
 
 def _mesh(sizes: Mapping[str, int]) -> str:
     return " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:.5g}" if size < 1e5 * MIB else f"{size / MIB:.0f}"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
-from jax.sharding import Mesh
 
 from trainit import cli
 from trainit.cluster import devices, rendezvous, run_lock, sync
@@ -21,7 +20,7 @@ from trainit.data.dataset import DatasetError
 from trainit.data.training_data import TrainingData
 from trainit.logs import quantity
 from trainit.parallel.layout import batch_sharding
-from trainit.parallel.mesh import run_shape
+from trainit.parallel.mesh import RunShape, run_shape
 from trainit.tools.doctor import environment
 from trainit.tools.doctor.network import check_all_reduces
 from trainit.tools.doctor.report import FAIL, OK, Result, group_processes
@@ -136,7 +135,7 @@ def _check_data(
     finding = f"{mesh}; {config.batch_size} sequences are {batch.micro_steps} micro-steps of {batch.rows}"
     results = [Result("mesh", OK, finding)]
 
-    own = _attempt(lambda: _data_rate(dataset, shape.mesh, batch))
+    own = _attempt(lambda: _data_rate(dataset, shape))
     rates, errors = zip(*map(json.loads, sync.gather_text(json.dumps(own))), strict=True)
     failures = [f"{process}: {error}" for process, error in zip(processes, errors, strict=True) if error]
     if failures:
@@ -148,9 +147,9 @@ def _check_data(
     return results
 
 
-def _data_rate(dataset: TrainingData, mesh: Mesh, shape: tuple[int, int, int]) -> float:
+def _data_rate(dataset: TrainingData, shape: RunShape) -> float:
     """Returns the tokens per second that this process reads in the way of a run."""
-    batches = dataset.reader(shape, batch_sharding(mesh)).batches()
+    batches = dataset.reader(shape.batch_at(0), batch_sharding(shape.mesh)).batches()
     tokens = next(batches)["tokens"]
     own_tokens = sum(shard.data.size for shard in tokens.addressable_shards if shard.replica_id == 0)
     count, start = 0, time.perf_counter()

@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -92,8 +92,8 @@ def appears(file: Path, content: str) -> bool:
     return False
 
 
-def check_shared(visible: list[bool], processes: list[str], folder: Path) -> Result:
-    """Checks that each process sees the file that process 0 has written to the run's folder."""
+def check_shared(visible: Sequence[int], processes: list[str], folder: Path) -> Result:
+    """Checks that each process sees (1 or 0) the file that process 0 has written to the run's folder."""
     blind = [process for process, sees in zip(processes, visible, strict=True) if not sees]
     if blind:
         finding = f"{', '.join(blind[:8])} cannot see what {processes[0]} writes to {folder}"

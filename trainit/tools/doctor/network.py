@@ -77,7 +77,7 @@ def _time_all_reduce(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[bool
         jax.shard_map(lambda x: jax.lax.psum(x, axes), mesh=mesh, in_specs=layout.spec, out_specs=layout.spec)
     )
     correct = all(
-        np.array_equal(shard.data, expected[shard.index[0]][:, None] * ramp)
+        np.array_equal(shard.data, expected[(shard.index or (slice(None),))[0]][:, None] * ramp)
         for shard in all_reduce(given).addressable_shards
     )
 

@@ -264,7 +264,8 @@ def load_config(arguments: argparse.Namespace) -> ConfigDict:
     """Runs the config file and sets the fields that the command line gives. Call it once per process.
 
     Raises:
-        ConfigError: there is no such file, it raises, or a field is unknown or of another type.
+        ConfigError: there is no such file, it raises, it sets a field that nothing declares, or a flag sets
+            one that is unknown or of another type.
     """
     if not arguments.config:
         raise ConfigError("--config=FILE is missing, for example --config=configs/debug.py")
@@ -282,6 +283,7 @@ def load_config(arguments: argparse.Namespace) -> ConfigDict:
         f"--config={file}: get_config must return a config that began as trainit.config.defaults()",
     )
     _set_fields(config, arguments.overrides)
+    config_lib.check_names(config, config)
     return config
 
 

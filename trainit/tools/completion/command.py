@@ -16,6 +16,7 @@ from trainit import config as config_lib
 from trainit.cluster.process import DONE
 
 DESCRIPTION = "Prints a script with which a shell completes this command."
+VARIANT = re.compile(r"^def get_(\w+)_config", re.MULTILINE)  # a further choice in an optimizer's file
 FIELD = re.compile(r"^    (?:config|base)\.([\w.]+) = (?!ConfigDict)", re.MULTILINE)
 
 BASH = r"""
@@ -47,7 +48,8 @@ _trainit() {
       compopt -o filenames 2>/dev/null
       ;;
   esac
-  [[ ${COMPREPLY[*]} != *[=.] ]] || compopt -o nospace 2>/dev/null
+  # After a config file, groups may follow; after "=" a value.
+  [[ ${COMPREPLY[*]} != *[=.] && $typed != --config=* ]] || compopt -o nospace 2>/dev/null
   # What stands before the word is on the line already.
   COMPREPLY=("${COMPREPLY[@]#"${typed%"$word"}"}")
 }
@@ -133,9 +135,10 @@ def field_names() -> list[str]:
 
 def _groups() -> list[str]:
     """GROUP=CHOICE of all groups."""
-    folder = Path(trainit.__file__).parent / "optimizers"
-    optimizers = dict.fromkeys(sorted(file.stem for file in folder.glob("[a-z]*.py")))
-    groups = {**config_lib.GROUPS, "optimizer": optimizers}
+    optimizers = []
+    for file in (Path(trainit.__file__).parent / "optimizers").glob("[a-z]*.py"):
+        optimizers += [file.stem, *VARIANT.findall(file.read_text())]
+    groups = {**config_lib.GROUPS, "optimizer": sorted(optimizers)}
     return [f"{group}={choice}" for group, choices in groups.items() for choice in choices]
 
 

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.markdown:
         print(markdown([*config_rows(), *optimizer_rows()]), end="")
         return DONE
-    pattern = arguments.pattern.removeprefix("--").removeprefix("config.").lower()
+    pattern = arguments.pattern.removeprefix("config.").lower()
     rows = [row for row in config_rows() if pattern in f"{row.group} {row.name}".lower()]
     if not rows or (pattern and pattern in "optimizer"):
         rows += [row for row in optimizer_rows() if pattern in f"{row.group} {row.name}".lower()]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from trainit import cli, logs
 from trainit.cluster.process import DONE, FAILED, STOPPED
-from trainit.config import ConfigError, check_names
+from trainit.config import ConfigError
 
 if TYPE_CHECKING:
     from trainit.tools.sweep.spec import Sweep
@@ -44,8 +44,7 @@ def _check_names(sweep: "Sweep") -> None:
     for variant in sweep.variants:
         point = variant.points[0] if variant.points else ()
         arguments = cli.train_parser("trainit train").parse(sweep.job(variant, point, 0).arguments)
-        config = cli.load_config(arguments)
-        check_names(config, config)
+        cli.load_config(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:

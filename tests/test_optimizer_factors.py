@@ -166,7 +166,7 @@ def test_shampoo(graft):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("shampoo", {"graft": "lion"}, "optimizer.graft='lion' is none of adam, sgd, none"),
+        ("shampoo", {"graft": "lion"}, "optimizer.graft='lion' is none of 'adam', 'sgd', 'none'"),
         ("shampoo", {"ridge": 0.0}, "optimizer.ridge=0.0 must be above 0"),
         ("soap", {"precondition_every": 0}, "optimizer.precondition_every=0 must be above 0"),
     ],

@@ -294,14 +294,14 @@ def test_factors_are_of_mean_one(scaling, variance):
         (
             "ogd",
             {"random_scaling": "normal"},
-            "random_scaling='normal' is none of none, exponential, uniform",
+            "random_scaling='normal' is none of 'none', 'exponential', 'uniform'",
         ),
         ("ogd", {"radius": -1.0}, "radius=-1.0 must not be below 0"),
         ("ogd_md", {"discount": 0.0}, r"discount=0.0 must lie in \(0, 1\]"),
         ("ada_ftrl", {"scale_exponential": True}, "grows without bound for beta2=0.999 above beta1.2=0.81"),
         ("kt_bettor", {"lipschitz": 0.0}, "lipschitz=0.0 must be above 0"),
         ("mirror_descent", {"num_grids": 0}, "num_grids=0 must be above 0"),
-        ("blackbox", {"magnitude": "ogd"}, "magnitude='ogd' is none of kt_bettor, mirror_descent"),
+        ("blackbox", {"magnitude": "ogd"}, "magnitude='ogd' is none of 'kt_bettor', 'mirror_descent'"),
     ],
 )
 def test_what_they_refuse(name, changes, message):

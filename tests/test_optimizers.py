@@ -27,7 +27,7 @@ from optimizer_cases import (
 from processes import ROOT
 
 from trainit import optimizers
-from trainit.config import ConfigError, choose, defaults, flatten, resolve
+from trainit.config import ConfigError, choose, defaults, flatten, resolve, walk
 from trainit.optimizers.common import registry
 from trainit.parallel.layout import state_shardings
 from trainit.parallel.mesh import make_mesh
@@ -53,6 +53,7 @@ def make(config, context):
     return context.descend(optax.GradientTransformation(init, update))
 """
 IN_PACKAGE = sorted(optimizers.choices())
+WRAPPERS = ("cautious", "mechanic", "offset", "sam", "schedule_free")
 NAMES = [*IN_PACKAGE, "own.py", "optax.lion", "schedule_free+adamw"]
 # Of which a layer's update depends on the other layers, by definition.
 WHOLE_TREE = {
@@ -147,6 +148,12 @@ def test_config_declares_what_every_optimizer_has(name):
     assert isinstance(config.weight_decay, float) and config.weight_decay >= 0
     config.learning_rate = 123.0
     assert optimizers.choices()[name]().learning_rate != 123.0  # each call makes its own
+
+
+@pytest.mark.parametrize("name", [*IN_PACKAGE, *(f"{wrapper}+sgdm" for wrapper in WRAPPERS)])
+def test_every_field_says_what_it_is(name):
+    for field, _, declared in walk(optimizers.choices()[name]()):
+        assert len(declared.help) > 4, field
 
 
 class Reads:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 
-from trainit.optimizers.common import newton_schulz as _orthogonal
+from trainit.optimizers.common import newton_schulz
 
 
 @pytest.fixture(autouse=True)
@@ -15,9 +15,9 @@ def float64(monkeypatch):
     monkeypatch.setattr(torch, "float32", torch.float64)
     for narrower in ("float", "bfloat16"):
         monkeypatch.setattr(torch.Tensor, narrower, torch.Tensor.double)
-    plain = _orthogonal.newton_schulz
+    plain = newton_schulz.newton_schulz
     monkeypatch.setattr(
-        _orthogonal, "newton_schulz", lambda x, dtype, **rest: plain(x, dtype="float64", **rest)
+        newton_schulz, "newton_schulz", lambda x, dtype, **rest: plain(x, dtype="float64", **rest)
     )
     torch.set_default_dtype(torch.float64)
     with jax.enable_x64(True):

@@ -10,22 +10,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.config import require
+from trainit.config import ConfigDict, field, require
 from trainit.optimizers.common import online
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config("ada_ftrl", learning_rate=1e-3)
-    config.beta1 = 0.9  # decay of the mean gradient; in [0, 1)
-    config.beta2 = 0.999  # decay of the mean squared gradient; in [0, 1)
-    config.eps = 1e-8  # the leader's; it fades as beta2^(t/2); > 0
-    config.scale_exponential = False  # times (sqrt(beta2) / beta1)^t; needs beta2 <= beta1^2
-    config.scale_learning_rate = False  # times sqrt(1 - beta2) / (1 - beta1)
-    config.scale_eps = False  # eps times sqrt(1 - beta2)
+    config = online.get_config(learning_rate=1e-3)
+    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
+    config.beta2 = field(0.999, "decay of the mean squared gradient", at_least=0, below=1)
+    config.eps = field(
+        1e-8, "added to the root of the leader's sum of squares; it fades as beta2^(t/2)", above=0
+    )
+    config.scale_exponential = field(False, "multiply by (sqrt(beta2) / beta1)^t; needs beta2 <= beta1^2")
+    config.scale_learning_rate = field(False, "multiply by sqrt(1 - beta2) / (1 - beta1)")
+    config.scale_eps = field(False, "multiply eps by sqrt(1 - beta2)")
     return config
 
 

@@ -5,9 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.optimizers.common._bounds import above_0
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common.moments import map_layers, norm
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import path_name
@@ -17,14 +16,21 @@ ELEMENTWISE = True
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "adafactor"
-    config.learning_rate = 1e-2  # peak of the schedule, times each array's root mean square; >= 0
-    config.weight_decay = 0.0  # decoupled, times the learning rate; >= 0
-    config.beta1 = 0.0  # decay of the mean direction, which costs as much as a gradient; in [0, 1), 0: none
-    config.decay_power = 0.8  # of t in 1 - t^-power, the decay of the mean squared gradients; > 0
-    config.eps = 1e-30  # added to squared gradients; > 0
-    config.threshold = 1.0  # a direction's root mean square is at most that; > 0
-    config.scale_floor = 1e-3  # an array's root mean square counts as this at least, so that zeros move; > 0
+    config.learning_rate = field(
+        1e-2, "peak of the schedule, times each array's root mean square", at_least=0
+    )
+    config.weight_decay = field(0.0, "decoupled weight decay, times the learning rate", at_least=0)
+    config.beta1 = field(
+        0.0, "decay of the mean direction, which costs as much as a gradient; 0: none", at_least=0, below=1
+    )
+    config.decay_power = field(
+        0.8, "the power p in 1 - t^-p, the decay of the mean squared gradients", above=0
+    )
+    config.eps = field(1e-30, "added to squared gradients", above=0)
+    config.threshold = field(1.0, "maximum of a direction's root mean square", above=0)
+    config.scale_floor = field(
+        1e-3, "minimum that an array's root mean square counts as, so that zeros move", above=0
+    )
     return config
 
 
@@ -40,7 +46,6 @@ class AdafactorState(NamedTuple):
 
 def make(config, context) -> optax.GradientTransformation:
     """The gradient over the root of a mean square that is told by rows and columns, clipped and scaled."""
-    above_0(config, "decay_power", "threshold", "scale_floor")
 
     def init(params) -> AdafactorState:
         def of_matrices(axis: int):

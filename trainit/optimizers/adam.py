@@ -5,8 +5,8 @@ Hinton 2012, Coursera lecture 6e.
 """
 
 import optax
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common.moments import scale_by_moments
 
 ELEMENTWISE = True
@@ -14,18 +14,17 @@ ELEMENTWISE = True
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "adam"
-    config.learning_rate = 1e-3  # peak of the schedule; >= 0
-    config.weight_decay = 0.0  # of the kind that `decoupled` says; >= 0
-    config.decoupled = False  # decay behind the direction (AdamW) instead of in the gradient
-    config.beta1 = 0.9  # decay of the mean gradient; in [0, 1)
-    config.beta2 = 0.999  # decay of the mean squared gradient; in [0, 1)
-    config.eps = 1e-8  # added to the root of the mean square; > 0
-    config.nesterov = False  # the mean gradient looks one step ahead
-    config.debias_beta1 = True  # divide the mean gradient by 1 - beta1^t
-    config.debias_beta2 = True  # divide the mean square by 1 - beta2^t
-    config.use_momentum = True  # off: the gradient itself instead of its mean
-    config.use_preconditioner = True  # off: no division by the root of the mean square
+    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.0, "weight decay, of the kind that `decoupled` says", at_least=0)
+    config.decoupled = field(False, "add the decay after the direction (AdamW) instead of to the gradient")
+    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
+    config.beta2 = field(0.999, "decay of the mean squared gradient", at_least=0, below=1)
+    config.eps = field(1e-8, "added to the root of the mean square", above=0)
+    config.nesterov = field(False, "the mean gradient looks one step ahead")
+    config.debias_beta1 = field(True, "divide the mean gradient by 1 - beta1^t")
+    config.debias_beta2 = field(True, "divide the mean square by 1 - beta2^t")
+    config.use_momentum = field(True, "use the mean gradient; False: the gradient itself")
+    config.use_preconditioner = field(True, "divide by the root of the mean square")
     return config
 
 
@@ -45,13 +44,12 @@ def make(config, context) -> optax.GradientTransformation:
 
 def get_nadam_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "nadam"
-    config.learning_rate = 1e-3  # peak of the schedule; >= 0
-    config.weight_decay = 0.1  # of the kind that `decoupled` says; >= 0
-    config.decoupled = True  # decay behind the direction instead of in the gradient
-    config.beta1 = 0.9  # decay of the mean gradient; in [0, 1)
-    config.beta2 = 0.999  # decay of the mean squared gradient; in [0, 1)
-    config.eps = 1e-8  # added to the root of the mean square; > 0
+    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.1, "weight decay, of the kind that `decoupled` says", at_least=0)
+    config.decoupled = field(True, "add the decay after the direction instead of to the gradient")
+    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
+    config.beta2 = field(0.999, "decay of the mean squared gradient", at_least=0, below=1)
+    config.eps = field(1e-8, "added to the root of the mean square", above=0)
     return config
 
 
@@ -62,13 +60,12 @@ def make_nadam(config, context) -> optax.GradientTransformation:
 
 def get_rmsprop_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "rmsprop"
-    config.learning_rate = 1e-3  # peak of the schedule; >= 0
-    config.weight_decay = 0.1  # of the kind that `decoupled` says; >= 0
-    config.decoupled = True  # decay behind the direction instead of in the gradient
-    config.beta2 = 0.99  # decay of the mean squared gradient; in [0, 1)
-    config.eps = 1e-8  # added to the root of the mean square; > 0
-    config.debias_beta2 = True  # divide the mean square by 1 - beta2^t; off: as in the lecture
+    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.1, "weight decay, of the kind that `decoupled` says", at_least=0)
+    config.decoupled = field(True, "add the decay after the direction instead of to the gradient")
+    config.beta2 = field(0.99, "decay of the mean squared gradient", at_least=0, below=1)
+    config.eps = field(1e-8, "added to the root of the mean square", above=0)
+    config.debias_beta2 = field(True, "divide the mean square by 1 - beta2^t; False: as in the lecture")
     return config
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.parallel.layout import logical_axes
 from trainit.parallel.trees import path_name
 
@@ -31,12 +31,11 @@ ELEMENTWISE = True
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "adam_mini"
-    config.learning_rate = 1e-3  # peak of the schedule; >= 0
-    config.weight_decay = 0.1  # decoupled, times the learning rate; >= 0
-    config.beta1 = 0.9  # decay of the mean gradient; in [0, 1)
-    config.beta2 = 0.95  # decay of the mean squared gradient; in [0, 1)
-    config.eps = 1e-8  # added to the root of the mean square; > 0
+    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.1, "decoupled weight decay, times the learning rate", at_least=0)
+    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
+    config.beta2 = field(0.95, "decay of the mean squared gradient", at_least=0, below=1)
+    config.eps = field(1e-8, "added to the root of the mean square", above=0)
     return config
 
 

@@ -8,12 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.config import require
+from trainit.config import ConfigDict, field
 from trainit.optimizers import kt_bettor, mirror_descent
 from trainit.optimizers.common import online
-from trainit.optimizers.common._bounds import above_0, not_below_0
 from trainit.parallel.trees import inner_product
 
 MAGNITUDES = {"kt_bettor": kt_bettor.bettor, "mirror_descent": mirror_descent.learner}
@@ -22,12 +20,14 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config("blackbox", learning_rate=1.0)
-    config.magnitude = "kt_bettor"  # learner of the length: kt_bettor, mirror_descent
-    config.eps = 1.0  # its wealth or scale before any gradient is seen; > 0
-    config.lipschitz = 10.0  # bound G of its gradients, to which larger ones are clipped; > 0
-    config.discount = 0.9  # decay of the mean gradient that gives the direction; 1: the sum; in (0, 1]
-    config.regularization = 0.0  # lambda: adds lambda/2 |Delta|^2 to each loss; >= 0
+    config = online.get_config(learning_rate=1.0)
+    config.magnitude = field("kt_bettor", "learner of the length", one_of=tuple(MAGNITUDES))
+    config.eps = field(1.0, "the learner's wealth or scale before the first gradient", above=0)
+    config.lipschitz = field(10.0, "bound G of its gradients, to which larger ones are clipped", above=0)
+    config.discount = field(
+        0.9, "decay of the mean gradient that gives the direction; 1: the sum", above=0, at_most=1
+    )
+    config.regularization = field(0.0, "lambda, where lambda/2 |Delta|^2 is added to each loss", at_least=0)
     return config
 
 
@@ -40,7 +40,6 @@ class BlackboxState(NamedTuple):
 def make(config, context):
     """Delta = z w: w the unit vector of the leader, z of the magnitude's learner for gradients <g, w>."""
     magnitude = magnitude_learner(config)
-    not_below_0(config, "regularization")
     keep, add = online.mean_weights(config)
 
     def init(params) -> BlackboxState:
@@ -60,10 +59,5 @@ def make(config, context):
 
 
 def magnitude_learner(config) -> online.Learner:
-    """The one-dimensional learner that the config names. Raises ConfigError for wrong values."""
-    require(
-        config.magnitude in MAGNITUDES,
-        f"optimizer.magnitude={config.magnitude!r} is none of {', '.join(MAGNITUDES)}",
-    )
-    above_0(config, "eps", "lipschitz")
+    """The one-dimensional learner that the config names."""
     return MAGNITUDES[config.magnitude](config.eps, config.lipschitz)

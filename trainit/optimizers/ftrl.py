@@ -6,25 +6,22 @@ Ahn, Zhang, Kook & Dai 2024, arXiv 2402.01567.
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common import online
-from trainit.optimizers.common._bounds import not_below_0
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config("ftrl", learning_rate=0.01)
-    config.discount = 0.9  # discount of past losses; in (0, 1]
-    config.radius = 0.0  # largest norm of the point, all parameters together; 0: any
+    config = online.get_config(learning_rate=0.01)
+    config.discount = field(0.9, "factor by which past losses count less with each step", above=0, at_most=1)
+    config.radius = field(0.0, "maximum of the point's norm over all parameters; 0: no maximum", at_least=0)
     return config
 
 
 def make(config, context):
     """Delta = argmin of rate * sum_s discount^(t-s) <g_s, Delta> + |Delta|^2 / 2 over |Delta| <= radius."""
-    not_below_0(config, "radius")
-    online.check_discount(config)
 
     def update(gradients, total, rate):
         total = jax.tree.map(lambda s, g: config.discount * s + g, total, gradients)

@@ -8,19 +8,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common import online
-from trainit.optimizers.common._bounds import not_below_0
 from trainit.parallel.trees import inner_product
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config("imperfect_hints", learning_rate=0.1)
-    config.mu = 1.0  # strength of the losses' curvature that hints bring; >= 0
-    config.discount = 0.95  # discount of the past; in (0, 1]
+    config = online.get_config(learning_rate=0.1)
+    config.mu = field(1.0, "strength of the losses' curvature that hints bring", at_least=0)
+    config.discount = field(0.95, "factor by which the past counts less with each step", above=0, at_most=1)
     return config
 
 
@@ -37,8 +36,6 @@ def make(config, context):
 
     y is -sum(g) / (sum(sigma) + root of sum(|g|^2)), in the unit ball.
     """
-    not_below_0(config, "mu")
-    online.check_discount(config)
     discount = config.discount
 
     def init(params) -> HintState:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.optimizers.common._bounds import above_0, not_below_0
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common.moments import scale_by_moments
 from trainit.parallel.trees import inner_product
 
@@ -19,15 +18,16 @@ ELEMENTWISE = True
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "jump"
-    config.learning_rate = 1e-3  # peak of the schedule; >= 0
-    config.weight_decay = 0.1  # in normal steps, decoupled, times the learning rate; >= 0
-    config.normal_steps = 4500  # updates by AdamW that begin a cycle; > 0
-    config.jump_steps = 500  # updates along the parameters themselves that end it; > 0
-    config.jump_rate = 1.0  # learning rate of the length in units of the scheduled one; >= 0
-    config.beta1 = 0.9  # decay of the mean gradients; in [0, 1)
-    config.beta2 = 0.999  # decay of the mean squared gradients; in [0, 1)
-    config.eps = 1e-8  # added to the roots of the mean squares; > 0
+    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
+    config.weight_decay = field(
+        0.1, "decoupled weight decay in normal steps, times the learning rate", at_least=0
+    )
+    config.normal_steps = field(4500, "updates by AdamW that begin a cycle", above=0)
+    config.jump_steps = field(500, "updates along the parameters themselves that end it", above=0)
+    config.jump_rate = field(1.0, "learning rate of the length, in units of the scheduled one", at_least=0)
+    config.beta1 = field(0.9, "decay of the mean gradients", at_least=0, below=1)
+    config.beta2 = field(0.999, "decay of the mean squared gradients", at_least=0, below=1)
+    config.eps = field(1e-8, "added to the roots of the mean squares", above=0)
     return config
 
 
@@ -42,8 +42,6 @@ def make(config, context) -> optax.GradientTransformation:
 
     In a jump x moves to x + d x/|x|, where d is Adam's step for the gradient <g, x/|x|> of the length.
     """
-    above_0(config, "normal_steps", "jump_steps")
-    not_below_0(config, "jump_rate")
     adam = scale_by_moments(config.beta1, config.beta2, config.eps)
     decay = context.decay()
 

@@ -7,18 +7,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common import online
-from trainit.optimizers.common._bounds import above_0
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config("kt_bettor", learning_rate=1.0)
-    config.eps = 1e-3  # each coordinate's wealth at the beginning; > 0
-    config.lipschitz = 0.1  # bound G of a gradient's entries, to which larger ones are clipped; > 0
+    config = online.get_config(learning_rate=1.0)
+    config.eps = field(1e-3, "wealth of each coordinate at the beginning", above=0)
+    config.lipschitz = field(
+        0.1, "bound G of a gradient's entries, to which larger ones are clipped", above=0
+    )
     return config
 
 
@@ -56,6 +57,5 @@ def bettor(eps: float, lipschitz: float) -> online.Learner:
 
 def make(config, context):
     """The learning rate multiplies the point: 1 leaves it as it is."""
-    above_0(config, "lipschitz")
     learner = bettor(config.eps, config.lipschitz)
     return online.to_optimizer(learner, config, context, scaled=True)

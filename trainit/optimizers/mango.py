@@ -11,10 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.config import require
-from trainit.optimizers.common._bounds import above_0, not_below_0
+from trainit.config import ConfigDict, field, require
 from trainit.optimizers.common.moments import map_layers, norm, scale_by_moments
 from trainit.optimizers.common.newton_schulz import orthogonalize, spectral_norm
 from trainit.parallel.layout import matrix_shape, parameter_kind
@@ -36,31 +34,38 @@ KINDS = {
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "mango"
-    config.learning_rate = 0.01  # peak of the schedule; >= 0
-    config.weight_decay = 0.0  # decoupled, times the learning rate; >= 0
-    config.eps = 1e-8  # added to what is divided by; > 0
-    config.offset_beta = 0.95  # decay of the mean update that is added to each; in [0, 1), 0: none
-    config.scale_floor = 0.1  # a weight's norm counts as this at least, so that zeros move; > 0
-    config.ns_steps = 6  # of Newton-Schulz; > 0
-    config.ns_precision = "bfloat16"  # of its products: bfloat16, float32
+    config.learning_rate = field(0.01, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.0, "decoupled weight decay, times the learning rate", at_least=0)
+    config.eps = field(1e-8, "added to each divisor", above=0)
+    config.offset_beta = field(
+        0.95, "decay of the mean update that is added to each update; 0: none", at_least=0, below=1
+    )
+    config.scale_floor = field(0.1, "minimum that a weight's norm counts as, so that zeros move", above=0)
+    config.ns_steps = field(6, "iterations of Newton-Schulz", above=0)
+    config.ns_precision = field(
+        "bfloat16", "precision of the products in Newton-Schulz", one_of=("bfloat16", "float32")
+    )
     for kind, (normalize, scale) in KINDS.items():
-        config[kind] = _kind_config(normalize, scale)
+        config[kind] = field(_kind_config(normalize, scale), f"settings of parameters of kind {kind}")
     return config
 
 
 def _kind_config(normalize: str, scale: str) -> ConfigDict:
     config = ConfigDict()
-    config.rate = 1.0  # learning rate in units of the scheduled one; >= 0
-    config.beta1 = 0.95  # decay of the momentum; in [0, 1)
-    config.beta2 = 0.95  # decay of the squared gradients; in [0, 1), 0: no division
-    config.nesterov = True  # the momentum looks one step ahead
-    config.use_adam = False  # both moments as Adam has them: means, debiased, divided at the end
-    # none; l2, inf: of the whole; l2_row, inf_row: of each unit; ns: Newton-Schulz; attention's queries, keys
-    # and values also l2_split, inf_split, ns_split: of each head.
-    config.normalize = normalize
-    config.scale = scale  # by the weight's norm: none, l2, inf, op; l2_row, inf_row: each unit by its own
-    config.scale_power = 1.0  # of that norm
+    config.rate = field(1.0, "learning rate, in units of the scheduled one", at_least=0)
+    config.beta1 = field(0.95, "decay of the momentum", at_least=0, below=1)
+    config.beta2 = field(0.95, "decay of the squared gradients; 0: no division", at_least=0, below=1)
+    config.nesterov = field(True, "the momentum looks one step ahead")
+    config.use_adam = field(False, "both moments as in Adam: debiased means, divided at the end")
+    # l2, inf: the norm of the whole; l2_row, inf_row: of each unit; ns: Newton-Schulz. Attention's queries,
+    # keys and values also have l2_split, inf_split and ns_split: of each head.
+    config.normalize = field(
+        normalize, "what divides the update: a norm of it, or Newton-Schulz", one_of=NORMALIZE
+    )
+    config.scale = field(
+        scale, "norm of the weight that multiplies; l2_row, inf_row: each unit's own", one_of=SCALE
+    )
+    config.scale_power = field(1.0, "power of that norm")
     return config
 
 
@@ -77,11 +82,6 @@ def kind(path: str) -> str:
 
 
 def make(config, context) -> optax.GradientTransformation:
-    require(
-        config.ns_precision in ("bfloat16", "float32"),
-        f"optimizer.ns_precision={config.ns_precision!r} is none of 'bfloat16', 'float32'",
-    )
-    above_0(config, "ns_steps", "scale_floor")
     directions = {name: _direction(name, config, context) for name in KINDS}
     direction = optax.partition(directions, context.by_path(lambda path, _: kind(path)))
     offset = _add_mean(config.offset_beta) if config.offset_beta else optax.identity()
@@ -90,14 +90,11 @@ def make(config, context) -> optax.GradientTransformation:
 
 def _direction(name: str, config, context) -> optax.GradientTransformation:
     c = config[name]
-    for field, choices in (("normalize", NORMALIZE), ("scale", SCALE)):
-        known = ", ".join(choices)
-        require(c[field] in choices, f"optimizer.{name}.{field}={c[field]!r} is none of {known}")
-    not_below_0(c, "rate", within=f"optimizer.{name}")
     power, flat = c.scale_power, name in ("attention_bias", "scale", "bias")
-    for field, ns in (("normalize", c.normalize.startswith("ns")), ("scale", c.scale == "op")):
+    for key, for_matrices in (("normalize", c.normalize.startswith("ns")), ("scale", c.scale == "op")):
         require(
-            not (flat and ns), f"optimizer.{name}.{field}={c[field]} is for matrices, which {name} is not"
+            not (flat and for_matrices),
+            f"optimizer.{name}.{key}={c[key]} is for matrices, which {name} is not",
         )
     require(
         not c.normalize.endswith("split") or name.startswith("attention"),

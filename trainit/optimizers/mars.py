@@ -5,9 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.optimizers.common._bounds import not_below_0
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common.moments import scale_by_moments
 
 ELEMENTWISE = True
@@ -15,15 +14,17 @@ ELEMENTWISE = True
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "mars"
-    config.learning_rate = 3e-3  # peak of the schedule; >= 0
-    config.weight_decay = 0.01  # decoupled, times the learning rate; >= 0
-    config.beta1 = 0.95  # decay of the mean gradient; in [0, 1)
-    config.beta2 = 0.99  # decay of the mean squared gradient; in [0, 1)
-    config.eps = 1e-8  # added to the root of the mean square; > 0
-    config.gamma = 0.025  # how much of the change since the last step is added; >= 0
-    config.exact = (
-        False  # the change of this batch's gradient, which costs a second one; else of the gradient
+    config.learning_rate = field(3e-3, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.01, "decoupled weight decay, times the learning rate", at_least=0)
+    config.beta1 = field(0.95, "decay of the mean gradient", at_least=0, below=1)
+    config.beta2 = field(0.99, "decay of the mean squared gradient", at_least=0, below=1)
+    config.eps = field(1e-8, "added to the root of the mean square", above=0)
+    config.gamma = field(
+        0.025, "share of the gradient's change since the last step that is added", at_least=0
+    )
+    config.exact = field(
+        False,
+        "take the change of this batch's gradient, which costs a second one; False: from the last gradient",
     )
     return config
 
@@ -43,7 +44,6 @@ def make(config, context) -> optax.GradientTransformation:
 
     g_last is the last step's gradient, or exactly that of this batch at the last step's parameters.
     """
-    not_below_0(config, "gamma")
     moments = scale_by_moments(config.beta1, config.beta2, config.eps)
     factor = config.gamma * config.beta1 / (1 - config.beta1)
 

@@ -11,20 +11,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common import online
-from trainit.optimizers.common._bounds import above_0
 from trainit.parallel.trees import inner_product
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config("mirror_descent", learning_rate=1.0)
-    config.eps = 10.0  # scale of the point before any gradient is seen; > 0
-    config.lipschitz = 1.0  # bound G of the gradient's norm, to which larger ones are clipped; > 0
-    config.num_grids = 4  # learners with steps 1/G, 1/2G, 1/4G, ..., whose points are added; a copy each; > 0
+    config = online.get_config(learning_rate=1.0)
+    config.eps = field(10.0, "scale of the point before the first gradient", above=0)
+    config.lipschitz = field(1.0, "bound G of the gradient's norm, to which larger ones are clipped", above=0)
+    config.num_grids = field(
+        4,
+        "learners with steps 1/G, 1/2G, ..., whose points are added; each takes a copy's memory",
+        above=0,
+    )
     return config
 
 
@@ -71,6 +74,5 @@ def learner(eps: float, lipschitz: float, num_grids: int = 1) -> online.Learner:
 
 def make(config, context):
     """The learning rate multiplies the point: 1 leaves it as it is."""
-    above_0(config, "eps", "lipschitz", "num_grids")
     whole = learner(config.eps, config.lipschitz, config.num_grids)
     return online.to_optimizer(whole, config, context, scaled=True)

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers import kt_bettor
 from trainit.optimizers.common import online
-from trainit.optimizers.common._bounds import above_0, not_below_0
 from trainit.optimizers.common.moments import map_layers
 from trainit.parallel.trees import inner_product
 
@@ -21,12 +20,14 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config("normalized_blackbox", learning_rate=1.0)
-    config.eps = 1.0  # the bettor's wealth at the beginning, of each length; > 0
-    config.lipschitz = 10.0  # bound G of its gradients, to which larger ones are clipped; > 0
-    config.discount = 0.9  # decay of the mean gradient that gives the direction; 1: the sum; in (0, 1]
-    config.regularization = 0.0  # lambda: adds lambda/2 |Delta|^2 to each loss; >= 0
-    config.per_layer = False  # a length for each array of each layer, or one for all parameters
+    config = online.get_config(learning_rate=1.0)
+    config.eps = field(1.0, "wealth of each length's bettor at the beginning", above=0)
+    config.lipschitz = field(10.0, "bound G of its gradients, to which larger ones are clipped", above=0)
+    config.discount = field(
+        0.9, "decay of the mean gradient that gives the direction; 1: the sum", above=0, at_most=1
+    )
+    config.regularization = field(0.0, "lambda, where lambda/2 |Delta|^2 is added to each loss", at_least=0)
+    config.per_layer = field(False, "a length for each array of each layer instead of one for all parameters")
     return config
 
 
@@ -39,8 +40,6 @@ class NormalizedState(NamedTuple):
 
 def make(config, context):
     """Delta = sign(sum s) z G / |G|: G of past gradients, z the bettor's for s = sign(sum s) <g, G / |G|>."""
-    above_0(config, "eps", "lipschitz")
-    not_below_0(config, "regularization")
     keep, add = online.mean_weights(config)
     bettor = kt_bettor.bettor(config.eps, config.lipschitz)
 

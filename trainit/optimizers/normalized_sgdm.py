@@ -2,9 +2,8 @@
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
-from trainit.config import require
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common.moments import map_layers, norm
 
 ELEMENTWISE = True
@@ -12,22 +11,20 @@ ELEMENTWISE = True
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "normalized_sgdm"
-    config.learning_rate = 0.05  # peak of the schedule: the length of a step; >= 0
-    config.weight_decay = 0.0  # decoupled, times the learning rate; >= 0
-    config.momentum = 0.95  # m <- momentum * m + g; in [0, 1)
-    config.nesterov = True  # direction momentum * m + g instead of m
-    config.normalize = "layer"  # to norm 1: layer (each array of each layer), global (all together), none
-    config.eps = 1e-8  # added to the norm; > 0
+    config.learning_rate = field(0.05, "peak of the schedule: the length of a step", at_least=0)
+    config.weight_decay = field(0.0, "decoupled weight decay, times the learning rate", at_least=0)
+    config.momentum = field(0.95, "factor of the old momentum in m <- momentum * m + g", at_least=0, below=1)
+    config.nesterov = field(True, "take momentum * m + g as the direction instead of m")
+    config.normalize = field(
+        "layer",
+        "what is divided by its norm: each array of each layer, all arrays together, or nothing",
+        one_of=("layer", "global", "none"),
+    )
+    config.eps = field(1e-8, "added to the norm", above=0)
     return config
 
 
 def make(config, context) -> optax.GradientTransformation:
-    require(
-        config.normalize in ("layer", "global", "none"),
-        f"optimizer.normalize={config.normalize!r} is none of 'layer', 'global', 'none'",
-    )
-
     def normalize(updates, params=None):
         del params
         match config.normalize:

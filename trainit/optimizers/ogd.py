@@ -2,18 +2,19 @@
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common import online
-from trainit.optimizers.common._bounds import not_below_0
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config("ogd", learning_rate=1e-3)
-    config.shrinkage = 10.0  # decay of the point: times the learning rate, so much of it is taken away; >= 0
-    config.radius = 0.0  # largest norm of the point, all parameters together; 0: any
+    config = online.get_config(learning_rate=1e-3)
+    config.shrinkage = field(
+        10.0, "decay of the point; each step takes away this share of it, times the learning rate", at_least=0
+    )
+    config.radius = field(0.0, "maximum of the point's norm over all parameters; 0: no maximum", at_least=0)
     return config
 
 
@@ -22,7 +23,6 @@ def make(config, context):
 
     With 1 - rate * shrinkage as momentum and no radius it is SGD with momentum.
     """
-    not_below_0(config, "shrinkage", "radius")
 
     def update(gradients, point, rate):
         point = jax.tree.map(lambda d, g: d - rate * (g + config.shrinkage * d), point, gradients)

@@ -6,31 +6,28 @@ and mu=0 its OGD with mirror descent.
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from trainit.optimizers.common import online as _online
-from trainit.optimizers.common._bounds import not_below_0
+from trainit.config import ConfigDict, field
+from trainit.optimizers.common import online
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = _online.get_config("ogd_md", learning_rate=1e-3)
+    config = online.get_config(learning_rate=1e-3)
     config.random_scaling = "exponential"
-    config.discount = 0.99  # discount of the past; in (0, 1]
-    config.mu = 100.0  # strength of the regularizer mu/2 |Delta|^2; >= 0
+    config.discount = field(0.99, "factor by which the past counts less with each step", above=0, at_most=1)
+    config.mu = field(100.0, "strength of the regularizer mu/2 |Delta|^2", at_least=0)
     return config
 
 
 def make(config, context):
     """Delta <- discount / (1 + rate * mu) * (Delta - rate * g)."""
-    not_below_0(config, "mu")
-    _online.check_discount(config)
 
     def update(gradients, point, rate):
         factor = config.discount / (1 + rate * config.mu)
         point = jax.tree.map(lambda d, g: factor * (d - rate * g), point, gradients)
         return point, point
 
-    learner = _online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
-    return _online.to_optimizer(learner, config, context)
+    learner = online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    return online.to_optimizer(learner, config, context)

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.optimizers.common._bounds import not_below_0
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common.moments import scale_by_moments
 from trainit.parallel.trees import inner_product
 
@@ -20,13 +19,14 @@ ELEMENTWISE = True
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "polar"
-    config.learning_rate = 1e-5  # of the direction, whose entries are those of a unit vector; >= 0
-    config.radius_rate = 1e2  # learning rate of the length in units of the scheduled one; >= 0
-    config.weight_decay = 0.0  # of the length, decoupled, times its learning rate; >= 0
-    config.beta1 = 0.9  # decay of the mean gradients; in [0, 1)
-    config.beta2 = 0.999  # decay of the mean squared gradients; in [0, 1)
-    config.eps = 1e-8  # added to the roots of the mean squares; > 0
+    config.learning_rate = field(
+        1e-5, "peak of the schedule, for the direction, whose entries are those of a unit vector", at_least=0
+    )
+    config.radius_rate = field(1e2, "learning rate of the length, in units of the scheduled one", at_least=0)
+    config.weight_decay = field(0.0, "decoupled decay of the length, times its learning rate", at_least=0)
+    config.beta1 = field(0.9, "decay of the mean gradients", at_least=0, below=1)
+    config.beta2 = field(0.999, "decay of the mean squared gradients", at_least=0, below=1)
+    config.eps = field(1e-8, "added to the roots of the mean squares", above=0)
     return config
 
 
@@ -40,7 +40,6 @@ def make(config, context) -> optax.GradientTransformation:
 
     dw and dr are Adam's steps for the gradients r g and <g, w>.
     """
-    not_below_0(config, "radius_rate")
     adam = scale_by_moments(config.beta1, config.beta2, config.eps)
 
     def init(params) -> PolarState:

@@ -1,19 +1,24 @@
 """SGD with heavy-ball momentum (Polyak 1964), or in Nesterov's form (Sutskever et al. 2013)."""
 
 import optax
-from ml_collections import ConfigDict
+
+from trainit.config import ConfigDict, field
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "sgdm"
-    config.learning_rate = 0.1  # peak of the schedule; >= 0
-    config.weight_decay = 0.0  # of the kind that `decoupled` says; >= 0
-    config.decoupled = True  # decay behind the direction instead of in the gradient
-    config.momentum = 0.9  # m <- momentum * m + g; in [0, 1), 0: plain gradient descent
-    config.nesterov = False  # direction momentum * m + g instead of m
+    config.learning_rate = field(0.1, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.0, "weight decay, of the kind that `decoupled` says", at_least=0)
+    config.decoupled = field(True, "add the decay after the direction instead of to the gradient")
+    config.momentum = field(
+        0.9,
+        "factor of the old momentum in m <- momentum * m + g; 0: plain gradient descent",
+        at_least=0,
+        below=1,
+    )
+    config.nesterov = field(False, "take momentum * m + g as the direction instead of m")
     return config
 
 

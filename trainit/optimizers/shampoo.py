@@ -9,27 +9,32 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.config import require
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common import kronecker
-from trainit.optimizers.common._bounds import above_0
 from trainit.optimizers.common.moments import norm, scale_by_moments
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "shampoo"
-    config.learning_rate = 1e-3  # peak of the schedule; >= 0
-    config.weight_decay = 0.1  # decoupled, times the learning rate; >= 0
-    config.beta1 = 0.9  # decay of the mean gradient; in [0, 1)
-    config.beta2 = 0.95  # decay of the mean squared gradient, of vectors and for graft=adam; in [0, 1)
-    config.shampoo_beta = 0.95  # decay of the factors, the means of G G^T and G^T G; in [0, 1)
-    config.eps = 1e-8  # added to the root of the mean square; > 0
-    config.ridge = 1e-6  # of a factor's largest eigenvalue: added to all of them; > 0
-    config.precondition_every = 10  # updates between roots, each an eigendecomposition; > 0
-    config.max_size = 10000  # sides of matrices above it have no factor
-    config.graft = "adam"  # whose length a matrix's direction takes: adam, sgd (the mean gradient), none
+    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.1, "decoupled weight decay, times the learning rate", at_least=0)
+    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
+    config.beta2 = field(
+        0.95, "decay of the mean squared gradient, of vectors and for graft=adam", at_least=0, below=1
+    )
+    config.shampoo_beta = field(
+        0.95, "decay of the factors, the means of G G^T and G^T G", at_least=0, below=1
+    )
+    config.eps = field(1e-8, "added to the root of the mean square", above=0)
+    config.ridge = field(1e-6, "share of a factor's largest eigenvalue that is added to all of them", above=0)
+    config.precondition_every = field(10, "updates between roots, each an eigendecomposition", above=0)
+    config.max_size = field(10000, "maximum side of a matrix that has a factor", above=0)
+    config.graft = field(
+        "adam",
+        "the direction whose length a matrix's direction takes; sgd: the mean gradient",
+        one_of=("adam", "sgd", "none"),
+    )
     return config
 
 
@@ -51,9 +56,6 @@ def make(config, context) -> optax.GradientTransformation:
     The side of the vocabulary or the positions has no factor, as any beyond max_size; the other's root is
     then L^(-1/2).
     """
-    above_0(config, "ridge", "precondition_every", "max_size")
-    grafts = ("adam", "sgd", "none")
-    require(config.graft in grafts, f"optimizer.graft={config.graft!r} is none of {', '.join(grafts)}")
     adam = scale_by_moments(config.beta1, config.beta2, config.eps)
     labels = context.by_path(lambda path, kind: "rest" if kind == "vector" else "shampoo")
     return context.descend(optax.partition({"shampoo": _shampoo(config, context.mesh), "rest": adam}, labels))

@@ -5,10 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common import kronecker
-from trainit.optimizers.common._bounds import above_0
 from trainit.optimizers.common.moments import scale_by_moments
 
 KEEP, ITERATE, DECOMPOSE = range(3)  # what is done with a basis
@@ -16,15 +15,18 @@ KEEP, ITERATE, DECOMPOSE = range(3)  # what is done with a basis
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "soap"
-    config.learning_rate = 3e-3  # peak of the schedule; >= 0
-    config.weight_decay = 0.1  # decoupled, times the learning rate; >= 0
-    config.beta1 = 0.95  # decay of the mean gradient; in [0, 1)
-    config.beta2 = 0.95  # decay of the mean squared gradient; in [0, 1)
-    config.shampoo_beta = 0.95  # decay of the factors, the means of G G^T and G^T G; in [0, 1)
-    config.eps = 1e-8  # added to the root of the mean square; > 0
-    config.precondition_every = 10  # updates between turns of the bases, each a QR decomposition; > 0
-    config.max_size = 10000  # sides of matrices above it keep their own basis
+    config.learning_rate = field(3e-3, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.1, "decoupled weight decay, times the learning rate", at_least=0)
+    config.beta1 = field(0.95, "decay of the mean gradient", at_least=0, below=1)
+    config.beta2 = field(0.95, "decay of the mean squared gradient", at_least=0, below=1)
+    config.shampoo_beta = field(
+        0.95, "decay of the factors, the means of G G^T and G^T G", at_least=0, below=1
+    )
+    config.eps = field(1e-8, "added to the root of the mean square", above=0)
+    config.precondition_every = field(
+        10, "updates between turns of the bases, each a QR decomposition", above=0
+    )
+    config.max_size = field(10000, "maximum side of a matrix whose basis is changed", above=0)
     return config
 
 
@@ -46,7 +48,6 @@ def make(config, context) -> optax.GradientTransformation:
     As its authors do it, the first gradient only sets the bases. The side of the vocabulary or the positions
     keeps its own basis, as any beyond max_size does.
     """
-    above_0(config, "precondition_every", "max_size")
     adam = scale_by_moments(config.beta1, config.beta2, config.eps)
     labels = context.by_path(lambda path, kind: "rest" if kind == "vector" else "soap")
     return context.descend(

@@ -8,25 +8,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.config import require
-from trainit.optimizers.common._bounds import above_0
+from trainit.config import ConfigDict, field
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "sophia"
-    config.learning_rate = 1e-3  # peak of the schedule; >= 0
-    config.weight_decay = 0.1  # decoupled, times the learning rate; >= 0
-    config.beta1 = 0.96  # decay of the mean gradient; in [0, 1)
-    config.beta2 = 0.99  # decay of the mean of the Hessian's diagonals; in [0, 1)
-    config.gamma = 0.01  # share of the diagonal that the mean gradient is divided by; > 0
-    config.eps = 1e-12  # it is at least that; > 0
-    config.estimator = "hutchinson"  # Sophia-H; gnb: Sophia-G, for which its authors take gamma 0.05
-    config.every_steps = 10  # updates between estimates, each of which costs about two gradients; > 0
+    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
+    config.weight_decay = field(0.1, "decoupled weight decay, times the learning rate", at_least=0)
+    config.beta1 = field(0.96, "decay of the mean gradient", at_least=0, below=1)
+    config.beta2 = field(0.99, "decay of the mean of the Hessian's diagonals", at_least=0, below=1)
+    config.gamma = field(0.01, "share of the diagonal that the mean gradient is divided by", above=0)
+    config.eps = field(1e-12, "minimum of that divisor", above=0)
+    config.estimator = field(
+        "hutchinson",
+        "hutchinson: Sophia-H; gnb: Sophia-G, for which its authors set gamma to 0.05",
+        one_of=("hutchinson", "gnb"),
+    )
+    config.every_steps = field(
+        10, "updates between estimates, each of which costs about two gradients", above=0
+    )
     return config
 
 
@@ -42,12 +45,7 @@ class SophiaState(NamedTuple):
 
 def make(config, context) -> optax.GradientTransformation:
     """m / max(gamma h, eps), clipped to [-1, 1]; every few updates h <- beta2 h + (1 - beta2) estimate."""
-    above_0(config, "gamma", "every_steps")
     estimates = {"hutchinson": _hutchinson, "gnb": _gauss_newton_bartlett}
-    require(
-        config.estimator in estimates,
-        f"optimizer.estimator={config.estimator!r} is none of {', '.join(map(repr, estimates))}",
-    )
 
     def init(params) -> SophiaState:
         zeros = jax.tree.map(jnp.zeros_like, params)

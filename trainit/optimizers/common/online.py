@@ -12,23 +12,31 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.config import require
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common.optax_adapter import decay_updates
 
 Learner = optax.GradientTransformationExtraArgs
 SCALINGS = "none", "exponential", "uniform"
 
 
-def get_config(name: str, learning_rate: float) -> ConfigDict:
+def get_config(learning_rate: float) -> ConfigDict:
     """The fields that all learners have."""
     config = ConfigDict()
-    config.name = name
-    config.learning_rate = learning_rate  # peak of the schedule: the learner's step, or the point's factor
-    config.weight_decay = 0.0  # of the model's parameters: decoupled, times the learning rate; >= 0
-    config.random_scaling = "none"  # of the point: none, exponential (of mean 1), uniform (in [0, 2])
-    config.importance_sampling = True  # a gradient weighs (1 - F) / density at the factor that led to it
+    config.learning_rate = field(
+        learning_rate, "peak of the schedule: the learner's step, or the point's factor", at_least=0
+    )
+    config.weight_decay = field(
+        0.0, "decoupled decay of the model's parameters, times the learning rate", at_least=0
+    )
+    config.random_scaling = field(
+        "none",
+        "random factor of the point: none, exponential (of mean 1), uniform (in [0, 2])",
+        one_of=SCALINGS,
+    )
+    config.importance_sampling = field(
+        True, "weight each gradient by (1 - F) / density at the factor that led to its point"
+    )
     return config
 
 
@@ -49,10 +57,6 @@ def to_optimizer(learner: Learner, config, context, scaled: bool = False) -> opt
         context: of the run.
         scaled: multiply points by the scheduled rate, where the learner has no use for it.
     """
-    require(
-        config.random_scaling in SCALINGS,
-        f"optimizer.random_scaling={config.random_scaling!r} is none of {', '.join(SCALINGS)}",
-    )
     weighs = config.importance_sampling and config.random_scaling == "uniform"
     decay = decay_updates(context)
 
@@ -117,12 +121,6 @@ def unit(tree: dict) -> dict:
     return jax.tree.map(lambda x: inverse * x, tree)
 
 
-def check_discount(config):
-    """Raises ConfigError if the field `discount`, which unlike a beta may be 1, is out of bounds."""
-    require(0 < config.discount <= 1, f"optimizer.discount={config.discount} must lie in (0, 1]")
-
-
 def mean_weights(config) -> tuple[float, float]:
     """What the past and a new gradient weigh in their mean; of discount 1 in their sum."""
-    check_discount(config)
     return (config.discount, 1 - config.discount) if config.discount < 1 else (1.0, 1.0)

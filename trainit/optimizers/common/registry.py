@@ -14,7 +14,7 @@ from typing import Any
 
 import optax
 
-from trainit.config import OPTIMIZER_FIELDS, Config, ConfigDict, ConfigError, require
+from trainit.config import OPTIMIZER_FIELDS, Config, ConfigDict, ConfigError, field, require
 from trainit.optimizers import wrappers
 from trainit.optimizers.common import optax_adapter
 from trainit.optimizers.common.context import Context
@@ -65,7 +65,7 @@ def get_config(name: str) -> ConfigDict:
     """
     try:
         config = ConfigDict(load(name).get_config().copy_and_resolve_references())
-        config.name = name
+        config.name = field(name, "the optimizer's name")
         config.declare_rest(OPTIMIZER_FIELDS)  # files of the user's may set plain values
         missing = {"learning_rate", "weight_decay"} - set(config)
     except Exception as error:

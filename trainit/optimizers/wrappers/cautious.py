@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common.moments import map_layers
 from trainit.optimizers.common.optax_adapter import decay_updates
 
@@ -13,8 +13,10 @@ ELEMENTWISE = True
 
 
 def get_config(base: ConfigDict) -> ConfigDict:
-    base.cautious = ConfigDict()
-    base.cautious.eps = 1.0  # added to the number of entries that stay, in what they grow by; > 0
+    base.cautious = field(ConfigDict(), "settings of Cautious")
+    base.cautious.eps = field(
+        1.0, "added to the number of entries that stay, in the factor by which they grow", above=0
+    )
     return base
 
 

@@ -5,16 +5,16 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from trainit.config import ConfigDict, field
 from trainit.optimizers.common.optax_adapter import decay_updates
 
 ELEMENTWISE = True
 
 
 def get_config(base: ConfigDict) -> ConfigDict:
-    base.offset = ConfigDict()
-    base.offset.beta = 0.99  # decay of the mean; in [0, 1)
+    base.offset = field(ConfigDict(), "settings of the offset")
+    base.offset.beta = field(0.99, "decay of the mean", at_least=0, below=1)
     return base
 
 

@@ -6,24 +6,24 @@ arXiv 2010.01412; adaptive: Kwon et al. 2021, arXiv 2102.11600. A step costs two
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from trainit.optimizers.common._bounds import above_0
+from trainit.config import ConfigDict, field
 
 NEEDS = {"gradient_at"}
 ELEMENTWISE = True
 
 
 def get_config(base: ConfigDict) -> ConfigDict:
-    base.sam = ConfigDict()
-    base.sam.rho = 0.05  # length of the way to where the gradient is taken, all parameters together; > 0
-    base.sam.adaptive = False  # lengths in units of the parameters' absolute values
+    base.sam = field(ConfigDict(), "settings of SAM")
+    base.sam.rho = field(
+        0.05, "distance, over all parameters, to the point where the gradient is taken", above=0
+    )
+    base.sam.adaptive = field(False, "measure the distance in units of the parameters' absolute values")
     return base
 
 
 def wrap(config, context, make_base) -> optax.GradientTransformation:
     """The other optimizer for the gradient at x + e, e = rho g / |g|; adaptive: rho x^2 g / |x g|."""
-    above_0(config, "rho", within="optimizer.sam")
     base = make_base(context)
 
     def update(gradients, state, params, *, step, gradient_at, **extra_args):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
+
+from trainit.config import ConfigDict, field
 
 MOMENTA = ("beta1", "b1", "momentum")  # which the average replaces
 
@@ -13,11 +14,13 @@ ELEMENTWISE = True
 
 
 def get_config(base: ConfigDict) -> ConfigDict:
-    for field in MOMENTA:
-        if field in base:
-            base[field] = 0.0
-    base.schedule_free = ConfigDict()
-    base.schedule_free.beta = 0.9  # the average's share of where gradients are taken; in [0, 1)
+    for momentum in MOMENTA:
+        if momentum in base:
+            base[momentum] = 0.0
+    base.schedule_free = field(ConfigDict(), "settings of Schedule-Free")
+    base.schedule_free.beta = field(
+        0.9, "the average's share in the point where gradients are taken", at_least=0, below=1
+    )
     return base
 
 

@@ -117,8 +117,7 @@ def _train(
             leave.lock.take(folder)
         devices.initialize(config.platform, place, coordinator)
 
-    monitor.watch(config.stall_seconds, log)
-    monitor.stop_after(config.max_minutes, start.launched)
+    monitor.set_limits(config.stall_seconds, log, config.max_minutes, start.launched)
     shape = run_shape(config, jax.devices(), shrink_to_fit=arguments.debug)
     code = train.run(config, dataset, shape, folder, monitor, start)
     monitor.close()

@@ -45,9 +45,8 @@ class JobMonitor:
         self._process, self._leave = process, leave
         self._inbox, self._peers, self.watchdog = SignalInbox(), Peers(), Watchdog()
         self._heartbeats = Heartbeats(process, self._peers, silence_seconds)
-        self.agreement = StopAgreement(
-            process, count, self._peers.send, self._inbox.wake, self._leave_untrained
-        )
+        send, wake = self._peers.send, self._inbox.wake
+        self.agreement = StopAgreement(process, count, send, wake, self._leave_untrained)
         self._deadline = float("inf")
         self._stacks: Path | None = None
         self._over = False  # from here on, a process that leaves is not lost
@@ -61,19 +60,14 @@ class JobMonitor:
         self.agreement.connected = True
         self._inbox.wake()
 
-    def watch(self, stall_seconds: float, stacks: Path):
-        """Ends the run when it stalls: when no step is done for this long, or for 20 usual step times.
+    def set_limits(self, stall_seconds: float, stacks: Path, max_minutes: float, started: float):
+        """Ends the run from now on when it stalls, and stops it `max_minutes` after `started`; 0: never.
 
-        Args:
-            stall_seconds: at least; 0: never.
-            stacks: file to which each thread's stack is appended then.
+        No step for `stall_seconds`, and for 20 usual step times, is a stall. Each thread's stack is appended
+        to the file `stacks` then. `started` is a `time.monotonic()`.
         """
         self.watchdog.stall_seconds, self._stacks = stall_seconds, stacks
-
-    def stop_after(self, max_minutes: float, started: float):
-        """Asks to stop this many minutes after `started` (`time.monotonic()`); 0: never."""
-        if max_minutes:
-            self._deadline = started + 60 * max_minutes
+        self._deadline = started + 60 * max_minutes if max_minutes else float("inf")
 
     def stop_reason(self) -> str:
         """Returns why to stop here, or "". All processes call it at the same points, and all get the same."""
@@ -91,13 +85,10 @@ class JobMonitor:
         self.agreement.step_done()
 
     def report_failure(self, error: Exception, code: int, patience: float = 0.0):
-        """Reports to the others that this process ends on an error.
+        """Reports to the others that this process ends on an error, and that all exit with this code.
 
-        Args:
-            error: what it is.
-            code: with which all exit.
-            patience: seconds in which it may turn out that another process is lost, and the error follows
-                from that; then this call does not return.
+        Waits `patience` seconds before. If another process turns out to be lost meanwhile, of which the error
+        may be a consequence, the job ends for that reason instead, and this call does not return.
         """
         if self._peers and not self._over:
             time.sleep(patience)
@@ -113,13 +104,9 @@ class JobMonitor:
     # Called by any thread.
 
     def end_job(self, text: str, code: int = FAILED, stacks: bool = False, first: bool = True):
-        """Ends this process, and all others, since the job cannot go any further.
+        """Ends all processes, for a reason that this one has found first, or another one has reported.
 
-        Args:
-            text: why.
-            code: with which all exit.
-            stacks: whether to write each thread's stack to the log file.
-            first: whether this process found the reason itself; else another one has reported it.
+        With `stacks`, each thread's stack goes to the log file.
         """
         self._over = True
         if self._process == 0 or first:
@@ -156,8 +143,7 @@ class JobMonitor:
         while True:
             events = selector.select(0.25)
             now = time.monotonic()
-            # A process that was suspended has heard nothing meanwhile: nobody is lost, and no step was
-            # late.
+            # A process that was suspended has heard nothing meanwhile: nobody is lost, no step was late.
             if self._heartbeats.was_suspended(now):
                 self.watchdog.restart_clock()
             # What has arrived.
@@ -219,8 +205,7 @@ class JobMonitor:
 
     def _leave_untrained(self, reason: str):
         """Ends this process with the code of a stopped run: there is nothing to save."""
-        logging.info(
-            "stopped    on %s, before the first step was done; run the same command to continue", reason
-        )
+        text = "stopped    on %s, before the first step was done; run the same command to continue"
+        logging.info(text, reason)
         self._drain()
         self._leave(STOPPED)

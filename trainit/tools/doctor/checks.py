@@ -34,7 +34,7 @@ def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tupl
 
     Args:
         config: as the config file and the flags give it, not checked.
-        place: of this process.
+        place: this process's.
         arguments: the flags.
 
     Returns:

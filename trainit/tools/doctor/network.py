@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,15 +70,16 @@ def _time_all_reduce(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[bool
     expected = np.broadcast_to(factors.sum(axis=summed_axes, keepdims=True), shape).ravel()
     ramp = np.arange(size // 4, dtype=np.float32) % 61
 
+    def rows(index: Any) -> np.ndarray:
+        return factors.ravel()[index[0]][:, None] * ramp
+
     layout = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    given = jax.make_array_from_callback(
-        (mesh.size, len(ramp)), layout, lambda index: factors.ravel()[index[0]][:, None] * ramp
-    )
+    given = jax.make_array_from_callback((mesh.size, len(ramp)), layout, rows)
     all_reduce = jax.jit(
         jax.shard_map(lambda x: jax.lax.psum(x, axes), mesh=mesh, in_specs=layout.spec, out_specs=layout.spec)
     )
     correct = all(
-        np.array_equal(shard.data, expected[(shard.index or (slice(None),))[0]][:, None] * ramp)
+        np.array_equal(shard.data, expected[shard.index[0]][:, None] * ramp)
         for shard in all_reduce(given).addressable_shards
     )
 

@@ -1,4 +1,4 @@
-"""Run folders read and put together, what is said of them, and how it is shown."""
+"""How run folders are read and grouped, what is computed of them, and how it is shown."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def write(folder, losses, seconds=0.5, steps=None, **config):
             record |= {"train/loss": 4.0 - step / 100, "throughput/tokens_per_second": 16.0}
         if step % 10 == 0:
             record |= {"valid/loss": losses[step // 10], "valid/bits_per_byte": 1.5}
-        if step > 1 and step % 10 != 1:  # the first steps of all, and behind a validation, are not timed
+        if step > 1 and step % 10 != 1:  # the first steps of all, and after a validation, are not timed
             record["time/step_seconds"] = seconds
         records.append(json.dumps(record))
     (folder / "metrics.jsonl").write_text("\n".join(records) + '\n{"step": 11, "tok')  # a crash in a line
@@ -245,7 +245,7 @@ def test_what_is_no_run_folder(tmp_path):
 
 
 def test_a_baseline_that_has_failed(two_methods):
-    """The others are still told; there is no loss to reach."""
+    """The others are still reported; there is no loss to reach."""
     text = compare(runs.find([two_methods]), "sgdm")
     assert "2.7233 ± 0.0625" in text
     assert "reached by" not in text

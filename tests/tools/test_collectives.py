@@ -78,7 +78,7 @@ def test_loops_in_loops():
 
 
 def test_the_text_does_not_come_from_the_cache(keep_compiled, tmp_path):
-    """Compiled before, and so in the cache of programs, which goes on being used."""
+    """Compiled before, and so in the cache of programs, which is still used afterwards."""
     hits = []
     keep_compiled(tmp_path)
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
@@ -158,7 +158,7 @@ def test_a_loop_without_a_known_length_is_refused():
 
 
 def test_bytes_of_rings():
-    """On 4 devices: a gathered array's other three quarters; of a sum, these twice."""
+    """On 4 devices: the other three quarters of a gathered array, and twice as many bytes for a sum."""
 
     def sent(kind):
         return Collective(kind, "f32", ("fsdp",), 4, 400, 3, "").bytes

@@ -249,7 +249,7 @@ def real(tmp_path, random_dataset):
 
 @pytest.mark.evidence("a sweep that was stopped continues where it was")
 def test_a_sweep_is_run_stopped_and_gone_on_with(real):
-    """Stopped at its first run, and gone on with; what broke is named, and it exits with 1."""
+    """Stopped at its first run, then resumed; what broke is named, and it exits with 1."""
     arguments = (f"{real}/sweep.py", f"--output={real}/out")
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which a child inherits
     process = start(*arguments, command="sweep")

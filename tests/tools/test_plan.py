@@ -1,4 +1,4 @@
-"""What a step should exchange, by formula, against what compiled steps do; the command that tells it."""
+"""What a step should exchange, by formula, against what compiled steps exchange; the command for it."""
 
 import re
 
@@ -43,7 +43,7 @@ STEPS = {
 
 
 def by_kind(found) -> dict:
-    """Bytes by kind, type and axes, but for what is exchanged in pieces of at most 256 bytes."""
+    """Bytes by kind, type and axes, except for what is exchanged in pieces of at most 256 bytes."""
     sums = {}
     for one in found:
         if one.size > 256:

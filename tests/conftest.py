@@ -37,7 +37,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 LONG = (
     *("test_train", "test_step", "test_optimizers", "test_loader", "test_checkpoint", "test_main"),
-    *("test_streaming", "test_model", "test_optimizer_field", "test_diagnostics", "test_document_mask"),
+    *("test_streaming", "test_gpt", "test_optimizer_field", "test_diagnostics", "test_document_mask"),
     *("test_prepare_files", "test_sources", "test_foreign", "test_trackers", "test_place"),
 )
 

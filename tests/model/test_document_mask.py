@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_model import MODERN, SMALL, by_path, model_config, random_parameters, random_tokens
+from test_gpt import MODERN, SMALL, by_path, model_config, random_parameters, random_tokens
 
 from trainit.config import ConfigError
 from trainit.model.gpt import GPT

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_model import model_config, random_parameters, random_tokens
+from test_gpt import model_config, random_parameters, random_tokens
 
 from trainit import config as config_lib
 from trainit.model import attention

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
-from test_parallel import MESHES, parallel
+from test_matmul import MESHES, parallel
 
 from trainit import config as config_lib
 from trainit.model.gpt import GPT

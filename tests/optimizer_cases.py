@@ -1,6 +1,7 @@
 """What tests of optimizers share: a small tree of every kind of parameter, gradients, and NumPy's side."""
 
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,53 @@ def draw_gradients(shapes: dict) -> list[dict]:
         gradient["blocks"]["mlp"]["up"]["kernel"] *= 1e-2
         gradient["head"]["bias"] *= 1e-3
     return gradients
+
+
+def sides(path: str, shape: tuple, max_size: int) -> tuple[int, int, bool, bool]:
+    """Rows and columns of one layer's matrix, and which of them have a factor in SOAP and Shampoo."""
+    inputs = 1 if path.endswith(("query/kernel", "up/kernel", "head/kernel")) else len(shape) - 1
+    rows, columns = int(np.prod(shape[:inputs])), int(np.prod(shape[inputs:]))
+    left = rows <= max_size and not path.endswith("embedding")
+    return rows, columns, left, columns <= max_size and path != "head/kernel"
+
+
+def draw_gradients_with_a_basis(shapes: dict) -> list[dict]:
+    """As `draw_gradients`, but SOAP's updates for them do not depend on how rounding falls.
+
+    A factor's eigenvectors are defined only where its eigenvalues are well apart, and SOAP's first directions
+    are signs of what a gradient is in that basis. So all five gradients of a matrix, U A V^T, have U and V in
+    common. The factors of the first one, which give the basis, have squares of whole numbers as eigenvalues.
+    In the others no entry of A is near 0 or changes its sign. A side that is longer than the other has
+    eigenvalues 0, whose eigenvectors are not defined, but no gradient has a part there.
+    """
+    gradients = draw_gradients(shapes)
+
+    def matrices(path: str, shape: tuple, layer: int, scales: list[float]) -> list[np.ndarray]:
+        rng = np.random.default_rng([zlib.crc32(path.encode()), layer])
+        rows, columns, left, right = sides(path, shape, 10_000)
+        rank = min(rows, columns)
+        u, v = (np.linalg.qr(rng.standard_normal((size, rank)))[0] for size in (rows, columns))
+        first = u * np.arange(1, rank + 1) @ v.T
+        u, v = u if left else np.eye(rows), v if right else np.eye(columns)
+        signs = rng.choice([-1.0, 1.0], (u.shape[1], v.shape[1]))
+        others = [u @ (signs * rng.uniform(0.5, 1.5, signs.shape)) @ v.T for _ in scales[1:]]
+        return [
+            (scale * m).reshape(shape).astype(np.float32)
+            for scale, m in zip(scales, [first, *others], strict=True)
+        ]
+
+    def replaced(path, *leaves):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        scales = [float(np.sqrt((leaf**2).mean())) for leaf in leaves]
+        if name.endswith(("bias", "scale")):
+            return leaves
+        if not name.startswith("blocks/"):
+            return matrices(name, leaves[0].shape, 0, scales)
+        layers = [matrices(name, leaf.shape, layer, scales) for layer, leaf in enumerate(leaves[0])]
+        return [np.stack(step) for step in zip(*layers, strict=True)]
+
+    made = jax.tree.map_with_path(replaced, *gradients)
+    return [jax.tree.map(lambda _, leaves, i=i: leaves[i], shapes, made) for i in range(len(gradients))]
 
 
 def build(

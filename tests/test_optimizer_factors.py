@@ -16,6 +16,7 @@ from optimizer_cases import (
     draw_gradients,
     numpy_updates,
     run,
+    sides,
     some_shapes,
 )
 
@@ -25,14 +26,6 @@ from trainit.parallel.mesh import make_mesh
 FIELDS = {"beta1": 0.8, "beta2": 0.7, "shampoo_beta": 0.6, "precondition_every": 2}
 # Sides of 64 are left out: of one gradient's 64 x 64 factor, 48 eigenvectors are anybody's.
 MAX_SIZE = 32
-
-
-def sides(path: str, shape: tuple, max_size: int) -> tuple[int, int, bool, bool]:
-    """Rows and columns of one layer's matrix, and which of them have a factor."""
-    inputs = 1 if path.endswith(("query/kernel", "up/kernel", "head/kernel")) else len(shape) - 1
-    rows, columns = int(np.prod(shape[:inputs])), int(np.prod(shape[inputs:]))
-    left = rows <= max_size and not path.endswith("embedding")
-    return rows, columns, left, columns <= max_size and path != "head/kernel"
 
 
 def by_matrix(make_one, max_size=MAX_SIZE):

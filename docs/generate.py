@@ -260,11 +260,11 @@ LEARNERS = """ogd ogd_md ftrl ada_ftrl kt_bettor mirror_descent blackbox normali
 SHARED = ("learning_rate", "weight_decay", "name")
 
 
-def describe_optimizer(title: str, path: Path, config) -> str:
-    """A section: the file's docstring, and a table of its fields."""
+def describe_optimizer(title: str, text: str, config) -> str:
+    """A section: what the code says about it, and a table of its fields."""
     rows_ = [row for row in field_rows(config) if row[0].strip("`") not in SHARED]
     rates = [f"`{name}` = {code(config[name])}" for name in SHARED[:2] if name in config]
-    first, _, rest = docstring(path).partition("\n\n")
+    first, _, rest = text.partition("\n\n")
     paragraphs = [
         f"### `{title}`",
         " ".join(first.split()),
@@ -280,7 +280,7 @@ def optimizer_sections(names: Iterable[str]) -> str:
     from trainit import optimizers
 
     choices = optimizers.choices()
-    return "\n\n".join(describe_optimizer(name, optimizer_file(name), choices[name]()) for name in names)
+    return "\n\n".join(describe_optimizer(name, optimizer_text(name), choices[name]()) for name in names)
 
 
 def overview() -> str:
@@ -290,14 +290,11 @@ def overview() -> str:
     wrappers = [
         path for path in sorted((PACKAGE / "optimizers/wrappers").glob("*.py")) if path.stem[0] != "_"
     ]
-    files = [(name, optimizer_file(name)) for name in sorted(optimizers.choices())]
-    files += [(f"{path.stem}+NAME", path) for path in wrappers]
+    texts = [(name, optimizer_text(name)) for name in sorted(optimizers.choices())]
+    texts += [(f"{path.stem}+NAME", docstring(path)) for path in wrappers]
     return table(
         ("`optimizer=`", "Rule"),
-        (
-            (f"[`{name}`](#{name.lower().replace('+', '')})", first_paragraph(docstring(path)))
-            for name, path in files
-        ),
+        ((f"[`{name}`](#{name.lower().replace('+', '')})", first_paragraph(text)) for name, text in texts),
     )
 
 
@@ -305,17 +302,16 @@ def first_paragraph(text: str) -> str:
     return " ".join(text.partition("\n\n")[0].split())
 
 
-def optimizer_file(name: str) -> Path:
-    """Returns the file that has an optimizer: its own, or that of the family which it belongs to."""
+def optimizer_text(name: str) -> str:
+    """Returns the docstring of an optimizer: of its file, or of make_NAME in a file that has several."""
     own = PACKAGE / "optimizers" / f"{name}.py"
     if own.is_file():
-        return own
-    (path,) = [
-        path
-        for path in sorted((PACKAGE / "optimizers").glob("*.py"))
-        if path.stem != "__init__" and re.search(rf"[\"']{name}[\"']|_{name}\b", path.read_text())
-    ]
-    return path
+        return docstring(own)
+    for path in sorted((PACKAGE / "optimizers").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name == f"make_{name}":
+                return ast.get_docstring(node) or docstring(path)
+    raise ValueError(f"no file in trainit/optimizers has the optimizer {name}")
 
 
 def optimizer_list() -> str:

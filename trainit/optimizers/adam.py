@@ -54,6 +54,7 @@ def get_nadam_config() -> ConfigDict:
 
 
 def make_nadam(config, context) -> optax.GradientTransformation:
+    """NAdam, Adam in Nesterov's form: Dozat 2016, "Incorporating Nesterov Momentum into Adam"."""
     direction = scale_by_moments(config.beta1, config.beta2, config.eps, nesterov=True)
     return context.descend(direction, "decoupled" if config.decoupled else "coupled")
 
@@ -70,6 +71,7 @@ def get_rmsprop_config() -> ConfigDict:
 
 
 def make_rmsprop(config, context) -> optax.GradientTransformation:
+    """RMSProp, the gradient over the root of its mean square: Hinton 2012, Coursera lecture 6e."""
     direction = scale_by_moments(
         beta2=config.beta2, eps=config.eps, debias_beta2=config.debias_beta2, use_momentum=False
     )

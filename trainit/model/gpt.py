@@ -236,7 +236,11 @@ class GPT:
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
     def hidden(
-        self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row: int = 0
+        self,
+        parameters: dict,
+        tokens_BL: jax.Array,
+        key: jax.Array | None = None,
+        first_row: jax.Array | int = 0,
     ) -> tuple[jax.Array, Head]:
         """The last hidden states (B, L, D) in the head's type, and the head that makes logits of them.
 
@@ -249,7 +253,11 @@ class GPT:
         return nnx.merge(self._graph, parameters)(tokens_BL.astype(jnp.int32), key, first_row)
 
     def __call__(
-        self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row: int = 0
+        self,
+        parameters: dict,
+        tokens_BL: jax.Array,
+        key: jax.Array | None = None,
+        first_row: jax.Array | int = 0,
     ) -> jax.Array:
         """Float32 logits (B, L, V) of the next token, all in memory; arguments as for `hidden`."""
         x_BLD, head = self.hidden(parameters, tokens_BL, key, first_row)

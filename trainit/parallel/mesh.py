@@ -39,6 +39,12 @@ class RunShape:
     sums_once: bool  # whether gradients may be summed over data once a step: see `accumulates_locally`
 
     @property
+    def device_mesh(self) -> Mesh:
+        """The mesh of a run that is more than planned: one with devices."""
+        assert isinstance(self.mesh, Mesh)
+        return self.mesh
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The number of devices along each mesh axis."""
         return dict(self.mesh.shape)

@@ -71,6 +71,12 @@ class CheckpointStore:
         }
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
+    @property
+    def _opened(self) -> ocp.CheckpointManager:
+        """The manager of a folder that is known to exist."""
+        assert self._manager is not None
+        return self._manager
+
     def _fail(self, error: Exception):
         self._error = self._error or error
 
@@ -122,7 +128,7 @@ class CheckpointStore:
     def meta(self, step: int) -> dict:
         """What was saved with the state of `step`. Raises ConfigError if that is no checkpoint of Trainit."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            return self._opened.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         except (KeyError, ValueError, OSError) as error:
             raise ConfigError(f"{self.folder / str(step)} is no checkpoint of Trainit: {error}") from None
 
@@ -137,12 +143,12 @@ class CheckpointStore:
         fields, separate = _split(abstract_state)
         self._check(step, fields)
         items = {"state": ocp.args.StandardRestore(fields)}
-        saved_items = self._manager.item_metadata(step)
+        saved_items = self._opened.item_metadata(step)
         for name, tree in separate.items():
             saved = saved_items.get(name)
             if tree and saved is not None and _shapes(saved.tree) == _shapes(tree):
                 items[name] = ocp.args.StandardRestore(tree)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        restored = self._opened.restore(step, args=ocp.args.Composite(**items))
         kept = {name: restored[name] if name in items else {} for name in separate}
         return type(abstract_state)(**restored["state"], **kept)
 
@@ -164,7 +170,7 @@ class CheckpointStore:
 
     def _check(self, step: int, expected: dict):
         """Raises ConfigError unless the checkpoint has every array of `expected` in its shape and type."""
-        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
+        saved = _shapes(self._opened.item_metadata(step)["state"].tree)
         wanted = _shapes(expected)
         if set(expected) == {"params"}:
             saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}

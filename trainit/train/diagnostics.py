@@ -17,25 +17,25 @@ from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import device_bytes, inner_product, path_name
 
 NOISE_DECAY = 0.99  # of the means whose ratio is the noise scale
-# Of these the sum over the measured steps is told, too.
+# Metrics whose sum over the measured steps is reported too.
 SUMMED = "moved/dot_grad", "moved/dot_grad_unscaled", "moved/dot_last_grad", "loss/difference"
 
 
 class Now(NamedTuple):
-    """What a step knows."""
+    """What a step knows when it measures."""
 
     params: dict  # x_n
     gradients: dict  # g_n
     updates: dict  # u_n
     loss: jax.Array  # f(x_n, z_n)
     loss_at: Callable[[dict], jax.Array]  # f(., z_n), with the same dropout
-    micro_square: jax.Array | None  # mean of |gradient of a micro-step|^2, where noise_scale asks for it
+    micro_square: jax.Array | None  # mean of |gradient of a micro-step|^2, if noise_scale asks for it
     batches: tuple[int, int]  # sequences of a micro-step, and of the batch
     factor: jax.Array | None  # by which the optimizer has multiplied d_n, if it draws one
 
 
 def check(config: Config, parameters: dict, micro_steps: int):
-    """Raises ConfigError where something cannot be measured.
+    """Raises ConfigError if something that the config asks for cannot be measured.
 
     Args:
         config: the run's sub-config `diagnostics`.
@@ -58,12 +58,12 @@ def check(config: Config, parameters: dict, micro_steps: int):
 
 
 def is_due(config: Config, step: int | jax.Array) -> bool | jax.Array:
-    """Whether this step, the first being 1, is measured."""
+    """Whether step number `step` is measured; the first step is 1."""
     return config.every_steps > 0 and step % config.every_steps == 0
 
 
 def _copies(config: Config) -> list[str]:
-    """What is kept of the size of the parameters."""
+    """The names of what is kept that is as large as the parameters."""
     asked = {
         "last_gradient": config.last_gradient,
         "past_gradients": config.past_gradients,
@@ -73,7 +73,7 @@ def _copies(config: Config) -> list[str]:
 
 
 def init(config: Config, params: dict) -> dict:
-    """What is kept, before the first step: copies nested as the parameters, and sums."""
+    """What is kept from step to step, before the first one: copies nested as the parameters, and sums."""
     if not config.every_steps:
         return {}
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -84,7 +84,7 @@ def init(config: Config, params: dict) -> dict:
 
 
 def describe(config: Config, abstract: dict) -> str:
-    """When it is measured, and what it takes of a device's memory; empty if nothing is measured.
+    """When diagnostics are measured, and how much device memory they take; "" if they are off.
 
     Args:
         config: the run's sub-config `diagnostics`.
@@ -104,10 +104,10 @@ def measure(
 
     Args:
         config: the run's sub-config `diagnostics`.
-        state: what the step before has left.
-        now: of this step.
-        step: number of this step, from 1 on; between measurements the metrics are 0.
-        good: whether all is finite; if not, nothing is kept.
+        state: what the step before has kept.
+        now: this step.
+        step: the number of this step, from 1 on; between measurements the metrics are 0.
+        good: whether everything is finite; if not, the old state is kept.
     """
 
     def measured() -> tuple[dict, dict]:
@@ -124,6 +124,7 @@ def measure(
         shapes, _ = jax.eval_shape(measured)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), state["sums"]
 
+    # The first branch alone computes anything; copies and sums of gradients are kept in every step.
     values, sums = jax.lax.cond(is_due(config, step), measured, nothing)
     new = {"sums": sums, "last_gradient": now.gradients, "last_parameters": now.params}
     if "past_gradients" in state:
@@ -133,7 +134,7 @@ def measure(
 
 
 def _measure(config: Config, state: dict, now: Now) -> dict[str, jax.Array]:
-    values = {}
+    values: dict[str, jax.Array] = {}
     if config.norms:
         trees = {"params": now.params, "grads": now.gradients, "updates": now.updates}
         for name, tree in trees.items():
@@ -158,7 +159,10 @@ def _measure(config: Config, state: dict, now: Now) -> dict[str, jax.Array]:
 
 
 def _moved(last: dict, last_gradient: dict | None, now: Now) -> dict[str, jax.Array]:
-    """How d_n lies to gradients and to the update; the unscaled is what a drawn factor has multiplied."""
+    """Inner products and cosines of d_n with gradients and updates.
+
+    "Unscaled" is the d_n without the random factor by which the optimizer has multiplied it.
+    """
     moved = jax.tree.map(jnp.subtract, now.params, last)
     scale = 1.0 if now.factor is None else 1 / now.factor
     values = {
@@ -177,7 +181,7 @@ def _moved(last: dict, last_gradient: dict | None, now: Now) -> dict[str, jax.Ar
 
 
 def _cosine(a: dict, b: dict) -> jax.Array:
-    """0 where one of them is 0."""
+    """The cosine between two trees; 0 if one of them is 0."""
     lengths = jnp.sqrt(inner_product(a, a)) * jnp.sqrt(inner_product(b, b))
     return jnp.where(lengths > 0, inner_product(a, b) / jnp.where(lengths > 0, lengths, 1.0), 0.0)
 
@@ -192,27 +196,27 @@ def _norms(tree: dict, groupings: tuple[str, ...]) -> dict[str, jax.Array]:
         for group, chosen in _groups(name, len(layers), groupings):
             groups.setdefault(group, []).append([part[chosen] for part in parts])
     values = {}
-    for group, parts in groups.items():
-        squares, sums, most = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    for group, members in groups.items():
+        squares, sums, maxima = (jnp.concatenate(part) for part in zip(*members, strict=True))
         values[f"l2{group}"] = jnp.sqrt(jnp.sum(squares))
-        values[f"l1{group}"], values[f"max{group}"] = jnp.sum(sums), jnp.max(most)
+        values[f"l1{group}"], values[f"max{group}"] = jnp.sum(sums), jnp.max(maxima)
     return values
 
 
 def _layers(tree: dict) -> Iterator[tuple[str, jax.Array]]:
-    """The path of each parameter and its layers (n, ...); of one that is not stacked, n is 1."""
+    """The path of each parameter and its layers (n, ...); n is 1 if it is not stacked."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = path_name(path)
         yield name, leaf if is_stacked(name) else leaf[None]
 
 
 def _end(path: str, layer: int) -> str:
-    """What ends the name of a metric of one parameter in one layer."""
+    """The end of the name of a metric of one parameter in one layer."""
     return f"/{path}/{layer}" if is_stacked(path) else f"/{path}"
 
 
 def _groups(path: str, layers: int, groupings: tuple[str, ...]) -> Iterator[tuple[str, slice]]:
-    """The groups to which layers of a parameter belong: the end of the metric's name, and which layers."""
+    """The groups that layers of a parameter belong to: the end of the metric's name, and which layers."""
     yield "", slice(None)
     if "kind" in groupings:
         yield f"/{parameter_kind(path)}", slice(None)
@@ -256,6 +260,7 @@ def _noise(now: Now) -> dict[str, jax.Array]:
     Unbiased, from the squares of gradients of one micro-step and of the batch: McCandlish et al. 2018,
     arXiv 1812.06162, appendix A.1. Their ratio is the batch size, in sequences, beyond which more help less.
     """
+    assert now.micro_square is not None
     small, large = now.batches
     whole = inner_product(now.gradients, now.gradients)
     return {

@@ -32,7 +32,7 @@ class Validation:
         timer: StartupTimer,
     ):
         self._sequences, self._split = config.eval.sequences, data.validation
-        self._shape, self._layout = (1, *shape.batch_at(0)[1:]), batch_sharding(shape.mesh)
+        self._shape, self._layout = (1, *shape.batch_at(0)[1:]), batch_sharding(shape.device_mesh)
         self._steps, self._monitor, self._timer = steps, monitor, timer
         self._token_bytes = data.tokenizer.token_bytes()
         self._is_compiled = False

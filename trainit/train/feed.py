@@ -56,7 +56,7 @@ class BatchFeed:
         sizes = self._shape.batch_sizes
         stages = sizes.stages(self._step, sizes.run_steps) or [(sizes.sizes[-1], 0)]
         size, count = stages[0]
-        layout = batch_sharding(self._shape.mesh)
+        layout = batch_sharding(self._shape.device_mesh)
         self._reader = self._data.reader(self._shape.batch_of(size), layout, position)
         self._batches = self._reader.batches(count)
 

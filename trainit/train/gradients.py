@@ -50,7 +50,8 @@ class LossAndGradient:
             layout: the shardings of the parameters, which the gradient gets too.
         """
         self._config, self._shape, self._model_for, self._layout = config, shape, model_for, layout
-        self._global, self._replica = Parallel(shape.mesh), Parallel(shape.mesh, accumulate_locally=True)
+        mesh = shape.device_mesh
+        self._global, self._replica = Parallel(mesh), Parallel(mesh, accumulate_locally=True)
         self._uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
         names = ("loss", "correct", "count", "z_loss") if config.z_loss else ("loss", "correct", "count")
         self._no_sums = dict.fromkeys(names, jnp.float32(0))

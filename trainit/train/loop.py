@@ -1,6 +1,6 @@
 """Training: `run` has the order of events; what happens in each of them is in the files beside this one."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import jax
@@ -213,7 +213,8 @@ class Job:
 
     def _start_step(self, step: int, state: TrainState, batch: dict | None) -> tuple[TrainState, dict]:
         # Batches of another size need another program, which is compiled here.
-        sizes, compiling = self._shape.batch_sizes, nullcontext()
+        sizes = self._shape.batch_sizes
+        compiling: AbstractContextManager = nullcontext()
         if step > 0 and step in sizes.starts:
             logging.info("batch      %d sequences from step %d on", sizes.at(step), step)
             compiling = self._monitor.watchdog.long_task("compiling for another batch size")

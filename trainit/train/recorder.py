@@ -124,5 +124,5 @@ class StepRecorder:
         if record:
             step = record["step"]
             write = step % self._config.log.every_steps == 0 or "valid/loss" in record
-            write = write or diagnostics.is_due(self._config.diagnostics, step)
+            write = write or bool(diagnostics.is_due(self._config.diagnostics, step))
             self._logger.log(step, record, write)

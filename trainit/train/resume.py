@@ -162,6 +162,6 @@ class Resume:
     def _compile_ahead(self, step: int):
         """Starts to compile the step that follows `step` others, in another thread."""
         if step < self._config.steps:
-            layout = batch_sharding(self._shape.mesh)
+            layout = batch_sharding(self._shape.device_mesh)
             batch = abstract_batch(self._data, self._shape.batch_at(step), layout)
             self._steps.train.compile_ahead(self._steps.abstract_state, batch)

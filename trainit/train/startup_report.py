@@ -28,7 +28,7 @@ def report(config: Config, steps: CompiledSteps, shape: RunShape, data: Training
         "run": workdir,
         "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
         f"Trainit {__version__}, JAX {jax.__version__}",
-        "mesh": " × ".join(f"{axis} {shape.mesh.shape[axis]}" for axis in config_lib.MESH_AXES),
+        "mesh": " × ".join(f"{axis} {shape.sizes[axis]}" for axis in config_lib.MESH_AXES),
         "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
         f"{c.model.dim}, attention {shape.attention}, precision "
         + ", ".join([c.precision, *(f"{part} {own}" for part, own in c.precision_of.items() if own)]),
@@ -54,7 +54,7 @@ def report(config: Config, steps: CompiledSteps, shape: RunShape, data: Training
         logging.info("%-10s %d are too many to validate one by one", "subsets", len(validation.subsets))
     if jax.process_count() > 1:
         for process, host in enumerate(sync.gather_text(socket.gethostname())):
-            logging.info("process %-3d%s: %s", process, host, describe_devices(shape.mesh, process))
+            logging.info("process %-3d%s: %s", process, host, describe_devices(shape.device_mesh, process))
 
 
 def _groups(config: Config, steps: CompiledSteps) -> Iterable[tuple[Config, list[str]]]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from trainit.config import Config
 from trainit.model.gpt import GPT
+from trainit.optimizers import Optimizer
 from trainit.parallel.layout import state_shardings
 from trainit.train import diagnostics, loss_scale
 
@@ -52,7 +53,7 @@ class StateFactory:
 
     config: Config
     model: GPT
-    optimizer: optax.GradientTransformationExtraArgs
+    optimizer: Optimizer
 
     def init(self) -> TrainState:
         """The state before the first step, from the config's seed."""

@@ -47,7 +47,8 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
         ConfigError: the platform cannot do what the config asks for.
     """
     # The model and its loss. They are built once for each way to compute on the mesh.
-    mesh, device = shape.mesh, shape.mesh.devices.flat[0]
+    mesh = shape.device_mesh
+    device = mesh.devices.flat[0]
     parts = part_precisions(config.precision_of, config.precision, device)
 
     @functools.cache
@@ -99,7 +100,7 @@ class TrainStep:
         self,
         config: Config,
         loss_and_gradient: LossAndGradient,
-        optimizer: optax.GradientTransformationExtraArgs,
+        optimizer: optimizers.Optimizer,
         schedule: schedules.Schedule,
     ):
         self._config, self._loss_and_gradient = config, loss_and_gradient
@@ -109,30 +110,33 @@ class TrainStep:
         """The state after the step, and the step's metrics (scalars, on the device).
 
         Args:
-            state: after step t.
+            state: after t steps.
             batch: global batch t: "tokens" (G, rows, L + 1) and "lengths" (G, rows), rows split over the
                 mesh axes data and fsdp. Its G micro-steps make one update.
         """
         # 1. The gradient of the mean loss, at the parameters unless the optimizer wants another point.
-        scale, elsewhere = state.loss_scale.get("scale"), []
+        scale, optimizer = state.loss_scale.get("scale"), self._optimizer
         point = optimizers.training_point(state.opt_state, state.params)
         grads, sums = self._loss_and_gradient.gradient(point, batch, state.step, scale=scale)
         grad_norm = optax.tree.norm(grads)
 
         # 2. The update that the optimizer makes of it.
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
-        update = functools.partial(self._update, state, batch, grads, elsewhere)
+        update = functools.partial(self._update, state, batch, grads)
         updates, opt_state = update()
-        # With gradients taken elsewhere an update is costly, and to trace it again, too.
-        update_norm = optax.tree.norm(updates) if elsewhere else _norm_apart(updates, update, finite)
+        if optimizer.elementwise and not optimizer.needs:
+            update_norm = _norm_recomputed(update, finite)
+        else:
+            update_norm = optax.tree.norm(updates)
 
         # 3. Whether everything is finite. Gradients that the optimizer took itself show in its state alone.
         good = finite & jnp.isfinite(update_norm)
-        if state.loss_scale and elsewhere:
+        if state.loss_scale and optimizer.needs:
             good &= loss_scale.stays_finite(opt_state, state.opt_state)
 
         # 4. Diagnostics, of the state before the update.
-        measured, kept = {}, {}
+        measured: dict = {}
+        kept: dict = {}
         if self._config.diagnostics.every_steps:
             before = replace(state, params=point)
             measured, kept = self._measure(before, batch, grads, updates, sums, good)
@@ -154,27 +158,20 @@ class TrainStep:
         }
 
     @jax.named_scope("optimizer")
-    def _update(self, state: TrainState, batch: dict, grads: dict, elsewhere: list) -> tuple:
-        """The optimizer's updates and its new state. It may take further gradients of this batch."""
+    def _update(self, state: TrainState, batch: dict, grads: dict) -> tuple[dict, optax.OptState]:
+        """The optimizer's updates and its new state. It gets the further gradients that it declares."""
         scale = state.loss_scale.get("scale")
 
         def gradient_at(params: dict) -> dict:
-            elsewhere.append("asked for")
             return self._loss_and_gradient.gradient(params, batch, state.step, scale=scale)[0]
 
         def sampled_gradient_at(params: dict, key: jax.Array) -> tuple[dict, jax.Array]:
-            elsewhere.append("asked for")
             grads, sums = self._loss_and_gradient.gradient(params, batch, state.step, key, scale)
             return grads, sums["count"]
 
-        return self._optimizer.update(
-            grads,
-            state.opt_state,
-            state.params,
-            step=state.step,
-            gradient_at=gradient_at,
-            sampled_gradient_at=sampled_gradient_at,
-        )
+        gradients = {"gradient_at": gradient_at, "sampled_gradient_at": sampled_gradient_at}
+        needed = {name: gradients[name] for name in self._optimizer.needs}
+        return self._optimizer.update(grads, state.opt_state, state.params, step=state.step, **needed)
 
     def _measure(
         self, state: TrainState, batch: dict, grads: dict, updates: dict, sums: dict, good: jax.Array
@@ -223,15 +220,13 @@ class TrainStep:
         )
 
 
-def _norm_apart(updates: dict, update: Callable[[], tuple], finite: jax.Array) -> jax.Array:
-    """The global norm of the updates, which may be NaN if not `finite`.
+def _norm_recomputed(update: Callable[[], tuple], finite: jax.Array) -> jax.Array:
+    """The global norm of the updates, or NaN if not `finite`.
 
     The step may overwrite the state only once it knows this norm; until then old and new state would both be
-    alive. A cheap update, one without matrix products, is therefore computed a second time inside its own
-    branch, where it is summed up as it arises.
+    alive. A cheap update is therefore computed a second time inside its own branch, where it is summed up as
+    it arises and not stored.
     """
-    if "dot_general" in str(jax.make_jaxpr(lambda: update()[0])()):
-        return optax.tree.norm(updates)
     return jax.lax.cond(finite, lambda: optax.tree.norm(update()[0]), lambda: jnp.float32(jnp.nan))
 
 

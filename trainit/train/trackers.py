@@ -24,7 +24,7 @@ class JsonLines:
         """
         Args:
             path: of the file.
-            keep_through: lines of later steps are dropped: a resume does these steps again. So is a
+            keep_through: lines of later steps are dropped, since a resume does these steps again; so is a
                 last line that a crash left unfinished.
         """
         kept = []
@@ -38,6 +38,7 @@ class JsonLines:
         self._file = path.open("a")
 
     def log(self, record: Mapping):
+        # JSON has no NaN and no infinity.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
@@ -54,7 +55,7 @@ class WeightsAndBiases:
     """A W&B run that a resumed job continues. WANDB_MODE=offline keeps it on this machine."""
 
     def __init__(self, workdir: Path, project: str, name: str, run_id: str, config: Mapping):
-        import wandb  # slow to import, and not everybody's
+        import wandb  # here, because it is slow to import and not installed everywhere
 
         self._run = wandb.init(
             project=project, name=name, id=run_id, resume="allow", dir=workdir, config=dict(config)
@@ -70,11 +71,17 @@ class WeightsAndBiases:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """Shows how far the run is: a bar on a terminal, otherwise a line every `LINE_SECONDS`."""
 
     def __init__(self, start: int, steps: int):
-        self._steps, self._bar, self._newest = steps, None, {}
-        self._line_at, self._start = 0.0, start
+        """
+        Args:
+            start: steps done so far.
+            steps: of the whole run.
+        """
+        self._start, self._steps = start, steps
+        self._newest: dict = {}  # the newest value of each metric: not every step has all of them
+        self._line_at, self._bar = 0.0, None
         if sys.stderr.isatty():
             layout = "{percentage:3.0f}% {bar:24} step {n_fmt}/{total_fmt}{postfix} [{elapsed} < {remaining}]"
             self._bar = tqdm(total=steps, initial=start, bar_format=layout, dynamic_ncols=True, smoothing=0.1)
@@ -105,27 +112,23 @@ class Progress:
 
 
 class RunLogger:
-    """All of them on the lead process; on the others, nothing."""
+    """Logs a run's metrics: to metrics.jsonl, W&B and the progress bar. Only process 0 does anything."""
 
     def __init__(
-        self,
-        lead: bool,
-        workdir: Path,
-        config: Mapping,
-        start: int,
-        keep_through: int,
-        wandb_id: str,
+        self, lead: bool, workdir: Path, config: Mapping, start: int, keep_through: int, wandb_id: str
     ):
         """
         Args:
-            lead: whether this process writes.
+            lead: whether this process is the one that writes.
             workdir: the run's folder.
             config: the resolved config.
             start: steps done so far.
             keep_through: see `JsonLines`.
             wandb_id: of the W&B run to begin or to continue.
         """
-        self._jsonl = self._wandb = self._progress = None
+        self._jsonl: JsonLines | None = None
+        self._progress: Progress | None = None
+        self._wandb: WeightsAndBiases | None = None
         if not lead:
             return
         self._jsonl = JsonLines(workdir / "metrics.jsonl", keep_through)
@@ -135,24 +138,24 @@ class RunLogger:
         self._progress = Progress(start, config["steps"])
 
     def log(self, step: int, metrics: Mapping, write: bool = True):
-        """Shows the metrics of a step on the progress bar, and writes them down unless told not to."""
-        if self._jsonl is None:
-            return
-        self._progress.show(step, metrics)
-        if write:
-            record = {"step": step, **metrics}
+        """Shows the metrics of a step on the progress bar and, if `write`, appends them to the records."""
+        record = {"step": step, **metrics}
+        if self._progress:
+            self._progress.show(step, metrics)
+        if self._jsonl and write:
             self._jsonl.log(record)
-            if self._wandb:
-                self._wandb.log(record)
+        if self._wandb and write:
+            self._wandb.log(record)
 
     def sync(self):
-        """Returns when what was logged is on disk."""
+        """Returns when everything that was logged is on disk."""
         if self._jsonl:
             self._jsonl.sync()
 
     def close(self, code: int):
-        if self._jsonl:
-            self._progress.close()
-            self._jsonl.close()
+        """Closes everything; W&B learns the exit code."""
+        for part in (self._progress, self._jsonl):
+            if part:
+                part.close()
         if self._wandb:
             self._wandb.close(code)

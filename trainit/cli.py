@@ -328,13 +328,13 @@ def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "Tr
         path = Path(config.dataset.path)
         if "streams" not in config.dataset and not path.is_dir() and not detect.find(path):
             config.dataset.update(path="demo", mixture="", tokenizer="", validation_path="")
-    path = config.dataset.path
-    if path == "demo" and "streams" not in config.dataset:
+    folder = config.dataset.path
+    if folder == "demo" and "streams" not in config.dataset:
         try:
-            path = str(prepare_demo(cache()))
+            folder = str(prepare_demo(cache()))
         except OSError as error:
             raise ConfigError(f"dataset.path='demo' (cache {cache()}) cannot be used: {error}") from None
-    return training_data.read(config, path, _resolve, cache())
+    return training_data.read(config, folder, _resolve, cache())
 
 
 def _resolve(config: ConfigDict, vocab_size: int, end_of_text: int) -> Config:

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import logging
 
@@ -153,7 +153,7 @@ def end_with_parent(*_: Any):
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
-def exit_process(code: int, together: bool = False):
+def exit_process(code: int, together: bool = False) -> NoReturn:
     """Ends this process with an exit code, without waiting minutes for other processes that are lost.
 
     Args:

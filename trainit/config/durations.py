@@ -1,59 +1,67 @@
-"""How many sequences each step has, `batch_size` and from given steps on others, and durations in steps."""
+"""Durations in steps, and how many sequences each step has.
+
+The batch size may change during a run (`batch_schedule`), so a duration in tokens depends on when it begins.
+"""
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from trainit.config.schema import ConfigError, require
+
+_NEVER = 1 << 62  # a step that no run reaches
 
 
 @dataclass(frozen=True)
 class BatchSizes:
     """Sequences of every step of a run."""
 
-    starts: tuple[int, ...]  # steps from which on a size holds; the first is 0
+    starts: tuple[int, ...]  # steps at which a size begins to hold; the first is 0
     sizes: tuple[int, ...]
     run_steps: int  # of the whole run
     context_length: int  # tokens of a sequence
 
     def at(self, step: int) -> int:
-        """Sequences of the step behind `step` others."""
+        """Returns the sequences of a step, the first of which is 0."""
         stages = zip(reversed(self.starts), reversed(self.sizes), strict=True)
         return next(size for start, size in stages if step >= start)
 
     def rows(self, steps: int) -> int:
-        """Sequences of the first `steps` steps."""
+        """Returns the sequences of the first `steps` steps together."""
         return sum(size * count for size, count in self.stages(0, steps))
 
     def stages(self, step: int, steps: int) -> list[tuple[int, int]]:
-        """What is left from `step` until `steps` are done: [(size, number of steps), ...]."""
+        """Returns [(size, number of steps), ...] from `step` until `steps` steps are done."""
         ends = [*self.starts[1:], steps]
-        left = [min(end, steps) - max(start, step) for start, end in zip(self.starts, ends, strict=True)]
-        return [(size, count) for size, count in zip(self.sizes, left, strict=True) if count > 0]
+        counts = [min(end, steps) - max(start, step) for start, end in zip(self.starts, ends, strict=True)]
+        return [(size, count) for size, count in zip(self.sizes, counts, strict=True) if count > 0]
 
-    def duration(self, value: int | str, field: str = "duration", begin: int = 0, last: bool = False) -> int:
-        """A duration in steps, as `fields.duration`. One in tokens is as long as it takes to see so many.
+    def duration(
+        self, value: int | float | str, field: str = "duration", begin: int = 0, last: bool = False
+    ) -> int:
+        """Returns a duration in steps. In tokens, it lasts until as many tokens have been trained on.
 
         Args:
             value: 500, "10%" or "2e9 tokens".
-            field: that errors name.
+            field: for errors.
             begin: step at which it begins.
-            last: it ends with the run instead.
+            last: whether it ends with the run instead.
+
+        Raises:
+            ConfigError: the value is none of these.
         """
 
         def of_tokens(tokens: float) -> float:
             stages = self.stages(0, self.run_steps)[::-1] if last else self.stages(begin, _NEVER)
             return _steps(tokens / self.context_length, stages)
 
-        return duration(value, self.run_steps, of_tokens, field)
-
-
-_NEVER = 1 << 62  # a step that no run reaches
+        return _duration(value, self.run_steps, of_tokens, field)
 
 
 def _steps(rows: float, stages: list[tuple[int, int]]) -> float:
-    """How many steps, not whole, have so many sequences; the last of the stages goes on."""
+    """Returns in how many steps, perhaps a fraction, the sequences are used up. The last stage has no end."""
     done = 0
     for size, count in stages[:-1]:
         if rows <= size * count:
@@ -62,30 +70,39 @@ def _steps(rows: float, stages: list[tuple[int, int]]) -> float:
     return done + rows / stages[-1][0]
 
 
-def duration(value: int | str, steps: int, of_tokens: Callable[[float], float], field: str) -> int:
-    """A duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens", which `of_tokens` turns into steps.
+def _duration(value: int | float | str, steps: int, of_tokens: Callable[[float], float], field: str) -> int:
+    """Returns a duration in steps: 500, "500", "10%" of `steps`, or "2e9 tokens".
 
-    Errors name `field`.
+    Args:
+        value: the duration.
+        steps: of the whole run.
+        of_tokens: turns a number of tokens into steps.
+        field: for errors.
     """
     match = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(%|tokens)?\s*", str(value))
     try:
-        number = float(match[1])
-    except (TypeError, ValueError):
-        raise ConfigError(f"{field}={value!r} is not a duration: write 500, '10%' or '2e9 tokens'") from None
+        number, unit = (float(match[1]), match[2]) if match else (None, None)
+    except ValueError:  # such as "1.2.3"
+        number = None
+    if number is None:
+        raise ConfigError(f"{field}={value!r} is not a duration: write 500, '10%' or '2e9 tokens'")
     require(number < 1e18, f"{field}={value!r} is too long")
-    whole = match[2] is not None or number == int(number)
-    require(whole, f"{field}={value!r} is not a whole number of steps")
-    return round(of_tokens(number) if match[2] == "tokens" else number * (steps / 100 if match[2] else 1))
+    if unit == "tokens":
+        return round(of_tokens(number))
+    if unit == "%":
+        return round(number * (steps / 100))
+    require(number == int(number), f"{field}={value!r} is not a whole number of steps")
+    return round(number)
 
 
-def batch_sizes(config: Mapping) -> BatchSizes:
-    """Of a run: `batch_size`, and what `batch_schedule` says, as in "20%: 256; 2e9 tokens: 512".
+def batch_sizes(config: Mapping[str, Any]) -> BatchSizes:
+    """Returns the batch size of every step: `batch_size`, then what `batch_schedule` says.
 
     Args:
-        config: whole, at least as long as `steps`.
+        config: a whole config, with a schedule such as "20%: 256; 2e9 tokens: 512".
 
     Raises:
-        ConfigError: it is written otherwise, or its steps do not rise.
+        ConfigError: the schedule is written in another way, or its steps do not rise.
     """
     text = config["batch_schedule"]
     run = config["steps"], config["model"]["context_length"]
@@ -96,6 +113,7 @@ def batch_sizes(config: Mapping) -> BatchSizes:
             bool(re.fullmatch(r"\d*[1-9]\d*", size)),
             f"batch_schedule={text!r}: {stage!r} is no 'WHEN: SIZE', as in '20%: 256; 2e9 tokens: 512'",
         )
+        # A start in tokens counts the batches of the stages before it.
         before = BatchSizes(tuple(starts), tuple(sizes), *run)
         starts.append(before.duration(when, "batch_schedule"))
         sizes.append(int(size))

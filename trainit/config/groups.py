@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from trainit.config.fields import LINEAR, dataset, diagnostics, jsonl, model, schedule
 from trainit.config.schema import ConfigDict, ConfigError, Maker, names
@@ -33,7 +34,7 @@ MODELS: dict[str, Maker] = {
     ),
 }
 
-_SCHEDULES = {
+_SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {"warmup": "10%"},
     "linear": LINEAR,
     "cosine": {"warmup": "10%", "cycles": 1, "final": 0.0},

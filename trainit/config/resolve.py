@@ -1,4 +1,4 @@
-"""Filling and checking a config across its fields, shrinking it, freezing it."""
+"""Fills and checks a config across its fields, shrinks it for --debug, and freezes it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -18,15 +18,16 @@ OPTIMIZER_FIELDS = {
 
 
 def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
-    """The same run, shrunk in place so that a laptop does it in a minute: `--debug`.
+    """Shrinks a run in place so that a laptop does it in a minute, for --debug. Returns the config.
 
     Args:
         config: any config.
-        keep: dotted fields that the user set by hand, which stay.
+        keep: dotted names of fields that the command line sets: they stay.
     """
+    # Sizes that 1, 2, 3, 4, 6, 8, 12, 16 and 24 devices can share, and steps with everything in them.
     small = {
         "steps": 10,
-        "batch_size": 48,  # like dim, what 1, 2, 3, 4, 6, 8, 12, 16 and 24 devices can share
+        "batch_size": 48,
         "device_batch_size": 3,  # two micro-steps on eight devices
         "cpu_devices": 8,
         "model.dim": 96,
@@ -44,6 +45,7 @@ def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
         "diagnostics.every_steps": min(config.diagnostics.every_steps, 5),
         "wandb.project": "",
     }
+    # Axes that are split stay split, and durations in steps become parts of the run.
     small |= {f"mesh.{axis}": 2 for axis, size in config.mesh.items() if size > 2}
     small |= {
         f"schedule.{name}": "10%"
@@ -74,11 +76,19 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
         len(config.optimizer) > 0,
         "the config has no optimizer: config.optimizer = optimizers.choices()['adamw']()",
     )
+    # Each field by itself, then what several fields decide together.
     check_fields(config, config)
     check_ranges(flatten(config))
     _resolve_model(config.model, tokenizer_vocab_size, end_of_text)
     check_mesh(config.mesh, config)
     _check_schedule(config)
+    _check_dataset(config)
+    _check_checkpoint(config.checkpoint)
+    _check_diagnostics(config.diagnostics)
+    return Config(config)
+
+
+def _check_dataset(config: ConfigDict) -> None:
     if "streams" in config.dataset:
         streams = config.dataset.streams
         _check_batches(config, streams, f"dataset.streams={streams}")
@@ -87,20 +97,20 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
                 config.dataset[key] == plain,
                 f"dataset.{key}={config.dataset[key]!r} needs a prepared dataset; leave it at {plain!r}",
             )
-    saves = config.checkpoint.save_steps
-    least = 0 if isinstance(saves, int) else 1
+
+
+def _check_checkpoint(c: ConfigDict) -> None:
+    saves = c.save_steps
+    minimum = 0 if isinstance(saves, int) else 1
     require(
-        as_tuple(saves) and all(type(n) is int and n >= least for n in as_tuple(saves)),
+        bool(as_tuple(saves)) and all(type(n) is int and n >= minimum for n in as_tuple(saves)),
         f"checkpoint.save_steps={saves!r} must be a number of steps, or several separated by commas",
     )
-    _check_diagnostics(config.diagnostics)
-    c = config.checkpoint
     for key, unset in (("load_step", -1), ("overwrite_optimizer", False)):
         require(
             c.load_path or c[key] == unset,
             f"checkpoint.{key}={c[key]} needs checkpoint.load_path, which is empty",
         )
-    return Config(config)
 
 
 def check_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
@@ -122,10 +132,17 @@ def check_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
             field(0.0, "", types=(type(value),), above=0).check(prefix + name, value)
 
 
-def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int):
+def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -> None:
+    """Fills and checks the sub-config `model`."""
+    # What 0 and -1 stand for.
     m.num_kv_heads = m.num_kv_heads or m.num_heads
     if m.document_mask and m.end_of_text == -1:
         m.end_of_text = end_of_text
+    if not m.mlp_dim:
+        m.mlp_dim = 64 * -(-8 * m.dim // (3 * 64)) if m.activation == "swiglu" else 4 * m.dim
+    if not m.vocab_size:
+        m.vocab_size = -(-tokenizer_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    # What excludes each other.
     require(
         not m.document_mask or 0 <= m.end_of_text < tokenizer_vocab_size,
         f"model.document_mask=True needs an id that ends documents, from 0 to {tokenizer_vocab_size - 1}, "
@@ -153,20 +170,16 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int):
         not (m.tied_embeddings and m.head_bias),
         "model.head_bias=True and model.tied_embeddings=True exclude each other",
     )
-    if not m.mlp_dim:
-        m.mlp_dim = 64 * -(-8 * m.dim // (3 * 64)) if m.activation == "swiglu" else 4 * m.dim
-    if not m.vocab_size:
-        m.vocab_size = -(-tokenizer_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     require(
         m.vocab_size >= tokenizer_vocab_size,
         f"model.vocab_size={m.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}; 0 fits it",
     )
 
 
-def _check_diagnostics(d: ConfigDict):
-    for name in as_tuple(d.norms_by):
-        there = ("kind", "layer", "parameter")
-        require(name in there, f"diagnostics.norms_by={d.norms_by!r}: {name!r} is none of {names(there)}")
+def _check_diagnostics(d: ConfigDict) -> None:
+    kinds = ("kind", "layer", "parameter")
+    for name in d.norms_by:
+        require(name in kinds, f"diagnostics.norms_by={d.norms_by!r}: {name!r} is none of {names(kinds)}")
     require(
         d.last_parameters or not d.last_loss,
         "diagnostics.last_loss=True needs diagnostics.last_parameters=True",
@@ -177,7 +190,8 @@ def _check_diagnostics(d: ConfigDict):
         require(False, f"diagnostics.spectra={d.spectra!r} is no regular expression: {error}")
 
 
-def _check_schedule(config: ConfigDict):
+def _check_schedule(config: ConfigDict) -> None:
+    """Checks that the schedule has the fields of its name, and that its parts fit into the run."""
     schedule, steps = config.schedule, config.steps
     require(
         schedule.name in SCHEDULES,
@@ -190,11 +204,11 @@ def _check_schedule(config: ConfigDict):
         f"as a group: --config=FILE:schedule={schedule.name}",
     )
 
-    sizes = batch_sizes(config)
-
-    def length(name, value, **where) -> int:
+    def length(name: str, value: Any, **where: Any) -> int:
         return sizes.duration(value, f"schedule.{name}", **where)
 
+    # Warm-up, what follows and the cool-down.
+    sizes = batch_sizes(config)
     total = warmup = length("warmup", schedule.warmup)
     total += length("constant", schedule.constant, begin=warmup) if "constant" in schedule else 0
     total += length("decay", schedule.decay, last=True) if "decay" in schedule else 0
@@ -203,6 +217,7 @@ def _check_schedule(config: ConfigDict):
         f"schedule={schedule.name}: warm-up and what follows last {total} steps, more than steps={steps}; "
         f"give them in percent or raise steps",
     )
+    # Further warm-ups must not overlap.
     starts = [length("rewarm_at", at) for at in as_tuple(schedule.rewarm_at)]
     rises = [length("rewarm", schedule.rewarm, begin=at) for at in starts or [0]]
     room = all(b - a >= rise for (a, b), rise in zip(pairwise(starts), rises, strict=False))
@@ -211,6 +226,7 @@ def _check_schedule(config: ConfigDict):
         f"schedule.rewarm_at={schedule.rewarm_at} must be above 0 and rise by at least "
         f"rewarm={schedule.rewarm!r}, that is {max(rises)} steps, which must be above 0",
     )
+    # The points of a piecewise schedule.
     if "boundaries" in schedule:
         at = [length("boundaries", b) for b in as_tuple(schedule.boundaries)]
         values = as_tuple(schedule["values"])
@@ -224,8 +240,8 @@ def _check_schedule(config: ConfigDict):
         )
 
 
-def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
-    """Raises ConfigError unless each axis of the mesh divides what it splits; -1 divides everything."""
+def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config) -> None:
+    """Raises ConfigError unless each axis of the mesh divides what it splits. -1 divides everything."""
     m = config.model
     for axis, size in sizes.items():
         require(size > 0 or size == -1, f"mesh.{axis}={size} must be above 0, or -1 for what is left")
@@ -242,8 +258,8 @@ def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config):
     _check_batches(config, shares, f"mesh.data*mesh.fsdp={shares}")
 
 
-def _check_batches(config: ConfigDict | Config, divisor: int, text: str):
-    """Raises ConfigError unless `divisor`, which `text` says, divides the batch size of every step."""
-    for number, size in enumerate(batch_sizes(config).sizes):
-        field = "batch_schedule's size " if number else "batch_size="
-        require(size % divisor == 0, f"{field}{size} is not a multiple of {text}")
+def _check_batches(config: ConfigDict | Config, divisor: int, text: str) -> None:
+    """Raises ConfigError unless `divisor`, which messages call `text`, divides every step's batch size."""
+    for index, size in enumerate(batch_sizes(config).sizes):
+        name = "batch_schedule's size " if index else "batch_size="
+        require(size % divisor == 0, f"{name}{size} is not a multiple of {text}")

@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import runpy
+import shlex
 
 from pages import ROOT, all_blocks, commands, pages
 
@@ -89,3 +90,31 @@ def test_code_on_pages_imports_what_exists():
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name), (block.page, block.line, alias.name)
+
+
+def test_commands_on_pages_are_understood(tmp_path, monkeypatch):
+    """Also those that need a GPU or a cluster: their flags are known, and so are the fields that they set."""
+    from trainit import cli
+    from trainit.__main__ import COMMANDS, command_parser
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for block in all_blocks():
+        if block.title:
+            (tmp_path / block.title).write_text(block.text)
+    seen = set()
+    for block in all_blocks():
+        for command in commands(block) if block.language in ("", "sh") else ():
+            words = shlex.split(re.sub(r"^TRAINIT_\w+=\S+ ", "", command.strip()))
+            scripts = [word for word in words if word.startswith("launch/")]
+            if scripts:
+                rest = words[words.index(scripts[0]) + 1 :]
+                words = ["trainit", "train", *(rest[2:] if rest[0] == "-n" else rest)]
+            if words[:1] != ["trainit"]:
+                continue
+            assert words[1] in COMMANDS, command
+            seen.add(words[1])
+            arguments = command_parser(words[1]).parse(words[2:])
+            if getattr(arguments, "config", ""):
+                cli.load_config(arguments)
+    assert seen >= {"train", "prepare", "compare", "sweep", "plan", "benchmark", "doctor", "fields"}

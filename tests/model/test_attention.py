@@ -98,7 +98,7 @@ def test_blockwise_is_linear_in_memory_and_spares_products():
 
 
 def test_blockwise_drops_in_every_block_and_alike_in_the_gradient():
-    """Weights are drawn anew for every position, row and head; the gradient is that of the same draw."""
+    """Weights are drawn separately for every position, row and head; the gradient has the same draw."""
     q, k, v, g = draw(2, 24, 4, 2, 8)
     keys = jax.random.split(jax.random.key(3), (2, 2))
 

@@ -286,7 +286,7 @@ def compiled(function, mesh, vocab):
 
 @pytest.mark.evidence("the loss's memory does not grow with the vocabulary, from compiled programs")
 def test_memory_does_not_grow_with_the_vocabulary():
-    """Temporaries of loss and gradient at V and 2 V, beside a kernel's size, against optax on all logits."""
+    """Temporaries of loss and gradient at V and 2 V, in sizes of a kernel, against optax on all logits."""
     mesh, vocab, kernel = one_mesh(), 4096, 4 * 64 * 4096
 
     def plain(head, x_BLD, targets_BL, mask_BL):
@@ -304,7 +304,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
 
 
 def test_logits_are_computed_once():
-    """The head is multiplied once for the loss, three times for loss and gradient: no chunk anew."""
+    """The head is multiplied once for the loss, three times for loss and gradient; no chunk twice."""
     mesh = one_mesh()
     loss, arguments = CrossEntropy(Parallel(mesh), logits_mib=2).sums, abstract(mesh, 4096)
     for function, products in ((loss, 1), (jax.grad(loss, argnums=(0, 1), has_aux=True), 3)):

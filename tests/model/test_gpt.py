@@ -65,7 +65,7 @@ def by_path(tree) -> dict:
 def random_parameters(model: GPT, seed: int) -> dict:
     """Every parameter random, so that no bias or scale hides behind a 0 or 1.
 
-    Embeddings, queries and keys are small enough for the epsilon of the norms behind them to show
+    Embeddings, queries and keys are small enough for the epsilon of the norms that follow them to show
     where there is one.
     """
     rng = np.random.default_rng(seed)
@@ -242,7 +242,7 @@ def logits_and_gradients(c, parameters, tokens_BL, key):
 
 
 def is_without_gradient(c, path: str) -> bool:
-    """Softmax ignores what a bias of the keys adds, but behind a norm or a rotation; rounding remains."""
+    """Softmax ignores what a bias of the keys adds, except where a norm or a rotation follows."""
     return path.endswith("attention/key/bias") and not c.qk_norm and c.positions != "rope"
 
 

@@ -45,7 +45,7 @@ class AdafactorState(NamedTuple):
 
 
 def make(config, context) -> optax.GradientTransformation:
-    """The gradient over the root of a mean square that is told by rows and columns, clipped and scaled."""
+    """The gradient over the root of a mean square that rows and columns give, clipped and scaled."""
 
     def init(params) -> AdafactorState:
         def of_matrices(axis: int):

@@ -2,6 +2,9 @@
 
 Kingma & Ba 2014, arXiv 1412.6980; NAdam: Dozat 2016, "Incorporating Nesterov Momentum into Adam"; RMSProp:
 Hinton 2012, Coursera lecture 6e.
+
+With m and v the running means of g and g^2, the direction is m / (sqrt(v) + eps), both divided by 1 - beta^t
+first. NAdam takes beta1 m + (1 - beta1) g for m, RMSProp takes g.
 """
 
 import optax

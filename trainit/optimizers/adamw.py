@@ -1,11 +1,21 @@
-"""AdamW: Loshchilov & Hutter 2017, arXiv 1711.05101; Nesterov's form after Dozat 2016."""
+"""AdamW: Adam with decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101).
+
+For the gradient g at update t, clipped by its global norm, and the parameters x:
+
+    m <- beta1 m + (1 - beta1) g                     v <- beta2 v + (1 - beta2) g^2
+    x <- x - rate * (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay x)
+
+This file is a model for an optimizer of your own: `get_config` declares its fields, `make` returns an optax
+transformation. `context.descend` adds what all have in common: clipping, decay and the learning rate.
+"""
 
 import optax
 
-from trainit.config import ConfigDict, field
+from trainit.config import Config, ConfigDict, field
+from trainit.optimizers.common.context import Context
 from trainit.optimizers.common.moments import scale_by_moments
 
-ELEMENTWISE = True
+ELEMENTWISE = True  # no matrix products: the train step may compute an update twice to save memory
 
 
 def get_config() -> ConfigDict:
@@ -19,5 +29,6 @@ def get_config() -> ConfigDict:
     return config
 
 
-def make(config, context) -> optax.GradientTransformation:
+def make(config: Config, context: Context) -> optax.GradientTransformation:
+    """AdamW; with `nesterov`, m looks one step ahead (Dozat 2016)."""
     return context.descend(scale_by_moments(config.beta1, config.beta2, config.eps, nesterov=config.nesterov))

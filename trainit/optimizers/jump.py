@@ -38,7 +38,7 @@ class JumpState(NamedTuple):
 
 
 def make(config, context) -> optax.GradientTransformation:
-    """Both optimizers start anew, from zero moments, when their turn comes.
+    """Both optimizers start again from zero moments when their turn comes.
 
     In a jump x moves to x + d x/|x|, where d is Adam's step for the gradient <g, x/|x|> of the length.
     """
@@ -48,17 +48,17 @@ def make(config, context) -> optax.GradientTransformation:
     def init(params) -> JumpState:
         return JumpState(jnp.zeros((), jnp.int32), adam.init(params), adam.init(jnp.float32(0)))
 
-    def anew(condition, state):
+    def reset_if(condition, state):
         return jax.tree.map(lambda leaf: jnp.where(condition, jnp.zeros_like(leaf), leaf), state)
 
     def update(gradients, state: JumpState, params=None):
         turn = state.count % (config.normal_steps + config.jump_steps)
         is_normal = turn < config.normal_steps
-        direction, normal = adam.update(gradients, anew(turn == 0, state.normal))
+        direction, normal = adam.update(gradients, reset_if(turn == 0, state.normal))
         direction, _ = decay.update(direction, decay.init(params), params)
         length = jnp.maximum(optax.tree.norm(params), jnp.finfo(jnp.float32).tiny)
         along = inner_product(gradients, params) / length
-        grow, jump = adam.update(along, anew(turn == config.normal_steps, state.jump))
+        grow, jump = adam.update(along, reset_if(turn == config.normal_steps, state.jump))
 
         def choose(a, b):
             return jax.tree.map(lambda a, b: jnp.where(is_normal, a, b), a, b)

@@ -1,4 +1,8 @@
-"""Muon for hidden matrices, AdamW or LaProp for the rest: Jordan et al. 2024, kellerjordan.github.io."""
+"""Muon for hidden matrices, AdamW or LaProp for the rest: Jordan et al. 2024, kellerjordan.github.io.
+
+For the gradient G of a matrix, m <- momentum m + G, and the direction is nearly U V^T of the singular value
+decomposition m = U S V^T, by Newton-Schulz. `muon_og` has switches for the embeddings and the head.
+"""
 
 import optax
 
@@ -27,6 +31,7 @@ def get_config() -> ConfigDict:
 
 
 def make(config, context) -> optax.GradientTransformation:
+    """Muon for the blocks' matrices, `rest` for embeddings, head and vectors."""
     return _by_kind(config, context, {"matrix"})
 
 

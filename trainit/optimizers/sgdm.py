@@ -1,4 +1,7 @@
-"""SGD with heavy-ball momentum (Polyak 1964), or in Nesterov's form (Sutskever et al. 2013)."""
+"""SGD with heavy-ball momentum (Polyak 1964), or in Nesterov's form (Sutskever et al. 2013).
+
+m <- momentum m + g                              x <- x - rate * m, or in Nesterov's form (momentum m + g)
+"""
 
 import optax
 

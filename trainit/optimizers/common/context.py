@@ -94,7 +94,7 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def _scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by -schedule(step).
 
-    `step` is the run's. A count kept here would fall behind it when a step is skipped.
+    `step` is the run's. A count kept here would differ from it after a step that was skipped.
     """
 
     def update(updates, state, params=None, *, step, **extra_args):

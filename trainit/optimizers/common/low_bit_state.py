@@ -2,7 +2,7 @@
 
 Numbers are rounded to one of their two neighbours at random, so that they are right in the mean: rounded to
 the nearest, a mean with decay 0.999 would stand still, since a step changes it by less than half of what
-bfloat16 can tell.
+bfloat16 can distinguish.
 
 bfloat16 takes half the memory. int8 takes 9/32 of it: blocks of 32 numbers have one scale, their largest
 absolute value, as in Dettmers et al. 2021, arXiv 2110.02861. Their code is not used, whose numbers lie ever

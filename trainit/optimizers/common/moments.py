@@ -32,7 +32,8 @@ def scale_by_moments(
 ) -> optax.GradientTransformation:
     """The mean gradient over the root of the mean squared gradient: Kingma & Ba 2014, arXiv 1412.6980.
 
-    With everything on it is optax.scale_by_adam; here each part can be left out.
+    Each part can be left out. With all of them it is optax.scale_by_adam except for rounding: optax raises
+    the decays to a whole-number power, whose last bits differ, and losses would change with them.
 
     Args:
         beta1: decay of the mean gradient.

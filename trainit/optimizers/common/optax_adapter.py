@@ -126,7 +126,7 @@ def _is_simple(value) -> bool:
 
 
 def _at_the_runs_rate(make: Callable, peak: float, schedule) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that `make(rate)` gives, made anew each step with the scheduled rate.
+    """The optimizer that `make(rate)` gives, made again in each step with the scheduled rate.
 
     Args:
         make: rate -> optimizer; the rate is traced.

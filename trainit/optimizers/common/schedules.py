@@ -29,7 +29,7 @@ def build(config: Mapping, peak: float, sizes: BatchSizes) -> Schedule:
     Args:
         config: the sub-config `schedule`, checked by `config.resolve`.
         peak: `optimizer.learning_rate`.
-        sizes: of the run's batches, which say how long durations are; behind its steps the last value stays.
+        sizes: of the run's batches, which say how long durations are; the last value stays after them.
 
     Returns:
         step (0-based, integer scalar) -> float32 scalar.

@@ -1,4 +1,4 @@
-"""The optimizers beside each other, each at its best learning rate, over several seeds.
+"""Compares the optimizers, each at its best learning rate, over several seeds.
 
     trainit sweep configs/bench_optimizers.py:small    an hour on two CPU cores
     trainit sweep configs/bench_optimizers.py:medium   one GPU: --sbatch="--gpus-per-node=1"

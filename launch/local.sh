@@ -17,7 +17,7 @@ for ((rank = 0; rank < count; rank++)); do
   TRAINIT_PROCESS_ID=$rank TRAINIT_LOCAL_ID=$rank python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@" &
   pids+=($!)
 done
-# What this script is told, it tells its processes; they agree on a step, save and leave.
+# Signals to this script are passed to its processes, which agree on a step, save and exit.
 for name in TERM INT USR1 USR2; do
   # shellcheck disable=SC2064
   trap "kill -$name \${pids[*]} 2>/dev/null" "$name"

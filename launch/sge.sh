@@ -14,7 +14,7 @@
 # for each GPU that CUDA_VISIBLE_DEVICES or SGE_HGR_gpus names on the first one; without any, one a host.
 #
 # Five minutes before the time limit (h_rt), when it is asked to stop, and before it is suspended (-notify),
-# the run saves and stops, and the job goes on in the queue until all steps are done: on one host by running
+# the run saves and stops, and the job is put back into the queue until all steps are done: on one host by running
 # again (exit code 99), on several by "qresub", under a new number. A job that was deleted, or in which a
 # process failed, is not put back.
 #
@@ -134,7 +134,7 @@ while :; do
   fi
   sleep 1
 done
-echo "$(date '+%F %T') ended with $worst${ended:+ after it was told to end}"
+echo "$(date '+%F %T') ended with $worst${ended:+ after it was asked to end}"
 if [ "$worst" = 75 ] && [ -e "$TRAINIT_MARKER" ] && [ ! -e "$TRAINIT_MARKER.failed" ] && [ -z "$ended" ]; then
   # After exit code 99, a job of several hosts may be kept off those that it had before.
   [ ${#hosts[@]} -gt 1 ] && qresub "$me" || worst=99

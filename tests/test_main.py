@@ -170,7 +170,7 @@ def test_a_run_goes_on_with_the_optimizer_file_that_it_began_with(random_dataset
 
 
 def test_a_batch_that_grows_is_the_run_gone_on_with_a_larger_one(random_dataset, tmp_path):
-    """Bit for bit the run that was resumed with the other size; and it goes on from within a stage."""
+    """Bit for bit the run that was resumed with the other size; and it can be resumed within a stage."""
     command = [
         f"{TINY}:schedule=constant",
         f"--config.dataset.path={random_dataset}",

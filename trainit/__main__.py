@@ -14,7 +14,7 @@ from trainit.cluster.process import DONE, FAILED, USAGE, block_stop_signals, tun
 from trainit.config import ConfigError
 
 COMMANDS = {
-    "train": "train a model, or go on with a run that has stopped",
+    "train": "train a model, or resume a run that has stopped",
     "prepare": "turn text into token ids on disk",
     "compare": "compare runs: tables, curves, a page",
     "sweep": "start many runs from one file, and compare them",

@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"-\d")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults only where there are any."""
+    """Shows defaults only where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, "", False, []) else super()._get_help_string(action)
@@ -175,7 +175,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_parser(prog: str) -> Parser:
     """Returns the parser of the command that trains."""
-    parser = Parser(prog, "Trains the model that a config file describes, or goes on with its run.")
+    parser = Parser(prog, "Trains the model that a config file describes, or resumes its run.")
     add_config_arguments(parser)
     add_job_arguments(parser)
     return parser
@@ -231,7 +231,7 @@ def meet(
 
     Args:
         config: for the platform.
-        place: of this process.
+        place: where this process stands.
         arguments: for the time to wait.
         identity: what must be the same on all processes.
         stop_requested: says why the job is to stop, or "".

@@ -75,7 +75,7 @@ def _duration(value: int | float | str, steps: int, of_tokens: Callable[[float],
 
     Args:
         value: the duration.
-        steps: of the whole run.
+        steps: how many the whole run has.
         of_tokens: turns a number of tokens into steps.
         field: for errors.
     """

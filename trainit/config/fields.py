@@ -167,7 +167,7 @@ def dataset(path: str) -> ConfigDict:
         "prepared dataset, or tokens of another program; 'demo': presidents' messages, made on first use",
     )
     d.validation_path = field(
-        "", "validation tokens, where another program wrote them; empty: beside those to train on"
+        "", "validation tokens, where another program wrote them; empty: next to those to train on"
     )
     d.tokenizer = field("", f"of another program's tokens: {TOKENIZERS}")
     d.mixture = field(

@@ -118,7 +118,7 @@ def check_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
 
     Args:
         values: {"optimizer.beta1": 0.9, ...}, some of a config's.
-        prefix: of the message.
+        prefix: what messages begin with.
 
     Raises:
         ConfigError: a number is outside of what its field's name allows.

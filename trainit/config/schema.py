@@ -135,7 +135,7 @@ def field(
     Args:
         default: its value until another is set; a `ConfigDict` for a group of fields.
         help: what it is, with its unit, and what special values such as 0 mean.
-        types: of its values; without them, the default's. DURATION for lengths of time.
+        types: what its values may be; without them, the default's. DURATION for lengths of time.
         above: all its numbers are greater than this.
         at_least: no number is smaller.
         below: all numbers are smaller.
@@ -208,7 +208,7 @@ def check_fields(config: Mapping[str, Any], declared: ConfigDict, prefix: str = 
     Args:
         config: a config or a group.
         declared: which declares the fields; may be `config` itself.
-        prefix: of the fields' dotted names, such as "optimizer.".
+        prefix: what the fields' dotted names begin with, such as "optimizer.".
         where: what messages begin with.
 
     Raises:

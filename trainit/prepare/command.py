@@ -22,7 +22,7 @@ from trainit.data.documents import SUFFIXES
 from trainit.prepare import prepare, workers
 from trainit.prepare.writer import Recipe
 
-DESCRIPTION = "Turns text files into token ids on disk. The same command goes on after a stop."
+DESCRIPTION = "Turns text files into token ids on disk. The same command resumes it after a stop."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return prepare.prepare(arguments)
     except workers.StoppedError:
-        _log_error("stopped on request; everything so far is kept, and the same command goes on there")
+        _log_error("stopped on request; everything so far is kept, and the same command resumes from there")
         return STOPPED
     except DatasetError as error:
         _log_error(error)

@@ -24,7 +24,7 @@ WIDTH = 100
 class Row:
     """A field as it is listed."""
 
-    group: str  # such as "optimizer=muon"; empty: of every config
+    group: str  # such as "optimizer=muon"; empty: in every config
     name: str
     default: object
     known: Field

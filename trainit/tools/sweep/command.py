@@ -19,7 +19,7 @@ from trainit.config import ConfigError
 if TYPE_CHECKING:
     from trainit.tools.sweep.spec import Sweep
 
-DESCRIPTION = "Starts many runs from one file, and compares them. The same command goes on after a stop."
+DESCRIPTION = "Starts many runs from one file, and compares them. The same command resumes it after a stop."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

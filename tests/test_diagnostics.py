@@ -286,7 +286,7 @@ def test_a_resume_with_others_begins_them_anew(tmp_path, whole_run):
     [
         (
             {"diagnostics__noise_scale": True, "device_batch_size": 0},
-            "diagnostics.noise_scale=True compares the gradients of micro-steps, of which there is 1",
+            "diagnostics.noise_scale=True compares the gradients of several micro-steps, but a step has 1",
         ),
         ({"diagnostics__spectra": "blocks/query"}, "diagnostics.spectra='blocks/query' is no matrix's path"),
         ({"diagnostics__spectra": "("}, r"diagnostics.spectra='\(' is no regular expression"),

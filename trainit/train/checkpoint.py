@@ -311,6 +311,6 @@ def check_same_run(old: Mapping, new: Mapping, overwrite: bool, origin: str) -> 
     if fatal and not overwrite:
         raise ConfigError(
             f"{origin} was made with another config ({'; '.join(fatal)}); "
-            f"set --config.checkpoint.overwrite_config=True to go on with the new one, or another --workdir"
+            f"set --config.checkpoint.overwrite_config=True to continue with the new one, or a new --workdir"
         )
     return list(lines.values())

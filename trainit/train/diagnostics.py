@@ -40,13 +40,13 @@ def check(config: Config, parameters: dict, micro_steps: int):
     Args:
         config: the run's sub-config `diagnostics`.
         parameters: their shapes.
-        micro_steps: of a step.
+        micro_steps: how many a step has.
     """
     if not config.every_steps:
         return
     require(
         not config.noise_scale or micro_steps > 1,
-        f"diagnostics.noise_scale=True compares the gradients of micro-steps, of which there is "
+        f"diagnostics.noise_scale=True compares the gradients of several micro-steps, but a step has "
         f"{micro_steps}; lower device_batch_size",
     )
     if config.spectra:

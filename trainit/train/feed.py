@@ -23,7 +23,7 @@ class BatchFeed:
     processes and restarts there are. Each process reads its own rows of it.
 
     A thread fetches the next batch while a step runs. Batches are read up to the next change of batch size;
-    there, a new reader goes on, since streamed data know their position only when they have come so far.
+    there, a new reader takes over, since streamed data know their position only when they have come so far.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class BatchFeed:
         """
         Args:
             data: to train on.
-            shape: of the run.
+            shape: the run's.
             monitor: knows whether the job stops, and learns what this process waits for.
             meter: learns how long steps wait for data.
             step: steps done.
@@ -53,6 +53,7 @@ class BatchFeed:
 
     def _read_from(self, position: DataPosition):
         """Reads on from this position, with the batch size of the current step."""
+        # The reader gets just as many batches as have this size. None are left after the last step.
         sizes = self._shape.batch_sizes
         stages = sizes.stages(self._step, sizes.run_steps) or [(sizes.sizes[-1], 0)]
         size, count = stages[0]
@@ -69,6 +70,7 @@ class BatchFeed:
         Raises:
             Exception: the data cannot be read, or a worker process died.
         """
+        # A process that waits must neither look like one that stalls nor miss a request to stop.
         begun = time.perf_counter()
         self._monitor.watchdog.doing = "waiting for data"
         while not self._monitor.stop_is_due():

@@ -45,7 +45,7 @@ class LossAndGradient:
         """
         Args:
             config: resolved.
-            shape: of the run.
+            shape: the run's.
             model_for: gives the model and its loss for a way to compute on the mesh.
             layout: the shardings of the parameters, which the gradient gets too.
         """
@@ -78,6 +78,7 @@ class LossAndGradient:
             where the config asks for it, "z_loss" over all targets. For the noise scale also "square": the
             sum over micro-steps of the squared norm of the gradient of each one's mean loss.
         """
+        # Rows at the end of the data may have fewer targets: the mean is over targets, not over rows.
         lengths = batch["lengths"]
         count = jnp.sum(lengths.astype(jnp.float32))
         arguments = batch, params, step, sampling_key, scale, count
@@ -112,7 +113,7 @@ class LossAndGradient:
 
             grads, sums = jax.grad(share_of_loss, has_aux=True)(params)
             grads = lay_out(grads)
-            if factor is not None:
+            if factor is not None:  # the gradient is float32 by now, and needs its scale no more
                 grads = jax.tree.map(lambda g: g / (factor * count), grads)
             if with_square:
                 sums["square"] = inner_product(grads, grads) * (count / sums["count"]) ** 2

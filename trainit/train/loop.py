@@ -1,4 +1,4 @@
-"""Training: `run` has the order of events; what happens in each of them is in the files beside this one."""
+"""Training: `run` has the order of events; each of them is in a file of its own."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -66,7 +66,7 @@ def run(
                 job.saves.save(step, state)
                 break
 
-            # 5. Start the train step. It runs on the devices while this process goes on.
+            # 5. Start the train step. It runs on the devices while this process continues.
             state, on_device = job.train(step, state, batch)
             step += 1
 
@@ -222,7 +222,7 @@ class Job:
             return self._steps.train(state, batch)
 
     def _checkpoint_meta(self) -> dict:
-        """What a checkpoint says besides the state. Called when a save starts, by all processes together."""
+        """What a checkpoint holds in addition to the state. All processes call it when a save starts."""
         self.logger.sync()  # metrics that a resume will not write again must be on disk before it
         return {
             "config": self._config.to_dict(),
@@ -234,7 +234,7 @@ class Job:
         }
 
     def report_end(self, step: int, reason: str):
-        """Logs how the job ended, and how to go on."""
+        """Logs how the job ended, and how to continue."""
         if reason:
             logging.info("stopped    on %s at step %d; run the same command to continue", reason, step)
             return

@@ -53,7 +53,7 @@ class Resume:
         Args:
             config: resolved.
             data: to train on.
-            shape: of the run.
+            shape: the run's.
             steps: its functions, of which the train step is compiled while the state is made or read.
             checkpoints: the run's own.
         """
@@ -111,6 +111,7 @@ class Resume:
             )
         self._accept(source, step)
 
+        # A new optimizer begins at step 0 of its schedule; the data continue where they were.
         if c.overwrite_optimizer:
             logging.info("begin      with parameters of %s step %d, new optimizer", c.load_path, step)
             new = self._init()
@@ -134,11 +135,12 @@ class Resume:
         for line in check_same_run(meta["config"], c.to_dict(), overwrite, origin):
             logging.info("changed    %s", line)
 
+        # The position in the data means something for the same data only.
         same_data = meta["dataset"] == self._data.fingerprint
         if not same_data and not overwrite:
             raise ConfigError(
                 f"{origin} was trained on dataset {meta['dataset']}, but dataset.path={c.dataset.path!r} is "
-                f"{self._data.fingerprint}; set --config.checkpoint.overwrite_config=True to go on with it"
+                f"{self._data.fingerprint}; set --config.checkpoint.overwrite_config=True to continue with it"
             )
         if same_data:
             self._position = DataPosition.from_meta(meta, c.model.context_length)

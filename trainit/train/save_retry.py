@@ -34,7 +34,7 @@ class SaveRetry:
     ):
         """
         Args:
-            checkpoints: of the run.
+            checkpoints: the run's.
             monitor: passes reports of failed saves between processes.
             make_meta: called right before a save starts; returns what belongs to the state (JSON).
             saved_step: step of the newest checkpoint; None: there is none.

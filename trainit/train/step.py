@@ -41,7 +41,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
 
     Args:
         config: resolved.
-        shape: of the run, on devices that this process can reach.
+        shape: the run's, on devices that this process can reach.
 
     Raises:
         ConfigError: the platform cannot do what the config asks for.

@@ -23,7 +23,7 @@ class JsonLines:
     def __init__(self, path: Path, keep_through: int):
         """
         Args:
-            path: of the file.
+            path: the file's.
             keep_through: lines of later steps are dropped, since a resume does these steps again; so is a
                 last line that a crash left unfinished.
         """
@@ -77,7 +77,7 @@ class Progress:
         """
         Args:
             start: steps done so far.
-            steps: of the whole run.
+            steps: how many the whole run has.
         """
         self._start, self._steps = start, steps
         self._newest: dict = {}  # the newest value of each metric: not every step has all of them
@@ -124,7 +124,7 @@ class RunLogger:
             config: the resolved config.
             start: steps done so far.
             keep_through: see `JsonLines`.
-            wandb_id: of the W&B run to begin or to continue.
+            wandb_id: the W&B run to begin or to continue.
         """
         self._jsonl: JsonLines | None = None
         self._progress: Progress | None = None

@@ -39,7 +39,7 @@ REPORTS = (
     r"loader +[\d.]+ times the speed of random crops",
     r"loader +[\d.]+ M tokens/s  read from the disk; [\d.]+ times",
     r"loader +[\d.]+ ms  to the first batch of a resume at step 1,000,000",
-    r"loader +[1-4]?\d\d MiB  of a whole process that reads of 300 billion tokens",
+    r"loader +[1-4]?\d\d MiB  of a whole process that reads 300 billion tokens",
     r"step +[\d.]+ ms  median of 3",
     r"step +\d+ tokens/s  [\d.]+ TFLOP/s",
     r"step +[\d.]+ GiB  on a device at most: parameters [\d.]+, optimizer [\d.]+, gradients [\d.]+, act",

@@ -303,7 +303,7 @@ def first_paragraph(text: str) -> str:
 
 
 def optimizer_text(name: str) -> str:
-    """Returns the docstring of an optimizer: of its file, or of make_NAME in a file that has several."""
+    """Returns the docstring of an optimizer's file, or of make_NAME in a file that has several optimizers."""
     own = PACKAGE / "optimizers" / f"{name}.py"
     if own.is_file():
         return docstring(own)

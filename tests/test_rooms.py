@@ -106,3 +106,59 @@ def test_optimizers_declare_the_same_three_fields():
         assert isinstance(config, ConfigDict)
         assert config.name == name
         assert {"learning_rate", "weight_decay"} <= set(config)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def in_core(path: Path) -> bool:
+    """Whether a file is part of what a reader of the trainer has to know."""
+    parts = path.relative_to(PACKAGE).parts
+    if len(parts) == 1 or parts[0] in ("config", "parallel", "model"):
+        return True
+    return (parts[0] == "data" and len(parts) == 2) or (parts[0] == "train" and path.name != "diagnostics.py")
+
+
+def test_sizes_keep_to_their_caps():
+    caps, packages = PLAN["caps"], {}
+    for path in FILES:
+        packages[room(path)] = packages.get(room(path), 0) + lines(path)
+    assert len(packages) - ("__init__" in packages) <= caps["rooms"]
+    assert sum(packages.values()) <= caps["all"]
+    assert max(packages.values()) <= caps["package"], packages
+    assert sum(lines(path) for path in FILES if in_core(path)) <= caps["core"]
+    assert not {str(path): lines(path) for path in FILES if lines(path) > caps["file"]}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_classes_and_functions_keep_to_their_caps(path):
+    caps = PLAN["caps"]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        size = node.end_lineno - node.lineno + 1
+        cap = caps["class"] if isinstance(node, ast.ClassDef) else caps["function"]
+        assert size <= cap, f"{node.name}: {size} lines"
+        if isinstance(node, ast.ClassDef):
+            methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef)]
+            public = [name for name in methods if not name.startswith("_")]
+            assert len(public) <= caps["public_methods"], f"{node.name}: {public}"
+
+
+def test_no_circles_inside_of_rooms():
+    """Modules of one room import each other in one direction only."""
+    graph = {}
+    for path in FILES:
+        name = ".".join(("trainit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        )
+        graph[name] = imports(path)
+    graph = {
+        name: {n if n in graph else n.rpartition(".")[0] for n in names} & graph.keys() - {name}
+        for name, names in graph.items()
+    }
+    while leaves := [name for name, names in graph.items() if not names & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"these import each other: {sorted(graph)}"

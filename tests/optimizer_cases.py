@@ -215,7 +215,7 @@ def decays(path: str) -> bool:
 def numpy_updates(
     direction, parameters, gradients, weight_decay=0.0, clip_norm=0.0, coupled=False, rates=lambda path: 1.0
 ) -> list[dict]:
-    """Clip by global norm, `direction`(path, gradient, t) with decay behind it or before, minus the rate.
+    """Clip by global norm, `direction`(path, gradient, t) with decay after it or before, minus the rate.
 
     rates: path -> in units of the step's.
     """

@@ -37,7 +37,7 @@ def assert_equal(a, b):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run's folder with checkpoints 1, 2, 3 and the state behind them."""
+    """A run's folder with checkpoints 1, 2, 3 and the state after them."""
     folder = tmp_path_factory.mktemp("run")
     state = build().init()
     checkpoints = CheckpointStore(folder)
@@ -150,7 +150,7 @@ def small_disk(tmp_path):
     "a disk that fills up during a save: non-zero exit, and the checkpoint before is complete"
 )
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, random_dataset, tmp_path):
-    """The disk fills up while the second checkpoint is written; the run goes on once there is room."""
+    """The disk fills up while the second checkpoint is written; the run continues once there is room."""
     command = [
         f"--config={ROOT}/tests/tiny.py:schedule=constant",
         f"--config.dataset.path={random_dataset}",

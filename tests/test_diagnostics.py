@@ -43,7 +43,7 @@ def batches(count: int) -> list[dict]:
 
 
 def train(steps, state, data, mesh=None):
-    """The state and the metrics behind each step."""
+    """The state and the metrics after each step."""
     layout, trail = batch_sharding(mesh or make_mesh(SIZES)), []
     for batch in data:
         state, metrics = steps.train(state, jax.device_put(batch, layout))
@@ -73,7 +73,7 @@ def norms(leaves) -> dict[str, float]:
 
 
 def grouped(tree) -> dict[str, dict[str, float]]:
-    """Norms of all, by kind, by layer and by parameter, the kinds told by the paths."""
+    """Norms of all, by kind, by layer and by parameter, the kinds given by the paths."""
     groups: dict[str, list] = {}
     for path, leaf in by_path(tree).items():
         head = {"head/kernel": "head", "token_embedding/embedding": "embedding"}
@@ -92,7 +92,7 @@ def grouped(tree) -> dict[str, dict[str, float]]:
 
 
 def expected(config, first, trail, data) -> list[dict[str, float]]:
-    """The metrics of every step, from the parameters behind each and gradients of a plain loss."""
+    """The metrics of every step, from the parameters after each and gradients of a plain loss."""
     evaluate, records = loss_and_gradient(config), []
     x, before = first, first
     last_g = past = np.zeros_like(flat(first))
@@ -257,7 +257,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(whole_run):
 
 
 def test_a_resume_with_others_begins_them_anew(tmp_path, whole_run):
-    """The same ones go on bit for bit; others, or none, are no reason to refuse a checkpoint."""
+    """The same ones continue bit for bit; others, or none, are no reason to refuse a checkpoint."""
     _, _, _, data = whole_run
     _, steps = build(**EVERYTHING)
     checkpoints = CheckpointStore(tmp_path)

@@ -32,7 +32,7 @@ from trainit.train import step
 
 @pytest.mark.parametrize("base", ["adamw", "sgdm"])
 def test_schedule_free(base):
-    """Defazio et al. 2024, equations 3 to 5, with decay at y; of AdamW algorithm 1."""
+    """Defazio et al. 2024, equations 3 to 5, with decay at y; for AdamW, algorithm 1."""
     parameters, gradients = draw(some_shapes(), 71), draw_gradients(some_shapes())
     fields = {"schedule_free": {"beta": 0.7}} | ({"beta2": 0.97, "eps": 1e-3} if base == "adamw" else {})
     got = run(build(f"schedule_free+{base}", fields, 0.3, 40.0), parameters, gradients)

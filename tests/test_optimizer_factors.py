@@ -24,7 +24,7 @@ from trainit.parallel.layout import state_shardings
 from trainit.parallel.mesh import make_mesh
 
 FIELDS = {"beta1": 0.8, "beta2": 0.7, "shampoo_beta": 0.6, "precondition_every": 2}
-# Sides of 64 are left out: of one gradient's 64 x 64 factor, 48 eigenvectors are anybody's.
+# Sides of 64 are left out: in one gradient's 64 x 64 factor, 48 eigenvectors are anybody's.
 MAX_SIZE = 32
 
 

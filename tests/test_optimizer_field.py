@@ -105,7 +105,7 @@ def test_adam_mini():
 
 
 def test_sophia_follows_its_formula():
-    """With h = z^2 CURVATURE at every second update; what z is, the state tells."""
+    """With h = z^2 CURVATURE at every second update; the state holds z."""
     parameters, gradients = inputs()
     fields = {"beta1": 0.8, "beta2": 0.7, "gamma": 0.5, "eps": 1e-3, "every_steps": 2}
     optimizer = build("sophia", fields)

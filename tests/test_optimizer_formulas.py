@@ -56,7 +56,7 @@ def numpy_moments(beta1, beta2, eps, nesterov, debias_beta1, debias_beta2, use_m
 
 
 def numpy_momentum(momentum, nesterov):
-    """Polyak 1964; with Nesterov as Sutskever et al. 2013 have it, the gradient behind the momentum step."""
+    """Polyak 1964; with Nesterov as Sutskever et al. 2013 have it, the gradient after the momentum step."""
     m = {}
 
     def direction(path, g, t):

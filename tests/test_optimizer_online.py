@@ -262,7 +262,7 @@ def test_imperfect_hints():
 @pytest.mark.parametrize("scaling", ["exponential", "uniform"])
 @pytest.mark.parametrize("weighs", [True, False])
 def test_random_scaling(scaling, weighs):
-    """All of a change is multiplied by one factor; of the uniform one, the next gradient by 2 less it."""
+    """All of a change is multiplied by one factor; with the uniform one, the next gradient by 2 less it."""
     shapes = some_shapes()
     gradients = draw_gradients(shapes)
     fields = {"random_scaling": scaling, "importance_sampling": weighs, "discount": 0.5, "mu": 0.0}

@@ -39,7 +39,7 @@ NAMES = sorted(GROUPS.values())
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_called_with_the_runs_rate_and_decay(name):
-    """The function made anew with each step's rate; its own decay, by our mask if it takes one, or ours."""
+    """The function made again with each step's rate; its own decay, by our mask if it takes one, or ours."""
     parameters, gradients = draw(some_shapes(), 91), draw_gradients(some_shapes())
     learns = name.endswith(("prodigy", "dadapt_adamw"))  # its rate, from a very small one
     changes = {"estim_lr0": 1e-2} if learns else {}
@@ -66,7 +66,7 @@ def test_it_is_called_with_the_runs_rate_and_decay(name):
 
 
 def test_each_trains_its_part_of_a_model_and_goes_on_where_it_was(tmp_path):
-    """On eight devices: the loss falls, state is split as parameters are, and what is restored goes on."""
+    """On eight devices: the loss falls, state is split as parameters are, and what is restored continues."""
     config = tiny.get_config()
     config.schedule = config_lib.SCHEDULES["constant"]()
     config.schedule.warmup = 2  # begins with a rate of 0, by which some divide

@@ -130,7 +130,7 @@ def build(state: str, sizes, arg="", **changes):
 
 
 def train(built, state, first: int, last: int):
-    """The losses of steps first to last, and the state behind them."""
+    """The losses of steps first to last, and the state after them."""
     config, mesh, steps = built
     shape, losses = shape_on(config, mesh).batch_at(0), []
     for number in range(first, last):
@@ -144,7 +144,7 @@ def train(built, state, first: int, last: int):
 
 @pytest.mark.parametrize("state, share", [("bfloat16", 1 / 2), ("int8", 9 / 32)])
 def test_its_size_by_formula(state, share):
-    """AdamW's two moments: vectors as they are, all else so much smaller; and split as the parameters."""
+    """AdamW's two moments: vectors as they are, all else smaller as the type is; split as the parameters."""
     config, _, steps = build(state, EIGHT)
     shapes = steps.abstract_state.params
     vectors = sum(
@@ -217,7 +217,7 @@ def test_random_bits_are_even_and_independent():
 
 
 def test_the_rounding_is_drawn_anew_for_each_step_array_and_seed():
-    """Of a state that goes on unchanged: sums of the same numbers in two arrays."""
+    """Sums over a state that continues unchanged, that is of the same numbers in two arrays."""
     shapes = {"head": {"kernel": jax.ShapeDtypeStruct((32, 64), jnp.float32)}}
     numbers = {"head": {"kernel": jnp.full((32, 64), 1 + 2**-9)}}
 
@@ -267,7 +267,7 @@ def test_copies_of_parameters_stay_and_averages_are_found():
 
 
 def test_every_optimizer_can_be_narrowed():
-    """Whatever its state is: it is told apart and put together again."""
+    """Whatever its state is: it is taken apart and put together again."""
     params = {
         "head": {"kernel": jnp.full((32, 64), 0.5)},
         "blocks": {"mlp": {"up": {"kernel": jnp.full((2, 32, 32), 0.5), "bias": jnp.zeros((2, 32))}}},

@@ -43,7 +43,7 @@ def test_polar():
 
 
 def test_jump():
-    """Two normal steps, two jumps, and a normal step that starts anew."""
+    """Two normal steps, two jumps, and a normal step that starts afresh."""
     parameters, gradients = draw(some_shapes(), 32), draw_gradients(some_shapes())
     fields = FIELDS | {"normal_steps": 2, "jump_steps": 2, "jump_rate": 3.0}
     got = run(build("jump", fields, 0.3, 40.0), parameters, gradients)

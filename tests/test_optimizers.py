@@ -300,7 +300,7 @@ def test_the_loss_falls(name, value_and_grad):
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, tmp_path):
-    """Also: what is saved and restored goes on bit for bit."""
+    """Also: what is saved and restored continues bit for bit."""
     shapes = some_shapes()
     parameters, gradients = draw(shapes, 19), stable_gradients(name, shapes)
     one, _ = run(name, parameters, gradients, stable=True)
@@ -310,7 +310,7 @@ def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, t
 
     eight, state = run(name, parameters, gradients, mesh=mesh, put=put, stable=True)
     same(eight, one, 1e-4)
-    large = 2 * 16 * 16  # entries of a block's smallest matrices; whatever has so many is split
+    large = 2 * 16 * 16  # entries of a block's smallest matrices; whatever has that many is split
     for path, leaf in jax.tree.leaves_with_path(state):
         assert leaf.size < large or not leaf.sharding.is_fully_replicated, path_name(path)
     checkpoints = CheckpointStore(tmp_path)
@@ -402,7 +402,7 @@ def test_an_optimizer_of_optax_that_needs_the_loss():
 
 
 def test_a_check_touches_no_device():
-    """Of any optimizer: JAX is told of a platform that does not exist, and would fail to begin with one."""
+    """For any optimizer: JAX gets a platform that does not exist, and would fail if it began with one."""
     code = """
 import jax, tiny
 from trainit import optimizers

@@ -186,7 +186,7 @@ def test_cycles_of_a_cosine(steps, w, cycles, final):
     ],
 )
 def test_nothing_left_to_decay(name, fields, warmup):
-    """The rate is as usual in all of the run's steps, and a number behind them."""
+    """The rate is as usual in all of the run's steps, and a number after them."""
     values = rates(build(name, 50, **fields), 50)
     np.testing.assert_allclose(values[:50], PEAK * warm_up(np.arange(50), warmup), rtol=2e-6)
     assert np.isfinite(values).all()

@@ -1,4 +1,4 @@
-"""The start of a process in parts: what is counted, from when on, and the line that a run tells."""
+"""The start of a process in parts: what is counted, from when on, and the line that a run prints."""
 
 import re
 import subprocess
@@ -59,14 +59,14 @@ def test_it_counts_from_the_launch_of_the_process():
     before = time.time()
     words = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split(maxsplit=2)
     age, (total, parts) = float(words[0]), seconds(words[2])
-    # The kernel tells of the launch in ticks, and a busy machine may halt the process between two clocks.
+    # The kernel reports the launch in ticks, and a busy machine may halt the process between two clocks.
     assert 0.5 <= age <= float(words[1]) - before + 1
     assert total + 0.05 >= age
     assert parts["import"] >= 0.5
 
 
 def test_a_run_tells_its_start_and_its_step_once(random_dataset, tmp_path):
-    """The first step only, of a run with more; the parts of this line are the total's, but for rounding."""
+    """Only the first step of a run with more; the line's parts add up to the total, except for rounding."""
     small = {"dataset.path": random_dataset, "steps": 2, "batch_size": 2, "model.num_blocks": 1}
     small |= {"cpu_devices": 1, "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "eval.sequences": 2}
     fields = [f"--config.{name}={value}" for name, value in small.items()]

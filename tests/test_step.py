@@ -48,7 +48,7 @@ NAMES = ("train/loss", "train/grad_norm", "train/accuracy")
 
 
 def train(config, sizes, path, count, names=NAMES):
-    """Runs `count` steps; their metrics of these names, and the state behind them."""
+    """Runs `count` steps; their metrics of these names, and the state after them."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     steps = build(config, mesh)
@@ -205,7 +205,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
 
 
 def test_lengths_mask_the_loss(random_dataset):
-    """Rows without targets and tokens behind a row's length count for nothing."""
+    """Rows without targets and tokens after a row's length count for nothing."""
     config = make_config(random_dataset)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     steps = build(config, mesh)

@@ -121,7 +121,7 @@ progress.close()
 
 
 def test_wandb_offline_and_resumed(random_dataset, tmp_path):
-    """The same W&B run goes on after a stop, and no key is written anywhere."""
+    """The same W&B run continues after a stop, and no key is written anywhere."""
     key = "0123456789abcdef0123456789abcdef01234567"
     args = [
         f"--config={ROOT}/tests/tiny.py",

@@ -105,7 +105,7 @@ def test_ten_kills_change_nothing(command, undisturbed, tmp_path):
 
 
 def _inode(workdir) -> int | None:
-    """Of metrics.jsonl, which each start writes anew."""
+    """The lines of metrics.jsonl, which each start writes again."""
     path = workdir / "metrics.jsonl"
     return path.stat().st_ino if path.exists() else None
 
@@ -114,7 +114,7 @@ def _inode(workdir) -> int | None:
     "stopped on 8 devices, resumed on 4, then on 1: the same batches, losses within rounding"
 )
 def test_other_sizes_go_on_with_the_same_run(command, undisturbed, tmp_path):
-    """Stopped half-way on 8 devices, resumed on 4, then on 1: the same but for rounding."""
+    """Stopped half-way on 8 devices, resumed on 4, then on 1: the same except for rounding."""
     workdir = f"--workdir={tmp_path}"
     _run_until(20, tmp_path, *command, workdir)
     mesh = [f"--config.mesh.{axis}=1" for axis in ("data", "tensor")]
@@ -175,7 +175,7 @@ def test_stopped_where_validation_is_due(command, stopped_at_ten, undisturbed, t
 
 
 def test_time_limit_resume_and_complete(command, undisturbed, tmp_path):
-    """Stopped by its time limit, gone on with to the end; once more says that nothing is to be done."""
+    """Stopped by its time limit, resumed to the end; once more reports that nothing is to be done."""
     output = run(*command, f"--workdir={tmp_path}", "--config.max_minutes=0.001", expect=75)
     assert "stopped    on max_minutes" in output
     run(*command, f"--workdir={tmp_path}")
@@ -193,7 +193,7 @@ def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, rando
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 5]  # 5 was under way when the fourth was seen
     assert [r["train/skipped"] for r in records[1:]] == [1, 2, 3, 4, 5]
     output = run(*command, "--config.max_skipped=4", expect=1, XLA_FLAGS=FAST)
-    assert "ended at step 5 after 5 steps in a row" in output  # it does not go on by being started again
+    assert "ended at step 5 after 5 steps in a row" in output  # starting it again does not help
 
     config = tiny.get_config()
     config.dataset.path = str(random_dataset)
@@ -230,14 +230,14 @@ def test_load_path(command, whole, undisturbed, tmp_path):
     run(*command, f"--workdir={second}", load, "--config.checkpoint.load_step=36")
     assert exact(metrics(second)) == exact(undisturbed)[37:]
 
-    # A config that differs is refused, and taken if that is said.
+    # A config that differs is refused, and taken if that is asked for.
     rate = "--config.optimizer.learning_rate=0.02"
     output = run(*command, f"--workdir={third}", load, rate, expect=2)
     assert "optimizer.learning_rate: 0.01 -> 0.02" in output
     output = run(*command, f"--workdir={third}", load, "--config.checkpoint.load_step=5", expect=2)
     assert "load_step=5" in output
 
-    # The parameters with a new optimizer: steps and schedule begin, the data goes on where it was.
+    # The parameters with a new optimizer: steps and schedule begin, the data continues where it was.
     fresh = "--config.checkpoint.overwrite_config=True", "--config.checkpoint.overwrite_optimizer=True"
     sgdm = f"{command[0]}:optimizer=sgdm", command[1], "--config.steps=20"
     run(*sgdm, f"--workdir={third}", load, *fresh, XLA_FLAGS=FAST)

@@ -63,7 +63,7 @@ def by_path(tree) -> dict:
 
 
 def random_parameters(model: GPT, seed: int) -> dict:
-    """Every parameter random, so that no bias or scale hides behind a 0 or 1.
+    """Every parameter random, so that no bias or scale is hidden by a 0 or 1.
 
     Embeddings, queries and keys are small enough for the epsilon of the norms that follow them to show
     where there is one.

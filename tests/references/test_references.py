@@ -1,4 +1,4 @@
-"""Optimizers beside packages of their authors, or of others, from PyPI: the same parameters at every step.
+"""Optimizers next to packages of their authors, or of others, from PyPI: the same parameters at every step.
 
 Both sides begin at the same point and have the gradients of the same problem, each at its own parameters, so
 that a difference grows instead of fading. Both compute in float64, also where they name float32. Where
@@ -216,7 +216,7 @@ def test_sophia_h():
 
 
 def hessians(problem: Problem, optimizer) -> list[dict]:
-    """Sophia's mean of diagonals behind each step, split as the parameters."""
+    """Sophia's mean of diagonals after each step, split as the parameters."""
     found = []
     for _, state in problem.ours(optimizer):
         leaves = jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "hessian"))
@@ -245,9 +245,9 @@ def test_sophia_g():
 def test_soap():
     """pytorch_optimizer, after the authors' code.
 
-    Sides longer than 16 keep their own basis: of one gradient they have fewer eigenvectors than entries, and
-    no two programs complete them alike. Theirs decays behind the step, so there is no decay; its eps is not
-    debiased.
+    Sides longer than 16 keep their own basis: from one gradient they have fewer eigenvectors than entries,
+    and no two programs complete them alike. Theirs decays after the step, so there is no decay; its eps is
+    not debiased.
     """
     fields = BETAS | {"shampoo_beta": 0.9, "eps": TINY, "precondition_every": 3, "max_size": 16}
     compare(
@@ -384,7 +384,7 @@ def test_adam_mini():
 
 
 def test_laprop(monkeypatch):
-    """pytorch_optimizer, beside the rest of Muon; at a constant rate, which its mean has in it."""
+    """pytorch_optimizer, with the rest of Muon; at a constant rate, which its mean has in it."""
     monkeypatch.setattr(pytorch_optimizer.LaProp, "apply_ams_bound", staticmethod(root_plus_eps))
     shapes = {name: some_shapes()[name] for name in ("head", "token_embedding")}
     fields = {"rest": "laprop", "rest_rate": 1.0, "rest_beta1": 0.8, "rest_beta2": 0.97, "rest_eps": TINY}

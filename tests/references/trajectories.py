@@ -43,7 +43,7 @@ class Problem:
         self.noise = [jax.tree.map(np.float64, draw(shapes, 10 + t, 0.3)) for t in range(STEPS)]
 
     def ours(self, optimizer):
-        """Parameters and state behind each step."""
+        """Parameters and state after each step."""
 
         @jax.jit
         def update(x, state, step, noise):
@@ -99,12 +99,12 @@ def compare(
     Args:
         optimizer: ours.
         reference: (torch's parameter groups, parameters by name) -> the package's.
-        weight_decay: of matrices and embeddings.
-        rates: of every step; those of the package are multiplied by what it begins with.
-        shapes: of the parameters.
+        weight_decay: for matrices and embeddings.
+        rates: one for every step; those of the package are multiplied by what it begins with.
+        shapes: those of the parameters.
         step: (package's optimizer, fill(step), number) makes its step.
         read: (package's optimizer, its parameter) -> what corresponds to our parameter.
-        rtol: of the largest way of an array; float64 leaves 1e-16 of a parameter, which grows over the steps.
+        rtol: relative to the largest way of an array; float64 leaves 1e-16 of a parameter, which grows.
     """
     problem = Problem(shapes or some_shapes())
     named, fill = problem.theirs()

@@ -46,66 +46,83 @@ def defaults() -> ConfigDict:
     c.max_skipped = field(15, "non-finite steps in a row that stop the run", above=0)
     # In which precision, and on which devices.
     c.precision = field("bfloat16", "of matrix products and activations", one_of=PRECISIONS)
-    c.precision_of = field(ConfigDict(), "precision of single parts; empty: as `precision`")
-    c.precision_of.attention = field(
-        "",
-        "its four products with kernels and, except for float8, its scores",
-        one_of=("", *PRECISIONS, "float8"),
-    )
-    c.precision_of.mlp = field("", "its two or three products", one_of=("", *PRECISIONS, "float8"))
-    c.precision_of.head = field("", "the output head's product", one_of=("", *PRECISIONS))
+    c.precision_of = field(_precision_of(), "precision of single parts; empty: as `precision`")
     c.platform = field(
         "", "devices to use; empty: the best there are", one_of=("", "cpu", "cuda", "rocm", "tpu")
     )
     c.cpu_devices = field(1, "virtual devices where there is no accelerator", above=0)
-    c.mesh = field(ConfigDict(), "devices along each axis; above 0, and for one of them -1: what is left")
-    c.mesh.data = field(1, "replicas")
-    c.mesh.fsdp = field(-1, "parts of parameters and optimizer state")
-    c.mesh.tensor = field(1, "parts of heads, MLP width, vocabulary, and of the residual's length")
-    c.mesh.context = field(1, "parts of the sequence; only 1 works yet")
+    c.mesh = field(_mesh(), "devices along each axis; above 0, and for one of them -1: what is left")
     # The model, its optimizer and its data.
     c.model = field(model(), "the GPT")
     c.optimizer = field(ConfigDict(), "the optimizer; its file declares its fields")
-    c.optimizer_files = field(
-        "", "hash of the optimizers' files outside the package; filled when the run starts"
-    )
+    c.optimizer_files = field("", "hash of the optimizers' own files; filled when the run starts")
     c.optimizer_state = field(
         "float32",
         "type in which the optimizer's arrays are kept between steps",
         one_of=("bfloat16", "float32", "int8"),
     )
-    c.parameter_groups = field(
-        (), "lines 'PATTERN FIELD=VALUE ...': optimizer settings for parameters whose path matches"
-    )
+    c.parameter_groups = field((), "lines 'PATTERN FIELD=VALUE ...': settings of parameters by their paths")
     c.schedule = field(
         schedule("linear", **LINEAR), "the learning rate over the run, as a fraction of the peak"
     )
     c.dataset = field(dataset("data/pile"), "the text to train and validate on")
     # What is measured and kept.
-    c.eval = field(ConfigDict(), "validation")
-    c.eval.every_steps = field(1000, "steps between validations; 0: only at the end", at_least=0)
-    c.eval.sequences = field(
-        1024, "validation sequences, evenly spaced, the same each time; 0: all", at_least=0
-    )
+    c.eval = field(_evaluation(), "validation")
     c.log = field(ConfigDict(), "the log of metrics")
     c.log.every_steps = field(1, "steps between lines of metrics.jsonl", above=0)
-    c.checkpoint = field(ConfigDict(), "saving and loading")
-    c.checkpoint.save_steps = field(
+    c.checkpoint = field(_checkpoint(), "saving and loading")
+    c.diagnostics = field(diagnostics(every_steps=0), "statistics of the trajectory")
+    c.wandb = field(_wandb(), "Weights & Biases")
+    return c
+
+
+def _precision_of() -> ConfigDict:
+    p = ConfigDict()
+    p.attention = field(
+        "",
+        "its four products with kernels and, except for float8, its scores",
+        one_of=("", *PRECISIONS, "float8"),
+    )
+    p.mlp = field("", "its two or three products", one_of=("", *PRECISIONS, "float8"))
+    p.head = field("", "the output head's product", one_of=("", *PRECISIONS))
+    return p
+
+
+def _mesh() -> ConfigDict:
+    m = ConfigDict()
+    m.data = field(1, "replicas")
+    m.fsdp = field(-1, "parts of parameters and optimizer state")
+    m.tensor = field(1, "parts of heads, MLP width, vocabulary, and of the residual's length")
+    m.context = field(1, "parts of the sequence; only 1 works yet")
+    return m
+
+
+def _evaluation() -> ConfigDict:
+    e = ConfigDict()
+    e.every_steps = field(1000, "steps between validations; 0: only at the end", at_least=0)
+    e.sequences = field(1024, "validation sequences, evenly spaced, the same each time; 0: all", at_least=0)
+    return e
+
+
+def _wandb() -> ConfigDict:
+    w = ConfigDict()
+    w.project = field("", "project to log to; empty: no W&B")
+    w.name = field("", "name of the run; empty: the run folder's")
+    return w
+
+
+def _checkpoint() -> ConfigDict:
+    c = ConfigDict()
+    c.save_steps = field(
         1000, "N: save every N steps; (N, M, ...): at these steps; 0: only at the end", types=(int, tuple)
     )
-    c.checkpoint.keep = field(3, "newest checkpoints that stay; 0: all", at_least=0)
-    c.checkpoint.load_path = field("", "another run's folder to start from while this run has no checkpoint")
-    c.checkpoint.load_step = field(-1, "step of the checkpoint in load_path; -1: the newest")
-    c.checkpoint.overwrite_config = field(
-        False, "resume with this config even where it differs from the checkpoint's"
-    )
-    c.checkpoint.overwrite_optimizer = field(
+    c.keep = field(3, "newest checkpoints that stay; 0: all", at_least=0)
+    c.load_path = field("", "another run's folder to start from while this run has no checkpoint")
+    c.load_step = field(-1, "step of the checkpoint in load_path; -1: the newest")
+    c.overwrite_config = field(False, "resume with this config even where it differs from the checkpoint's")
+    c.overwrite_optimizer = field(
         False, "take only parameters and data position from load_path, not the optimizer's state"
     )
-    c.diagnostics = field(diagnostics(every_steps=0), "statistics of the trajectory")
-    c.wandb = field(ConfigDict(), "Weights & Biases")
-    c.wandb.project = field("", "project to log to; empty: no W&B")
-    c.wandb.name = field("", "name of the run; empty: the run folder's")
     return c
 
 

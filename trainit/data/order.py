@@ -66,7 +66,7 @@ class Sequential:
 class Blocks:
     """Every epoch is another permutation of blocks of neighbouring sequences, each shuffled in itself.
 
-    What stays behind the last whole block comes at the end of each epoch.
+    What remains after the last whole block comes at the end of each epoch.
     """
 
     sequences: int
@@ -90,7 +90,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Spaced:
-    """`chosen` of all sequences, evenly spaced, in order, and nothing (-1) behind them."""
+    """`chosen` of all sequences, evenly spaced, in order, and nothing (-1) after them."""
 
     sequences: int
     chosen: int
@@ -127,7 +127,7 @@ def make(name: str, sequences: int, block: int, seed: int) -> Order:
         name: shuffled, blocks or sequential.
         sequences: how many there are.
         block: sequences of a block, for `blocks`.
-        seed: of the shuffles.
+        seed: the seed of the shuffles.
     """
     match name:
         case "shuffled":

@@ -40,10 +40,10 @@ def _encrypt(blocks: np.ndarray, half: int, keys: tuple[int, ...]) -> np.ndarray
     """Simon's rounds on blocks of two words of `half` bits, uint64 (n,)."""
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
 
-    def rotate(word, by):
+    def rotate(word: np.ndarray, by: int) -> np.ndarray:
         return word << np.uint64(by) | word >> (bits - np.uint64(by))
 
-    def mix(word):
+    def mix(word: np.ndarray) -> np.ndarray:
         return rotate(word, 1) & rotate(word, 8) ^ rotate(word, 2)
 
     left, right = blocks >> bits, blocks & mask
@@ -60,7 +60,7 @@ def _keys(seed: int) -> tuple[int, ...]:
     p, q = 1, 2  # as the standard has them for four words; and as many steps, of one word of seed
     table = [0x8B8B8B8B] * n
 
-    def spread(x):
+    def spread(x: int) -> int:
         return (x ^ (x >> 27)) % words
 
     for k in range(n):

@@ -164,7 +164,9 @@ class Network(nnx.Module):
             Linear((c.dim,), (c.vocab_size,), c.head_bias, STANDARD_DEVIATION, rngs) if own_head else None
         )
 
-    def __call__(self, tokens_BL: jax.Array, key: jax.Array | None, first_row: int) -> tuple[jax.Array, Head]:
+    def __call__(
+        self, tokens_BL: jax.Array, key: jax.Array | None, first_row: jax.Array | int
+    ) -> tuple[jax.Array, Head]:
         c = self.c
         # Each row has its own dropout key, by its place in the global batch.
         if key is not None:

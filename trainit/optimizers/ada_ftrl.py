@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
 
 
 class AdaState(NamedTuple):
-    count: jax.Array  # int32: gradients seen
+    count: jax.Array  # type: ignore[assignment]  # int32: gradients seen
     mu: dict
     nu: dict
 

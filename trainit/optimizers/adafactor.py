@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
 class AdafactorState(NamedTuple):
     """Nested as the parameters, None where there is none."""
 
-    count: jax.Array  # int32: updates done
+    count: jax.Array  # type: ignore[assignment]  # int32: updates done
     mu: dict | None  # mean direction
     rows: dict  # of matrices: mean squared gradient of each row
     columns: dict  # and of each column

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
 
 
 class MiniState(NamedTuple):
-    count: jax.Array  # int32: updates done
+    count: jax.Array  # type: ignore[assignment]  # int32: updates done
     mu: dict  # mean gradient
     nu: dict  # mean squared gradient, an entry for each head, unit or token
 

@@ -1,6 +1,6 @@
 """Online learning with imperfect hints as an optimizer: after Bhaskara, Cutkosky, Kumar & Purohit 2020.
 
-arXiv 2002.04726. The hint of the next gradient is the direction of the last one. Behind the hints stands the
+arXiv 2002.04726. The hint of the next gradient is the direction of the last one. The hints come after the
 leader in the unit ball, with the root of the sum of squares as its regularizer, and the past discounted.
 """
 

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
 
 
 class JumpState(NamedTuple):
-    count: jax.Array  # int32: updates done
+    count: jax.Array  # type: ignore[assignment]  # int32: updates done
     normal: optax.OptState
     jump: optax.OptState
 

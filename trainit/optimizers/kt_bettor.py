@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
 
 
 class BettorState(NamedTuple):
-    count: jax.Array  # int32: gradients seen
+    count: jax.Array  # type: ignore[assignment]  # int32: gradients seen
     total: dict  # of gradients, in units of G
     reward: dict  # won until now
     point: dict

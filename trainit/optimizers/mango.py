@@ -57,8 +57,8 @@ def _kind_config(normalize: str, scale: str) -> ConfigDict:
     config.beta2 = field(0.95, "decay of the squared gradients; 0: no division", at_least=0, below=1)
     config.nesterov = field(True, "the momentum looks one step ahead")
     config.use_adam = field(False, "both moments as in Adam: debiased means, divided at the end")
-    # l2, inf: the norm of the whole; l2_row, inf_row: of each unit; ns: Newton-Schulz. Attention's queries,
-    # keys and values also have l2_split, inf_split and ns_split: of each head.
+    # l2, inf: the norm of the whole; l2_row, inf_row: that of each unit; ns: Newton-Schulz. Attention's
+    # queries, keys and values also have l2_split, inf_split and ns_split, for each head.
     config.normalize = field(
         normalize, "what divides the update: a norm of it, or Newton-Schulz", one_of=NORMALIZE
     )
@@ -145,7 +145,7 @@ def size(path: str, x: jax.Array, name: str) -> jax.Array:
     A matrix's units are its outputs, an embedding's are its rows, a vector's are its entries.
 
     Args:
-        path: of the parameter.
+        path: the path of the parameter.
         x: without a layers axis.
         name: l2, l2_row; inf, the largest sum of a unit's absolute entries; inf_row, a unit's largest
             absolute entry; op, the spectral norm; l2_split, inf_split, those of each head.

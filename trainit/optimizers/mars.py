@@ -34,7 +34,7 @@ def needs(config) -> set[str]:
 
 
 class MarsState(NamedTuple):
-    count: jax.Array  # int32: updates done
+    count: jax.Array  # type: ignore[assignment]  # int32: updates done
     last: dict  # the parameters before the last update where exact, else the last gradient
     moments: optax.OptState
 

@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
 class ShampooState(NamedTuple):
     """Of `_shampoo`. Squares are nested as the parameters, None where a side has no factor."""
 
-    count: jax.Array  # int32: updates done
+    count: jax.Array  # type: ignore[assignment]  # int32: updates done
     mu: dict  # mean gradient
     nu: dict | None  # mean squared gradient, for graft=adam
     left: dict  # mean of G G^T
@@ -106,7 +106,7 @@ def _inverse_root(factor: jax.Array, power: int, ridge: float) -> jax.Array:
 
     Args:
         factor: (size, size).
-        power: of the root.
+        power: the exponent of the root.
         ridge: this share of the largest eigenvalue is added to all of them.
     """
     values, vectors = jnp.linalg.eigh(factor)

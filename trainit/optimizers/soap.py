@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
 class SoapState(NamedTuple):
     """Of `_soap`. Squares are nested as the parameters, None where a side keeps its own basis."""
 
-    count: jax.Array  # int32: updates seen
+    count: jax.Array  # type: ignore[assignment]  # int32: updates seen
     mu: dict  # mean gradient
     nu: dict  # mean squared gradient in the bases
     left: dict  # mean of G G^T

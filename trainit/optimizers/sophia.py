@@ -3,6 +3,7 @@
 Liu et al. 2023, arXiv 2305.14342, algorithm 3, with either of its estimates of the diagonal.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,14 +39,14 @@ def needs(config) -> set[str]:
 
 
 class SophiaState(NamedTuple):
-    count: jax.Array  # int32: updates done
+    count: jax.Array  # type: ignore[assignment]  # int32: updates done
     mu: dict  # mean gradient
     hessian: dict  # mean of estimated diagonals
 
 
 def make(config, context) -> optax.GradientTransformation:
     """m / max(gamma h, eps), clipped to [-1, 1]; every few updates h <- beta2 h + (1 - beta2) estimate."""
-    estimates = {"hutchinson": _hutchinson, "gnb": _gauss_newton_bartlett}
+    estimates: dict[str, Callable] = {"hutchinson": _hutchinson, "gnb": _gauss_newton_bartlett}
 
     def init(params) -> SophiaState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -75,9 +76,9 @@ def _hutchinson(params: dict, key: jax.Array, *, gradient_at, **extra_args) -> d
     H z is the derivative of this batch's gradient along z.
     """
     del extra_args
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree_util.tree_flatten(params)
     normals = [jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)]
-    z = structure.unflatten(normals)
+    z = jax.tree.unflatten(structure, normals)
     _, product = jax.jvp(gradient_at, (params,), (z,))
     return jax.tree.map(jnp.multiply, z, product)
 

@@ -122,7 +122,7 @@ def matrix_spec(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSp
     return PartitionSpec(*[None] * (len(shape) - 2), *fits)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """The sharding of arrays (micro-steps, rows, ...): rows are split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
 

@@ -79,16 +79,21 @@ def join(
         "subsets": subsets,
         "splits": {split: _describe(**description) for split, description in described.items()},
         "duplicates": sum(len(drop) for drop in dropped.values()),
-        "broken": {
-            "count": sum(journal["broken"]["count"] for journal in journals.values()),
-            "damaged_files": sum(journal["broken"]["damaged_files"] for journal in journals.values()),
-            "list": [row for journal in journals.values() for row in journal["broken"]["list"]][:LISTED],
-        },
+        "broken": _broken([journal["broken"] for journal in journals.values()]),
         "source": source,
     }
     write_atomically(output / "dataset.json", json.dumps(info, indent=1) + "\n")
     shutil.rmtree(folder)
     return info
+
+
+def _broken(parts: list[dict]) -> dict:
+    """What was broken in the units, as one."""
+    return {
+        "count": sum(part["count"] for part in parts),
+        "damaged_files": sum(part["damaged_files"] for part in parts),
+        "list": [row for part in parts for row in part["list"]][:LISTED],
+    }
 
 
 def _read_journals(output: Path, units: list[Unit]) -> dict[str, dict]:

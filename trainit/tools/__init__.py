@@ -1,1 +1,1 @@
-"""Commands beside training."""
+"""Commands that do not train."""

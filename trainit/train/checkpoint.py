@@ -101,7 +101,7 @@ class CheckpointStore:
         """
         self._newest = step
         if jax.process_count() > 1:
-            self._probe()
+            self._error = self._error or _try_to_write(self.folder)
             if any(sync.gather(self._error is not None)):
                 return
         fields, separate = _split(state)
@@ -113,16 +113,6 @@ class CheckpointStore:
         except Exception as error:
             if jax.process_count() > 1:  # the others are in the middle of it and cannot be called back
                 raise
-            self._fail(error)
-
-    def _probe(self):
-        """Tries whether this process can write to the folder of checkpoints."""
-        probe = self.folder / f".probe_{jax.process_index()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(bytes(4096))
-            probe.unlink()
-        except OSError as error:
             self._fail(error)
 
     def meta(self, step: int) -> dict:
@@ -171,22 +161,9 @@ class CheckpointStore:
     def _check(self, step: int, expected: dict):
         """Raises ConfigError unless the checkpoint has every array of `expected` in its shape and type."""
         saved = _shapes(self._opened.item_metadata(step)["state"].tree)
-        wanted = _shapes(expected)
         if set(expected) == {"params"}:
             saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}
-        # Parameters first: if they differ, so does the optimizer's state, which would only distract.
-        for path in sorted(wanted.keys() | saved.keys(), key=lambda p: (not p.startswith("params/"), p)):
-            if wanted.get(path) != saved.get(path):
-                remedy = (
-                    "take its parameters alone into a new --workdir with --config.checkpoint.load_path= and "
-                    "--config.checkpoint.overwrite_optimizer=True"
-                    if path.startswith("opt_state/")
-                    else "set the model fields that it was made with"
-                )
-                raise ConfigError(
-                    f"checkpoint {self.folder / str(step)} is of another model or optimizer: {path} is "
-                    f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"
-                )
+        _check_same_shapes(saved, _shapes(expected), self.folder / str(step))
 
     def busy(self) -> bool:
         """Whether a save is under way."""
@@ -229,6 +206,35 @@ class CheckpointStore:
     def close(self):
         if self._manager:
             self._manager.close()
+
+
+def _try_to_write(folder: Path) -> OSError | None:
+    """What prevents this process from writing to the folder of checkpoints; None: nothing does."""
+    probe = folder / f".probe_{jax.process_index()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        return error
+    return None
+
+
+def _check_same_shapes(saved: dict[str, str], wanted: dict[str, str], checkpoint: Path):
+    """Raises ConfigError at the first array whose shape or type in the checkpoint is not the wanted one."""
+    # Parameters first: if they differ, so does the optimizer's state, which would only distract.
+    for path in sorted(wanted.keys() | saved.keys(), key=lambda p: (not p.startswith("params/"), p)):
+        if wanted.get(path) != saved.get(path):
+            remedy = (
+                "take its parameters alone into a new --workdir with --config.checkpoint.load_path= and "
+                "--config.checkpoint.overwrite_optimizer=True"
+                if path.startswith("opt_state/")
+                else "set the model fields that it was made with"
+            )
+            raise ConfigError(
+                f"checkpoint {checkpoint} is of another model or optimizer: {path} is "
+                f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"
+            )
 
 
 def _split(state) -> tuple[dict, dict]:

@@ -221,7 +221,7 @@ def logged(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """What optimizers report of themselves: scalars in a dict that is a field `logged` of their state.
 
     Returns:
-        {"optimizer/NAME": scalar}; of a group of parameters, "optimizer/GROUP/NAME".
+        {"optimizer/NAME": scalar}; for a group of parameters "optimizer/GROUP/NAME".
     """
     scalars = {}
     for path, leaf in jax.tree.leaves_with_path(opt_state):
@@ -236,7 +236,7 @@ def training_point(opt_state: optax.OptState, params: dict) -> dict:
     """Where the next gradient is to be taken: at the parameters, unless a state has a method that says where.
 
     Args:
-        opt_state: of the whole run.
+        opt_state: the state of the whole run.
         params: that the model has, and is validated at.
     """
     if isinstance(opt_state, low_bit_state.NarrowState):

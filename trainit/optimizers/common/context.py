@@ -1,4 +1,4 @@
-"""What an optimizer's `make(config, context)` is given besides its own config."""
+"""What an optimizer's `make(config, context)` gets in addition to its own config."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

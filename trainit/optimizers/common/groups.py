@@ -83,7 +83,7 @@ def assign(patterns: Sequence[re.Pattern], parameters: dict) -> dict:
 
 
 def paths(labels: dict, label: str | None) -> list[str]:
-    """Of the parameters with this label; None: of all."""
+    """The part for the parameters with this label; None: for all."""
     return [
         path_name(path) for path, own in jax.tree.leaves_with_path(labels) if label is None or own == label
     ]

@@ -52,7 +52,7 @@ def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dic
     """function(matrices, squares) -> as many matrices and squares, of one matrix of a parameter at a time.
 
     Args:
-        function: of lists; matrices are (rows, columns), squares (rows, rows), (columns, columns) or None.
+        function: takes lists; matrices are (rows, columns), squares (rows, rows), (columns, columns) or None.
         mesh: over whose devices the stacked layers are dealt out.
         arrays: trees of parameters' shapes, without vectors.
         squares: trees nested alike.

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core
 
 from trainit.parallel.layout import owner_path, parameter_kind, quantization_block
 from trainit.parallel.trees import path_name
@@ -44,7 +45,7 @@ def narrow(
         optimizer: whose update takes `step`.
         dtype: bfloat16 or int8.
         parameters: their shapes.
-        key: of the rounding: uint32 (2,).
+        key: the key of the rounding, uint32 (2,).
     """
     owners = _owners(optimizer, parameters)
 
@@ -91,13 +92,14 @@ def _owners(optimizer: optax.GradientTransformation, parameters: dict):
     program = jax.make_jaxpr(optimizer.init)(parameters).jaxpr
     made = set(program.invars)  # of the parameters' values
     for equation in program.eqns:
-        if any(isinstance(v, jax.extend.core.Var) and v in made for v in equation.invars):
+        if any(isinstance(v, core.Var) and v in made for v in equation.invars):
             made.update(equation.outvars)
-    leaves, structure = jax.tree.flatten_with_path(state)
-    return structure.unflatten(
-        _owner(path, leaf, parameters) if isinstance(v, jax.extend.core.Literal) or v not in made else ""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    owners = [
+        _owner(path, leaf, parameters) if isinstance(v, core.Literal) or v not in made else ""
         for (path, leaf), v in zip(leaves, program.outvars, strict=True)
-    )
+    ]
+    return jax.tree.unflatten(structure, owners)
 
 
 def _owner(path, leaf: jax.ShapeDtypeStruct, parameters: dict) -> str:
@@ -128,7 +130,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def round_to_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
     """One of the two neighbours of each number, at random, so that the mean is the number."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # Behind the 16 bits that stay there are 16 that say how far it is to the next: adding a random one to
+    # The 16 bits that stay are followed by 16 that say how far it is to the next: adding a random one to
     # these carries over as often as it should.
     rounded = bits + (random_bits(key, x.shape) >> 16)
     rounded = jax.lax.bitcast_convert_type((rounded >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -14,7 +14,7 @@ from trainit.parallel.trees import path_name
 class MomentsState(NamedTuple):
     """Of `scale_by_moments`; a moment that is not used is None."""
 
-    count: jax.Array  # int32: updates done
+    count: jax.Array  # type: ignore[assignment]  # int32: updates done
     mu: dict | None  # mean gradient
     nu: dict | None  # mean squared gradient
 

@@ -21,8 +21,8 @@ def newton_schulz(x: jax.Array, steps: int, dtype: str, eps: float) -> jax.Array
 
     Args:
         x: (rows, columns), float32.
-        steps: of the quintic iteration.
-        dtype: of its products.
+        steps: how often the quintic is applied.
+        dtype: the type of its products.
         eps: added to the Frobenius norm by which x is divided first.
     """
     a, b, c = COEFFICIENTS
@@ -50,14 +50,14 @@ def spectral_norm(x: jax.Array) -> jax.Array:
 def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, blocks: int = 1, **options) -> jax.Array:
     """`newton_schulz` of a parameter's matrix, times sqrt(max(1, fan_out / fan_in)).
 
-    An embedding counts as its table is stored: its rows over its width. Of stacked layers each device has
+    An embedding counts as its table is stored: its rows over its width. Each device has, of stacked layers,
     one whole matrix at a time (`_whole`).
 
     Args:
-        path: of a parameter that is no vector.
+        path: a parameter that is no vector.
         x: shaped as the parameter, layers axis included.
         mesh: over whose devices the layers are dealt out; None: one device.
-        blocks: of the columns, each of which is a matrix by itself.
+        blocks: how many blocks of columns there are, each a matrix by itself.
         options: of `newton_schulz`.
     """
     rows, columns = matrix_shape(path, x.shape[1:] if is_stacked(path) else x.shape)

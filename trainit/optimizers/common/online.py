@@ -7,7 +7,7 @@ its update takes `rate`, the scheduled learning rate.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import optax
 from trainit.config import ConfigDict, field
 from trainit.optimizers.common.optax_adapter import decay_updates
 
-Learner = optax.GradientTransformationExtraArgs
+Learner: TypeAlias = optax.GradientTransformationExtraArgs
 SCALINGS = "none", "exponential", "uniform"
 
 
@@ -54,7 +54,7 @@ def to_optimizer(learner: Learner, config, context, scaled: bool = False) -> opt
     Args:
         learner: from gradients to points, the first point being 0.
         config: with the fields of `get_config`.
-        context: of the run.
+        context: that of the run.
         scaled: multiply points by the scheduled rate, where the learner has no use for it.
     """
     weighs = config.importance_sampling and config.random_scaling == "uniform"
@@ -107,7 +107,7 @@ def stateful(
 
 
 def project(tree: dict, radius: float) -> dict:
-    """The nearest point of a ball around 0; radius 0: of everything."""
+    """The nearest point of a ball around 0; radius 0: the point itself."""
     if not radius:
         return tree
     factor = jnp.minimum(1.0, radius / jnp.maximum(optax.tree.norm(tree), jnp.finfo(jnp.float32).tiny))
@@ -122,5 +122,5 @@ def unit(tree: dict) -> dict:
 
 
 def mean_weights(config) -> tuple[float, float]:
-    """What the past and a new gradient weigh in their mean; of discount 1 in their sum."""
+    """What the past and a new gradient weigh in their mean; with discount 1, in their sum."""
     return (config.discount, 1 - config.discount) if config.discount < 1 else (1.0, 1.0)

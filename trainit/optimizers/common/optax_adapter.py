@@ -25,7 +25,7 @@ REFUSED = {
     "optax.contrib.muon": "it takes stacked layers for something else than matrices; take optimizer=muon",
     "optax.contrib.schedule_free": "it wants validation elsewhere; take optimizer=schedule_free+NAME",
 }
-# Whose updates have matrix products: of optax's own solvers, and inner products over all parameters.
+# Whose updates have matrix products: optax's own solvers, and inner products over all parameters.
 MATRIX_PRODUCTS = {
     "optax.scale_by_lbfgs",
     "optax.contrib.dadapt_adamw",
@@ -45,7 +45,7 @@ class Wrapped:
 
     def _default(self, parameter: str, otherwise: float) -> float:
         default = self._parameters[parameter].default if parameter in self._parameters else None
-        return float(default) if type(default) in (int, float) else otherwise
+        return float(default) if isinstance(default, int | float) and type(default) is not bool else otherwise
 
     def get_config(self) -> ConfigDict:
         config = ConfigDict({"name": self._name})

@@ -17,9 +17,9 @@ def map_layers(path: str, mesh: Mesh | None, function: Callable, *stacks):
     follow. Replicas share the work as far as there are layers for them, and else do the same.
 
     Args:
-        path: of a stacked parameter that is no vector.
+        path: a stacked parameter that is no vector.
         mesh: over whose devices the layers are dealt out; None: one device.
-        function: of one layer's matrices, on one device; trees of them are nested as those of `stacks`.
+        function: takes one layer's matrices, on one device; trees of them are nested as those of `stacks`.
         stacks: trees of (layers, rows, columns), of the parameter or of squares that belong to it.
 
     Returns:

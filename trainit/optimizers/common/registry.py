@@ -23,7 +23,7 @@ PACKAGE = "trainit.optimizers"
 FOLDER = Path(__file__).parent.parent
 # Choices that share another one's file: NAME's functions there are get_NAME_config and make_NAME.
 VARIANTS = {"muon_og": "muon", "nadam": "adam", "rmsprop": "adam"}
-# What an update can ask for besides the gradients, each a function that costs a forward and backward pass.
+# What an update can ask for in addition: functions, each of which costs a forward and backward pass.
 GRADIENTS = frozenset({"gradient_at", "sampled_gradient_at"})
 
 
@@ -78,7 +78,7 @@ def load(name: str) -> Definition:
     """The optimizer with this name.
 
     Args:
-        name: of a file in this package or of a variant; WRAPPER+NAME; path/to/file.py; optax.NAME.
+        name: a file in this package or of a variant; WRAPPER+NAME; path/to/file.py; optax.NAME.
 
     Raises:
         KeyError: there is none.

@@ -23,13 +23,13 @@ def build(config: Mapping, peak: float, sizes: BatchSizes) -> Schedule:
       (Hägele et al. 2024, arXiv 2405.18392; also called WSD).
     - piecewise_linear: straight lines between `boundaries`, at which the rate is `values` * peak.
 
-    From each step of `rewarm_at` on, as where a run goes on with other data or a new optimizer, the rate
+    From each step of `rewarm_at` on, as where a run continues with other data or a new optimizer, the rate
     begins at 0 again and is back on its way `rewarm` steps later (Ibrahim et al. 2024, arXiv 2403.08763).
 
     Args:
         config: the sub-config `schedule`, checked by `config.resolve`.
         peak: `optimizer.learning_rate`.
-        sizes: of the run's batches, which say how long durations are; the last value stays after them.
+        sizes: the run's batch sizes, which say how long durations are; the last value stays after them.
 
     Returns:
         step (0-based, integer scalar) -> float32 scalar.

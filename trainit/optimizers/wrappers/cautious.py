@@ -1,4 +1,4 @@
-"""Cautious: of an update only what the gradient agrees with. Liang et al. 2024, arXiv 2411.16085."""
+"""Cautious: an update keeps what the gradient agrees with. Liang et al. 2024, arXiv 2411.16085."""
 
 from dataclasses import replace
 

@@ -13,7 +13,6 @@ from trainit.config import Config
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import run_shape
 from trainit.tools.benchmark import loader, overheads, step
-from trainit.tools.benchmark.command import PARTS
 
 
 def take_devices(config: Config, debug: bool) -> Config:
@@ -35,7 +34,7 @@ def measure(names: Collection[str], config: Config, dataset: TrainingData, argum
     """Makes some of the measurements and prints a few lines about each.
 
     Args:
-        names: some of PARTS; their order does not count.
+        names: some of the command's PARTS; their order does not count.
         config: resolved.
         dataset: the config's.
         arguments: the command's flags, for tokens, steps, rounds and the config of other processes.
@@ -49,6 +48,6 @@ def measure(names: Collection[str], config: Config, dataset: TrainingData, argum
         "optimizer": lambda: overheads.measure_optimizer(config, steps),
         "loss": lambda: overheads.measure_loss(config, rounds),
     }
-    for part in PARTS:
-        if part in names:
-            measurements[part]()
+    for name, measurement in measurements.items():
+        if name in names:
+            measurement()

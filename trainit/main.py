@@ -2,8 +2,8 @@
 
     python -m trainit.main --config=configs/pile_gpt.py:model=gpt2_medium --config.steps=2000
 
-`trainit train` is the same. Exit codes: 0 all steps are done, 75 stopped on request with everything saved,
-2 wrong config or flags, 1 anything else.
+`trainit train` is the same. Exit codes: 0 all steps are done, 75 stopped on request (saved, or no step
+was done yet): run it again, 2 wrong config or flags, 1 anything else.
 """
 
 import argparse
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         _Exit(Place("unknown"))(USAGE)
     logs.log_to_terminal(lead=place.process_id == 0)
     leave = _Exit(place)
+    # From here on the monitor's thread receives SIGTERM, even while the main thread compiles.
     monitor = JobMonitor(place.process_id, place.num_processes, leave, arguments.silence_seconds)
     try:
         code = _train(arguments, place, monitor, leave, start)

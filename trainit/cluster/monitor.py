@@ -8,9 +8,9 @@ What does SIGTERM do while a process compiles? Python runs signal handlers betwe
 main thread, which may be inside of XLA's compiler for minutes. Each signal therefore also writes a byte to
 a socket, at once, and the monitor's thread reads it and asks all processes to stop. If no process has done
 a step yet, there is nothing to save: all exit within seconds, in the midst of compiling, with the code for
-"start me again". Later, say while the first evaluation compiles, the process that compiles finishes that,
-the others wait for it at their next `stop_reason`, and all stop there together and save. A second SIGINT
-(Ctrl-C) ends a process at once, unsaved.
+"start me again". Later, say while the step for another batch size compiles, the process that compiles
+finishes that, the others wait for it at their next `stop_reason`, and all stop there together and save. A
+second SIGINT (Ctrl-C) ends a process at once, unsaved.
 """
 
 import selectors

@@ -40,7 +40,7 @@ def defaults() -> ConfigDict:
     c.clip_norm = field(10.0, "maximum of the gradient's global l2 norm; 0: no clipping", at_least=0)
     c.stall_seconds = field(
         300.0,
-        "seconds without a step (or 20 usual step times) after which the run ends; 0: never",
+        "seconds without a step, or 20 usual step times if longer, that end the run; 0: never",
         at_least=0,
     )
     c.max_skipped = field(15, "non-finite steps in a row that stop the run", above=0)
@@ -55,7 +55,7 @@ def defaults() -> ConfigDict:
     # The model, its optimizer and its data.
     c.model = field(model(), "the GPT")
     c.optimizer = field(ConfigDict(), "the optimizer; its file declares its fields")
-    c.optimizer_files = field("", "hash of the optimizers' own files; filled when the run starts")
+    c.optimizer_files = field("", "hash of optimizer files outside the package; filled at the start")
     c.optimizer_state = field(
         "float32",
         "type in which the optimizer's arrays are kept between steps",
@@ -90,8 +90,8 @@ def _precision_of() -> ConfigDict:
 
 def _mesh() -> ConfigDict:
     m = ConfigDict()
-    m.data = field(1, "replicas")
-    m.fsdp = field(-1, "parts of parameters and optimizer state")
+    m.data = field(1, "replicas, each with a part of the batch")
+    m.fsdp = field(-1, "parts of parameters, optimizer state and the batch")
     m.tensor = field(1, "parts of heads, MLP width, vocabulary, and of the residual's length")
     m.context = field(1, "parts of the sequence; only 1 works yet")
     return m

@@ -28,7 +28,7 @@ from trainit.data.subsets import Subset
 from trainit.data.tokenizers import Tokenizer
 from trainit.logs import quantity
 
-Shape = tuple[int, int, int]  # of a global batch: micro-steps G, rows of a micro-step b, length L
+Shape = tuple[int, int, int]  # of a global batch: micro-steps G, rows of a micro-step B, length L
 
 
 class BatchReader(Protocol):

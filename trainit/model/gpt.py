@@ -2,14 +2,19 @@
 
 Names of arrays carry their dimensions after an underscore:
 
-    B batch    L length    D model    H query heads    J key and value heads    K head size
+    B rows (of a micro-step, over the whole job)
+    L length    D model    H query heads    J key and value heads    K head size
     F MLP      V vocabulary    N layers    G micro-steps    S keys' length (= L)
 
 Parameters are float32, stacked over the layers: a kernel of all N layers is one array. They are cast to the
 compute type where they are used, so that gradients come back in float32. Softmax, norms and logits are
-float32. On a mesh, every product with a kernel, and the embedding, goes through `parallel/matmul.py` and
-`parallel/embedding.py`, which gather what is split; `parallel/layout.py` has the table of how each parameter
-is split. The code here always sees whole arrays.
+float32.
+
+A kernel is the weight matrix of a linear map. On a mesh, products inside the blocks go through
+`parallel/matmul.py`, which gathers each kernel over fsdp right before its product, once in the forward and
+once in the backward pass. The head's kernel is gathered in `model/cross_entropy.py`. The embedding
+(`parallel/embedding.py`) moves ids and rows, not the table. `parallel/layout.py` says how each parameter is
+split. The code here is written as if all arrays were whole.
 """
 
 import functools
@@ -223,7 +228,7 @@ class GPT:
         Args:
             config: the resolved sub-config `model`.
             precision: type of matrix products and activations: "float32", "bfloat16" or "float16".
-            attend: the attention kernel, with the arguments and the result of `attention.plain`.
+            attend: the attention function, with the arguments and the result of `attention.plain`.
             parallel: the mesh; default: one device.
             parts: the precision of "attention", "mlp" and "head"; None: `precision`.
         """

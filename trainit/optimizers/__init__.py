@@ -1,6 +1,6 @@
 """Optimizers: each is one file with two functions.
 
-    def get_config() -> ConfigDict                       # name, learning_rate, weight_decay, its own fields
+    def get_config() -> ConfigDict                       # learning_rate, weight_decay, its own fields
     def make(config, context) -> optax.GradientTransformation
 
 `optimizer=NAME` finds the file here by its name, `optimizer=path/to/mine.py` one anywhere, and

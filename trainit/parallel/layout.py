@@ -1,10 +1,11 @@
 """How every array lies on the mesh: one table of logical axes, and one of all parameters.
 
 A parameter's dimensions have names, its logical axes: an attention kernel has ("layers", "embed", "heads",
-"head_size"). `RULES` says over which axes of the mesh each of them is split. From these two tables follow the
-shardings of parameters, gradients, optimizer state and batches, here; and every exchange between devices in
-`parallel/matmul.py`, which also says where a kernel that is split over fsdp is gathered. `PARAMETERS` names
-each parameter's kind, too, by which decay masks, Muon and the logs per kind choose.
+"head_size"). `RULES` says over which axes of the mesh each of them is split. This file turns the two tables
+into shardings of parameters, gradients, optimizer state and batches. The code that exchanges data follows the
+same tables: `parallel/matmul.py` for the blocks (its docstring says where a kernel is gathered),
+`parallel/embedding.py` for tokens, `model/cross_entropy.py` for the head. `PARAMETERS` also names each
+parameter's kind, by which decay masks, Muon and the logs per kind choose.
 
 A new parameter needs one row in `PARAMETERS`; without it, the first use of its path raises KeyError.
 """

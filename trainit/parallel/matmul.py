@@ -4,8 +4,8 @@ Where is a kernel gathered? Kernels are split over fsdp by the model's width (an
 width: `layout.RULES`). `_gather_kernel` makes the width whole, in the compute type, right before the product
 that needs it: once in the forward pass and once more in the backward pass, so that no device keeps a whole
 kernel in between. (If layers are unrolled without rematerialization, XLA joins the two.) The head's kernel is
-gathered in `model/cross_entropy.py`, once for all chunks. The embedding's table is never gathered: see
-`parallel/embedding.py`.
+gathered in `model/cross_entropy.py`, once for all chunks. To look up tokens, the embedding's table is never
+gathered (`parallel/embedding.py`); a tied one is, as the head's kernel.
 
 Between attention and MLP, the residual stream is split by length over tensor, so that norms, dropout and sums
 are computed once (sequence parallelism: Korthikanti et al. 2022, arXiv 2205.05198). Each half of a block

@@ -19,8 +19,8 @@ class BatchFeed:
     """Training batches from the current step on.
 
     Batch t is what the step that follows t others trains on: the next `shape.batch_sizes.at(t)` sequences in
-    the order of the data, which depends on the seed alone. It is the same whatever hosts, devices, worker
-    processes and restarts there are. Each process reads its own rows of it.
+    the order of the data, which follows from config and dataset. It is the same whatever hosts, devices,
+    worker processes and restarts there are. Each process reads its own rows of it.
 
     A thread fetches the next batch while a step runs. Batches are read up to the next change of batch size;
     there, a new reader takes over, since streamed data know their position only when they have come so far.

@@ -171,8 +171,8 @@ class Job:
             state: after them.
             reason: why the job stops here, or "".
         """
-        # What is due? A step from whose checkpoint this job has just resumed is done with both, except for
-        # a validation that the job before did not finish.
+        # What is due? If this job has just resumed at `step`, the job before has saved and validated there,
+        # unless it was stopped before the validation: then `postponed` holds the record that waits for it.
         c, recorder = self._config, self.recorder
         is_last, is_new = step == c.steps, step != self.saves.saved_step
         validate = is_last or (c.eval.every_steps > 0 and step % c.eval.every_steps == 0)
@@ -204,6 +204,9 @@ class Job:
         """
         if self._timer.is_over:
             return self._start_step(step, state, batch)
+        # Compiling began in another thread, in Resume; here this process waits for the rest. A request to
+        # stop ends it at once, by the monitor's thread: no step is done, so nothing is lost. See
+        # cluster/monitor.py.
         with self._timer.part("compile"):
             self._steps.train.compiled(state, batch)
         with self._timer.part("step"):

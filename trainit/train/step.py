@@ -26,7 +26,7 @@ from trainit.train.state import StateFactory, TrainState, named_key
 
 @dataclass(frozen=True)
 class CompiledSteps:
-    """The compiled functions of a run on its mesh."""
+    """A run's functions on its mesh; each is compiled when it is needed, or ahead of that in a thread."""
 
     abstract_state: TrainState  # shapes, types and shardings
     init: CompiledFunction  # () -> TrainState, created shard by shard
@@ -46,7 +46,8 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     Raises:
         ConfigError: the platform cannot do what the config asks for.
     """
-    # The model and its loss. They are built once for each way to compute on the mesh.
+    # The model and its loss. There are two variants: gradients are summed over data in
+    # each micro-step, or once per step (`RunShape.accumulates_locally`).
     mesh = shape.device_mesh
     device = mesh.devices.flat[0]
     parts = part_precisions(config.precision_of, config.precision, device)
@@ -129,7 +130,8 @@ class TrainStep:
         else:
             update_norm = optax.tree.norm(updates)
 
-        # 3. Whether everything is finite. Gradients that the optimizer took itself show in its state alone.
+        # 3. Whether everything is finite. If the optimizer computed further gradients (NEEDS), what
+        # overflowed in them may show in its new state alone, which is then checked if losses are scaled.
         good = finite & jnp.isfinite(update_norm)
         if state.loss_scale and optimizer.needs:
             good &= loss_scale.stays_finite(opt_state, state.opt_state)

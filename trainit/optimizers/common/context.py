@@ -16,7 +16,10 @@ from trainit.parallel.trees import path_name
 
 @dataclass(frozen=True)
 class Context:
-    """The run that an optimizer serves, and what completes a direction to an optimizer."""
+    """What an optimizer may know of its run, and helpers that make an optimizer of a direction.
+
+    A direction is an update before the learning rate and the sign: Adam's m / sqrt(v), for example.
+    """
 
     schedule: Schedule  # step -> learning rate
     steps: int  # of the whole run
@@ -40,7 +43,7 @@ class Context:
         return _clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
 
     def decay(self) -> optax.GradientTransformation:
-        """Adds weight_decay * parameters where `decay_mask` is True, for all parameters or some of them."""
+        """Adds weight_decay * parameters where `decay_mask` is True. It also works on a part of the tree."""
         return optax.add_decayed_weights(self.weight_decay, _decays)
 
     def descend(

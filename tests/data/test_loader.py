@@ -3,10 +3,10 @@
 import hashlib
 import json
 
-import grain
 import jax
 import numpy as np
 import pytest
+from permutation_reference import reference
 from processes import free_port, start
 from read_batches import BATCHES, FIRST_ROW, LENGTH, ROWS, SEED
 
@@ -18,19 +18,18 @@ from trainit.parallel.mesh import make_mesh
 
 
 def expected_batches(folder) -> list[np.ndarray]:
-    """The batches written out: Grain's public shuffle over all tokens read at once."""
+    """The batches written out: the reference's shuffle over all tokens read at once."""
     info = json.loads((folder / "dataset.json").read_text())
     shards = info["splits"]["train"]["shards"]
     assert len(shards) > 2  # sequences cross from shard to shard
     tokens = np.concatenate([np.fromfile(folder / shard["file"], info["dtype"]) for shard in shards])
     count = -(-(len(tokens) - 1) // LENGTH)
-    order = grain.MapDataset.range(count).shuffle(SEED)
     batches = []
     for t in range(BATCHES):
         batch = np.zeros((ROWS, LENGTH + 1), info["dtype"])
         for r in range(ROWS):
             position = FIRST_ROW + t * ROWS + r
-            sequence = order[position] % count
+            sequence = reference(position % count, count, SEED, position // count)
             piece = tokens[sequence * LENGTH : sequence * LENGTH + LENGTH + 1]
             batch[r, : len(piece)] = piece
         batches.append(batch)
@@ -106,13 +105,28 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(random_dataset):
     assert (epochs[0] != epochs[1]).mean() > 0.9
 
 
-def test_order_is_grains_public_shuffle():
-    """The permutation that is computed for many positions at once is the one behind MapDataset.shuffle."""
+def test_order_is_that_of_the_permutation():
+    """A run of positions over two epochs is what the permutation gives for each position by itself."""
     for count in (1, 2, 37, 1000, 65536, 70001, 262144, 262146):
-        public = grain.MapDataset.range(count).shuffle(9)
         positions = np.arange(3 * count) if count < 2000 else np.arange(count - 2000, count + 2000, 3)
-        assert Shuffled(count, 9)(positions).tolist() == [public[int(p)] % count for p in positions]
+        expected = [reference(int(p) % count, count, 9, int(p) // count) for p in positions]
+        assert Shuffled(count, 9)(positions).tolist() == expected
     assert Shuffled(3_000_000_000, 2**32 - 1)(np.array([2_999_999_999, 3_000_000_000])).max() < 3e9
+
+
+def test_a_position_counts_only_in_its_order():
+    """Checkpoints from before the shuffles had a version have another order, unless nothing was shuffled."""
+    config = {"dataset": {"order": "shuffled"}, "model": {"context_length": 32}}
+    meta = {"config": config, **loader.DataPosition(7).to_meta()}
+    assert loader.has_same_order(meta)
+    assert loader.DataPosition.from_meta(meta, 32) == loader.DataPosition(7)
+    assert loader.DataPosition.from_meta(meta, 16) == loader.DataPosition(14)
+    del meta["order"]
+    assert not loader.has_same_order(meta)
+    config["dataset"]["order"] = "sequential"
+    assert loader.has_same_order(meta)
+    config["dataset"]["streams"] = 4  # whose windows are shuffled
+    assert not loader.has_same_order(meta)
 
 
 def test_spaced_validation_covers_everything_once_or_evenly(random_dataset):

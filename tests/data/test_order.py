@@ -1,9 +1,15 @@
 """The orders of training data: permutations, found at any position as quickly as at the first."""
 
+import itertools
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
+from permutation_reference import reference
+from scipy import stats
 
-from trainit.data import order, permutation
+from trainit.data import order
 
 
 @pytest.mark.parametrize("name", ["shuffled", "blocks", "sequential"])
@@ -49,8 +55,40 @@ def test_any_position_of_any_size():
 
 @pytest.mark.parametrize("size", [2**16, 2**16 + 1, 2**16 + 2, 2**18 + 1])
 def test_large_permutations_are_permutations(size):
-    """Grain's own is none of 4^k + 1 numbers."""
-    assert (np.sort(permutation.permute(np.arange(size), size, 5)) == np.arange(size)).all()
+    """Also where the grid of the cipher has an edge: around the square of a power of two."""
+    assert (np.sort(order.permute(np.arange(size), size, 5)) == np.arange(size)).all()
+
+
+def test_small_permutations_are_permutations():
+    for size in range(1, 300):
+        assert sorted(order.permute(np.arange(size), size, size).tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 1024, 1025, 10**6, 2**40 + 1])
+def test_a_permutation_is_the_references(size):
+    draw = np.random.default_rng(size)
+    positions = draw.integers(0, size, 50)
+    for key in ((0,), (3, 10**9), (2**32 - 1, 5, 7)):
+        expected = [reference(position, size, *key) for position in positions.tolist()]
+        assert order.permute(positions, size, *key).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_all_small_permutations_are_equally_likely(size):
+    """Chi-square over all permutations of a few numbers, 100 seeds for each."""
+    count = math.factorial(size)
+    draws = [tuple(order.permute(np.arange(size), size, 1, seed).tolist()) for seed in range(100 * count)]
+    seen = Counter(draws)
+    assert stats.chisquare([seen[p] for p in itertools.permutations(range(size))]).pvalue > 1e-3
+
+
+def test_any_position_goes_anywhere():
+    """Chi-square over the places of one position, and of a pair's distance, for many seeds."""
+    size = 1500
+    moved = np.array([order.permute(np.array([0, 1, 700]), size, seed) for seed in range(6000)])
+    for places in (*moved.T, (moved[:, 1] - moved[:, 0]) % size, (moved[:, 2] - moved[:, 1]) % size):
+        counts = np.bincount(places // 15, minlength=100)
+        assert stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_positions_in_any_order_and_from_any_chunk():

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from trainit.cluster.process import end_with_parent
+from trainit.data import order
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered
 
@@ -41,11 +42,21 @@ class DataPosition(NamedTuple):
         return cls(rows, streams)
 
     def to_meta(self) -> dict[str, Any]:
-        """Returns the entries of a checkpoint's meta data that `from_meta` reads."""
-        return self._asdict()
+        """Returns the entries of a checkpoint's meta data that `from_meta` and `has_same_order` read."""
+        return {**self._asdict(), "order": order.VERSION}
 
 
 START = DataPosition()
+
+
+def has_same_order(meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's position means the same sequences now: its shuffles have the present version.
+
+    Data in the order of the disk has no shuffles.
+    """
+    dataset = meta["config"]["dataset"]
+    sequential = "streams" not in dataset and dataset["order"] == "sequential"
+    return sequential or meta.get("order", 1) == order.VERSION
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,94 @@
 """Which sequence stands where in the endless order of the training data, and in validation.
 
-Each order is a function from positions, int64 (n,), to numbers of sequences; it needs no memory that
-grows with the data, and any position is as quickly found as the first.
+Each order is a function from positions, int64 (n,), to numbers of sequences. It needs no memory that grows
+with the data, and any position is computed as quickly as the first.
+
+All shuffles are one family of permutations, `permute`: a generalized Feistel cipher on an arbitrary range
+(Black & Rogaway 2002, "Ciphers with arbitrary finite domains", method 3). Its round function is the finalizer
+of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from trainit.data.dataset import Split
-from trainit.data.permutation import permute
 from trainit.data.subsets import Subset
 
-TABLE = 1 << 16  # blocks whose order is written out
-CHUNK = 4096  # positions that are shuffled at once
+VERSION = 2  # of the shuffles. Checkpoints record it, since a position has no meaning in another order.
+CHUNK = 4096  # neighbouring positions that are permuted together
+ROUNDS = 10
+SMALL, ROUNDS_OF_SMALL = 1024, 40  # a small range needs more rounds until all permutations are equally likely
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio: the increment of SplitMix64
 Order = Callable[[np.ndarray], np.ndarray]
 
 
+def mix(x: np.ndarray) -> np.ndarray:
+    """Returns uint64 numbers (n,) whose bits depend on all bits of x: SplitMix64's finalizer, a bijection."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """Returns where positions go in a permutation of [0, size).
+
+    Args:
+        positions: integers (n,) in [0, size).
+        size: at most 2^62.
+        key: integers that select the permutation, taken modulo 2^64.
+
+    Returns:
+        int64 (n,).
+    """
+    # All numbers of the key make one state, and from there SplitMix64 makes a key for each round.
+    state = np.zeros(1, np.uint64)
+    for number in key:
+        state = mix((state + GOLDEN) ^ np.uint64(number % 2**64))
+    keys = []
+    for _ in range(ROUNDS if size > SMALL else ROUNDS_OF_SMALL):
+        state = state + GOLDEN
+        keys.append(mix(state))
+
+    # A position is a point of a grid, which has less than 2 sqrt(size) + 1 points too many. Points outside of
+    # the range go through the cipher again, until they are inside (cycle walking).
+    width = math.isqrt(size - 1) + 1
+    height = -(-size // width)
+    result = _encrypt(positions.astype(np.uint64), width, height, keys)
+    while (outside := np.flatnonzero(result >= size)).size:
+        result[outside] = _encrypt(result[outside], width, height, keys)
+    return result.astype(np.int64)
+
+
+def _encrypt(x: np.ndarray, width: int, height: int, keys: list[np.ndarray]) -> np.ndarray:
+    """Permutes points: each round adds a hash of one coordinate to the other, and the two take turns."""
+    moduli, half = (np.uint64(width), np.uint64(height)), np.uint64(32)
+    first, second = np.divmod(x, moduli[1])
+    for i, key in enumerate(keys):
+        # A product makes the upper 32 bits of the hash a number below the modulus, faster than a division.
+        modulus = moduli[i % 2]
+        total = first + (((mix(second + key) >> half) * modulus) >> half)
+        first, second = second, np.where(total >= modulus, total - modulus, total)
+    return first * moduli[1] + second  # the number of rounds is even
+
+
 @functools.lru_cache(maxsize=256)
-def _shuffled(size: int, seed: int, chunk: int) -> np.ndarray:
-    """Where positions from chunk * CHUNK on go in a permutation of `size` numbers, one for each seed."""
-    return permute(np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, size)), size, seed)
+def _chunk(number: int, size: int, *key: int) -> np.ndarray:
+    """Returns where positions from number * CHUNK on go."""
+    return permute(np.arange(number * CHUNK, min((number + 1) * CHUNK, size)), size, *key)
 
 
-@functools.lru_cache(maxsize=128)
-def _permutation(size: int, *seeds: int) -> np.ndarray:
-    """A permutation written out, for sizes of which the index shuffle is slow."""
-    return np.argsort(np.random.PCG64(seeds).random_raw(size), kind="stable").astype(np.uint32)
+def _permute_by_chunks(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """Returns what `permute` returns. It is faster if following calls have neighbouring positions."""
+    result = np.empty(len(positions), np.int64)
+    numbers, inside = np.divmod(positions, CHUNK)
+    for number in set(numbers.tolist()):
+        rows = numbers == number
+        result[rows] = _chunk(number, size, *key)[inside[rows]]
+    return result
 
 
 @dataclass(frozen=True)
@@ -39,16 +99,10 @@ class Shuffled:
     seed: int
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        n, result = self.sequences, np.empty(len(positions), np.int64)
-        epochs, inside = np.divmod(positions, n)
-        chunks, at = np.divmod(inside, CHUNK)
-        done = 0
-        while done < len(positions):  # run by run of positions in one chunk
-            epoch, chunk = int(epochs[done]), int(chunks[done])
-            run = (epochs[done:] == epoch) & (chunks[done:] == chunk)
-            end = len(positions) if run.all() else done + int(np.argmin(run))
-            result[done:end] = _shuffled(n, self.seed + epoch, chunk)[at[done:end]]
-            done = end
+        epochs, result = np.divmod(positions, self.sequences)
+        for epoch in set(epochs.tolist()):
+            rows = epochs == epoch
+            result[rows] = _permute_by_chunks(result[rows], self.sequences, self.seed, epoch)
         return result
 
 
@@ -66,26 +120,29 @@ class Sequential:
 class Blocks:
     """Every epoch is another permutation of blocks of neighbouring sequences, each shuffled in itself.
 
-    What remains after the last whole block comes at the end of each epoch.
+    The rest after the last whole block comes at the end of each epoch.
     """
 
     sequences: int
-    block: int  # sequences of a block
+    block: int  # sequences in a block
     seed: int
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        return np.array([self._one(p) for p in positions.tolist()], np.int64)
-
-    def _one(self, position: int) -> int:
-        epoch, at = divmod(position, self.sequences)
-        number, inside = divmod(at, self.block)
-        whole = self.sequences // self.block
-        size = self.block if number < whole else self.sequences - whole * self.block
-        if number < whole <= TABLE:
-            number = int(_permutation(whole, self.seed, epoch)[number])
-        elif number < whole:
-            number = int(_shuffled(whole, self.seed + epoch, number // CHUNK)[number % CHUNK])
-        return number * self.block + int(_permutation(size, self.seed, epoch, number)[inside])
+        whole, rest = divmod(self.sequences, self.block)
+        result = np.empty(len(positions), np.int64)
+        epochs, inside = np.divmod(positions, self.sequences)
+        turns, inside = np.divmod(inside, self.block)
+        for epoch, turn in set(zip(epochs.tolist(), turns.tolist(), strict=True)):
+            rows = (epochs == epoch) & (turns == turn)
+            number, size = turn, rest
+            if turn < whole:
+                number, size = (
+                    int(_permute_by_chunks(np.array([turn]), whole, self.seed, epoch)[0]),
+                    self.block,
+                )
+            inner = _permute_by_chunks(inside[rows], size, self.seed, epoch, number)
+            result[rows] = number * self.block + inner
+        return result
 
 
 @dataclass(frozen=True)
@@ -111,7 +168,7 @@ class Ordered:
         return np.dtype(self.split.dtype)
 
     def read(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (n, length + 1) of `dtype`, and int32 (n,) how many targets each row has."""
+        """Returns ids (n, length + 1) of `dtype`, and int32 (n,) how many targets each row has."""
         return self.split.read(self.order(positions), length)
 
     def read_subsets(self, positions: np.ndarray, length: int) -> np.ndarray:
@@ -121,13 +178,13 @@ class Ordered:
 
 
 def make(name: str, sequences: int, block: int, seed: int) -> Order:
-    """The order that `dataset.order` names.
+    """Returns the order that `dataset.order` names.
 
     Args:
         name: shuffled, blocks or sequential.
-        sequences: how many there are.
-        block: sequences of a block, for `blocks`.
-        seed: the seed of the shuffles.
+        sequences: number of sequences.
+        block: sequences in a block, for `blocks`.
+        seed: decides the shuffles.
     """
     match name:
         case "shuffled":

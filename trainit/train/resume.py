@@ -9,7 +9,7 @@ from absl import logging
 
 from trainit.cluster import sync
 from trainit.config import Config, ConfigError
-from trainit.data.loader import START, DataPosition
+from trainit.data.loader import START, DataPosition, has_same_order
 from trainit.data.training_data import TrainingData, abstract_batch
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
@@ -142,7 +142,14 @@ class Resume:
                 f"{origin} was trained on dataset {meta['dataset']}, but dataset.path={c.dataset.path!r} is "
                 f"{self._data.fingerprint}; set --config.checkpoint.overwrite_config=True to continue with it"
             )
-        if same_data:
+        same_order = has_same_order(meta)
+        if same_data and not same_order and not overwrite:
+            raise ConfigError(
+                f"{origin} was trained on sequences in an order that this version of Trainit "
+                f"does not have; set --config.checkpoint.overwrite_config=True to continue from the "
+                f"beginning of the data, or use the version that began the run"
+            )
+        if same_data and same_order:
             self._position = DataPosition.from_meta(meta, c.model.context_length)
         else:
             logging.info("data       from the beginning of %s", c.dataset.path)

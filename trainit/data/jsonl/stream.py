@@ -27,6 +27,7 @@ from trainit.data import documents as readers
 from trainit.data import tokenizers
 from trainit.data.dataset import DatasetError, dtype_of
 from trainit.data.documents import Batch, BrokenInputError, Position
+from trainit.data.order import permute
 from trainit.data.tokenizers import Tokenizer
 
 EQUAL = 0.95  # groups of files count as equal if the smallest has at least this share of the largest
@@ -80,9 +81,9 @@ class Corpus:
         return [files[i] for i in shuffled(len(files), self.seed, group, epoch)]
 
 
-def shuffled(count: int, *entropy: int) -> np.ndarray:
-    """A permutation drawn from some numbers, the same with every version of NumPy."""
-    return np.argsort(np.random.SeedSequence(entropy).generate_state(count, np.uint64), kind="stable")
+def shuffled(count: int, *numbers: int) -> np.ndarray:
+    """Returns a permutation of `count` numbers that depends on some other numbers."""
+    return permute(np.arange(count), count, *numbers)
 
 
 def deal(sizes: Sequence[int], streams: int) -> list[list[int]]:

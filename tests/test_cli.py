@@ -149,7 +149,7 @@ def test_overrides_name_field_and_type(flag, message, tmp_path):
 
 SET = {
     "config.checkpoint.save_step = 10": "save_step; did you mean config.checkpoint.save_steps?",
-    "config.weight_decay = 0.3": "unknown field config.weight_decay; config has ",
+    "config.weight_decay = 0.3": "config.weight_decay; did you mean config.optimizer.weight_decay?",
     "config.model.dropout = 0.1": "config.model.dropout; did you mean config.model.",
 }
 

@@ -348,7 +348,7 @@ def test_a_group_that_lacks_fields():
     ("name", "nearest"),
     [
         ("checkpoint.save_step", "did you mean config.checkpoint.save_steps?"),
-        ("weight_decay", "config has batch_schedule, batch_size, "),
+        ("weight_decay", "did you mean config.optimizer.weight_decay?"),
         ("step", "did you mean config.steps?"),
         ("model.dropout", "did you mean config.model.gpt_dropout?"),
         ("optimizer.beta", "did you mean config.optimizer.beta2?"),

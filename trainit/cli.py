@@ -295,8 +295,10 @@ def _set_fields(config: ConfigDict, overrides: Sequence[tuple[str, str | None]])
         *path, last = name.split(".")
         for part in [*path, last]:
             if not isinstance(group, ConfigDict) or part not in group:
-                known = group.keys() if isinstance(group, ConfigDict) else ()
-                raise ConfigError(config_lib.unknown_field(".".join([*path[: len(groups) - 1], part]), known))
+                within = group if isinstance(group, ConfigDict) else None
+                raise ConfigError(
+                    config_lib.unknown_field(".".join([*path[: len(groups) - 1], part]), within)
+                )
             group = group[part]
             groups.append(group)
         if isinstance(group, ConfigDict):

@@ -195,7 +195,7 @@ def check_names(config: Mapping[str, Any], declared: ConfigDict, prefix: str = "
     """Checks that a config has exactly the declared fields. Arguments and errors as of `check_fields`."""
     for key, value in config.items():
         if key not in declared.declared:
-            raise ConfigError(where + unknown_field(prefix + key, declared.declared))
+            raise ConfigError(where + unknown_field(prefix + key, declared))
         if isinstance(declared[key], ConfigDict):
             check_names(value, declared[key], f"{prefix}{key}.", where)
     lacking = sorted(set(declared.declared) - set(config))
@@ -220,12 +220,20 @@ def check_fields(config: Mapping[str, Any], declared: ConfigDict, prefix: str = 
         known.check(where + name, values[name])
 
 
-def unknown_field(name: str, known: Iterable[str]) -> str:
-    """The message about a dotted name whose last part is not among the known fields: the nearest, or all."""
-    group, _, last = f"config.{name}".rpartition(".")
-    near = difflib.get_close_matches(last, list(known), 1)
-    hint = f"did you mean {group}.{near[0]}?" if near else f"{group} has {names(known) or 'no fields'}"
-    return f"unknown field {group}.{last}; {hint}"
+def unknown_field(name: str, group: ConfigDict | None) -> str:
+    """The message about a dotted name whose last part a group lacks: the nearest field, or all fields.
+
+    Args:
+        name: "model.dropout", say.
+        group: the group that lacks it; None: a field that is no group.
+    """
+    path, _, last = f"config.{name}".rpartition(".")
+    known = list(group.declared or group.keys()) if group is not None else []
+    near = difflib.get_close_matches(last, known, 1)
+    if group is not None and not near:  # the same name in a group below?
+        near = [field for field, _, _ in walk(group) if field.endswith(f".{last}")][:1]
+    hint = f"did you mean {path}.{near[0]}?" if near else f"{path} has {names(known) or 'no fields'}"
+    return f"unknown field {path}.{last}; {hint}"
 
 
 def walk(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:

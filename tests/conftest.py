@@ -46,12 +46,12 @@ LONG = (
 # loss, optimizers. They begin with FILE::NAME.
 NEWEST = (
     "test_checkpoint.py::",
-    "test_losses.py::test_sums_and_gradient_equal_numpy",
-    "test_losses.py::test_chunks_on_a_mesh_equal_numpy",
-    "test_losses.py::test_logits_are_computed_once",
+    "test_cross_entropy.py::test_sums_and_gradient_equal_numpy",
+    "test_cross_entropy.py::test_chunks_on_a_mesh_equal_numpy",
+    "test_cross_entropy.py::test_logits_are_computed_once",
     "test_optimizers.py::test_eight_devices_make_the_same_updates_and_hold_a_share_each",
     "test_optimizers.py::test_an_update_needs_the_step",
-    "test_settings.py::",
+    "test_xla_flags.py::",
     "test_step.py::test_every_split_of_the_mesh_gives_the_same_run",
     "test_step.py::test_accumulation_is_one_large_batch",
     "test_step.py::test_everything_is_born_and_stays_sharded",

@@ -74,8 +74,9 @@ def command_parser(name: str) -> cli.Parser:
 
 
 def _module(name: str):
-    path = {"train": "trainit.main", "prepare": "trainit.prepare.command"}
-    return importlib.import_module(path.get(name, f"trainit.tools.{name}.command"))
+    path = {"train": "main", "prepare": "prepare.command"}
+    path |= {"fields": "tools.fields", "completion": "tools.completion"}
+    return importlib.import_module(f"trainit.{path.get(name, f'tools.{name}.command')}")
 
 
 def _unknown(name: str) -> str:

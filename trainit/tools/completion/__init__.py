@@ -1,1 +1,0 @@
-"""Completes commands, flags, files and fields in a shell."""

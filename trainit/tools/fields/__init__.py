@@ -1,1 +1,0 @@
-"""Lists the fields of configs."""

@@ -1,6 +1,4 @@
-"""What commands share: --config with its overrides, where a process stands, errors of one line, exit codes.
-
-    --config=FILE:group=choice,... --config.field=value ... [--debug]
+"""What commands share: --config with its overrides, where a process stands, errors of one line.
 
 Modules that take seconds to import, such as JAX, are imported inside functions, so that --help and wrong
 flags are answered at once.
@@ -9,6 +7,7 @@ flags are answered at once.
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import os
 import re
@@ -23,13 +22,12 @@ from absl import flags
 from trainit import config as config_lib
 from trainit.cluster.place import Place, find_place
 from trainit.cluster.process import USAGE
-from trainit.config import Config, ConfigDict, ConfigError
+from trainit.config import Config, ConfigDict, ConfigError, check_fields, require
 
 if TYPE_CHECKING:
     from trainit.data.training_data import TrainingData
 
 _OVERRIDE = re.compile(r"--(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
-_NUMBER = re.compile(r"-\d")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -43,17 +41,17 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line that names the nearest flag. It knows --config.FIELD=VALUE."""
+    """A parser of flags and of --config.FIELD=VALUE, whose errors are one line."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog, description=description, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError with a hint at --help."""
+        """Raises ConfigError."""
         raise ConfigError(f"{message}; see {self.prog} --help")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Returns the values of all flags; `overrides` has those of --config.FIELD: (name, text or None)."""
+        """The values of all flags; those of --config.FIELD are in `overrides`, as (name, text or None)."""
         # Libraries refuse to work, e.g. Grain in its worker processes, unless absl's flags are parsed.
         flags.FLAGS.mark_as_parsed()
         rest, overrides = _split_overrides(arguments)
@@ -61,11 +59,10 @@ class Parser(argparse.ArgumentParser):
         if overrides and not hasattr(values, "config"):
             unknown.append(f"--config.{overrides[0][0]}")
         if unknown and unknown[0].startswith("-"):
-            known = [*self._option_string_actions, *("--config.",) * hasattr(values, "config")]
             name = unknown[0].partition("=")[0]
+            known = {flag.removesuffix("FIELD"): flag for flag in self._option_string_actions}
             near = difflib.get_close_matches(name, known, 1)
-            hint = f", did you mean {near[0] + 'FIELD' * near[0].endswith('.')}?" if near else ""
-            self.error(f"unknown flag {name}{hint}")
+            self.error(f"unknown flag {name}" + "".join(f", did you mean {known[flag]}?" for flag in near))
         if unknown:
             self.error(f"{unknown[0]!r} is no flag: options start with --")
         values.overrides = overrides
@@ -73,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_or_exit(parser: Parser) -> argparse.Namespace:
-    """Returns the flags of this process. Wrong ones are printed as one line, and end it."""
+    """The flags of this process, which ends if they are wrong."""
     try:
         return parser.parse(sys.argv[1:])
     except ConfigError as error:
@@ -86,27 +83,23 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[st
     rest, overrides, queue = [], [], list(arguments)
     while queue:
         argument = queue.pop(0)
-        match = _OVERRIDE.fullmatch(argument)
-        if not match:
+        if not (match := _OVERRIDE.fullmatch(argument)):
             rest.append(argument)
             continue
         negated, name, value = match.groups()
-        if negated:
-            value = "False"
-        elif value is None and queue and (not queue[0].startswith("-") or _NUMBER.match(queue[0])):
+        if value is None and not negated and queue and re.match(r"[^-]|-\d|$", queue[0]):
             value = queue.pop(0)
-        overrides.append((name, value))
+        overrides.append((name, "False" if negated else value))
     return rest, overrides
 
 
 def true_or_false(text: str) -> bool:
     """Parses the value of a flag that is also given without one."""
-    value: bool = config_lib.field(False, "").parse("the flag", text)
-    return value
+    return bool(config_lib.field(False, "").parse("the flag", text))
 
 
 def number(kind: type, at_least: float = -math.inf, at_most: float = math.inf) -> Callable[[str], Any]:
-    """Returns a parser of numbers within bounds, for `type=` of a flag."""
+    """A parser of numbers within bounds, for `type=` of a flag."""
 
     def parse(text: str) -> Any:
         try:
@@ -123,58 +116,30 @@ def number(kind: type, at_least: float = -math.inf, at_most: float = math.inf) -
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which config is meant."""
-    group = parser.add_argument_group("config")
-    group.add_argument(
-        "--config",
-        metavar="FILE[:GROUP=CHOICE,...]",
-        default="",
-        help="config file, with choices of whole groups, e.g. configs/pile_gpt.py:model=gpt2_medium",
-    )
-    group.add_argument(
-        "--config.FIELD",
-        metavar="VALUE",
-        default=argparse.SUPPRESS,
-        help="sets a field, e.g. --config.steps=2000; `trainit fields` lists all of them",
-    )
-    group.add_argument(
-        "--debug",
-        type=true_or_false,
-        metavar="BOOL",
-        nargs="?",
-        const=True,
-        default=False,
-        help="the same run, shrunk to this machine and a minute",
-    )
+    add = parser.add_argument_group("config").add_argument
+    file = "config file, with choices of whole groups, e.g. configs/pile_gpt.py:model=gpt2_medium"
+    add("--config", metavar="FILE[:GROUP=CHOICE,...]", default="", help=file)
+    field = "sets a field, e.g. --config.steps=2000; `trainit fields` lists all of them"
+    add("--config.FIELD", metavar="VALUE", default=argparse.SUPPRESS, help=field)
+    shrunk = "the same run, shrunk to this machine and a minute"
+    add("--debug", type=true_or_false, metavar="BOOL", nargs="?", const=True, default=False, help=shrunk)
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a run: its folder and its processes."""
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--workdir", default="", help="the run's folder; empty: runs/ and the config file's name"
-    )
-    group = parser.add_argument_group("processes", "for jobs that no launcher has started")
-    group.add_argument("--coordinator", default="", help="host:port of process 0")
-    group.add_argument(
-        "--num_processes", type=number(int, 0), default=0, help="processes of the job; 0: ask the launcher"
-    )
-    group.add_argument("--process_id", type=number(int, 0), default=0, help="this process's number, from 0")
-    group.add_argument(
-        "--wait_seconds",
-        type=number(float, 1),
-        default=300.0,
-        help="how long processes wait for each other at the start",
-    )
-    group.add_argument(
-        "--silence_seconds",
-        type=number(float, 3),
-        default=40.0,
-        help="without a sign of life for that long, a process counts as lost",
-    )
+    add = parser.add_argument_group("run").add_argument
+    add("--workdir", default="", help="the run's folder; empty: runs/ and the config file's name")
+    add = parser.add_argument_group("processes", "for jobs that no launcher has started").add_argument
+    add("--coordinator", default="", help="host:port of process 0")
+    add("--num_processes", type=number(int, 0), default=0, help="processes of the job; 0: ask the launcher")
+    add("--process_id", type=number(int, 0), default=0, help="this process's number, from 0")
+    wait, silence = "longest wait for each other at the start", "time without a sign of life that means loss"
+    add("--wait_seconds", type=number(float, 1), default=300.0, help=wait)
+    add("--silence_seconds", type=number(float, 3), default=40.0, help=silence)
 
 
 def train_parser(prog: str) -> Parser:
-    """Returns the parser of the command that trains."""
+    """The parser of the command that trains."""
     parser = Parser(prog, "Trains the model that a config file describes, or resumes its run.")
     add_config_arguments(parser)
     add_job_arguments(parser)
@@ -182,7 +147,7 @@ def train_parser(prog: str) -> Parser:
 
 
 def refuse(file: str, command: str) -> NoReturn:
-    """Says how a file that is no program is used, e.g. by "train --config=", and ends with exit code 2."""
+    """Ends a file that is no program, and says which command takes it, such as "train --config="."""
     print_error(f"{file} is no program. Use it by: trainit {command}{file}")
     sys.exit(USAGE)
 
@@ -193,30 +158,24 @@ def print_error(error: Exception | str) -> None:
 
 
 def config_flags(arguments: argparse.Namespace) -> list[str]:
-    """Returns the flags that describe the config, for another process."""
+    """The flags that describe the config, for another process."""
     given = [f"--config.{name}={'True' if text is None else text}" for name, text in arguments.overrides]
     return [f"--config={arguments.config}", *given, *["--debug"] * arguments.debug]
 
 
 def workdir(arguments: argparse.Namespace) -> Path:
-    """Returns the run's folder: as given, or runs/ and the config file's name, with -debug if shrunk."""
-    file = Path(str(arguments.config).partition(":")[0])
-    return Path(arguments.workdir or Path("runs") / (file.stem + "-debug" * arguments.debug))
+    """The run's folder: as given, or runs/ and the config file's name, with -debug if shrunk."""
+    name = Path(arguments.config.partition(":")[0]).stem + "-debug" * arguments.debug
+    return Path(arguments.workdir or f"runs/{name}")
 
 
 def find_own_place(arguments: argparse.Namespace) -> Place:
-    """Returns this process's place among the job's processes, from the flags or from the environment.
-
-    Raises:
-        ConfigError: the flags contradict each other, or the launcher started this process alone.
-    """
+    """This process's place among the job's, from the flags or the environment; ConfigError if it has none."""
     place = find_place(os.environ)
     if arguments.num_processes:
         place = Place("flags", "", arguments.num_processes, arguments.process_id)
-        config_lib.require(
-            place.process_id < place.num_processes,
-            f"--process_id={place.process_id} must be below --num_processes={place.num_processes}",
-        )
+        message = f"--process_id={place.process_id} must be below --num_processes={place.num_processes}"
+        require(place.process_id < place.num_processes, message)
     return dataclasses.replace(place, coordinator=arguments.coordinator or place.coordinator)
 
 
@@ -227,19 +186,9 @@ def meet(
     identity: dict[str, str],
     stop_requested: Callable[[], str],
 ) -> tuple[list[Any], str]:
-    """Waits until all processes of the job have come. Returns the connections to them, and JAX's coordinator.
+    """Waits until all processes of the job have come: the connections to them, and JAX's coordinator.
 
-    Args:
-        config: for the platform.
-        place: where this process stands.
-        arguments: for the time to wait.
-        identity: what must be the same on all processes.
-        stop_requested: says why the job is to stop, or "".
-
-    Raises:
-        SetupError: the address of process 0 is missing or cannot be reached.
-        MeetingError: some processes are missing, or differ.
-        Stopped: the job is to stop.
+    `identity`, `stop_requested` and errors are those of `rendezvous.meet`.
     """
     from trainit.cluster import devices, rendezvous
     from trainit.cluster.place import check_coordinator
@@ -255,72 +204,57 @@ def meet(
 
 
 def cache() -> Path:
-    """Returns the folder where prepared demo data and compiled programs are kept between runs."""
+    """The folder where prepared demo data and compiled programs are kept between runs."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TRAINIT_CACHE") or Path(home) / "trainit")
 
 
 def load_config(arguments: argparse.Namespace) -> ConfigDict:
-    """Runs the config file and sets the fields that the command line gives. Call it once per process.
-
-    Raises:
-        ConfigError: there is no such file, it raises, it sets a field that nothing declares, or a flag sets
-            one that is unknown or of another type.
-    """
-    if not arguments.config:
-        raise ConfigError("--config=FILE is missing, for example --config=configs/debug.py")
-    name, _, choices = arguments.config.partition(":")
-    file = Path(name)
-    config_lib.require(file.is_file(), f"--config={file}: there is no such file")
+    """Runs the config file, checks what it sets, and sets the fields that the command line gives, once."""
+    require(arguments.config, "--config=FILE is missing, for example --config=configs/debug.py")
+    file, _, choices = arguments.config.partition(":")
+    require(Path(file).is_file(), f"--config={file}: there is no such file")
     try:
-        config: Any = runpy.run_path(str(file))["get_config"](choices)
+        config = runpy.run_path(file)["get_config"](choices)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"--config={file} raises {type(error).__name__}: {error}") from None
-    config_lib.require(
-        isinstance(config, ConfigDict),
-        f"--config={file}: get_config must return a config that began as trainit.config.defaults()",
-    )
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={file}: get_config must return a config that began as config.defaults()")
+    check_fields(config, config)
     _set_fields(config, arguments.overrides)
-    config_lib.check_names(config, config)
     return config
 
 
 def _set_fields(config: ConfigDict, overrides: Sequence[tuple[str, str | None]]) -> None:
     """Sets fields by their dotted names. Several values of a field that takes tuples are put together."""
+    known = {name: field for name, _, field in config_lib.walk(config)}
     values: dict[str, Any] = {}
     for name, text in overrides:
-        group, *_ = groups = [config]
-        *path, last = name.split(".")
-        for part in [*path, last]:
-            if not isinstance(group, ConfigDict) or part not in group:
-                within = group if isinstance(group, ConfigDict) else None
-                raise ConfigError(
-                    config_lib.unknown_field(".".join([*path[: len(groups) - 1], part]), within)
-                )
-            group = group[part]
-            groups.append(group)
-        if isinstance(group, ConfigDict):
-            raise ConfigError(
-                f"config.{name} is a group of fields: choose it as --config=FILE:{name}=CHOICE, or set its "
-                f"fields, as in --config.{name}.{next(iter(group.declared), 'FIELD')}=VALUE"
-            )
-        known_field = groups[-2].declared.get(last) or config_lib.field(group, "")
-        value = known_field.parse(f"config.{name}", text)
+        if name not in known:
+            raise ConfigError(_no_field(name, config))
+        value = known[name].parse(f"config.{name}", text)
         if isinstance(value, tuple) and isinstance(values.get(name), tuple):
             value = values[name] + value
         values[name] = value
-    for name, value in values.items():
-        config.update_from_flattened_dict({name: value})
+    config.update_from_flattened_dict(values)
+
+
+def _no_field(name: str, config: ConfigDict) -> str:
+    """Why the field of a dotted name cannot be set: its first part that is unknown, or it is a group."""
+    group: Any = config
+    for path in itertools.accumulate(name.split("."), "{}.{}".format):
+        part = path.rpartition(".")[2]
+        if not isinstance(group, ConfigDict) or part not in group:
+            return config_lib.unknown_field(path, group)
+        group = group[part]
+    example = f"--config.{name}.{next(iter(group), 'FIELD')}=VALUE"
+    return f"config.{name} is a group: choose it by --config=FILE:{name}=CHOICE, or set its fields: {example}"
 
 
 def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "TrainingData"]:
-    """Resolves a config and opens the data that it names. With --debug, shrinks the config first, in place.
-
-    Raises:
-        ConfigError: the config or its data cannot work; no device has been touched.
-    """
+    """Resolves a config and opens its data, before any device. With --debug, shrinks it first, in place."""
     from trainit.data import training_data
     from trainit.data.formats import detect
     from trainit.prepare.demo import prepare_demo

@@ -8,12 +8,9 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: str | bytes):
-    """Writes a file to disk under another name, and renames it. What was there stays until then.
+    """Writes a file under another name, and renames it: what was there stays until then.
 
-    Several processes on several hosts may write the same file: one of them wins, with its whole content.
-
-    Raises:
-        OSError: it cannot be written, e.g. since the disk is full; nothing is left behind then.
+    Of several processes on several hosts that write it, one wins. Nothing is left behind by an OSError.
     """
     unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:

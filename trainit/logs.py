@@ -11,10 +11,7 @@ PACKAGE = str(Path(__file__).parent)
 
 
 class _Terminal(std_logging.Handler):
-    """Prints Trainit's own messages as they are, and other libraries' errors as one line each.
-
-    tqdm prints them above its progress bar, which they would tear apart otherwise.
-    """
+    """Prints Trainit's messages, and others' errors as one line each, above tqdm's progress bar."""
 
     def emit(self, record: std_logging.LogRecord):
         if record.pathname.startswith(PACKAGE):

@@ -1,9 +1,7 @@
-"""The command that trains: process start-up, the run, exit code.
+"""`trainit train`, which `python -m trainit.main` is, too: process start-up, the run, exit code.
 
-    python -m trainit.main --config=configs/pile_gpt.py:model=gpt2_medium --config.steps=2000
-
-`trainit train` is the same. Exit codes: 0 all steps are done, 75 stopped on request (saved, or no step
-was done yet): run it again, 2 wrong config or flags, 1 anything else.
+Exit codes: 0 all steps are done, 75 stopped on request (saved, or no step was done yet): run it again,
+2 wrong config or flags, 1 anything else.
 """
 
 import argparse
@@ -36,10 +34,9 @@ from trainit.train.startup_timer import StartupTimer
 
 
 class _Exit:
-    """Ends this process, and leaves files by which the launch script knows how it ended.
+    """Ends this process, and reports to the launch script how, by files, since schedulers merge exit codes.
 
-    Schedulers merge exit codes, so scripts go by the files: TRAINIT_MARKER means that the run stopped on
-    request and is saved, TRAINIT_MARKER.failed that a process failed.
+    The file TRAINIT_MARKER: stopped on request, and saved. TRAINIT_MARKER.failed: a process failed.
     """
 
     def __init__(self, place: Place) -> None:
@@ -74,13 +71,11 @@ def run(arguments: argparse.Namespace) -> NoReturn:
     except rendezvous.Stopped:
         logging.info("stopped    before all processes were connected; run the same command to continue")
         leave(STOPPED)
-    except rendezvous.MeetingError as error:
+    except (rendezvous.MeetingError, ConfigError) as error:
+        code = USAGE if isinstance(error, ConfigError) else FAILED
         cli.print_error(error)
-        leave(FAILED)
-    except ConfigError as error:
-        cli.print_error(error)
-        monitor.report_failure(error, USAGE)
-        leave(USAGE)
+        monitor.report_failure(error, code)
+        leave(code)
     except Exception as error:
         monitor.report_failure(error, FAILED, patience=3)
         logging.exception("trainit: error: %s", error)
@@ -88,9 +83,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
     leave(code, together=True)
 
 
-def _train(
-    arguments: argparse.Namespace, place: Place, monitor: JobMonitor, leave: _Exit, start: StartupTimer
-) -> int:
+def _train(arguments, place: Place, monitor: JobMonitor, leave: _Exit, start: StartupTimer) -> int:
     """The run, from reading its config to its exit code."""
     # What is wrong with config or data is known before anything is waited for.
     with start.part("data"):
@@ -107,10 +100,9 @@ def _train(
         where = f": process {place.process_id} of {place.num_processes}, coordinator {place.coordinator}"
         logging.info("%-10s %s", "place", place.source + where * (place.num_processes > 1))
         logging.info("%-10s %s", "settings", settings)
-        identity = _identity(config, dataset.fingerprint, folder)
-        connections, coordinator = cli.meet(
-            config, place, arguments, identity, monitor.agreement.stop_requested
-        )
+        same = _identity(config, dataset.fingerprint, folder)
+        stop = monitor.agreement.stop_requested
+        connections, coordinator = cli.meet(config, place, arguments, same, stop)
         if place.num_processes > 1:
             monitor.connect(connections)
         if place.process_id == 0:

@@ -1,15 +1,20 @@
 """Every field of a config: its default, what it is, its bounds. Choices of whole groups are in `groups`."""
 
+import dataclasses
 from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from trainit.config.schema import DURATION, ConfigDict, field
+from trainit.config.schema import DURATION, ConfigDict, Field, field
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")  # the last ones vary fastest: they stay inside a node
 VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to it: matrix units like it, and so do tensor shards
 DROPOUTS = ("gpt_dropout", "attn_dropout", "attn_linear_dropout", "transformer_dropout")
 PRECISIONS = ("bfloat16", "float16", "float32")
+PART_PRECISIONS = ("", *PRECISIONS, "float8")
+STATE_TYPES = ("bfloat16", "float32", "int8")
+KERNELS = ("auto", "plain", "blockwise", "cudnn")
+PLATFORMS = ("", "cpu", "cuda", "rocm", "tpu")
 TOKENIZERS = "bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE"
 
 Config = FrozenConfigDict  # a resolved config, or a part of one
@@ -22,107 +27,52 @@ def defaults() -> ConfigDict:
     c.seed = field(42, "of parameters, dropout and data order", at_least=0, below=2**32)
     c.steps = field(50_000, "optimizer steps of the whole run", above=0, below=2**31)
     c.max_minutes = field(0.0, "minutes after which the run saves and exits with 75; 0: no limit", at_least=0)
-    c.batch_size = field(
-        128, "sequences per optimizer step over the whole job; a multiple of mesh.data * mesh.fsdp", above=0
-    )
-    c.batch_schedule = field(
-        "", "other batch sizes from given steps on, as in '20%: 256; 2e9 tokens: 512'; empty: none"
-    )
-    c.device_batch_size = field(
-        16, "maximum of sequences per device in a micro-step; 0: no maximum", at_least=0
-    )
-    c.logits_mib = field(
-        256.0, "maximum MiB of float32 logits in a device's memory at once; 0: no maximum", at_least=0
-    )
-    c.z_loss = field(
-        0.0, "weight in the training loss of log(the softmax's denominator)^2; 0: none", at_least=0
-    )
+    c.batch_size = field(128, "sequences of an optimizer step; a multiple of mesh.data * mesh.fsdp", above=0)
+    c.batch_schedule = field("", "later batch sizes, as in '20%: 256; 2e9 tokens: 512'; empty: none")
+    c.device_batch_size = field(16, "most sequences of a device in a micro-step; 0: no bound", at_least=0)
+    c.logits_mib = field(256.0, "most MiB of float32 logits in a device's memory; 0: no bound", at_least=0)
+    c.z_loss = field(0.0, "weight in the loss of log(the softmax's denominator)^2; 0: none", at_least=0)
     c.clip_norm = field(10.0, "maximum of the gradient's global l2 norm; 0: no clipping", at_least=0)
-    c.stall_seconds = field(
-        300.0,
-        "seconds without a step, or 20 usual step times if longer, that end the run; 0: never",
-        at_least=0,
-    )
+    c.stall_seconds = field(300.0, "seconds, or 20 steps, without a step: end the run; 0: never", at_least=0)
     c.max_skipped = field(15, "non-finite steps in a row that stop the run", above=0)
     # In which precision, and on which devices.
     c.precision = field("bfloat16", "of matrix products and activations", one_of=PRECISIONS)
-    c.precision_of = field(_precision_of(), "precision of single parts; empty: as `precision`")
-    c.platform = field(
-        "", "devices to use; empty: the best there are", one_of=("", "cpu", "cuda", "rocm", "tpu")
-    )
+    c.precision_of = field(ConfigDict(), "precision of single parts; empty: as `precision`")
+    c.precision_of.attention = field("", "its products; its scores, unless float8", one_of=PART_PRECISIONS)
+    c.precision_of.mlp = field("", "its two or three products", one_of=PART_PRECISIONS)
+    c.precision_of.head = field("", "the output head's product", one_of=("", *PRECISIONS))
+    c.platform = field("", "devices to use; empty: the best there are", one_of=PLATFORMS)
     c.cpu_devices = field(1, "virtual devices where there is no accelerator", above=0)
-    c.mesh = field(_mesh(), "devices along each axis; above 0, and for one of them -1: what is left")
+    c.mesh = field(ConfigDict(), "devices along each axis; above 0, and for one of them -1: what is left")
+    c.mesh.data = field(1, "replicas, each with a part of the batch")
+    c.mesh.fsdp = field(-1, "parts of parameters, optimizer state and the batch")
+    c.mesh.tensor = field(1, "parts of heads, MLP width, vocabulary, and of the residual's length")
+    c.mesh.context = field(1, "parts of the sequence; only 1 works yet")
     # The model, its optimizer and its data.
     c.model = field(model(), "the GPT")
     c.optimizer = field(ConfigDict(), "the optimizer; its file declares its fields")
     c.optimizer_files = field("", "hash of optimizer files outside the package; filled at the start")
-    c.optimizer_state = field(
-        "float32",
-        "type in which the optimizer's arrays are kept between steps",
-        one_of=("bfloat16", "float32", "int8"),
-    )
+    c.optimizer_state = field("float32", "type of the optimizer's arrays between steps", one_of=STATE_TYPES)
     c.parameter_groups = field((), "lines 'PATTERN FIELD=VALUE ...': settings of parameters by their paths")
-    c.schedule = field(
-        schedule("linear", **LINEAR), "the learning rate over the run, as a fraction of the peak"
-    )
+    c.schedule = field(schedule("linear", **LINEAR), "the learning rate over the run, as a part of the peak")
     c.dataset = field(dataset("data/pile"), "the text to train and validate on")
     # What is measured and kept.
-    c.eval = field(_evaluation(), "validation")
+    c.eval = field(ConfigDict(), "validation")
+    c.eval.every_steps = field(1000, "steps between validations; 0: only at the end", at_least=0)
+    c.eval.sequences = field(1024, "validation sequences, evenly spaced, always the same; 0: all", at_least=0)
     c.log = field(ConfigDict(), "the log of metrics")
     c.log.every_steps = field(1, "steps between lines of metrics.jsonl", above=0)
-    c.checkpoint = field(_checkpoint(), "saving and loading")
+    c.checkpoint = field(ConfigDict(), "saving and loading")
+    c.checkpoint.save_steps = field(1000, "every N steps; N, M: at these; 0: at the end", types=(int, tuple))
+    c.checkpoint.keep = field(3, "newest checkpoints that stay; 0: all", at_least=0)
+    c.checkpoint.load_path = field("", "another run's folder to start from while this run has no checkpoint")
+    c.checkpoint.load_step = field(-1, "step of the checkpoint in load_path; -1: the newest")
+    c.checkpoint.overwrite_config = field(False, "resume with this config where the checkpoint's differs")
+    c.checkpoint.overwrite_optimizer = field(False, "load only parameters and data position from load_path")
     c.diagnostics = field(diagnostics(every_steps=0), "statistics of the trajectory")
-    c.wandb = field(_wandb(), "Weights & Biases")
-    return c
-
-
-def _precision_of() -> ConfigDict:
-    p = ConfigDict()
-    p.attention = field(
-        "",
-        "its four products with kernels and, except for float8, its scores",
-        one_of=("", *PRECISIONS, "float8"),
-    )
-    p.mlp = field("", "its two or three products", one_of=("", *PRECISIONS, "float8"))
-    p.head = field("", "the output head's product", one_of=("", *PRECISIONS))
-    return p
-
-
-def _mesh() -> ConfigDict:
-    m = ConfigDict()
-    m.data = field(1, "replicas, each with a part of the batch")
-    m.fsdp = field(-1, "parts of parameters, optimizer state and the batch")
-    m.tensor = field(1, "parts of heads, MLP width, vocabulary, and of the residual's length")
-    m.context = field(1, "parts of the sequence; only 1 works yet")
-    return m
-
-
-def _evaluation() -> ConfigDict:
-    e = ConfigDict()
-    e.every_steps = field(1000, "steps between validations; 0: only at the end", at_least=0)
-    e.sequences = field(1024, "validation sequences, evenly spaced, the same each time; 0: all", at_least=0)
-    return e
-
-
-def _wandb() -> ConfigDict:
-    w = ConfigDict()
-    w.project = field("", "project to log to; empty: no W&B")
-    w.name = field("", "name of the run; empty: the run folder's")
-    return w
-
-
-def _checkpoint() -> ConfigDict:
-    c = ConfigDict()
-    c.save_steps = field(
-        1000, "N: save every N steps; (N, M, ...): at these steps; 0: only at the end", types=(int, tuple)
-    )
-    c.keep = field(3, "newest checkpoints that stay; 0: all", at_least=0)
-    c.load_path = field("", "another run's folder to start from while this run has no checkpoint")
-    c.load_step = field(-1, "step of the checkpoint in load_path; -1: the newest")
-    c.overwrite_config = field(False, "resume with this config even where it differs from the checkpoint's")
-    c.overwrite_optimizer = field(
-        False, "take only parameters and data position from load_path, not the optimizer's state"
-    )
+    c.wandb = field(ConfigDict(), "Weights & Biases")
+    c.wandb.project = field("", "project to log to; empty: no W&B")
+    c.wandb.name = field("", "name of the run; empty: the run folder's")
     return c
 
 
@@ -135,14 +85,8 @@ def model(**changes: Any) -> ConfigDict:
     m.num_kv_heads = field(0, "key and value heads, a divisor of num_heads; 0: num_heads", at_least=0)
     m.num_blocks = field(12, "layers", above=0)
     m.context_length = field(1024, "tokens of a sequence; a multiple of mesh.tensor", above=0)
-    m.mlp_dim = field(
-        0,
-        "hidden width of the MLP; 0: 4 * dim (swiglu: 8/3 * dim, rounded up to a multiple of 64)",
-        at_least=0,
-    )
-    m.vocab_size = field(
-        0, "rows of the embedding; 0: the tokenizer's, rounded up to a multiple of 128", at_least=0
-    )
+    m.mlp_dim = field(0, "width of the MLP; 0: 4 * dim (swiglu: 8/3 * dim, a multiple of 64)", at_least=0)
+    m.vocab_size = field(0, "rows of the embedding; 0: the tokenizer's, up to a multiple of 128", at_least=0)
     # Architecture.
     m.norm = field("layernorm", "normalization", one_of=("layernorm", "rmsnorm"))
     m.activation = field("gelu", "of the MLP; gelu in its tanh form", one_of=("gelu", "swiglu", "relu2"))
@@ -160,11 +104,7 @@ def model(**changes: Any) -> ConfigDict:
     m.attn_linear_dropout = field(0.0, "dropout of attention's output", at_least=0, below=1)
     m.transformer_dropout = field(0.0, "dropout of the MLP's output", at_least=0, below=1)
     # How it is computed; none of these changes the result.
-    m.attention = field(
-        "auto",
-        "how attention is computed; blockwise: memory linear in length; auto: cudnn, else blockwise",
-        one_of=("auto", "plain", "blockwise", "cudnn"),
-    )
+    m.attention = field("auto", "auto: cudnn, else blockwise, with memory linear in length", one_of=KERNELS)
     m.remat = field(
         "none",
         "what the backward pass computes again instead of keeping; attention: scores; dots: all except "
@@ -179,25 +119,16 @@ def model(**changes: Any) -> ConfigDict:
 def dataset(path: str) -> ConfigDict:
     """Returns the fields of a prepared dataset, or of tokens that another program wrote."""
     d = ConfigDict()
-    d.path = field(
-        path,
-        "prepared dataset, or tokens of another program; 'demo': presidents' messages, made on first use",
-    )
-    d.validation_path = field(
-        "", "validation tokens, where another program wrote them; empty: next to those to train on"
-    )
+    d.path = field(path, "prepared dataset, or another program's tokens; 'demo': presidents' messages")
+    d.validation_path = field("", "validation tokens of another program; empty: next to those to train on")
     d.tokenizer = field("", f"of another program's tokens: {TOKENIZERS}")
-    d.mixture = field(
-        "", "subsets and folders with weights, as in 'Github 0.3, data/web 0.7; 50%: ...'; empty: all of path"
-    )
+    d.mixture = field("", "weights of subsets and folders: 'Github 0.3, data/web 0.7; 50%: ...'; empty: all")
     d.order = field(
         "shuffled",
         "shuffled: another order each epoch; blocks: neighbours stay near; sequential: as on the disk",
         one_of=("shuffled", "blocks", "sequential"),
     )
-    d.block_tokens = field(
-        1 << 24, "tokens of a block, for order=blocks: what a file system reads well", above=0
-    )
+    d.block_tokens = field(1 << 24, "tokens of a block, for order=blocks", above=0)
     d.workers = field(0, "worker processes of the loader; 0: a thread of the process itself", at_least=0)
     d.prefetch = field(2, "batches that are read ahead", above=0)
     return d
@@ -207,9 +138,7 @@ def jsonl(path: str = "pile/train", validation_path: str = "pile/val.jsonl.zst")
     """Returns the fields of JSON lines that are tokenized while they are read."""
     d = dataset(path)
     d.path = field(path, "a file, a glob or a folder of .jsonl, .jsonl.zst and .jsonl.gz")
-    d.validation_path = field(
-        validation_path, "the same for validation; the first eval.sequences are held in memory"
-    )
+    d.validation_path = field(validation_path, "the same for validation; eval.sequences of it are in memory")
     d.tokenizer = field("gpt2", TOKENIZERS)
     d.text_field = field("text", "dotted path of the text in a line's JSON")
     d.subset_field = field("meta.pile_set_name", "dotted path of the subset, by which validation is reported")
@@ -222,37 +151,31 @@ def jsonl(path: str = "pile/train", validation_path: str = "pile/val.jsonl.zst")
 def diagnostics(every_steps: int = 1, **changes: Any) -> ConfigDict:
     """Returns statistics of the trajectory: by default all except the costly ones that need a choice."""
     d = ConfigDict()
-    d.every_steps = field(
-        every_steps, "steps between measurements; 0: none, and a step without their cost", at_least=0
-    )
-    d.norms = field(
-        True, "l1, l2 and max of parameters, gradients and updates, and the updates' ratio to parameters"
-    )
+    d.every_steps = field(every_steps, "steps between measurements; 0: none, and no cost", at_least=0)
+    d.norms = field(True, "l1, l2, max of parameters, gradients, updates; updates' ratio to parameters")
     d.norms_by = field(("kind",), "these norms also by kind, layer, parameter")
     d.last_gradient = field(True, "keeps the last gradient: product and cosine with it")
     d.past_gradients = field(True, "keeps a sum of all past gradients: product and cosine with it")
     d.last_parameters = field(True, "keeps the last parameters: product and cosine with how they have moved")
     d.last_loss = field(True, "by how much the last update changed the loss of this batch; a forward pass")
-    d.spectra = field(
-        "", "pattern over whole paths of matrices: spectral norm and effective rank, by SVD; empty: none"
-    )
+    d.spectra = field("", "pattern of whole paths of matrices: spectral norm, effective rank; empty: none")
     d.noise_scale = field(False, "gradient noise scale; needs two micro-steps")
     d.update(changes)
     return d
 
 
 LINEAR = {"warmup": "10%", "constant": 0, "final": 0.0}
-_SCHEDULE_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "warmup": ("duration of the rise from 0 to the peak", {"types": DURATION}),
-    "constant": ("duration at the peak, after which the rate falls", {"types": DURATION}),
-    "decay": ("duration of the last, straight way down", {"types": DURATION}),
-    "final": ("value at the end, as a fraction of the peak", {"at_least": 0}),
-    "cycles": ("number of cosine waves", {"above": 0, "types": (int, float)}),
-    "exponent": ("the rate falls with this power of the step", {"above": 0}),
-    "boundaries": ("durations after which `values` are reached", {"types": (tuple, *DURATION)}),
-    "values": ("fractions of the peak, with straight lines between them", {"types": (tuple, int, float)}),
-    "rewarm_at": ("durations after which the rate starts from 0 again", {"types": (tuple, *DURATION)}),
-    "rewarm": ("duration of the rise after each of them", {"types": DURATION}),
+_SCHEDULE_FIELDS: dict[str, Field] = {
+    "warmup": field(0, "duration of the rise from 0 to the peak", types=DURATION),
+    "constant": field(0, "duration at the peak, after which the rate falls", types=DURATION),
+    "decay": field(0, "duration of the last, straight way down", types=DURATION),
+    "final": field(0.0, "value at the end, as a fraction of the peak", at_least=0),
+    "cycles": field(1, "number of cosine waves", above=0, types=(int, float)),
+    "exponent": field(0.5, "the rate falls with this power of the step", above=0),
+    "boundaries": field((), "durations after which `values` are reached", types=(tuple, *DURATION)),
+    "values": field((), "fractions of the peak, with straight lines between them", types=(tuple, int, float)),
+    "rewarm_at": field((), "durations after which the rate starts from 0 again", types=(tuple, *DURATION)),
+    "rewarm": field("1%", "duration of the rise after each of them", types=DURATION),
 }
 
 
@@ -264,6 +187,5 @@ def schedule(name: str, **values: Any) -> ConfigDict:
     s = ConfigDict()
     s.name = field(name, "shape of the schedule; chosen as a group")
     for key, value in {**values, "rewarm_at": (), "rewarm": "1%"}.items():
-        text, limits = _SCHEDULE_FIELDS[key]
-        s[key] = field(value, text, **limits)
+        s[key] = dataclasses.replace(_SCHEDULE_FIELDS[key], default=value)
     return s

@@ -24,13 +24,7 @@ MODELS: dict[str, Maker] = {
         _modern, dim=4096, num_heads=32, num_blocks=32, mlp_dim=11_008, context_length=4096
     ),
     "llama2_70b": functools.partial(
-        _modern,
-        dim=8192,
-        num_heads=64,
-        num_kv_heads=8,
-        num_blocks=80,
-        mlp_dim=28_672,
-        context_length=4096,
+        _modern, dim=8192, num_heads=64, num_kv_heads=8, num_blocks=80, mlp_dim=28_672, context_length=4096
     ),
 }
 
@@ -62,12 +56,7 @@ DIAGNOSTICS: dict[str, Maker] = {
     "full": diagnostics,
 }
 
-GROUPS: dict[str, dict[str, Maker]] = {
-    "model": MODELS,
-    "schedule": SCHEDULES,
-    "dataset": DATASETS,
-    "diagnostics": DIAGNOSTICS,
-}
+GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS, "diagnostics": DIAGNOSTICS}
 
 # Fields that say where and how a run runs, and not what it is: they may change at a resume.
 FREE = re.compile(
@@ -79,15 +68,9 @@ FREE = re.compile(
 
 
 def choose(config: ConfigDict, arg: str, **groups: Mapping[str, Maker]) -> ConfigDict:
-    """Replaces whole groups of `config` by the choices that `arg` names.
+    """Replaces groups of `config`, in place, by the choices that `arg` names: "model=gpt2,schedule=cosine".
 
-    Args:
-        config: changed in place and returned.
-        arg: what follows the config file's colon, such as "model=gpt2_medium,schedule=cosine".
-        **groups: more groups than those of GROUPS; each maps a choice to the maker of its fields.
-
-    Raises:
-        ConfigError: an unknown group or choice; the message lists the known ones.
+    `groups` are more than those of GROUPS. ConfigErrors list the known groups or choices.
     """
     groups = {**GROUPS, **groups}
     for part in filter(None, arg.split(",")):

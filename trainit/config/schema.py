@@ -9,8 +9,8 @@ Checks, the command line, `trainit fields` and the reference page all read what 
 
 import ast
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import ml_collections
@@ -35,18 +35,22 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Field:
-    """What a field is. See `field` for the meaning of each part."""
+    """What a field is and allows. Assigned to a key of a `ConfigDict`, it declares the field."""
 
-    default: Any
-    help: str
-    types: tuple[type, ...]
-    above: float | None = None
+    default: Any  # its value until another is set; a `ConfigDict` for a group of fields
+    help: str  # what it is, with its unit, and what special values such as 0 mean
+    _: KW_ONLY
+    types: tuple[type, ...] = ()  # of its values; without them, the default's; DURATION for lengths of time
+    above: float | None = None  # all its numbers are greater
     at_least: float | None = None
     below: float | None = None
     at_most: float | None = None
-    one_of: tuple[Any, ...] = ()
+    one_of: Collection[Any] = ()  # all allowed values
+
+    def __post_init__(self) -> None:
+        self.types = self.types or (tuple if isinstance(self.default, list) else type(self.default),)
 
     @property
     def bounds(self) -> str:
@@ -71,15 +75,12 @@ class Field:
         return " or ".join(TYPE_NAMES.get(t, t.__name__) for t in self.types)
 
     def check(self, name: str, value: Any) -> None:
-        """Raises ConfigError, with the dotted name, unless `value` has the type and lies within the bounds.
-
-        Of a tuple, every number must lie within the bounds.
-        """
+        """Raises ConfigError, with the dotted name, unless type and bounds allow `value`, each of a tuple."""
         require(self._has_type(value), f"{name}={value!r} must be {self.type_name}")
         if self.one_of:
             require(value in self.one_of, f"{name}={value!r} is n{self.bounds}")  # "none of"
         for number in as_tuple(value):
-            if _is_number(number):
+            if isinstance(number, int | float) and not isinstance(number, bool):
                 require(self._allows(number), f"{name}={value} {self._must()}")
 
     def _has_type(self, value: Any) -> bool:
@@ -91,11 +92,7 @@ class Field:
         return is_number or isinstance(tuple(value) if isinstance(value, list) else value, self.types)
 
     def parse(self, name: str, text: str | None) -> Any:
-        """Returns the value that a text on the command line stands for; None: a flag without a value.
-
-        Raises:
-            ConfigError: the text is no value of the field's type.
-        """
+        """The value that a text on the command line stands for, or ConfigError; None: no value was given."""
         if text is None:
             require(bool in self.types, f"--{name} needs a value: {self.type_name}")
             return True
@@ -119,38 +116,11 @@ class Field:
         return f"must not be below {self.at_least}" if self.at_least is not None else f"must be {self.bounds}"
 
 
-def field(
-    default: Any,
-    help: str,
-    *,
-    types: tuple[type, ...] = (),
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-    one_of: Iterable[Any] = (),
-) -> Any:
-    """Declares a field when assigned to a key of a `ConfigDict`.
-
-    Args:
-        default: its value until another is set; a `ConfigDict` for a group of fields.
-        help: what it is, with its unit, and what special values such as 0 mean.
-        types: what its values may be; without them, the default's. DURATION for lengths of time.
-        above: all its numbers are greater than this.
-        at_least: no number is smaller.
-        below: all numbers are smaller.
-        at_most: no number is greater.
-        one_of: all allowed values.
-    """
-    kinds = types or (tuple if isinstance(default, list) else type(default),)
-    return Field(default, help, kinds, above, at_least, below, at_most, tuple(one_of))
+field = Field  # as it reads best where fields are declared
 
 
 class ConfigDict(ml_collections.ConfigDict):  # type: ignore[misc]
-    """A config or a group of its fields, which knows how each of its fields was declared.
-
-    Copies and pickles know it, too. Keys that were set without `field` are undeclared.
-    """
+    """A config or a group of its fields, which knows, as its copies do, how each field was declared."""
 
     def __init__(self, initial: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> None:
         object.__setattr__(self, "declared", {})  # {key: Field}
@@ -177,7 +147,7 @@ class ConfigDict(ml_collections.ConfigDict):  # type: ignore[misc]
         self.declared.update(state["declared"])
 
     def copy_and_resolve_references(self, visit_map: dict[int, Any] | None = None) -> "ConfigDict":
-        """Returns a deep copy."""
+        """A deep copy."""
         copy: ConfigDict = super().copy_and_resolve_references(visit_map)
         copy.declared.update(self.declared)
         return copy
@@ -191,46 +161,29 @@ class ConfigDict(ml_collections.ConfigDict):  # type: ignore[misc]
                 self.declared[key] = common.get(key) or field(value, "")
 
 
-def check_names(config: Mapping[str, Any], declared: ConfigDict, prefix: str = "", where: str = "") -> None:
-    """Checks that a config has exactly the declared fields. Arguments and errors as of `check_fields`."""
-    for key, value in config.items():
+def check_fields(config: Mapping[str, Any], declared: ConfigDict, prefix: str = "", where: str = "") -> None:
+    """Checks that a config has exactly the fields that `declared` (perhaps itself) declares, each as allowed.
+
+    `prefix`, such as "optimizer.", is what dotted names begin with, and `where` what messages begin with.
+    """
+    for key in config:
         if key not in declared.declared:
             raise ConfigError(where + unknown_field(prefix + key, declared))
+    lacking = names(set(declared.declared) - set(config))
+    require(not lacking, f"{where}{prefix.rstrip('.') or 'config'} lacks the fields {lacking}")
+    for key, known in declared.declared.items():
         if isinstance(declared[key], ConfigDict):
-            check_names(value, declared[key], f"{prefix}{key}.", where)
-    lacking = sorted(set(declared.declared) - set(config))
-    require(not lacking, f"{where}{prefix.rstrip('.') or 'config'} lacks the fields {names(lacking)}")
+            check_fields(config[key], declared[key], f"{prefix}{key}.", where)
+        else:
+            known.check(f"{where}{prefix}{key}", config[key])
 
 
-def check_fields(config: Mapping[str, Any], declared: ConfigDict, prefix: str = "", where: str = "") -> None:
-    """Checks that a config has exactly the declared fields, each with a value that it allows.
-
-    Args:
-        config: a config or a group.
-        declared: which declares the fields; may be `config` itself.
-        prefix: what the fields' dotted names begin with, such as "optimizer.".
-        where: what messages begin with.
-
-    Raises:
-        ConfigError: names the field, its value, and the bound or the nearest field.
-    """
-    check_names(config, declared, prefix, where)
-    values = flatten(config, prefix)
-    for name, _, known in walk(declared, prefix):
-        known.check(where + name, values[name])
-
-
-def unknown_field(name: str, group: ConfigDict | None) -> str:
-    """The message about a dotted name whose last part a group lacks: the nearest field, or all fields.
-
-    Args:
-        name: "model.dropout", say.
-        group: the group that lacks it; None: a field that is no group.
-    """
+def unknown_field(name: str, group: Any) -> str:
+    """The message about a dotted name whose last part a group lacks: the nearest field, or all fields."""
     path, _, last = f"config.{name}".rpartition(".")
-    known = list(group.declared or group.keys()) if group is not None else []
+    known: list[str] = list(group.declared or group) if isinstance(group, ConfigDict) else []
     near = difflib.get_close_matches(last, known, 1)
-    if group is not None and not near:  # the same name in a group below?
+    if known and not near:  # the same name in a group below?
         near = [field for field, _, _ in walk(group) if field.endswith(f".{last}")][:1]
     hint = f"did you mean {path}.{near[0]}?" if near else f"{path} has {names(known) or 'no fields'}"
     return f"unknown field {path}.{last}; {hint}"
@@ -281,10 +234,6 @@ _PARSERS: dict[type, Callable[[str], Any]] = {
     tuple: _parse_tuple,
     type(None): _parse_literal,
 }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

@@ -17,28 +17,17 @@ def compare(
     page: Path | None = None,
     command: str = "",
 ) -> str:
-    """Compares runs, draws what was asked for, and returns the text for the terminal.
+    """Compares runs, draws a PNG and writes a page if asked to, and returns the text for the terminal.
 
-    Args:
-        runs: at least one.
-        baseline: the method that the others are compared with; empty: the first one.
-        target: the validation loss to reach; None: what every run of the baseline reaches.
-        tuning_seeds: see `group`.
-        output: a PNG to draw into.
-        page: an HTML page to write.
-        command: what made the page, printed on it.
-
-    Raises:
-        ConfigError: there is no such baseline, or matplotlib is missing.
-        OSError: a file cannot be written.
+    Defaults of the baseline are the first method, and of the target what every run of the baseline reaches.
+    The command is printed on the page. Without the baseline or matplotlib raises ConfigError.
     """
-    # Runs are grouped into methods, which are compared with one of them.
     methods = group(runs, tuning_seeds)
     base = next((method for method in methods if baseline in ("", method.name)), None)
     if base is None:
         names = ", ".join(repr(method.name) for method in methods)
         raise ConfigError(f"--baseline={baseline}: there are {names}")
-    target = statistics.default_target(base.best) if target is None else target
+    target = max(base.best.finals.values()) if target is None else target
     rows = statistics.table(methods, base, target)
     tables = report.tables(rows, base, target)
     text = "\n\n".join(table.text() for table in tables)
@@ -46,17 +35,16 @@ def compare(
     if not (output or page):
         return text
 
-    # matplotlib is an optional dependency and slow to import.
-    try:
+    try:  # matplotlib is an optional dependency and slow to import
         from trainit.tools.compare import figures
     except ImportError as error:
         raise ConfigError(f"pictures need {error.name}: pip install 'trainit[demo]'") from None
     panels = figures.panels(rows, methods, base)
     if output:
-        figures.png(panels, output)
+        figures.draw(panels).savefig(output)
         text += f"\n{'curves' if len(runs) == 1 else 'picture'} in {output}"
     if page:
-        pictures = {name: figures.svg(draw) for name, draw in panels.items()}
+        pictures = {name: figures.svg({name: draw}) for name, draw in panels.items()}
         title = "Comparison of " + ", ".join(row.method.name for row in rows)
         page.write_text(report.page(title, command, tables, pictures, runs))
         text += f"\npage in {page}"

@@ -1,95 +1,82 @@
 """Draws what runs have done, with matplotlib (an extra: pip install 'trainit[demo]')."""
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from trainit.tools.compare import statistics
-from trainit.tools.compare.runs import Method, Setting
+from trainit.tools.compare.runs import Method, Run
 from trainit.tools.compare.statistics import Row
 
 LABELS = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training"}
 LOSS = "validation loss (nats per token)"
-SHADE = 0.15  # opacity of intervals
 
-Colors = dict[str, str]  # by method
-Panels = dict[str, Callable[[Axes], None]]
-
-
-def method_colors(methods: Sequence[Method]) -> Colors:
-    """Returns a color for each method, the same in all pictures; after 18 methods colors repeat."""
-    maps = [matplotlib.colormaps[name] for name in ("tab10", "Dark2")]
-    palette = [matplotlib.colors.to_hex(colors(i)) for colors in maps for i in range(colors.N)]
-    return {method.name: palette[i % len(palette)] for i, method in enumerate(methods)}
+Colors = dict[str, tuple]  # by method
+Panels = dict[str, Callable[[Axes], None]]  # by the names of `report.CAPTIONS`
 
 
 def draw_curves(axes: Axes, rows: Sequence[Row], x: str, colors: Colors):
-    """Draws the validation loss of each method at its best rate: the mean over seeds in a band, its interval.
-
-    The steep beginning, which is alike for all, is cut off at the top.
-    """
+    """Draws the validation loss of each method at its best rate: the mean over seeds in its interval."""
     ends, lows, early = [], [], []
     for row in rows:
         at, estimates = statistics.band(row.setting.runs, x, "valid/loss")
         if not at:
             continue
-        color, values = colors[row.method.name], [estimate.value for estimate in estimates]
-        marker = "o" if len(at) < 30 else ""
+        color, marker = colors[row.method.name], "o" if len(at) < 30 else ""
+        values, low, high = np.array([(e.value, e.low, e.high) for e in estimates]).T
         axes.plot(at, values, color=color, label=row.setting.name, marker=marker, markersize=3)
-        low, high = [e.low for e in estimates], [e.high for e in estimates]
-        axes.fill_between(at, low, high, color=color, alpha=SHADE, linewidth=0)
+        axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
         ends.append(values[-1])
         lows.append(low[-1])
-        early += [value for a, value in zip(at, values, strict=True) if a >= 0.15 * at[-1]][:1]
+        early.append(values[np.searchsorted(at, 0.15 * at[-1])])
+    # The steep beginning, which is alike for all, is cut off at the top, and wide bands at the bottom.
     if ends and max(early) > min(ends):
         height = max(early) - min(ends)
-        bottom = min([low for low in lows if math.isfinite(low)] + ends)
-        axes.set_ylim(max(bottom, min(ends) - 0.5 * height) - 0.05 * height, max(early) + 0.05 * height)
+        bottom = max(np.nanmin(lows + ends), min(ends) - 0.5 * height)
+        axes.set_ylim(bottom - 0.05 * height, max(early) + 0.05 * height)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_xlim(left=0)
     _label(axes, LABELS[x], LOSS)
 
 
-def draw_single(axes: Axes, setting: Setting, color: str):
-    """Draws single runs: training loss, smoothed over its raw values, and validation loss."""
-    for run in setting.runs:
+def draw_single(axes: Axes, runs: Sequence[Run]):
+    """Draws runs one by one: training loss, smoothed over its raw values, and validation loss."""
+    for run in runs:
         steps, losses = run.curve("step", "train/loss")
-        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
         smooth = statistics.smooth(losses, max(1, len(losses) // 50))
-        axes.plot(steps, smooth, color=color, linewidth=1.6, label=f"{run.path}: training, smoothed")
-        steps, losses = run.curve("step", "valid/loss")
-        label = f"{run.path}: validation"
-        axes.plot(steps, losses, color=color, linestyle="--", marker="o", markersize=4, label=label)
+        axes.plot(steps, smooth, color="C0", linewidth=1.6, label=f"{run.path}: training, smoothed")
+        axes.plot(*run.curve("step", "valid/loss"), "o--", color="C0", ms=4, label=f"{run.path}: validation")
     axes.set_xlim(left=0)
     _label(axes, LABELS["step"], "loss (nats per token)")
-    axes.legend(frameon=False)
 
 
 def draw_rates(axes: Axes, methods: Sequence[Method], colors: Colors):
     """Draws the final loss by learning rate: a ring around the best, a cross at the top for a failed run."""
     tuned = [method for method in methods if len(method.settings) > 1]
-    losses = [s.tuned_loss for m in tuned for s in m.settings if math.isfinite(s.tuned_loss)]
-    if losses:
-        best = min(losses)
-        # Losses far above the best of the worst method are cut off.
-        ceiling = max(m.best.tuned_loss for m in tuned if math.isfinite(m.best.tuned_loss))
-        top = min(max(losses), ceiling + max(ceiling - best, 0.1 * best))
-        axes.set_ylim(best - 0.06 * (top - best or 1), top + 0.1 * (top - best or 1))
     for method in tuned:
         color = colors[method.name]
         good = [s for s in method.settings if math.isfinite(s.tuned_loss)]
         axes.plot([s.rate for s in good], [s.tuned_loss for s in good], color=color, marker="o", markersize=4)
-        at, loss = method.best.rate, method.best.tuned_loss
-        axes.plot(at, loss, marker="o", markersize=10, fillstyle="none", color=color)
+        ring = method.best.rate, method.best.tuned_loss
+        axes.plot(*ring, marker="o", markersize=10, fillstyle="none", color=color)
         for rate in [s.rate for s in method.settings if s not in good]:
             axes.plot(rate, 0.97, marker="x", color=color, transform=axes.get_xaxis_transform())
+    # Losses far above the best of the worst method are cut off.
+    losses = [s.tuned_loss for method in tuned for s in method.settings if math.isfinite(s.tuned_loss)]
+    if losses:
+        best = min(losses)
+        ceiling = max(m.best.tuned_loss for m in tuned if math.isfinite(m.best.tuned_loss))
+        height = min(max(losses) - best, ceiling - best + max(ceiling - best, 0.1 * best)) or 1
+        axes.set_ylim(best - 0.06 * height, best + 1.1 * height)
     axes.set_xscale("log")
     _label(axes, "learning rate", f"final {LOSS}")
 
@@ -102,8 +89,7 @@ def draw_finals(axes: Axes, rows: Sequence[Row], colors: Colors):
         axes.plot(values, [y] * len(values), "o", color=color, markersize=4, alpha=0.6)
         axes.plot([row.loss.low, row.loss.high], [y] * 2, color=color, linewidth=2)
         axes.plot(row.loss.value, y, "|", color=color, markersize=14, markeredgewidth=2)
-    _name_rows(axes, shown)
-    axes.set_xlabel(f"final {LOSS}")
+    _name_rows(axes, shown, f"final {LOSS}")
 
 
 def draw_speed_ups(axes: Axes, rows: Sequence[Row], baseline: Method, colors: Colors):
@@ -112,35 +98,34 @@ def draw_speed_ups(axes: Axes, rows: Sequence[Row], baseline: Method, colors: Co
     for y, row in enumerate(reversed(shown)):
         color = colors[row.method.name]
         for unit, shift, fill, width in (("step", 0.12, "full", 2), ("seconds", -0.12, "none", 1)):
-            if unit in row.speed_ups:
-                gain = row.speed_ups[unit]
+            if gain := row.speed_ups.get(unit):
                 axes.plot([gain.low, gain.high], [y + shift] * 2, color=color, linewidth=width)
                 axes.plot(gain.value, y + shift, "o", color=color, fillstyle=fill, markersize=6)
     axes.axvline(1, color="gray", linewidth=1)
-    _name_rows(axes, shown)
-    axes.set_xlabel(f"speed-up over {baseline.name} (steps ●, seconds ○)")
+    _name_rows(axes, shown, f"speed-up over {baseline.name} (steps ●, seconds ○)")
 
 
 def _label(axes: Axes, x: str, y: str):
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
 
 
-def _name_rows(axes: Axes, rows: Sequence[Row]):
+def _name_rows(axes: Axes, rows: Sequence[Row], x: str):
     """Names a line of the picture after each row, the first at the top; long names are broken."""
     names = [row.method.name.replace(", ", ",\n") for row in reversed(rows)]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set(xlabel=x, ylim=(-0.6, len(rows) - 0.4))
     axes.grid(alpha=0.3, axis="x")
 
 
 def panels(rows: Sequence[Row], methods: Sequence[Method], baseline: Method) -> Panels:
-    """Returns what can be drawn of these runs, by the names of `report.CAPTIONS`."""
-    colors = method_colors(methods)
-    if len(methods) == 1 and len(methods[0].settings) == 1:
-        single = methods[0]
-        return {"one": partial(draw_single, setting=single.settings[0], color=colors[single.name])}
+    """Returns what can be drawn of these runs."""
+    if len(methods) == len(baseline.settings) == 1:
+        return {"one": partial(draw_single, runs=baseline.best.runs)}
+    # A method has the same color in all pictures; after 18 methods colors repeat.
+    maps = matplotlib.colormaps["tab10"](range(10)), matplotlib.colormaps["Dark2"](range(8))
+    palette = itertools.cycle(map(tuple, np.concatenate(maps)))
+    colors = {method.name: color for method, color in zip(methods, palette, strict=False)}
     found: Panels = {
         x: partial(draw_curves, rows=rows, x=x, colors=colors)
         for x in LABELS
@@ -155,34 +140,26 @@ def panels(rows: Sequence[Row], methods: Sequence[Method], baseline: Method) -> 
     return found
 
 
-def png(parts: Panels, path: Path):
-    """Draws all panels into one picture, three in a row, with one legend below."""
+def draw(parts: Panels) -> Figure:
+    """Returns all panels in one picture, three in a row, with one legend below."""
     columns = min(3, len(parts))
     lines = math.ceil(len(parts) / columns)
-    width = 8 if columns == 1 else 5.2 * columns
-    figure = Figure(figsize=(width, 4.5 * lines), dpi=150, layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes, draw in zip(grid, parts.values(), strict=False):
-        draw(axes)
-    for axes in grid[len(parts) :]:
-        axes.axis("off")
-    if "one" not in parts:
-        handles, labels = grid[0].get_legend_handles_labels()
-        columns = min(len(labels), columns)
+    size = max(8, 5.2 * columns), 4.5 * lines
+    figure = Figure(size, dpi=150, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, part in itertools.zip_longest(grid, parts.values()):
+        part(axes) if part else axes.axis("off")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = min(len(labels), columns)
+    if labels:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-    figure.savefig(path)
+    return figure
 
 
-def svg(draw: Callable[[Axes], None]) -> str:
-    """Returns one panel as the text of an <svg>, with words as words."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    draw(axes)
-    handles, labels = axes.get_legend_handles_labels()
-    if labels and not axes.get_legend():
-        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+def svg(parts: Panels) -> str:
+    """Returns a picture as the text of an <svg>, with words as words."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trainit"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        draw(parts).savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -3,13 +3,13 @@
 import html
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tabulate import tabulate
 
 from trainit.tools.compare.runs import Method, Run
-from trainit.tools.compare.statistics import NEAR, Estimate, Row, Span, at_edge, nearly_best
+from trainit.tools.compare.statistics import COSTS, NEAR, Estimate, Row, at_edge, nearly_best
 
 CAPTIONS = {
     "one": "Loss of the run: thin lines are the training batches, the dashed line is the validation set.",
@@ -47,35 +47,30 @@ figure svg { max-width: 100%; height: auto }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); gap: 1rem }
 """
 
-Columns = dict[str, Callable[[Row], str]]  # header -> the cell of a row
-
 
 @dataclass(frozen=True)
 class Table:
-    """A table of cells as text, and what a reader has to know."""
+    """What a reader has to know, and rows of cells as text, by the names of their columns."""
 
     title: str
     note: str
-    header: list[str]
-    rows: list[list[str]]
+    rows: list[dict[str, str]]
 
     def text(self) -> str:
         """Returns the table for the terminal: the first column to the left, the others to the right."""
-        alignment = ["left"] + ["right"] * (len(self.header) - 1)
-        return tabulate(self.rows, self.header, "plain", colalign=alignment, disable_numparse=True)
+        alignment = ["left"] + ["right"] * (len(self.rows[0]) - 1)
+        return tabulate(self.rows, "keys", "plain", colalign=alignment, disable_numparse=True)
 
     def html(self) -> str:
-        table = tabulate(self.rows, self.header, "html", disable_numparse=True)
-        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
+        table = tabulate(self.rows, "keys", "html", disable_numparse=True)
+        note = f'<p class="note">{html.escape(self.note)}</p>'
         return f'<h2>{html.escape(self.title)}</h2>{note}<div class="wide">{table}</div>'
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def number(value: float, digits: int = 4) -> str:
     """Returns significant digits, without exponents where these can be avoided; "-" for nan."""
-    if value is None or math.isnan(value):
-        return "-"
-    if math.isinf(value):
-        return "failed"
+    if not math.isfinite(value):
+        return "failed" if math.isinf(value) else "-"
     text = f"{value:.{digits}g}"
     return f"{value:.0f}" if "e+" in text and value < 1e7 else text
 
@@ -83,17 +78,15 @@ def number(value: float | None, digits: int = 4) -> str:
 def interval(estimate: Estimate) -> str:
     """Returns "3.2810 ± 0.0021"."""
     if not math.isfinite(estimate.value):
-        return "failed" if math.isinf(estimate.value) else "-"
-    if math.isnan(estimate.low):
-        return f"{estimate.value:.4f}"
-    return f"{estimate.value:.4f} ± {(estimate.high - estimate.low) / 2:.4f}"
+        return number(estimate.value)
+    half = (estimate.high - estimate.low) / 2
+    return f"{estimate.value:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
 
 
 def ratio(estimate: Estimate) -> str:
     """Returns "1.32 (1.28 to 1.36)"."""
-    if math.isnan(estimate.low):
-        return f"{estimate.value:.3g}"
-    return f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})"
+    bounds = "" if math.isnan(estimate.low) else f" ({estimate.low:.3g} to {estimate.high:.3g})"
+    return f"{estimate.value:.3g}{bounds}"
 
 
 def probability(p: float) -> str:
@@ -104,146 +97,89 @@ def tables(rows: Sequence[Row], baseline: Method, target: float) -> list[Table]:
     """Returns the tables of a comparison: what was reached, at which cost, how to tune the rate."""
     several = len(rows) > 1
     note = REACHED + GAP.format(baseline.name) * several
-    found = [_table("What was reached", note, _reached(several, baseline), rows)]
+    found = [Table("What was reached", note, [_reached(row, several, baseline) for row in rows])]
     if several and math.isfinite(target) and any(row.reached for row in rows):
         title = f"The cost of reaching a loss of {target:.4f}"
-        found.append(_table(title, COST.format(target), _cost(baseline), rows))
-    spans = {row.method.name: span for row in rows if (span := nearly_best(row.method))}
-    if spans:
-        tuned = [row for row in rows if row.method.name in spans]
-        found.append(_table("How exact the learning rate must be", RATES, _rates(spans), tuned))
+        found.append(Table(title, COST.format(target), [_cost(row, baseline) for row in rows]))
+    if rates := list(filter(None, map(_rates, rows))):
+        found.append(Table("How exact the learning rate must be", RATES, rates))
     return found
 
 
-def _table(title: str, note: str, columns: Columns, rows: Sequence[Row]) -> Table:
-    return Table(title, note, list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+def _reached(row: Row, several: bool, baseline: Method) -> dict[str, str]:
+    runs = row.setting.runs
 
+    def last(metric: str, digits: int) -> str:
+        """Returns the last value of a metric, the mean over runs."""
+        ends = [values[-1] for run in runs if (values := run.curve("step", metric)[1])]
+        return f"{statistics.fmean(ends):.{digits}f}" if ends else "-"
 
-def _reached(several: bool, baseline: Method) -> Columns:
-    """Returns the columns of the first table."""
-
-    def last(metric: str, form: str) -> Callable[[Row], str]:
-        """Returns the cell of a metric's last value, the mean over runs."""
-
-        def cell(row: Row) -> str:
-            values = [run.curve("step", metric)[1] for run in row.setting.runs]
-            ends = [v[-1] for v in values if v]
-            return f"{statistics.fmean(ends):{form}}" if ends else "-"
-
-        return cell
-
-    def speed(row: Row) -> str:
-        speeds = [s for r in row.setting.runs for s in r.curve("step", "throughput/tokens_per_second")[1]]
-        return f"{statistics.median(speeds):.0f}" if speeds else "-"
-
-    def state(row: Row) -> str:
-        return number(row.setting.runs[0].facts.get("optimizer_bytes", math.nan) / 2**20, 3)
-
-    columns: Columns = {
-        "method": lambda row: row.method.name,
-        "rate": lambda row: number(row.setting.rate),
-        "seeds": lambda row: str(len(row.setting.runs)),
-        "steps": lambda row: str(max(run.done for run in row.setting.runs)),
-        "tokens": last("tokens", ".0f"),
-        "valid/loss": lambda row: interval(row.loss),
-        "bits/byte": last("valid/bits_per_byte", ".4f"),
-        "tokens/s": speed,
-        "state MiB": state,
+    speeds = [speed for run in runs for speed in run.curve("step", "throughput/tokens_per_second")[1]]
+    cells = {
+        "method": row.method.name,
+        "rate": number(row.setting.rate),
+        "seeds": str(len(runs)),
+        "steps": str(max(run.done for run in runs)),
+        "tokens": last("tokens", 0),
+        "valid/loss": interval(row.loss),
+        "bits/byte": last("valid/bits_per_byte", 4),
+        "tokens/s": f"{statistics.median(speeds):.0f}" if speeds else "-",
+        "state MiB": number(runs[0].facts.get("optimizer_bytes", math.nan) / 2**20, 3),
     }
     if several:
-        columns["minus baseline"] = lambda row: "-" if row.method is baseline else interval(row.gap)
-        columns["p"] = lambda row: "-" if row.method is baseline else probability(row.gap.p)
-    return columns
+        itself = row.method is baseline
+        cells |= {"minus baseline": "-" if itself else interval(row.gap)}
+        cells |= {"p": "-" if itself else probability(row.gap.p)}
+    return cells
 
 
-def _cost(baseline: Method) -> Columns:
-    """Returns the columns of the table of costs."""
+def _cost(row: Row, baseline: Method) -> dict[str, str]:
+    cells = {"method": row.method.name, "reached by": f"{row.reached} of {len(row.setting.runs)}"}
+    for unit, header in zip(COSTS, ("steps", "tokens", "FLOPs", "seconds"), strict=True):
+        cells[header] = number(row.costs[unit].value) if unit in row.costs else "-"
+    for unit, header, p in (("step", "speed-up in steps", "p"), ("seconds", "in seconds", "its p")):
+        gain = row.speed_ups.get(unit) if row.method is not baseline else Estimate(1)
+        cells |= {header: ratio(gain) if gain else "-", p: probability(gain.p) if gain else "-"}
+    return cells
 
-    def spent(unit: str) -> Callable[[Row], str]:
-        return lambda row: number(row.costs[unit].value) if unit in row.costs else "-"
 
-    def gain(unit: str, form: Callable[[Estimate], str], own: str) -> Callable[[Row], str]:
-        """Returns the cell of a speed-up; `own` is the baseline's."""
-        return lambda row: (
-            own if row.method is baseline else form(row.speed_ups[unit]) if unit in row.speed_ups else "-"
-        )
-
+def _rates(row: Row) -> dict[str, str]:
+    """Returns nothing where a single rate was tried."""
+    span = nearly_best(row.method)
+    if span is None:
+        return {}
     return {
-        "method": lambda row: row.method.name,
-        "reached by": lambda row: f"{row.reached} of {len(row.setting.runs)}",
-        "steps": spent("step"),
-        "tokens": spent("tokens"),
-        "FLOPs": spent("flops"),
-        "seconds": spent("seconds"),
-        "speed-up in steps": gain("step", ratio, "1"),
-        "p": gain("step", lambda estimate: probability(estimate.p), "-"),
-        "in seconds": gain("seconds", ratio, "1"),
-        "its p": gain("seconds", lambda estimate: probability(estimate.p), "-"),
-    }
-
-
-def _rates(spans: dict[str, Span]) -> Columns:
-    """Returns the columns of the table of learning rates; spans are by method."""
-
-    def low(row: Row) -> str:
-        span = spans[row.method.name]
-        return "≤ " * span.low_open + number(span.low, 2)
-
-    def high(row: Row) -> str:
-        span = spans[row.method.name]
-        return "≥ " * span.high_open + number(span.high, 2)
-
-    def factor(row: Row) -> str:
-        span = spans[row.method.name]
-        return "≥ " * (span.low_open or span.high_open) + f"{span.high / span.low:.2g}"
-
-    return {
-        "method": lambda row: row.method.name,
-        "rates tried": lambda row: ", ".join(number(s.rate) for s in row.method.settings),
-        "best": lambda row: number(row.setting.rate),
-        f"within {NEAR:.0%} from": low,
-        "to": high,
-        "factor": factor,
-        "": lambda row: "not tuned: the best is the last" if at_edge(row.method) else "",
+        "method": row.method.name,
+        "rates tried": ", ".join(number(s.rate) for s in row.method.settings),
+        "best": number(row.setting.rate),
+        f"within {NEAR:.0%} from": "≤ " * span.low_open + number(span.low, 2),
+        "to": "≥ " * span.high_open + number(span.high, 2),
+        "factor": "≥ " * (span.low_open or span.high_open) + f"{span.high / span.low:.2g}",
+        "": "not tuned: the best is the last" if at_edge(row.method) else "",
     }
 
 
 def unfinished(runs: Sequence[Run]) -> list[str]:
     """Returns a line for each run that has not reached its end."""
-    return [
-        f"{run.path}: ended at step {run.done} of {run.steps}; counted as failed"
-        for run in runs
-        if not run.finished
-    ]
+    failed = (run for run in runs if not run.finished)
+    return [f"{run.path}: ended at step {run.done} of {run.steps}; counted as failed" for run in failed]
 
 
-def page(
-    title: str, command: str, parts: Sequence[Table], pictures: dict[str, str], runs: Sequence[Run]
-) -> str:
-    """Returns the page.
-
-    Args:
-        title: its heading.
-        command: what made it.
-        parts: tables.
-        pictures: texts of <svg> by the names of CAPTIONS.
-        runs: all that were compared.
-    """
-    devices = sorted({f"{r.facts['devices']}, {r.facts['versions']}" for r in runs if r.facts})
+def page(title: str, command: str, tables: list[Table], pictures: dict[str, str], runs: Sequence[Run]) -> str:
+    """Returns the page. The command is what made it; pictures are <svg> texts by the names of CAPTIONS."""
+    title, command = html.escape(title), html.escape(command)
+    machines = {f"{run.facts['devices']}, {run.facts['versions']}" for run in runs if run.facts}
+    devices = "; ".join(sorted(machines)) or "unknown devices"
     figures = "".join(
         f"<figure>{svg}<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
         for name, svg in pictures.items()
     )
     failed = "".join(f"<li>{html.escape(line)}</li>" for line in unfinished(runs))
-    first, *rest = parts
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f"<h1>{html.escape(title)}</h1>"
-        f"<p>{len(runs)} runs on {html.escape('; '.join(devices) or 'unknown devices')}. "
-        f"Made by <code>{html.escape(command)}</code></p>"
-        f'{first.html()}<h2>Pictures</h2><div class="figures">{figures}</div>'
-        f"{''.join(part.html() for part in rest)}"
-        + (f"<h2>Not finished</h2><ul>{failed}</ul>" if failed else "")
-        + "</body></html>\n"
-    )
+    first, *rest = (table.html() for table in tables)
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
+<h1>{title}</h1>
+<p>{len(runs)} runs on {html.escape(devices)}. Made by <code>{command}</code></p>
+{first}<h2>Pictures</h2><div class="figures">{figures}</div>
+{"".join(rest)}{failed and f"<h2>Not finished</h2><ul>{failed}</ul>"}</body></html>
+"""

@@ -1,9 +1,7 @@
-"""Reads run folders and groups runs.
+"""Reads run folders and groups runs: by seeds into settings, and these by learning rates into methods."""
 
-Runs that differ only in their seed are one setting; settings that differ only in their learning rate are one
-method.
-"""
-
+import contextlib
+import itertools
 import json
 import math
 import re
@@ -58,34 +56,24 @@ class Run:
 
         A step whose time was not measured or not logged counts as the run's median.
         """
-        times = [record["time/step_seconds"] for record in self.records if record.get("time/step_seconds")]
-        usual, total, last, result = statistics.median(times) if times else math.nan, 0.0, 0, []
-        for record in self.records:
-            count = record["step"] - last
-            if count > 0:
-                total += record.get("time/step_seconds", usual) + (count - 1) * usual
-            last = record["step"]
-            result.append(total)
-        return result
+        times = [record.get("time/step_seconds") for record in self.records]
+        usual = statistics.median(filter(None, times)) if any(times) else math.nan
+        steps = [0, *(record["step"] for record in self.records)]
+        counts = (step - before for before, step in itertools.pairwise(steps))
+        spent = ((t or usual) + (n - 1) * usual if n > 0 else 0.0 for t, n in zip(times, counts, strict=True))
+        return list(itertools.accumulate(spent))
 
-    def curve(self, x: str, y: str) -> tuple[list[float], list[float]]:
-        """Returns the points of a curve: x and y of the records that have both, with finite y.
+    def curve(self, *metrics: str) -> tuple[list[float], ...]:
+        """Returns these metrics of the records that have all of them, finite, each as a list.
 
-        Args:
-            x: a metric, "seconds", or "flops" (model FLOPs, see `trainit.train.metrics.flops_per_token`).
-            y: a metric.
+        There are also "seconds", see above, and "flops", see `trainit.train.metrics.flops_per_token`.
         """
-        values: Sequence[float | None]
-        if x == "seconds":
-            values = self.seconds()
-        elif x == "flops":
-            per_token = self.facts.get("flops_per_token", math.nan)
-            values = [record["tokens"] * per_token for record in self.records]
-        else:
-            values = [record.get(x) for record in self.records]
-        pairs = zip(values, (record.get(y) for record in self.records), strict=True)
-        points = [(a, b) for a, b in pairs if a is not None and b is not None]
-        return [a for a, _ in points], [b for _, b in points]
+        flops = self.facts.get("flops_per_token", math.nan)
+        known = {"seconds": self.seconds, "flops": lambda: [flops * r["tokens"] for r in self.records]}
+        columns = [known[m]() if m in known else [r.get(m) for r in self.records] for m in metrics]
+        rows = zip(*columns, strict=True)
+        points = [row for row in rows if None not in row and all(map(math.isfinite, row))]
+        return tuple([point[i] for point in points] for i in range(len(metrics)))
 
 
 @dataclass(frozen=True)
@@ -93,7 +81,6 @@ class Setting:
     """Runs whose configs are the same except for the seed."""
 
     name: str
-    method: str  # the name without the learning rate
     config: dict
     runs: list[Run]  # whose losses are reported
     tuning: list[Run]  # whose losses choose the learning rate; the same runs if there are no tuning seeds
@@ -127,39 +114,26 @@ class Method:
 
 
 def read(path: Path) -> Run:
-    """Reads a run's folder. Skips a line that a crash left unfinished.
-
-    Raises:
-        OSError: the folder has no metrics.jsonl.
-    """
+    """Reads a run's folder; OSError without metrics.jsonl. Skips a line that a crash left unfinished."""
     records = []
     for line in (path / "metrics.jsonl").read_text().splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    config, facts = (
-        json.loads(file.read_text()) if file.is_file() else {}
-        for file in (path / "config.json", path / "run.json")
-    )
+    files = path / "config.json", path / "run.json"
+    config, facts = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
     return Run(path, flatten(config), facts, records)
 
 
 def find(paths: Iterable[Path]) -> list[Run]:
-    """Reads the runs in these folders: each is a run's folder, or contains some at any depth.
-
-    Raises:
-        OSError: a folder does not exist, or there is no run in it.
-    """
-    runs: dict[Path, Run] = {}
+    """Reads the runs in these folders: each is a run's folder or contains some at any depth, else OSError."""
+    folders: dict[Path, None] = {}  # in order, each once
     for path in paths:
         is_run = (path / "metrics.jsonl").exists()
-        folders = [path] if is_run else sorted(file.parent for file in path.rglob("metrics.jsonl"))
-        if not folders:
+        found = [path] if is_run else sorted(file.parent for file in path.rglob("metrics.jsonl"))
+        if not found:
             raise FileNotFoundError(2, "no metrics.jsonl: it is no run folder, and none is in it", str(path))
-        for folder in folders:
-            runs.setdefault(folder, read(folder))
-    return list(runs.values())
+        folders |= dict.fromkeys(found)
+    return [read(folder) for folder in folders]
 
 
 def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Method]:
@@ -168,10 +142,8 @@ def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Metho
     They are named after the optimizer and the fields in which they differ, without values that the majority
     has. Runs without a config, or with equal ones, are named after their folders.
 
-    Args:
-        runs: from `read`.
-        tuning_seeds: the seeds of runs that only choose the learning rate. They are not reported where a
-            setting has other runs, since what was chosen for its luck must not be judged by it.
+    Runs with `tuning_seeds` only choose the learning rate. They are not reported where a setting has other
+    runs, since what was chosen for its luck must not be judged by it.
     """
     # Runs with equal configs are a setting, unless their seeds are equal, too.
     by_setting: dict[object, list[Run]] = {}
@@ -182,24 +154,21 @@ def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Metho
         by_setting.setdefault(key, []).append(run)
 
     # Names that are empty or not unique are replaced by the folder.
-    groups = list(by_setting.values())
-    configs = [members[0].config for members in groups]
+    configs = [members[0].config for members in by_setting.values()]
     differing = _differing(configs)
     usual = _usual(configs, differing)
     names = [_name(config, differing, usual) for config in configs]
     methods: dict[str, Method] = {}
-    for members, name in zip(groups, names, strict=True):
-        config = members[0].config
-        if not name or names.count(name) > 1 or len(groups) == 1:
-            setting_name = method_name = str(members[0].path)
-        else:
-            setting_name, method_name = name, _name(config, [f for f in differing if f != RATE], usual)
+    for config, members, name in zip(configs, by_setting.values(), names, strict=True):
+        shown, method = name, _name(config, [part for part in differing if part != RATE], usual)
+        if not name or names.count(name) > 1 or len(names) == 1:
+            shown = method = str(members[0].path)
         tuning = [run for run in members if run.seed in tuning_seeds]
-        reported = [run for run in members if run not in tuning]
-        setting = Setting(setting_name, method_name, config, reported or members, tuning or members)
-        methods.setdefault(method_name, Method(method_name)).settings.append(setting)
-    for method in methods.values():
-        method.settings.sort(key=lambda setting: setting.rate)
+        reported = [run for run in members if run.seed not in tuning_seeds]
+        setting = Setting(shown, config, reported or members, tuning or members)
+        methods.setdefault(method, Method(method)).settings.append(setting)
+    for found in methods.values():
+        found.settings.sort(key=lambda setting: setting.rate)
     return list(methods.values())
 
 
@@ -209,10 +178,7 @@ def _is_meaningful(name: str) -> bool:
 
 
 def _differing(configs: Sequence[dict]) -> list[str]:
-    """Returns the fields that tell configs apart.
-
-    An optimizer's or schedule's own fields only count among configs with the same optimizer or schedule.
-    """
+    """Returns the fields that tell configs apart; an optimizer's or schedule's own only among its configs."""
 
     def differ(names: Iterable[str], among: Sequence[dict]) -> set[str]:
         return {n for n in names if _is_meaningful(n) and len({str(c.get(n)) for c in among}) > 1}
@@ -224,7 +190,7 @@ def _differing(configs: Sequence[dict]) -> list[str]:
         kinds = {config[name_field] for config in configs if name_field in config}
         found |= {name_field} if len(kinds) > 1 else set()
         for kind in kinds:
-            found |= differ(own, [c for c in configs if name_field in c and c[name_field] == kind])
+            found |= differ(own, [c for c in configs if c.get(name_field) == kind])
     return sorted(found - {"optimizer.name"})  # names start with it anyway
 
 
@@ -245,8 +211,7 @@ def _name(config: dict, fields: Sequence[str], usual: dict[str, str]) -> str:
     optimizer = str(config["optimizer.name"])
     parts = [Path(optimizer).name if optimizer.endswith(".py") else optimizer]
     for name in fields:
-        if name in config and usual.get(name) != str(config[name]):
-            value = config[name]
+        if name in config and usual.get(name) != str(value := config[name]):
             short = re.sub(r"^(optimizer|model|schedule|dataset)\.(?!name$)|\.name$", "", name)
             parts.append(f"{short} {value:g}" if isinstance(value, float) else f"{short} {value}")
     return ", ".join(parts)

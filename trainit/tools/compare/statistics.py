@@ -1,10 +1,12 @@
 """Computes what is reported of runs: means and intervals, the cost of reaching a loss, the best rates."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 from trainit.tools.compare.runs import Method, Run, Seed, Setting
@@ -24,13 +26,20 @@ class Estimate:
     p: float = math.nan  # the probability of a difference at least this large by chance, two-sided
 
 
+def _student(center: float, error: float, freedom: float) -> Estimate:
+    """Returns an estimate from its standard error and Student's degrees of freedom."""
+    if not error:
+        return Estimate(center, center, center, float(center == 0))
+    half, p = stats.t.ppf((1 + LEVEL) / 2, freedom) * error, 2 * stats.t.sf(abs(center) / error, freedom)
+    return Estimate(center, center - half, center + half, float(p))
+
+
 def mean(values: Sequence[float]) -> Estimate:
     """Returns the mean with Student's interval."""
     center = statistics.fmean(values)
     if len(values) < 2 or not math.isfinite(center):
         return Estimate(center)
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(center, center - half, center + half)
+    return _student(center, statistics.stdev(values) / math.sqrt(len(values)), len(values) - 1)
 
 
 def difference(a: Mapping[Seed, float], b: Mapping[Seed, float]) -> Estimate:
@@ -39,24 +48,15 @@ def difference(a: Mapping[Seed, float], b: Mapping[Seed, float]) -> Estimate:
     Runs of the same seed start with the same parameters and see the same batches, so that what they have in
     common cancels in the difference of pairs.
     """
-    x, y = list(a.values()), list(b.values())
-    center = statistics.fmean(x) - statistics.fmean(y)
-    if min(len(x), len(y)) < 2 or not math.isfinite(center):
+    groups = list(a.values()), list(b.values())
+    center = statistics.fmean(groups[0]) - statistics.fmean(groups[1])
+    if min(map(len, groups)) < 2 or not math.isfinite(center):
         return Estimate(center)
-    freedom: float
     if a.keys() == b.keys():
-        gaps = [a[seed] - b[seed] for seed in a]
-        error, freedom = statistics.stdev(gaps) / math.sqrt(len(gaps)), len(gaps) - 1
-    else:
-        parts = [statistics.variance(values) / len(values) for values in (x, y)]
-        error = math.sqrt(sum(parts))
-        squares = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (x, y), strict=True))
-        freedom = sum(parts) ** 2 / squares if squares else len(x) + len(y) - 2
-    if not error:
-        return Estimate(center, center, center, 1.0 if center == 0 else 0.0)
-    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
-    p = 2 * stats.t.sf(abs(center) / error, freedom)
-    return Estimate(center, center - half, center + half, float(p))
+        return mean([a[seed] - b[seed] for seed in a])
+    parts = [statistics.variance(group) / len(group) for group in groups]
+    squares = sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    return _student(center, math.sqrt(sum(parts)), sum(parts) ** 2 / squares if squares else math.inf)
 
 
 def speed_up(baseline: Mapping[Seed, float], costs: Mapping[Seed, float]) -> Estimate:
@@ -72,27 +72,19 @@ def speed_up(baseline: Mapping[Seed, float], costs: Mapping[Seed, float]) -> Est
 def cost(run: Run, target: float, unit: str) -> float | None:
     """Returns what a run has spent when its validation loss first reaches the target; None if it never does.
 
-    Between two validations the loss is interpolated linearly.
-
-    Args:
-        run: the run.
-        target: a validation loss in nats per token.
-        unit: one of COSTS.
+    Between two validations the loss is interpolated linearly. The unit is one of COSTS.
     """
     at, losses = run.curve(unit, "valid/loss")
-    for i, loss in enumerate(losses):
-        if loss <= target:
-            if i == 0:
-                return at[0]
-            share = (losses[i - 1] - target) / (losses[i - 1] - loss)
-            return at[i - 1] + share * (at[i] - at[i - 1])
-    return None
+    i = next((i for i, loss in enumerate(losses) if loss <= target), None)
+    if not i:
+        return None if i is None else at[0]
+    return float(np.interp(target, (losses[i], losses[i - 1]), (at[i], at[i - 1])))
 
 
 def costs(setting: Setting, target: float, unit: str) -> dict[Seed, float]:
     """Returns by seed the costs of the runs that reach the target; none if the unit is unknown."""
     spent = {run.seed: cost(run, target, unit) for run in setting.runs}
-    return {seed: value for seed, value in spent.items() if value is not None and math.isfinite(value)}
+    return {seed: value for seed, value in spent.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -113,24 +105,21 @@ class Row:
 
 def table(methods: Sequence[Method], baseline: Method, target: float) -> list[Row]:
     """Returns a row for each method, the lowest loss first."""
-    base, rows = baseline.best, []
+    finals, rows = baseline.best.finals, []
+    goals = {unit: costs(baseline.best, target, unit) for unit in COSTS}
     for method in methods:
-        setting, spent, gains = method.best, {}, {}
-        for unit in COSTS:
-            own, others = costs(setting, target, unit), costs(base, target, unit)
-            if own:
-                spent[unit] = mean(list(own.values()))
-            if len(own) == len(setting.runs) and len(others) == len(base.runs) and all(own.values()):
-                gains[unit] = speed_up(others, own)
-        gap = difference(setting.finals, base.finals)
-        reached = len(costs(setting, target, "step"))
-        rows.append(Row(method, mean(list(setting.finals.values())), gap, reached, spent, gains))
+        own = method.best.finals
+        spent = {unit: reached for unit in COSTS if (reached := costs(method.best, target, unit))}
+        gains = {
+            unit: speed_up(goals[unit], reached)
+            for unit, reached in spent.items()
+            if (len(reached), len(goals[unit])) == (len(own), len(finals))
+            and all((*reached.values(), *goals[unit].values()))
+        }
+        means = {unit: mean(list(reached.values())) for unit, reached in spent.items()}
+        reached_by = len(spent.get("step", ()))
+        rows.append(Row(method, mean(list(own.values())), difference(own, finals), reached_by, means, gains))
     return sorted(rows, key=lambda row: (math.isnan(row.loss.value), row.loss.value))
-
-
-def default_target(setting: Setting) -> float:
-    """Returns the loss that every run of this setting reaches: the largest final one."""
-    return max(setting.finals.values())
 
 
 @dataclass(frozen=True)
@@ -154,20 +143,14 @@ def nearly_best(method: Method) -> Span | None:
     best = min(range(len(tried)), key=lambda i: tried[i][1])
     limit = tried[best][1] * (1 + NEAR)
 
-    def edge(direction: int) -> tuple[float, bool]:
-        """Returns the last good rate in this direction, and whether it is the last that was tried."""
-        i = best
-        while 0 <= i + direction < len(tried):
-            (rate, loss), (next_rate, next_loss) = tried[i], tried[i + direction]
+    def edge(outwards: Sequence[tuple[float, float]]) -> tuple[float, bool]:
+        """Returns the last good rate of these, and whether it is the last that was tried."""
+        for (rate, loss), (next_rate, next_loss) in itertools.pairwise(outwards):
             if next_loss > limit:
-                if not math.isfinite(next_loss):
-                    return rate, False
-                share = (limit - loss) / (next_loss - loss)
-                return math.exp(math.log(rate) + share * math.log(next_rate / rate)), False
-            i += direction
-        return tried[i][0], True
+                return math.exp(np.interp(limit, (loss, next_loss), np.log((rate, next_rate)))), False
+        return outwards[-1][0], True
 
-    (low, low_open), (high, high_open) = edge(-1), edge(1)
+    (low, low_open), (high, high_open) = edge(tried[best::-1]), edge(tried[best:])
     return Span(low, high, low_open, high_open)
 
 
@@ -188,10 +171,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 def band(runs: Sequence[Run], x: str, y: str) -> tuple[list[float], list[Estimate]]:
     """Returns a curve's mean over runs with its interval, at the steps that all of them have."""
-    curves = []
-    for run in runs:
-        steps, values = run.curve("step", y)
-        curves.append(dict(zip(steps, zip(run.curve(x, y)[0], values, strict=True), strict=True)))
-    common = sorted(set.intersection(*(set(curve) for curve in curves)))
+    curves = [{step: point for step, *point in zip(*run.curve("step", x, y), strict=True)} for run in runs]
+    common = sorted(set.intersection(*map(set, curves)))
     at = [statistics.fmean(curve[step][0] for curve in curves) for step in common]
     return at, [mean([curve[step][1] for curve in curves]) for step in common]

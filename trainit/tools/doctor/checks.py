@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,33 +21,28 @@ from trainit.data.training_data import TrainingData
 from trainit.logs import quantity
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape, run_shape
+from trainit.tools import timing
 from trainit.tools.doctor import environment
 from trainit.tools.doctor.network import check_all_reduces
-from trainit.tools.doctor.report import FAIL, OK, Result, group_processes
+from trainit.tools.doctor.report import FAIL, OK, Result, group_processes, name_failures
 
 T = TypeVar("T")
 DATA_SECONDS = 1.0  # for which the loader is timed
 
 
 def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tuple[list[Result], bool]:
-    """Runs all checks. A collective, as soon as all processes are connected.
+    """Runs all checks of a config that is not checked yet. A collective, once all processes are connected.
 
-    Args:
-        config: as the config file and the flags give it, not checked.
-        place: this process's.
-        arguments: the flags.
-
-    Returns:
-        the results, and whether the processes were connected: if not, what follows is left out.
+    Returns the results, and whether the processes were connected: if not, what follows is left out.
     """
     # The config and the dataset: what is wrong with them does not keep the machine from being checked.
-    results, dataset, resolved = [], None, None
+    dataset, resolved = None, None
     try:
         resolved, dataset = cli.read(config, arguments)
-        results.append(Result("config", OK, "valid"))
+        results = [Result("config", OK, "valid")]
     except (ConfigError, DatasetError) as error:
         name = "dataset" if isinstance(error, DatasetError) else "config"
-        results.append(Result(name, FAIL, str(error)))
+        results = [Result(name, FAIL, str(error))]
 
     # The processes find each other as those of a run do.
     results.append(Result("place", OK, f"{place.source}, processes: {place.num_processes}"))
@@ -74,17 +69,12 @@ def _check_machines(hosts: list[str], processes: list[str], folder: Path) -> lis
     """Checks everything that does not depend on the config. A collective."""
     # What each process knows about itself, for all to see.
     _, write_error = _attempt(lambda: run_lock.make_folder(folder, jax.process_index()))
-    own = {
-        "versions": environment.versions(),
-        "devices": [device.device_kind for device in jax.local_devices()],
-        "write_error": write_error,
-    }
-    gathered = [json.loads(text) for text in sync.gather_text(json.dumps(own))]
-    write_errors = [each["write_error"] for each in gathered]
+    kinds = [device.device_kind for device in jax.local_devices()]
+    versions, devices_of, write_errors = _gather((environment.versions(), kinds, write_error))
     results = [
         Result("processes", OK, group_processes(["connected"] * len(hosts), processes)),
-        environment.check_versions([each["versions"] for each in gathered], processes),
-        environment.check_devices([each["devices"] for each in gathered], processes),
+        environment.check_versions(versions, processes),
+        environment.check_devices(devices_of, processes),
     ]
 
     # All clocks are read between two collectives, whose time bounds the error.
@@ -114,11 +104,7 @@ def _check_data(
 ) -> list[Result]:
     """Checks that the config fits the devices, and how fast its data is read. A collective.
 
-    Args:
-        config: None if it is not valid.
-        dataset: None if it cannot be opened.
-        processes: their names.
-        debug: whether the mesh may shrink to the devices.
+    Config and dataset are None if they are not valid. With `debug`, the mesh may shrink to the devices.
     """
     fingerprints = sync.gather_text(dataset.fingerprint if dataset else "none")
     if len(set(fingerprints)) > 1:
@@ -135,16 +121,12 @@ def _check_data(
     finding = f"{mesh}; {config.batch_size} sequences are {batch.micro_steps} micro-steps of {batch.rows}"
     results = [Result("mesh", OK, finding)]
 
-    own = _attempt(lambda: _data_rate(dataset, shape))
-    rates, errors = zip(*map(json.loads, sync.gather_text(json.dumps(own))), strict=True)
-    failures = [f"{process}: {error}" for process, error in zip(processes, errors, strict=True) if error]
-    if failures:
+    rates, errors = _gather(_attempt(lambda: _data_rate(dataset, shape)))
+    if failures := name_failures(errors, processes):
         remedy = "check that all hosts can read dataset.path"
-        results.append(Result("dataset", FAIL, "; ".join(failures), remedy))
-    else:
-        finding = f"{dataset.source}: {quantity(min(rates))} tokens/s in the slowest process"
-        results.append(Result("dataset", OK, finding))
-    return results
+        return [*results, Result("dataset", FAIL, failures, remedy)]
+    finding = f"{dataset.source}: {quantity(min(rates))} tokens/s in the slowest process"
+    return [*results, Result("dataset", OK, finding)]
 
 
 def _data_rate(dataset: TrainingData, shape: RunShape) -> float:
@@ -152,11 +134,7 @@ def _data_rate(dataset: TrainingData, shape: RunShape) -> float:
     batches = dataset.reader(shape.batch_at(0), batch_sharding(shape.mesh)).batches()
     tokens = next(batches)["tokens"]
     own_tokens = sum(shard.data.size for shard in tokens.addressable_shards if shard.replica_id == 0)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < DATA_SECONDS:
-        next(batches)
-        count += 1
-    return count * own_tokens / (time.perf_counter() - start)
+    return own_tokens * timing.rate(batches, DATA_SECONDS)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
@@ -165,3 +143,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
         return work(), ""
     except Exception as error:
         return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _gather(own: tuple) -> Iterator[tuple]:
+    """Returns of each of these values, for JSON, those of all processes. A collective."""
+    return zip(*map(json.loads, sync.gather_text(json.dumps(own))), strict=True)

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trainit import __version__
-from trainit.tools.doctor.report import FAIL, NOTE, OK, Result, group_processes
+from trainit.tools.doctor.report import FAIL, NOTE, OK, Result, group_processes, judge, name_failures
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 SKEW_SECONDS = 5.0  # that clocks may differ by: logs and file times are compared across hosts
@@ -28,56 +28,42 @@ def versions() -> dict[str, str]:
     return own | {name: version(name) for name in PACKAGES}
 
 
-def check_versions(by_process: list[dict[str, str]], processes: list[str]) -> Result:
+def check_versions(by_process: Sequence[dict[str, str]], processes: list[str]) -> Result:
     """Checks that all processes have the same versions."""
-    first = by_process[0]
-    different = [name for name in first if len({each[name] for each in by_process}) > 1]
-    if different:
-        finding = "; ".join(
-            f"{name} {group_processes([each[name] for each in by_process], processes)}" for name in different
-        )
-        remedy = "install the same environment on all hosts: see TRAINIT_ACTIVATE"
-        return Result("versions", FAIL, finding, remedy)
-    return Result("versions", OK, ", ".join(f"{name} {number}" for name, number in first.items()))
+    own = {name: [each[name] for each in by_process] for name in by_process[0]}
+    finding = ", ".join(f"{name} {values[0]}" for name, values in own.items())
+    different = [
+        f"{name} {group_processes(values, processes)}" for name, values in own.items() if len(set(values)) > 1
+    ]
+    remedy = "install the same environment on all hosts: see TRAINIT_ACTIVATE"
+    return judge("versions", finding, "; ".join(different), remedy)
 
 
-def check_devices(by_process: list[list[str]], processes: list[str]) -> Result:
-    """Checks that all processes have the same devices.
-
-    Args:
-        by_process: the kinds of each process's devices.
-        processes: names of the processes.
-    """
+def check_devices(by_process: Sequence[list[str]], processes: list[str]) -> Result:
+    """Checks that all processes have the same devices, from the kinds of each process's devices."""
     texts = [f"{len(kinds)} × {kinds[0]}" for kinds in by_process]
-    if len(set(texts)) > 1:
-        remedy = "ask for the same number and kind of GPUs on each host"
-        return Result("devices", FAIL, group_processes(texts, processes), remedy)
-    return Result("devices", OK, f"{texts[0]} in each of {len(processes)} processes")
+    failure = group_processes(texts, processes) if len(set(texts)) > 1 else ""
+    remedy = "ask for the same number and kind of GPUs on each host"
+    return judge("devices", f"{texts[0]} in each of {len(processes)} processes", failure, remedy)
 
 
 def check_clocks(before: float, clocks: list[float], after: float, processes: list[str]) -> Result:
-    """Checks that the hosts' clocks agree.
+    """Checks that the hosts' clocks agree. Each was read at some moment between `before` and `after`.
 
-    Args:
-        before: this process's time before all clocks were read, in seconds.
-        clocks: each process's time; they were read at some moment between `before` and `after`.
-        after: this process's time after that.
-        processes: names of the processes.
+    These two are this process's, in seconds.
     """
     skew, uncertainty = max(clocks) - min(clocks), after - before
-    if skew - uncertainty > SKEW_SECONDS:
-        slowest, fastest = (processes[clocks.index(extreme(clocks))] for extreme in (min, max))
-        finding = f"{fastest} is {skew:.1f} s ahead of {slowest}"
-        return Result("clocks", FAIL, finding, "have the hosts' clocks set by NTP")
-    return Result("clocks", OK, f"at most {skew:.2f} s apart (all read within {uncertainty:.2f} s)")
+    slowest, fastest = (processes[clocks.index(extreme(clocks))] for extreme in (min, max))
+    failure = f"{fastest} is {skew:.1f} s ahead of {slowest}" * (skew - uncertainty > SKEW_SECONDS)
+    finding = f"at most {skew:.2f} s apart (all read within {uncertainty:.2f} s)"
+    return judge("clocks", finding, failure, "have the hosts' clocks set by NTP")
 
 
-def check_workdir(errors: list[str], processes: list[str], folder: Path) -> Result:
+def check_workdir(errors: Sequence[str], processes: list[str], folder: Path) -> Result:
     """Checks that every process can write to the run's folder; `errors` are empty where it can."""
-    failures = [f"{process}: {error}" for process, error in zip(processes, errors, strict=True) if error]
-    if failures:
+    if failures := name_failures(errors, processes):
         remedy = "give a --workdir= that all hosts can write to, and check its quota"
-        return Result("workdir", FAIL, "; ".join(failures), remedy)
+        return Result("workdir", FAIL, failures, remedy)
     free = shutil.disk_usage(folder).free / 2**30
     return Result("workdir", OK, f"{folder} can be written, {free:.0f} GiB free")
 
@@ -95,10 +81,9 @@ def appears(file: Path, content: str) -> bool:
 def check_shared(visible: Sequence[int], processes: list[str], folder: Path) -> Result:
     """Checks that each process sees (1 or 0) the file that process 0 has written to the run's folder."""
     blind = [process for process, sees in zip(processes, visible, strict=True) if not sees]
-    if blind:
-        finding = f"{', '.join(blind[:8])} cannot see what {processes[0]} writes to {folder}"
-        return Result("shared", FAIL, finding, "give a --workdir= on a file system that all hosts share")
-    return Result("shared", OK, f"all {len(processes)} processes see what process 0 writes to the workdir")
+    failure = f"{', '.join(blind[:8])} cannot see what {processes[0]} writes to {folder}" * bool(blind)
+    finding = f"all {len(processes)} processes see what process 0 writes to the workdir"
+    return judge("shared", finding, failure, "give a --workdir= on a file system that all hosts share")
 
 
 def check_wandb(project: str, environment: Mapping[str, str]) -> Result:
@@ -119,6 +104,6 @@ def check_wandb(project: str, environment: Mapping[str, str]) -> Result:
         login = netrc.netrc().authenticators(host)
     except (OSError, netrc.NetrcParseError):
         login = None
-    if not (environment.get("WANDB_API_KEY") or login):
-        return Result("wandb", FAIL, f"{host} can be reached, but there is no login", "run: wandb login")
-    return Result("wandb", OK, f"{host} can be reached, with a login")
+    has_login = bool(environment.get("WANDB_API_KEY") or login)
+    failure = f"{host} can be reached, but there is no login" * (not has_login)
+    return judge("wandb", f"{host} can be reached, with a login", failure, "run: wandb login")

@@ -1,7 +1,7 @@
 """Checks all-reduces over the job's devices: whether their sums are right, and how fast they are."""
 
+import math
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -9,65 +9,53 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainit.cluster import sync
-from trainit.tools.doctor.report import FAIL, NOTE, OK, Result
+from trainit.tools import timing
+from trainit.tools.doctor.report import NOTE, Result, judge
 
 REPETITIONS = 5  # of each all-reduce that is timed
-REDUCE_BYTES = {"cpu": 1 << 22}  # of each device in an all-reduce, by platform
-REDUCE_BYTES_DEFAULT = 1 << 26
+MIB_ON_CPUS, MIB_ON_OTHERS = 4, 64  # of each device in an all-reduce
 
 
 def check_all_reduces(hosts: list[str]) -> list[Result]:
     """Checks all-reduces over all devices, within hosts and between them. A collective.
 
-    Args:
-        hosts: the host of each process.
+    `hosts` has the host of each process.
     """
     # A mesh of hosts by devices needs the same number of devices on each host.
-    devices = jax.devices()
-    names = list(dict.fromkeys(hosts))
+    devices, names = jax.devices(), list(dict.fromkeys(hosts))
     by_host = [[d for d in devices if hosts[d.process_index] == name] for name in names]
     if len({len(group) for group in by_host}) > 1:
         return [Result("all-reduce", NOTE, "not timed: the hosts have different numbers of devices")]
     mesh = Mesh(np.array(by_host), ("hosts", "devices"))
-    size = REDUCE_BYTES.get(devices[0].platform, REDUCE_BYTES_DEFAULT)
+    mib = MIB_ON_CPUS if devices[0].platform == "cpu" else MIB_ON_OTHERS
 
     results = []
-    for check, axes in (
-        ("all-reduce", ("hosts", "devices")),
-        ("within hosts", ("devices",)),
-        ("between hosts", ("hosts",)),
-    ):
+    checks = {"all-reduce": mesh.axis_names, "within hosts": ("devices",), "between hosts": ("hosts",)}
+    for check, axes in checks.items():
         if len(axes) == 1 and mesh.shape[axes[0]] == 1:
             results.append(Result(check, NOTE, f"there is only one {axes[0].removesuffix('s')}"))
             continue
-        correct, rate = _time_all_reduce(mesh, axes, size)
+        correct, rate = _time_all_reduce(mesh, axes, mib << 20)
         # Each process knows of its own devices only.
         all_correct = sync.gather(correct)
         wrong = sorted({host for host, right in zip(hosts, all_correct, strict=True) if not right})
-        if wrong:
-            remedy = "check the network and drivers of these hosts with NCCL_DEBUG=INFO, or run without them"
-            results.append(Result(check, FAIL, f"wrong sums on {', '.join(wrong)}", remedy))
-        else:
-            finding = f"{rate / 1e9:.2f} GB/s bus bandwidth; {size >> 20} MiB of float32 per device"
-            results.append(Result(check, OK, finding))
+        finding = f"{rate / 1e9:.2f} GB/s bus bandwidth; {mib} MiB of float32 per device"
+        failure = f"wrong sums on {', '.join(wrong)}" if wrong else ""
+        remedy = "check the network and drivers of these hosts with NCCL_DEBUG=INFO, or run without them"
+        results.append(judge(check, finding, failure, remedy))
     return results
 
 
 def _time_all_reduce(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[bool, float]:
-    """Returns whether an all-reduce is right on this process's devices, and its bus bandwidth in bytes/s.
+    """Returns whether an all-reduce over these axes is right on this process's devices, and bytes a second.
 
-    Device i holds (i + 1) * (0, 1, 2, ...), whose sums have a closed form that float32 represents exactly.
-
-    Args:
-        mesh: all devices.
-        axes: mesh axes over which the arrays are summed.
-        size: in bytes, of each device's array.
+    These are NCCL's bus bandwidth. Device i holds (i + 1) * (0, 1, 2, ...) in an array of `size` bytes, whose
+    sums have a closed form that float32 represents exactly.
     """
     # The factor of each device, and the sum of the factors in its group.
-    shape = mesh.devices.shape
-    factors = np.arange(1, mesh.size + 1, dtype=np.float32).reshape(shape)
+    factors = np.arange(1, mesh.size + 1, dtype=np.float32).reshape(mesh.devices.shape)
     summed_axes = tuple(mesh.axis_names.index(axis) for axis in axes)
-    expected = np.broadcast_to(factors.sum(axis=summed_axes, keepdims=True), shape).ravel()
+    expected = np.broadcast_to(factors.sum(axis=summed_axes, keepdims=True), factors.shape).ravel()
     ramp = np.arange(size // 4, dtype=np.float32) % 61
 
     def rows(index: Any) -> np.ndarray:
@@ -83,11 +71,7 @@ def _time_all_reduce(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[bool
         for shard in all_reduce(given).addressable_shards
     )
 
-    seconds = []
-    for _ in range(REPETITIONS):
-        start = time.perf_counter()
-        jax.block_until_ready(all_reduce(given))
-        seconds.append(time.perf_counter() - start)
     # Bus bandwidth as NCCL's tests define it: a ring of n sends 2 (n - 1) / n of the array.
-    devices = int(np.prod([shape[axis] for axis in summed_axes]))
-    return correct, 2 * (devices - 1) / devices * size / statistics.median(seconds)
+    seconds = statistics.median(timing.seconds(lambda: all_reduce(given)) for _ in range(REPETITIONS))
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    return correct, 2 * (devices - 1) / devices * size / seconds

@@ -1,6 +1,7 @@
 """The results of the doctor's checks, and the table in which they are printed."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from tabulate import tabulate
 
@@ -8,8 +9,7 @@ OK, NOTE, FAIL = "ok", "note", "FAIL"  # verdicts
 FINDING_WIDTH = 84  # characters; with the two columns before it, the table fits a terminal of 100
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The result of one check."""
 
     check: str
@@ -18,16 +18,23 @@ class Result:
     remedy: str = ""  # what to do if it failed
 
 
+def judge(check: str, finding: str, failure: str, remedy: str) -> Result:
+    """Returns the finding, or, if there is a failure, that and its remedy."""
+    return Result(check, FAIL, failure, remedy) if failure else Result(check, OK, finding)
+
+
 def table(results: list[Result]) -> str:
     """Returns the results as a table, each failure with its remedy below, and the number of failures."""
-    rows = []
-    for result in results:
-        remedy = f"\n-> {result.remedy}" if result.verdict == FAIL and result.remedy else ""
-        rows.append((result.check, result.verdict, result.finding + remedy))
+    rows = [(r.check, r.verdict, r.finding + f"\n-> {r.remedy}" * bool(r.remedy)) for r in results]
     text = tabulate(rows, tablefmt="plain", maxcolwidths=[None, None, FINDING_WIDTH], disable_numparse=True)
     failed = sum(result.verdict == FAIL for result in results)
     count = f"{failed} of {len(results)} checks failed" if failed else f"all {len(results)} checks passed"
     return f"{text}\n{count}"
+
+
+def name_failures(errors: Sequence[str], processes: list[str]) -> str:
+    """Returns which processes have which error, or "" if all errors are empty."""
+    return "; ".join(f"{process}: {error}" for process, error in zip(processes, errors, strict=True) if error)
 
 
 def group_processes(values: list, processes: list[str]) -> str:

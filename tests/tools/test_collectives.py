@@ -161,6 +161,6 @@ def test_bytes_of_rings():
     """On 4 devices: the other three quarters of a gathered array, and twice as many bytes for a sum."""
 
     def sent(kind):
-        return Collective(kind, "f32", ("fsdp",), 4, 400, 3, "").bytes
+        return Collective(kind, "f32", ("fsdp",), 4, 400, 3).bytes
 
     assert [sent(kind) for kind in hlo.KINDS] == [900, 1800, 900, 900, 1200]

@@ -9,6 +9,7 @@ import tiny
 from processes import ROOT, start
 
 from trainit import config as config_lib
+from trainit.cluster.hardware import find_accelerator
 from trainit.config import MESH_AXES
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import abstract_mesh, run_shape, shape_on
@@ -131,7 +132,7 @@ def test_bandwidths_follow_the_machines():
     """On machines of 8: within one, NVLink; a ring that leaves it has its members' network cards there."""
     sizes = {"data": 4, "fsdp": 8, "tensor": 1, "context": 1}
     card = {"data": 4, "fsdp": 4, "tensor": 2, "context": 1}
-    gpu = roofline.GPUS["H100"]
+    gpu = find_accelerator("H100")
     assert roofline.bandwidth(("fsdp",), sizes, gpu) == 450e9
     assert roofline.bandwidth(("data",), sizes, gpu) == 50e9
     assert roofline.bandwidth(("data", "fsdp"), sizes, gpu) == 400e9
@@ -145,13 +146,13 @@ def test_times():
     config.model.update(remat="block", vocab_size=1024)
     config = config_lib.resolve(config, 1024)
     sizes = {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
-    shape, gpu = shape_on(config, abstract_mesh(sizes)), roofline.GPUS["H100"]
+    shape, gpu = shape_on(config, abstract_mesh(sizes)), find_accelerator("H100")
     tokens = 16 * 32
     # 4 layers' products of 4 D^2 and 8 D^2 weights, the head's, and attention; remat adds a third.
     flops = tokens * (6 * (2 * 12 * 32**2 + 32 * 1024) + 12 * 2 * 32 * 32)
 
     def exchange(axes, size):
-        return hlo.Collective("all-gather", "bf16", axes, 2, size, 1, "")
+        return hlo.Collective("all-gather", "bf16", axes, 2, size, 1)
 
     compute = flops * 4 / 3 / (8 * 989.4e12 * 0.5)
     few = roofline.times(config, shape, [exchange(("tensor",), 900)], gpu, 0.5)

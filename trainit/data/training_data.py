@@ -189,12 +189,12 @@ class PreparedData:
 
 
 def abstract_batch(
-    data: TrainingData, shape: Shape, layout: jax.sharding.NamedSharding
+    dtype: np.dtype, shape: Shape, layout: jax.sharding.NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, types and shardings of the batches that `data.reader(shape, layout)` reads."""
+    """Returns shapes, types and shardings of the batches that `reader(shape, layout)` of such ids reads."""
     micro_steps, rows, length = shape
     return {
-        "tokens": jax.ShapeDtypeStruct((micro_steps, rows, length + 1), data.dtype, sharding=layout),
+        "tokens": jax.ShapeDtypeStruct((micro_steps, rows, length + 1), dtype, sharding=layout),
         "lengths": jax.ShapeDtypeStruct((micro_steps, rows), np.int32, sharding=layout),
     }
 

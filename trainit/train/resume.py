@@ -172,5 +172,5 @@ class Resume:
         """Starts to compile the step that follows `step` others, in another thread."""
         if step < self._config.steps:
             layout = batch_sharding(self._shape.device_mesh)
-            batch = abstract_batch(self._data, self._shape.batch_at(step), layout)
+            batch = abstract_batch(self._data.dtype, self._shape.batch_at(step), layout)
             self._steps.train.compile_ahead(self._steps.abstract_state, batch)

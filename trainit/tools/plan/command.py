@@ -16,33 +16,21 @@ from trainit.cluster.process import DONE
 from trainit.config import Config, ConfigDict, require
 
 DESCRIPTION = "Predicts memory, what devices exchange, time and MFU of a config's train step on GPUs."
+GPUS = {gpu.name: gpu for gpu in ACCELERATORS if gpu.node}  # those whose links are known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
     cli.add_config_arguments(parser)
     add = parser.add_argument_group("plan").add_argument
-    gpus = [gpu.name for gpu in ACCELERATORS if gpu.node]  # whose links are known
+    number, fraction = cli.number(int, 0), cli.number(float, 0.01, 1)
     add("--devices", metavar="N[,N...]", default="8", help="GPUs of the job, or several numbers of them")
-    add(
-        "--rows",
-        type=cli.number(int, 0),
-        default=0,
-        help="sequences of a step on each part of data × fsdp, instead of batch_size; 0: batch_size",
-    )
-    add("--gpu", choices=gpus, default="H100", help="kind of GPU")
-    add(
-        "--efficiency",
-        type=cli.number(float, 0.01, 1),
-        default=0.6,
-        help="fraction of the peak that computation reaches",
-    )
-    add(
-        "--compile_up_to",
-        type=cli.number(int),
-        default=512,
-        help="maximum of virtual devices for which the step is compiled",
-    )
+    rows = "sequences of a step on each part of data × fsdp, instead of batch_size; 0: batch_size"
+    add("--rows", type=number, default=0, help=rows)
+    add("--gpu", choices=GPUS, default="H100", help="kind of GPU")
+    add("--efficiency", type=fraction, default=0.6, help="fraction of the peak that computation reaches")
+    bound = "maximum of virtual devices for which the step is compiled"
+    add("--compile_up_to", type=number, default=512, help=bound)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,17 +43,16 @@ def run(arguments: argparse.Namespace) -> int:
     counts = [int(number) for number in numbers]
     config = cli.load_config(arguments)
     from trainit.cluster import devices
-    from trainit.tools.plan import report, roofline
+    from trainit.tools.plan import report
     from trainit.tools.plan.plan import plan
 
-    virtual = max([count for count in counts if count <= arguments.compile_up_to], default=1)
-    devices.configure("cpu", virtual, cli.cache())
+    compiled = [count for count in counts if count <= arguments.compile_up_to]
+    devices.configure("cpu", max(compiled, default=1), cli.cache())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    gpu = roofline.GPUS[arguments.gpu]
     plans = []
     for count in counts:
         resolved = _resolve(config.copy_and_resolve_references(), count, arguments)
-        plans.append(plan(resolved, count, gpu, arguments.efficiency, count <= arguments.compile_up_to))
+        plans.append(plan(resolved, count, GPUS[arguments.gpu], arguments.efficiency, count in compiled))
         print(report.describe(plans[-1]), flush=True)
     if len(plans) > 1:
         print(report.table(plans))

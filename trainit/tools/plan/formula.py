@@ -43,12 +43,9 @@ class _Exchange(NamedTuple):
 
 
 def predict(config: Config, shape: RunShape, parameters: dict) -> list[Collective]:
-    """Predicts the collectives of a train step, except for scalars.
+    """Predicts the collectives of a train step, except for scalars, from the shapes of the parameters.
 
-    Args:
-        config: resolved; without diagnostics, and with an elementwise optimizer.
-        shape: the run's.
-        parameters: their shapes.
+    The config is resolved, has no diagnostics, and its optimizer is elementwise.
     """
     sizes, (micro_steps, rows, length) = shape.sizes, shape.batch_at(0)
     once = shape.accumulates_locally(micro_steps)  # gradients are summed over data once a step
@@ -59,15 +56,11 @@ def predict(config: Config, shape: RunShape, parameters: dict) -> list[Collectiv
         devices = math.prod(sizes[axis] for axis in axes)
         if axes and times:
             size = round(one.numbers * WIDTHS[one.dtype])
-            found.append(Collective(one.kind, one.dtype, axes, devices, size, times, one.name))
+            found.append(Collective(one.kind, one.dtype, axes, devices, size, times))
 
     summed = set()  # names of gradients: that of a tied embedding, which has two terms, is summed once
-    exchanges = [
-        *_kernels(config, sizes, parameters),
-        *_vectors(sizes, parameters),
-        *_activations(config, shape, rows // shape.shares, length),
-    ]
-    for one in exchanges:
+    activations = _activations(config, shape, rows // shape.shares, length)
+    for one in (*_parameters(config, sizes, parameters), *activations):
         axes = one.axes
         if once and "data" in axes:
             if one.name not in summed:
@@ -87,52 +80,35 @@ def _gathers(config: Config) -> int:
     return 2 if config.model.scan_layers or config.model.remat not in ("none", "attention") else 1
 
 
-def _layers(name: str, shape: tuple[int, ...]) -> int:
-    return shape[0] if is_stacked(name) else 1
-
-
-def _kernels(config: Config, sizes: Mapping[str, int], parameters: dict) -> Iterator[_Exchange]:
-    """Yields the exchanges of matrices, of the head's and the embedding's too."""
+def _parameters(config: Config, sizes: Mapping[str, int], parameters: dict) -> Iterator[_Exchange]:
+    """Yields the exchanges of each layer's parameters and of their gradients."""
+    batch, tensor = ("data", "fsdp"), ("tensor",)
     for path, leaf in jax.tree.leaves_with_path(parameters):
         name = path_name(path)
-        kind = parameter_kind(name)
-        if kind == "vector" or name == "position_embedding/embedding":
-            continue
-        layers = _layers(name, leaf.shape)
-        part = math.prod(leaf.shape) / layers / sizes["tensor"]
-        if kind == "embedding":
-            yield _Exchange("all-reduce", "f32", ("data",), part / sizes["fsdp"], 1, name)
-            if not config.model.tied_embeddings:
-                continue  # a tied one is used as the head's kernel, too
-        compute = COMPUTE_TYPES[config.precision]
-        gathers = layers * (_gathers(config) if kind == "matrix" else 1)
-        yield _Exchange("all-gather", compute, ("fsdp",), part, gathers, name)
-        yield _Exchange("reduce-scatter", "f32", ("fsdp",), part, layers, name)
-        yield _Exchange("all-reduce", "f32", ("data",), part / sizes["fsdp"], layers, name)
-
-
-def _vectors(sizes: Mapping[str, int], parameters: dict) -> Iterator[_Exchange]:
-    """Yields the sums of vectors' gradients over positions.
-
-    Positions are split over data and fsdp, and in the residual stream over tensor as well.
-    """
-    batch = ("data", "fsdp")
-    for path, leaf in jax.tree.leaves_with_path(parameters):
-        name = path_name(path)
-        if name == "position_embedding/embedding":
-            numbers = math.prod(leaf.shape) / sizes["fsdp"]
-            yield _Exchange("all-reduce", "f32", ("data", "tensor"), numbers, 1, name)
-        if parameter_kind(name) != "vector":
-            continue
-        layers = _layers(name, leaf.shape)
+        kind, layers = parameter_kind(name), leaf.shape[0] if is_stacked(name) else 1
         numbers = math.prod(leaf.shape) / layers
-        if "tensor" in mesh_axes(*logical_axes(name)):
-            yield _Exchange("all-reduce", "f32", batch, numbers / sizes["tensor"], layers, name)
-        elif name.endswith("bias") and "norm" not in name:
-            yield _Exchange("all-reduce", "f32", (*batch, "tensor"), numbers, layers, name)
-        else:  # XLA sums over one after the other
+        part = numbers / sizes["tensor"]
+        # Gradients of vectors are summed over positions, which are split over data and fsdp, and in the
+        # residual stream over tensor as well.
+        if name == "position_embedding/embedding":
+            yield _Exchange("all-reduce", "f32", ("data", *tensor), numbers / sizes["fsdp"], 1, name)
+        elif kind == "vector" and "tensor" in mesh_axes(*logical_axes(name)):
+            yield _Exchange("all-reduce", "f32", batch, part, layers, name)
+        elif kind == "vector" and name.endswith("bias") and "norm" not in name:
+            yield _Exchange("all-reduce", "f32", (*batch, *tensor), numbers, layers, name)
+        elif kind == "vector":  # XLA sums over one after the other
             yield _Exchange("all-reduce", "f32", batch, numbers, layers, name)
-            yield _Exchange("all-reduce", "f32", ("tensor",), numbers, layers, name)
+            yield _Exchange("all-reduce", "f32", tensor, numbers, layers, name)
+        else:
+            gradient = _Exchange("all-reduce", "f32", ("data",), part / sizes["fsdp"], layers, name)
+            yield gradient
+            if kind == "embedding":
+                if not config.model.tied_embeddings:
+                    continue
+                yield gradient  # a tied one is used as the head's kernel, too
+            compute, gathers = COMPUTE_TYPES[config.precision], _gathers(config) if kind == "matrix" else 1
+            yield _Exchange("all-gather", compute, ("fsdp",), part, gathers * layers, name)
+            yield _Exchange("reduce-scatter", "f32", ("fsdp",), part, layers, name)
 
 
 def _activations(config: Config, shape: RunShape, rows: int, length: int) -> Iterator[_Exchange]:

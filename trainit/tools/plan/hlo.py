@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
+_NAME = re.compile(r"%[\w.-]+")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+|f8\w+)\[([\d,]*)\]")
 
 
@@ -36,7 +37,6 @@ class Collective:
     devices: int  # in a group
     size: int  # bytes of the whole array: after it is gathered, or before it is reduced or scattered
     times: int  # in a run of the program
-    name: str  # the operation that it comes from
 
     @property
     def bytes(self) -> float:
@@ -62,20 +62,15 @@ def total(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]]
 def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     """Compiles a program; returns it and its text after partitioning.
 
-    The cache of compiled programs is not used, since what comes from it has no text.
-
-    Raises:
-        RuntimeError: this version of XLA has not written the text.
+    The cache of compiled programs is not used, since what comes from it has no text. Raises RuntimeError if
+    this version of XLA has not written the text.
     """
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, str | bool] = {
-            "xla_dump_to": folder,
-            "xla_dump_hlo_pass_re": "spmd-partition|call-inliner",
-        }
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partition|call-inliner"}
         try:
             _enable_cache(False)
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered.compile(compiler_options={**options})
         finally:
             _enable_cache(enabled)
         first = next(Path(folder).glob("*.before_optimizations.txt")).read_text()
@@ -94,135 +89,112 @@ def _enable_cache(enabled: bool):
     compilation_cache.reset_cache()
 
 
-def read(text: str, sizes: Mapping[str, int]) -> list[Collective]:
-    """Returns all collectives of a program over more than one device.
-
-    Args:
-        text: HLO. Loops count from 0 up to a constant, as those of JAX's scans do.
-        sizes: the sizes of the mesh's axes, in the mesh's order.
-
-    Raises:
-        ValueError: a loop with collectives does not count like this, or a collective is asynchronous.
-    """
-    computations, entry = _computations(text)
-
-    @functools.cache
-    def collectives(computation: str) -> tuple[Collective, ...]:
-        found: list[Collective] = []
-        for line in _distinct(computations[computation]):
-            _, result, operation, rest = _parse(line)
-            if operation in KINDS:
-                found.append(_collective(operation, result, rest, sizes))
-            elif operation.removesuffix("-start") in KINDS:
-                raise ValueError(f"{operation}: give the text after partitioning, where none is asynchronous")
-            elif operation == "while":
-                body = collectives(_match(r"\bbody=(%[\w.-]+)", rest)[1])
-                if body:
-                    count = _iterations(computations[_match(r"\bcondition=(%[\w.-]+)", rest)[1]])
-                    found += [replace(one, times=one.times * count) for one in body]
-            elif operation in ("call", "conditional"):  # every branch of a conditional counts
-                for called in re.findall(r"%[\w.-]+", rest[rest.index(")") :].split("metadata=")[0]):
-                    found += collectives(called) if called in computations else ()
-        return tuple(found)
-
-    return [one for one in collectives(entry) if one.devices > 1]
-
-
 class _Instruction(NamedTuple):
+    root: str | None  # whether its result is the computation's
     name: str
     result: str  # its type
     operation: str
     rest: str  # operands and attributes
 
 
-def _parse(line: str) -> _Instruction:
-    return _Instruction(*_match(_INSTRUCTION, line).groups())
+def read(text: str, sizes: Mapping[str, int]) -> list[Collective]:
+    """Returns all collectives of a program over more than one device, on a mesh of these sizes, in its order.
+
+    Raises ValueError if one is asynchronous, or is in a loop that does not count from 0 up to a constant, as
+    those of JAX's scans do.
+    """
+    computations, entry = _computations(text)
+
+    @functools.cache
+    def collectives(computation: str) -> tuple[Collective, ...]:
+        found: list[Collective] = []
+        for _, _, result, operation, rest in _distinct(computations[computation]):
+            if operation in KINDS:
+                found.append(_collective(operation, result, rest, sizes))
+            elif operation.removesuffix("-start") in KINDS:
+                raise ValueError(f"{operation}: give the text after partitioning, where none is asynchronous")
+            elif operation == "while":
+                if body := collectives(_match(r"\bbody=(%[\w.-]+)", rest)[1]):
+                    count = _iterations(computations[_match(r"\bcondition=(%[\w.-]+)", rest)[1]])
+                    found += [replace(one, times=one.times * count) for one in body]
+            elif operation in ("call", "conditional"):  # every branch of a conditional counts
+                for called in _NAME.findall(rest[rest.index(")") :]):
+                    found += collectives(called) if called in computations else ()
+        return tuple(found)
+
+    return [one for one in collectives(entry) if one.devices > 1]
 
 
 def _match(pattern: str | re.Pattern, text: str) -> re.Match:
-    """Returns the first match.
-
-    Raises:
-        ValueError: there is none, so that this version of XLA writes programs in another form.
-    """
+    """Returns the first match. If there is none, this version of XLA writes programs in another form."""
     match = re.search(pattern, text)
     if match is None:
         raise ValueError(f"HLO of an unknown form: {text.strip()[:80]}")
     return match
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Returns the instructions of each computation, a line each, and the name of the one that runs first."""
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Returns the instructions of each computation, and the name of the one that runs first."""
+    computations: dict[str, list[_Instruction]] = {}
+    entry, instructions = "", []
     for line in text.splitlines():
         if match := re.match(r"(ENTRY )?(%[\w.-]+) .*\{$", line):
-            lines = computations[match[2]] = []
+            instructions = computations[match[2]] = []
             entry = match[2] if match[1] else entry
         elif line.startswith("  "):
-            lines.append(line)
+            parts = _match(_INSTRUCTION, re.sub(r", (metadata=\{.*?\}|channel_id=\d+)", "", line))
+            instructions.append(_Instruction(*parts.groups()))
     return computations, entry
 
 
-def _distinct(lines: list[str]) -> list[str]:
+def _distinct(instructions: list[_Instruction]) -> list[_Instruction]:
     """Returns the instructions without those that equal an earlier one. Operands come before their users."""
     representative: dict[str, str] = {}  # of each name: the first name with the same value
     first: dict[tuple, str] = {}
     distinct = []
-    for line in lines:
-        name, result, operation, rest = _parse(line)
-        rest = re.sub(r", (metadata=\{.*?\}|channel_id=\d+)", "", rest)
-        rest = re.sub(r"%[\w.-]+", lambda match: representative.get(match[0], match[0]), rest)
-        same = name if operation == "parameter" else first.setdefault((result, operation, rest), name)
-        representative[name] = same
-        if same == name:
-            distinct.append(line)
+    for one in instructions:
+        rest = _NAME.sub(lambda match: representative.get(match[0], match[0]), one.rest)
+        value = (one.result, one.operation, one.name if one.operation == "parameter" else rest)
+        representative[one.name] = first.setdefault(value, one.name)
+        if representative[one.name] == one.name:
+            distinct.append(one)
     return distinct
 
 
-def _iterations(condition: list[str]) -> int:
+def _iterations(condition: list[_Instruction]) -> int:
     """Returns how often a loop runs whose condition is i < constant, for i from 0."""
     constants: dict[str, str] = {}
-    for line in condition:
-        name, result, operation, rest = _parse(line)
+    for root, name, result, operation, rest in condition:
         if operation == "constant" and result in ("s32[]", "s64[]"):
             constants[name] = rest.partition(")")[0]
         elif operation == "copy":
             constants[name] = constants.get(rest.partition(")")[0], "")
-        if "ROOT" in line and operation == "compare" and "direction=LT" in rest:
-            bound = constants.get(re.findall(r"%[\w.-]+", rest)[1], "")
+        if root and operation == "compare" and "direction=LT" in rest:
+            bound = constants.get(_NAME.findall(rest)[1], "")
             if bound.isdigit():
                 return int(bound)
-    raise ValueError(f"a loop with collectives does not count up to a constant: {condition[-1].strip()}")
+    last = " ".join(condition[-1][1:])  # the root
+    raise ValueError(f"a loop with collectives does not count up to a constant: {last}")
 
 
 def _collective(kind: str, result: str, rest: str, sizes: Mapping[str, int]) -> Collective:
     """Returns the collective of an instruction, which runs once."""
-    if kind == "collective-permute":
-        groups = _listed(_match(r"source_target_pairs=\{(.*?\})\}", rest)[1])
-    else:
-        groups = _groups(_match(r"replica_groups=(.*)", rest)[1], math.prod(sizes.values()))
-    arrays = _ARRAY.findall(result)
-    size = sum(_width(dtype) * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
+    groups = _groups(
+        _match(r"(?:replica_groups|source_target_pairs)=(.*)", rest)[1], math.prod(sizes.values())
+    )
+    arrays = [(dtype, _numbers(dims)) for dtype, dims in _ARRAY.findall(result)]
+    size = sum(math.prod(dims) * (*_numbers(dtype), 8)[0] / 8 for dtype, dims in arrays)  # pred has 8 bits
     size *= groups.shape[1] if kind == "reduce-scatter" else 1  # its result is a part of the whole array
     dtypes = "+".join(dict.fromkeys(dtype for dtype, _ in arrays))
-    name = re.search(r'op_name="(.*?)"', rest)
-    axes = _axes(groups, sizes)
-    return Collective(kind, dtypes, axes, groups.shape[1], round(size), 1, name[1] if name else "")
-
-
-def _width(dtype: str) -> float:
-    """Returns the bytes of a number."""
-    bits = re.search(r"\d+", dtype)
-    return int(bits[0]) / 8 if bits else 1
+    return Collective(kind, dtypes, _axes(groups, sizes), groups.shape[1], round(size), 1)
 
 
 def _groups(text: str, devices: int) -> np.ndarray:
     """Returns device numbers (groups, devices of a group) from any of the forms in which XLA writes them."""
     if text.startswith("{}"):  # all devices
         return np.arange(devices)[None]
-    if match := re.match(r"\{(\{.*?\})\}", text):  # {{0,2},{1,3}}
-        return _listed(match[1])
+    if match := re.match(r"\{\{.*?\}\}", text):  # {{0,2},{1,3}}
+        return np.array([_numbers(group) for group in match[0].split("},{")])
     if match := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):  # [2,2]<=[2,2]T(1,0)
         return _iota(match[3], match[4]).reshape(int(match[1]), int(match[2]))
     if match := re.match(  # mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}
@@ -236,19 +208,18 @@ def _groups(text: str, devices: int) -> np.ndarray:
     raise ValueError(f"replica groups of an unknown form: {text[:80]}")
 
 
-def _listed(text: str) -> np.ndarray:
-    """Returns the numbers of "{0,2},{1,3}" as rows."""
-    return np.array([list(map(int, group.split(","))) for group in re.findall(r"[\d,]*\d", text)])
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
     """Returns the numbers from 0 in an array of shape `dims`, transposed, then flattened: [4,2]T(1,0)."""
-    shape = list(map(int, dims.split(",")))
+    shape = _numbers(dims)
     grid = np.arange(math.prod(shape)).reshape(shape)
-    return (grid.transpose(list(map(int, order.split(",")))) if order else grid).ravel()
+    return grid.transpose(_numbers(order) if order else range(len(shape))).ravel()
 
 
-def _along(grid: np.ndarray, dims: list[int]) -> np.ndarray:
+def _along(grid: np.ndarray, dims: Sequence[int]) -> np.ndarray:
     """Returns as rows the groups of a grid's numbers that differ only in their place along `dims`."""
     moved = np.moveaxis(grid, dims, range(grid.ndim - len(dims), grid.ndim))
     return moved.reshape(-1, math.prod(grid.shape[dim] for dim in dims))
@@ -261,6 +232,6 @@ def _axes(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
     split = [dim for dim, size in enumerate(grid.shape) if size > 1]
     for count in range(len(split) + 1):
         for dims in itertools.combinations(split, count):
-            if set(map(frozenset, _along(grid, list(dims)).tolist())) == wanted:
+            if set(map(frozenset, _along(grid, dims).tolist())) == wanted:
                 return tuple(list(sizes)[dim] for dim in dims)
     return ("?",)

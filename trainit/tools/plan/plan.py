@@ -9,6 +9,7 @@ import numpy as np
 
 from trainit.cluster.hardware import Accelerator
 from trainit.config import MESH_AXES, Config
+from trainit.data.training_data import abstract_batch
 from trainit.parallel.layout import batch_sharding, state_shardings
 from trainit.parallel.mesh import RunShape, abstract_mesh, make_mesh, mesh_sizes, run_shape, shape_on
 from trainit.parallel.trees import device_bytes
@@ -32,30 +33,18 @@ class Plan:
     compiled: list[Collective] | None  # None: not compiled
     times: roofline.Times
 
-    @property
-    def error(self) -> float:
-        """How far the predicted bytes of all exchanges are from the compiled ones; nan: not compiled."""
-        if self.compiled is None:
-            return math.nan
-        compiled, predicted = (sum(one.bytes for one in some) for some in (self.compiled, self.predicted))
-        return predicted / compiled - 1 if compiled else 0.0
-
 
 def plan(config: Config, devices: int, gpu: Accelerator, efficiency: float, compiles: bool) -> Plan:
-    """Plans a step.
+    """Plans a step of a resolved config on this many GPUs.
 
-    Args:
-        config: resolved.
-        devices: the job's GPUs.
-        gpu: their kind.
-        efficiency: see `roofline.times`.
-        compiles: whether the step is compiled for that many virtual devices, which JAX must have.
+    If it is to be compiled, JAX must have that many virtual devices.
     """
     compiled, temporaries = None, math.nan
     if compiles:
         shape = run_shape(config, jax.devices()[:devices])
         built = step.build(config, shape)
-        program, text = hlo.compile_with_text(built.train.lower(built.abstract_state, _batch(shape)))
+        batch = abstract_batch(np.dtype(np.uint16), shape.batch_at(0), batch_sharding(shape.mesh))
+        program, text = hlo.compile_with_text(built.train.lower(built.abstract_state, batch))
         compiled = hlo.read(text, shape.sizes)
         memory: Any = program.memory_analysis()
         temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -70,25 +59,8 @@ def plan(config: Config, devices: int, gpu: Accelerator, efficiency: float, comp
     split = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
 
     predicted = formula.predict(config, shape, state.params)
+    times = roofline.times(config, shape, predicted, gpu, efficiency)
+    parameters, state_bytes = metrics.parameter_count(state.params), device_bytes(split)
     return Plan(
-        config=config,
-        gpu=gpu,
-        efficiency=efficiency,
-        shape=shape,
-        parameters=metrics.parameter_count(state.params),
-        state=device_bytes(split),
-        temporaries=temporaries,
-        predicted=predicted,
-        compiled=compiled,
-        times=roofline.times(config, shape, predicted, gpu, efficiency),
+        *(config, gpu, efficiency, shape, parameters, state_bytes, temporaries, predicted, compiled, times)
     )
-
-
-def _batch(shape: RunShape) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the step's batch, with shardings."""
-    micro_steps, rows, length = shape.batch_at(0)
-    layout = batch_sharding(shape.mesh)
-    return {
-        "tokens": jax.ShapeDtypeStruct((micro_steps, rows, length + 1), np.uint16, sharding=layout),
-        "lengths": jax.ShapeDtypeStruct((micro_steps, rows), np.int32, sharding=layout),
-    }

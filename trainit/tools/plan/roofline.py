@@ -2,31 +2,28 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from trainit.cluster.hardware import ACCELERATORS, Accelerator
+from trainit.cluster.hardware import Accelerator
 from trainit.config import Config
 from trainit.parallel.mesh import RunShape
 from trainit.tools.plan.hlo import Collective
 from trainit.train import metrics
 
-# The accelerators whose links are known.
-GPUS = {gpu.name: gpu for gpu in ACCELERATORS if gpu.node}
 
-
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """The seconds of a step, and what follows from them."""
 
     compute: float
     exposed: float  # exchanges that computation waits for: activations, and gradients at the end of the step
     hidden: float  # exchanges of kernels and gradients that can overlap with computation
-    mfu: float  # if these overlap as far as computation lasts
+    at_peak: float  # the model's FLOPs at the peak of all GPUs; MFU is its share of the step
 
     @property
     def step(self) -> float:
+        """The seconds of the step if exchanges overlap as far as computation lasts."""
         return self.exposed + max(self.compute, self.hidden)
 
     @property
@@ -34,24 +31,26 @@ class Times:
         """The seconds of the step if nothing overlaps."""
         return self.exposed + self.compute + self.hidden
 
+    @property
+    def mfu(self) -> float:
+        return self.at_peak / self.step
+
+    @property
+    def mfu_unhidden(self) -> float:
+        return self.at_peak / self.unhidden
+
 
 def times(
     config: Config, shape: RunShape, exchanged: Iterable[Collective], gpu: Accelerator, efficiency: float
 ) -> Times:
     """Estimates the times of a step.
 
-    Args:
-        config: resolved.
-        shape: the run's.
-        exchanged: a step's collectives.
-        gpu: the kind of GPU.
-        efficiency: the part of the GPU's peak that computation reaches, between products included.
+    Computation, between products included, reaches `efficiency` of the GPU's peak.
     """
     # Model FLOPs count for MFU; with full rematerialization the forward pass is computed twice.
     flops = metrics.flops_per_token(config.model) * config.batch_size * config.model.context_length
-    computed = flops * (4 / 3 if config.model.remat == "block" else 1)
-    devices = math.prod(shape.sizes.values())
-    compute = computed / (devices * gpu.flops * efficiency)
+    at_peak = flops / (math.prod(shape.sizes.values()) * gpu.flops)
+    compute = at_peak * (4 / 3 if config.model.remat == "block" else 1) / efficiency
 
     once = shape.accumulates_locally(shape.batch_at(0).micro_steps)
     exposed = hidden = 0.0
@@ -62,19 +61,14 @@ def times(
             exposed += seconds
         else:
             hidden += seconds
-    step = exposed + max(compute, hidden)
-    return Times(compute, exposed, hidden, flops / (step * devices * gpu.flops))
+    return Times(compute, exposed, hidden, at_peak)
 
 
 def bandwidth(axes: tuple[str, ...], sizes: Mapping[str, int], gpu: Accelerator) -> float:
     """Returns the bytes a second that a device sends if all groups over these axes exchange at once.
 
-    A group's ring leaves a machine once, through the network cards of all its members there.
-
-    Args:
-        axes: the mesh axes that a group spans.
-        sizes: the mesh's; its last axis varies fastest.
-        gpu: the kind of GPU.
+    A group's ring leaves a machine once, through the network cards of all its members there. Devices are
+    numbered along the mesh, whose last axis varies fastest.
     """
     grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
     group = grid[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel()

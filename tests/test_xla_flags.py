@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, end, start
 
-from trainit.cluster.devices import visible_gpus
-from trainit.cluster.hardware import JobDevices, detect
+from trainit.cluster.hardware import JobDevices, detect, visible_gpus
 from trainit.cluster.place import Place, SetupError
 from trainit.cluster.process import TUNABLES
 from trainit.cluster.xla_flags import SETTINGS, apply

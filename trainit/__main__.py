@@ -37,32 +37,27 @@ Trainit {__version__} pre-trains GPT models with JAX on many hosts.
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the command line, by default that of this process. Returns the exit code."""
     name, *rest = given if given is not None else sys.argv[1:] or [""]
-    if name in ("-h", "--help", "help"):
-        print(HELP, end="")
+    if name in ("-h", "--help", "help", "--version"):
+        print(f"trainit {__version__}\n" if name == "--version" else HELP, end="")
         return DONE
-    if name == "--version":
-        print(f"trainit {__version__}")
-        return DONE
-    if name not in COMMANDS:
-        cli.print_error(_unknown(name))
-        return USAGE
     if name == "train":
         tune_process()
         block_stop_signals()  # the imports that follow take seconds; signals wait until JobMonitor listens
     try:
+        if name not in COMMANDS:
+            raise ConfigError(_unknown(name))
         arguments = command_parser(name).parse(rest)
-        code: int = _module(name).run(arguments)
+        return int(_module(name).run(arguments))
     except ConfigError as error:
         cli.print_error(error)
         return USAGE
     except OSError as error:
         cli.print_error(f"{error.filename}: {error.strerror}" if error.filename else error)
         return FAILED
-    return code
 
 
 def command_parser(name: str) -> cli.Parser:
-    """Returns the parser of a sub-command."""
+    """The parser of a sub-command."""
     if name == "train":
         return cli.train_parser("trainit train")
     module = _module(name)
@@ -80,9 +75,8 @@ def _module(name: str):
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-    if name.startswith("--config") or name.endswith(".py"):
-        near = ["train"]
+    is_config = name.startswith("--config") or name.endswith(".py")
+    near = ["train"] if is_config else difflib.get_close_matches(name, COMMANDS, 1, 0.5)
     what = f"unknown command {name!r}" if name else "the command is missing"
     hint = f"did you mean trainit {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}."
     return f"{what}; {hint} See trainit --help"

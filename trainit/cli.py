@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import difflib
 import itertools
-import math
 import os
 import re
 import runpy
@@ -19,10 +18,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags
 
-from trainit import config as config_lib
 from trainit.cluster.place import Place, find_place
 from trainit.cluster.process import USAGE
-from trainit.config import Config, ConfigDict, ConfigError, check_fields, require
+from trainit.config import (
+    Config,
+    ConfigDict,
+    ConfigError,
+    check_fields,
+    field,
+    require,
+    resolve,
+    shrink,
+    walk,
+)
+from trainit.config.schema import unknown_field
 
 if TYPE_CHECKING:
     from trainit.data.training_data import TrainingData
@@ -54,10 +63,9 @@ class Parser(argparse.ArgumentParser):
         """The values of all flags; those of --config.FIELD are in `overrides`, as (name, text or None)."""
         # Libraries refuse to work, e.g. Grain in its worker processes, unless absl's flags are parsed.
         flags.FLAGS.mark_as_parsed()
-        rest, overrides = _split_overrides(arguments)
+        takes_fields = "--config" in self._option_string_actions
+        rest, overrides = _split_overrides(arguments) if takes_fields else (arguments, [])
         values, unknown = self.parse_known_args(rest)
-        if overrides and not hasattr(values, "config"):
-            unknown.append(f"--config.{overrides[0][0]}")
         if unknown and unknown[0].startswith("-"):
             name = unknown[0].partition("=")[0]
             known = {flag.removesuffix("FIELD"): flag for flag in self._option_string_actions}
@@ -95,20 +103,19 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[st
 
 def true_or_false(text: str) -> bool:
     """Parses the value of a flag that is also given without one."""
-    return bool(config_lib.field(False, "").parse("the flag", text))
+    return bool(field(False, "").parse("the flag", text))
 
 
-def number(kind: type, at_least: float = -math.inf, at_most: float = math.inf) -> Callable[[str], Any]:
+def number(kind: type, at_least: float | None = None, at_most: float | None = None) -> Callable[[str], Any]:
     """A parser of numbers within bounds, for `type=` of a flag."""
+    known = field(kind(), "", at_least=at_least, at_most=at_most)
 
     def parse(text: str) -> Any:
         try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} must be {config_lib.TYPE_NAMES[kind]}") from None
-        if not at_least <= value <= at_most:
-            bound = f"at least {at_least}" if value < at_least else f"at most {at_most}"
-            raise argparse.ArgumentTypeError(f"{text} must be {bound}")
+            known.check("", value := known.parse("", text))
+        except ConfigError:
+            what = ", ".join(filter(None, (known.bounds, known.type_name)))
+            raise argparse.ArgumentTypeError(f"{text} must be {what}") from None
         return value
 
     return parse
@@ -119,8 +126,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("config").add_argument
     file = "config file, with choices of whole groups, e.g. configs/pile_gpt.py:model=gpt2_medium"
     add("--config", metavar="FILE[:GROUP=CHOICE,...]", default="", help=file)
-    field = "sets a field, e.g. --config.steps=2000; `trainit fields` lists all of them"
-    add("--config.FIELD", metavar="VALUE", default=argparse.SUPPRESS, help=field)
+    example = "sets a field, e.g. --config.steps=2000; `trainit fields` lists all of them"
+    add("--config.FIELD", metavar="VALUE", default=argparse.SUPPRESS, help=example)
     shrunk = "the same run, shrunk to this machine and a minute"
     add("--debug", type=true_or_false, metavar="BOOL", nargs="?", const=True, default=False, help=shrunk)
 
@@ -165,8 +172,8 @@ def config_flags(arguments: argparse.Namespace) -> list[str]:
 
 def workdir(arguments: argparse.Namespace) -> Path:
     """The run's folder: as given, or runs/ and the config file's name, with -debug if shrunk."""
-    name = Path(arguments.config.partition(":")[0]).stem + "-debug" * arguments.debug
-    return Path(arguments.workdir or f"runs/{name}")
+    name = Path(arguments.config.partition(":")[0]).stem
+    return Path(arguments.workdir or f"runs/{name}{'-debug' * arguments.debug}")
 
 
 def find_own_place(arguments: argparse.Namespace) -> Place:
@@ -179,34 +186,10 @@ def find_own_place(arguments: argparse.Namespace) -> Place:
     return dataclasses.replace(place, coordinator=arguments.coordinator or place.coordinator)
 
 
-def meet(
-    config: Config | ConfigDict,
-    place: Place,
-    arguments: argparse.Namespace,
-    identity: dict[str, str],
-    stop_requested: Callable[[], str],
-) -> tuple[list[Any], str]:
-    """Waits until all processes of the job have come: the connections to them, and JAX's coordinator.
-
-    `identity`, `stop_requested` and errors are those of `rendezvous.meet`.
-    """
-    from trainit.cluster import devices, rendezvous
-    from trainit.cluster.place import check_coordinator
-
-    if place.num_processes == 1:
-        return [], ""
-    check_coordinator(place)
-    gpus = devices.visible_gpus(os.environ, place) if config.platform != "cpu" else []
-    return rendezvous.meet(
-        *(place.process_id, place.num_processes, place.coordinator, identity, gpus),
-        *(arguments.wait_seconds, stop_requested),
-    )
-
-
 def cache() -> Path:
     """The folder where prepared demo data and compiled programs are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TRAINIT_CACHE") or Path(home) / "trainit")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TRAINIT_CACHE") or home / "trainit")
 
 
 def load_config(arguments: argparse.Namespace) -> ConfigDict:
@@ -229,12 +212,12 @@ def load_config(arguments: argparse.Namespace) -> ConfigDict:
 
 def _set_fields(config: ConfigDict, overrides: Sequence[tuple[str, str | None]]) -> None:
     """Sets fields by their dotted names. Several values of a field that takes tuples are put together."""
-    known = {name: field for name, _, field in config_lib.walk(config)}
+    fields = {name: known for name, _, known in walk(config)}
     values: dict[str, Any] = {}
     for name, text in overrides:
-        if name not in known:
+        if name not in fields:
             raise ConfigError(_no_field(name, config))
-        value = known[name].parse(f"config.{name}", text)
+        value = fields[name].parse(f"config.{name}", text)
         if isinstance(value, tuple) and isinstance(values.get(name), tuple):
             value = values[name] + value
         values[name] = value
@@ -247,7 +230,7 @@ def _no_field(name: str, config: ConfigDict) -> str:
     for path in itertools.accumulate(name.split("."), "{}.{}".format):
         part = path.rpartition(".")[2]
         if not isinstance(group, ConfigDict) or part not in group:
-            return config_lib.unknown_field(path, group)
+            return unknown_field(path, group)
         group = group[part]
     example = f"--config.{name}.{next(iter(group), 'FIELD')}=VALUE"
     return f"config.{name} is a group: choose it by --config=FILE:{name}=CHOICE, or set its fields: {example}"
@@ -260,7 +243,7 @@ def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "Tr
     from trainit.prepare.demo import prepare_demo
 
     if arguments.debug:
-        config_lib.shrink(config, [name for name, _ in arguments.overrides])
+        shrink(config, [name for name, _ in arguments.overrides])
         path = Path(config.dataset.path)
         if "streams" not in config.dataset and not path.is_dir() and not detect.find(path):
             config.dataset.update(path="demo", mixture="", tokenizer="", validation_path="")
@@ -277,6 +260,6 @@ def _resolve(config: ConfigDict, vocab_size: int, end_of_text: int) -> Config:
     """Resolves the config, and checks what only the optimizer knows."""
     from trainit import optimizers
 
-    resolved = config_lib.resolve(config, vocab_size, end_of_text)
+    resolved = resolve(config, vocab_size, end_of_text)
     optimizers.check(resolved)
     return resolved

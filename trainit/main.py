@@ -100,9 +100,17 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: _Exit, start: St
         where = f": process {place.process_id} of {place.num_processes}, coordinator {place.coordinator}"
         logging.info("%-10s %s", "place", place.source + where * (place.num_processes > 1))
         logging.info("%-10s %s", "settings", settings)
-        same = _identity(config, dataset.fingerprint, folder)
-        stop = monitor.agreement.stop_requested
-        connections, coordinator = cli.meet(config, place, arguments, same, stop)
+        text = json.dumps(config.to_dict(), sort_keys=True).encode()
+        same = {
+            "Trainit": __version__,
+            "JAX": jax.__version__,
+            "a config of hash": hashlib.sha256(text).hexdigest()[:8],
+            "optimizer files of hash": config.optimizer_files,
+            "dataset": dataset.fingerprint,
+            "workdir": str(folder.absolute()),
+        }
+        seconds, stop = arguments.wait_seconds, monitor.agreement.stop_requested
+        connections, coordinator = rendezvous.meet_others(place, config.platform, same, seconds, stop)
         if place.num_processes > 1:
             monitor.connect(connections)
         if place.process_id == 0:
@@ -115,19 +123,6 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: _Exit, start: St
     code = train.run(config, dataset, shape, folder, monitor, start)
     monitor.close()
     return code
-
-
-def _identity(config: Config, fingerprint: str, folder: Path) -> dict[str, str]:
-    """What must be the same on all processes of a job."""
-    text = json.dumps(config.to_dict(), sort_keys=True)
-    return {
-        "Trainit": __version__,
-        "JAX": jax.__version__,
-        "a config of hash": hashlib.sha256(text.encode()).hexdigest()[:8],
-        "optimizer files of hash": config.optimizer_files,
-        "dataset": fingerprint,
-        "workdir": str(folder.absolute()),
-    }
 
 
 if __name__ == "__main__":

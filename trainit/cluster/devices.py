@@ -4,7 +4,6 @@ import os
 import platform as host_platform
 import socket
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -88,25 +87,6 @@ def _connect(place: Place, coordinator: str):
         heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=20,
     )
-
-
-def visible_gpus(environment: Mapping[str, str], place: Place) -> list[str]:
-    """Worldwide unique names of the NVIDIA GPUs that this process will use, in no particular order.
-
-    Processes compare names, not indices: in containers and control groups each may have a GPU 0 of its own.
-    """
-    installed = list(hardware.ask_nvidia_smi(environment))
-    visible = installed
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        visible = []
-        for word in environment["CUDA_VISIBLE_DEVICES"].split(","):
-            if word.isdigit():
-                visible += installed[int(word) : int(word) + 1]
-            else:
-                visible += [uuid for uuid in installed if word and uuid.startswith(word)]
-    if place.local_device_ids is not None:
-        visible = [visible[i] for i in place.local_device_ids if i < len(visible)]
-    return visible
 
 
 def _processor() -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainit.cluster.place import Place
+
 DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a folder in it for each GPU
 
 
@@ -133,3 +135,22 @@ def ask_nvidia_smi(environment: Mapping[str, str]) -> dict[str, str]:
     )
     lines = [line.partition(",") for line in answer.stdout.splitlines() if line.startswith("GPU-")]
     return {uuid.strip(): name.strip() for uuid, _, name in lines}
+
+
+def visible_gpus(environment: Mapping[str, str], place: Place) -> list[str]:
+    """Worldwide unique names of the NVIDIA GPUs that this process will use, in no particular order.
+
+    Processes compare names, not indices: in containers and control groups each may have a GPU 0 of its own.
+    """
+    installed = list(ask_nvidia_smi(environment))
+    visible = installed
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        visible = []
+        for word in environment["CUDA_VISIBLE_DEVICES"].split(","):
+            if word.isdigit():
+                visible += installed[int(word) : int(word) + 1]
+            else:
+                visible += [uuid for uuid in installed if word and uuid.startswith(word)]
+    if place.local_device_ids is not None:
+        visible = [visible[i] for i in place.local_device_ids if i < len(visible)]
+    return visible

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 
 from absl import logging
 
+from trainit.cluster.hardware import visible_gpus
 from trainit.cluster.messages import Peer, describe_process, encode, receive
+from trainit.cluster.place import Place, check_coordinator
 
 NEWS_SECONDS = 10.0  # between messages about which processes are missing
 STOP_SECONDS = 20.0  # in which processes that have not come yet can still learn that the run is to stop
@@ -20,6 +22,21 @@ class MeetingError(RuntimeError):
 
 class Stopped(Exception):  # noqa: N818, it is no error
     """The run was asked to stop before all processes had come. Nothing is lost."""
+
+
+def meet_others(
+    place: Place, platform: str, about: dict[str, str], seconds: float, stop_requested: Callable[[], str]
+) -> tuple[list[Peer], str]:
+    """What `meet` returns for the process at `place`: nobody and "", if it is alone.
+
+    Raises SetupError, too, if the address of process 0 is missing or cannot be reached.
+    """
+    if place.num_processes == 1:
+        return [], ""
+    check_coordinator(place)
+    gpus = visible_gpus(os.environ, place) if platform != "cpu" else []
+    process, count, address = place.process_id, place.num_processes, place.coordinator
+    return meet(process, count, address, about, gpus, seconds, stop_requested)
 
 
 def meet(

@@ -3,6 +3,7 @@
 The batch size may change during a run (`batch_schedule`), so a duration in tokens depends on when it begins.
 """
 
+import bisect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,8 +26,7 @@ class BatchSizes:
 
     def at(self, step: int) -> int:
         """The sequences of a step, the first of which is 0."""
-        stages = zip(reversed(self.starts), reversed(self.sizes), strict=True)
-        return next(size for start, size in stages if step >= start)
+        return self.sizes[bisect.bisect_right(self.starts, step) - 1]
 
     def rows(self, steps: int) -> int:
         """The sequences of the first `steps` steps together."""

@@ -1,31 +1,29 @@
 """Whole groups of fields by name, as in --config=FILE:model=gpt2_medium,schedule=cosine."""
 
-import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from trainit.config.fields import LINEAR, dataset, diagnostics, jsonl, model, schedule
-from trainit.config.schema import ConfigDict, ConfigError, Maker, names
+from trainit.config.schema import ConfigDict, ConfigError, names
 
-_modern = functools.partial(model, norm="rmsnorm", activation="swiglu", positions="rope", use_bias=False)
+Maker = Callable[[], ConfigDict]  # of the fields of a choice
+_modern = partial(model, norm="rmsnorm", activation="swiglu", positions="rope", use_bias=False)
+_llama2 = partial(_modern, context_length=4096)
 MODELS: dict[str, Maker] = {
     # Radford et al. 2019, with the head untied.
     "gpt2": model,
-    "gpt2_medium": functools.partial(model, dim=1024, num_heads=16, num_blocks=24),
-    "gpt2_large": functools.partial(model, dim=1280, num_heads=20, num_blocks=36),
-    "gpt2_xl": functools.partial(model, dim=1600, num_heads=25, num_blocks=48),
+    "gpt2_medium": partial(model, dim=1024, num_heads=16, num_blocks=24),
+    "gpt2_large": partial(model, dim=1280, num_heads=20, num_blocks=36),
+    "gpt2_xl": partial(model, dim=1600, num_heads=25, num_blocks=48),
     # GPT-2's sizes with what models have used since.
-    "modern": functools.partial(_modern, qk_norm=True),
+    "modern": partial(_modern, qk_norm=True),
     # GPT-3 XL, 1.3B (Brown et al. 2020, arXiv 2005.14165, table 2.1; heads of 128).
-    "gpt3_xl": functools.partial(model, dim=2048, num_heads=16, num_blocks=24, context_length=2048),
+    "gpt3_xl": partial(model, dim=2048, num_heads=16, num_blocks=24, context_length=2048),
     # Touvron et al. 2023, arXiv 2307.09288.
-    "llama2_7b": functools.partial(
-        _modern, dim=4096, num_heads=32, num_blocks=32, mlp_dim=11_008, context_length=4096
-    ),
-    "llama2_70b": functools.partial(
-        _modern, dim=8192, num_heads=64, num_kv_heads=8, num_blocks=80, mlp_dim=28_672, context_length=4096
-    ),
+    "llama2_7b": partial(_llama2, dim=4096, num_heads=32, num_blocks=32, mlp_dim=11_008),
+    "llama2_70b": partial(_llama2, dim=8192, num_heads=64, num_kv_heads=8, num_blocks=80, mlp_dim=28_672),
 }
 
 _SCHEDULES: dict[str, dict[str, Any]] = {
@@ -37,25 +35,17 @@ _SCHEDULES: dict[str, dict[str, Any]] = {
     "trapezoid": {"warmup": "10%", "decay": "20%", "final": 0.0},
     "piecewise_linear": {"warmup": 0, "boundaries": ("0%", "50%", "100%"), "values": (0.0, 1.0, 0.0)},
 }
-SCHEDULES: dict[str, Maker] = {
-    name: functools.partial(schedule, name, **values) for name, values in _SCHEDULES.items()
-}
-
-DATASETS: dict[str, Maker] = {
-    "pile": functools.partial(dataset, "data/pile"),
-    "demo": functools.partial(dataset, "demo"),
-    "jsonl": jsonl,
-}
-
+SCHEDULES: dict[str, Maker] = {name: partial(schedule, name, **fields) for name, fields in _SCHEDULES.items()}
+DATASETS: dict[str, Maker]
+DATASETS = {"pile": partial(dataset, "data/pile"), "demo": partial(dataset, "demo"), "jsonl": jsonl}
+_COSTLY = ("last_gradient", "past_gradients", "last_parameters", "last_loss")  # copies, a forward pass
 DIAGNOSTICS: dict[str, Maker] = {
-    "none": functools.partial(diagnostics, every_steps=0),
-    # What needs no copy of parameters or gradients.
-    "norms": functools.partial(
-        diagnostics, last_gradient=False, past_gradients=False, last_parameters=False, last_loss=False
-    ),
+    "none": partial(diagnostics, every_steps=0),
+    "norms": partial(diagnostics, **dict.fromkeys(_COSTLY, False)),
     "full": diagnostics,
 }
 
+GROUPS: dict[str, dict[str, Maker]]
 GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS, "diagnostics": DIAGNOSTICS}
 
 # Fields that say where and how a run runs, and not what it is: they may change at a resume.

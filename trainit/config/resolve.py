@@ -1,66 +1,52 @@
 """Fills and checks a config across its fields, shrinks it for --debug, and freezes it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
 from trainit.config.durations import batch_sizes
 from trainit.config.fields import VOCABULARY_MULTIPLE, Config
 from trainit.config.groups import SCHEDULES
-from trainit.config.schema import (
-    ConfigDict,
-    ConfigError,
-    as_tuple,
-    check_fields,
-    field,
-    flatten,
-    names,
-    require,
-)
+from trainit.config.schema import ConfigDict, ConfigError, as_tuple, check_fields, flatten, names, require
 
-# Fields that every optimizer has; for files that set them as plain values.
+# What plain values in an optimizer's file are, by patterns of their names; optax's are only these two.
 OPTIMIZER_FIELDS = {
-    "learning_rate": field(0.0, "peak of the schedule", at_least=0),
-    "weight_decay": field(0.0, "weight decay", at_least=0),
+    "learning_rate": {"help": "peak of the schedule", "types": (float,), "at_least": 0},
+    "weight_decay": {"help": "weight decay", "types": (float,), "at_least": 0},
+}
+USUAL_FIELDS = OPTIMIZER_FIELDS | {
+    r"(.*_)?(beta\d?|b\d|momentum)": {"at_least": 0, "below": 1},
+    r"(.*_)?eps": {"above": 0},
 }
 
 
-def shrink(config: ConfigDict, keep: Iterable[str]) -> ConfigDict:
+def shrink(config: ConfigDict, keep: Collection[str]) -> ConfigDict:
     """Shrinks a run in place, for --debug: a laptop does it in a minute. Fields named in `keep` stay."""
     # Sizes that 1, 2, 3, 4, 6, 8, 12, 16 and 24 devices can share, and steps with everything in them.
-    small = {
-        "steps": 10,
-        "batch_size": 48,
-        "device_batch_size": 3,  # two micro-steps on eight devices
-        "cpu_devices": 8,
-        "model.dim": 96,
-        "model.num_heads": 4,
-        "model.num_kv_heads": 2 if config.model.num_kv_heads else 0,
-        "model.num_blocks": 2,
-        "model.context_length": min(config.model.context_length, 64),
-        "model.mlp_dim": 0,
-        "model.vocab_size": 0,
-        "eval.every_steps": 5,
-        "eval.sequences": 32,
-        "checkpoint.save_steps": 5,
-        "checkpoint.load_path": "",
-        "log.every_steps": 1,
-        "diagnostics.every_steps": min(config.diagnostics.every_steps, 5),
-        "wandb.project": "",
+    run = {"steps": 10, "batch_size": 48, "device_batch_size": 3, "cpu_devices": 8}  # two micro-steps
+    model = {"dim": 96, "num_heads": 4, "num_blocks": 2, "mlp_dim": 0, "vocab_size": 0}
+    model["num_kv_heads"] = 2 if config.model.num_kv_heads else 0
+    model["context_length"] = min(config.model.context_length, 64)
+    groups = {
+        "model": model,
+        "eval": {"every_steps": 5, "sequences": 32},
+        "checkpoint": {"save_steps": 5, "load_path": ""},
+        "log": {"every_steps": 1},
+        "diagnostics": {"every_steps": min(config.diagnostics.every_steps, 5)},
+        "wandb": {"project": ""},
+        "mesh": {axis: 2 for axis, size in config.mesh.items() if size > 2},  # what is split stays split
     }
-    # Axes that are split stay split, and durations in steps become parts of the run.
-    small |= {f"mesh.{axis}": 2 for axis, size in config.mesh.items() if size > 2}
-    small |= {
-        f"schedule.{name}": "10%"
-        for name in ("warmup", "constant", "decay", "rewarm")
-        if name in config.schedule and "%" not in str(config.schedule[name])
-    }
+    # Durations in steps become parts of the run.
+    small = flatten(run | groups)
+    for name in {"warmup", "constant", "decay", "rewarm"} & set(config.schedule):
+        if "%" not in str(config.schedule[name]):
+            small[f"schedule.{name}"] = "10%"
     for name in {"boundaries", "rewarm_at"} & set(config.schedule):
         parts = len(as_tuple(config.schedule[name]))
         last = parts if name == "boundaries" else parts + 1
         small[f"schedule.{name}"] = tuple(f"{100 * i // last}%" for i in range(1, parts + 1))
-    config.update_from_flattened_dict({k: v for k, v in small.items() if k not in set(keep)})
+    config.update_from_flattened_dict({k: v for k, v in small.items() if k not in keep})
     return config
 
 
@@ -75,7 +61,6 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
     require(len(config.optimizer) > 0, lacking)
     # Each field by itself, then what several fields decide together.
     check_fields(config, config)
-    check_ranges(flatten(config))
     _resolve_model(config.model, tokenizer_vocab_size, end_of_text)
     check_mesh(config.mesh, config)
     _check_schedule(config)
@@ -86,37 +71,23 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
 
 
 def _check_dataset(config: ConfigDict) -> None:
-    d = config.dataset
-    if "streams" in d:
+    if "streams" in (d := config.dataset):
         _check_batches(config, "dataset.streams", d.streams)
         for key, plain in (("mixture", ""), ("order", "shuffled")):
-            where = f"dataset.{key}={d[key]!r}"
-            require(d[key] == plain, f"{where} needs a prepared dataset; leave it at {plain!r}")
+            message = f"dataset.{key}={d[key]!r} needs a prepared dataset; leave it at {plain!r}"
+            require(d[key] == plain, message)
 
 
 def _check_checkpoint(c: ConfigDict) -> None:
     saves = as_tuple(c.save_steps)
+    minimum = 0 if isinstance(c.save_steps, int) else 1
     require(
-        bool(saves) and all(type(n) is int and n >= isinstance(c.save_steps, tuple) for n in saves),
+        bool(saves) and all(type(n) is int and n >= minimum for n in saves),
         f"checkpoint.save_steps={c.save_steps!r} must be a number of steps, or several separated by commas",
     )
     for key, unset in (("load_step", -1), ("overwrite_optimizer", False)):
-        where = f"checkpoint.{key}={c[key]}"
-        require(c.load_path or c[key] == unset, f"{where} needs checkpoint.load_path, which is empty")
-
-
-def check_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
-    """Checks plain values of optimizers, {"optimizer.beta1": 0.9, ...}, by the names of their fields.
-
-    Messages begin with `prefix`.
-    """
-    if str(values.get("optimizer.name", "")).rpartition("+")[2].startswith("optax."):
-        return
-    for name, value in values.items():
-        if re.match(r"optimizer\.([\w.]+[._])?(beta\d?|b\d|momentum)$", name):
-            field(0.0, "", types=(type(value),), at_least=0, below=1).check(prefix + name, value)
-        if re.match(r"optimizer\.([\w.]+[._])?eps$", name):
-            field(0.0, "", types=(type(value),), above=0).check(prefix + name, value)
+        message = f"checkpoint.{key}={c[key]} needs checkpoint.load_path, which is empty"
+        require(c.load_path or c[key] == unset, message)
 
 
 def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -> None:
@@ -138,10 +109,8 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -
         f"model.document_mask=True needs an id that ends documents, from 0 to {ids - 1}, not "
         f"model.end_of_text={m.end_of_text}",
     )
-    require(
-        m.positions != "rope" or head_size % 2 == 0,
-        f"model.positions=rope needs an even head size, not model.dim / model.num_heads = {head_size}",
-    )
+    if m.positions == "rope" and head_size % 2:
+        raise ConfigError(f"model.positions=rope needs an even head size, not dim / num_heads = {head_size}")
     for name in ("attn_dropout", "document_mask"):
         message = f"model.attention=cudnn cannot do model.{name}={m[name]}; take attention=auto"
         require(m.attention != "cudnn" or not m[name], message)
@@ -164,7 +133,7 @@ def _check_diagnostics(d: ConfigDict) -> None:
 
 
 def _check_schedule(config: ConfigDict) -> None:
-    """Checks that the schedule has the fields of its name, and that its parts fit into the run."""
+    """Checks that the schedule has its own fields, and that its parts fit into the run."""
     schedule, sizes = config.schedule, batch_sizes(config)
     if schedule.name not in SCHEDULES:
         raise ConfigError(f"schedule.name={schedule.name!r} is none of {names(map(repr, SCHEDULES))}")

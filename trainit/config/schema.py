@@ -9,8 +9,10 @@ Checks, the command line, `trainit fields` and the reference page all read what 
 
 import ast
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
+from operator import ge, gt, le, lt
 from typing import Any
 
 import ml_collections
@@ -103,12 +105,8 @@ class Field:
 
     def _allows(self, number: float) -> bool:
         # A comparison with NaN is False, so that NaN lies within no bound.
-        return (
-            (self.above is None or number > self.above)
-            and (self.at_least is None or number >= self.at_least)
-            and (self.below is None or number < self.below)
-            and (self.at_most is None or number <= self.at_most)
-        )
+        limits = ((self.above, gt), (self.at_least, ge), (self.below, lt), (self.at_most, le))
+        return all(limit is None or compare(number, limit) for limit, compare in limits)
 
     def _must(self) -> str:
         if self.bounds.startswith("in "):
@@ -152,13 +150,14 @@ class ConfigDict(ml_collections.ConfigDict):  # type: ignore[misc]
         copy.declared.update(self.declared)
         return copy
 
-    def declare_rest(self, common: Mapping[str, Field]) -> None:
-        """Declares all undeclared keys: as `common` says, or else by the type of their value alone."""
+    def declare_rest(self, usual: Mapping[str, Mapping[str, Any]]) -> None:
+        """Declares all undeclared keys by their values, and as `usual` says of the pattern of their name."""
         for key, value in self.items():
             if isinstance(value, ConfigDict):
-                value.declare_rest({})
+                value.declare_rest(usual)
             if key not in self.declared:
-                self.declared[key] = common.get(key) or field(value, "")
+                about = next((usual[name] for name in usual if re.fullmatch(name, key)), {})
+                self.declared[key] = Field(value, **{"help": "", **about})
 
 
 def check_fields(config: Mapping[str, Any], declared: ConfigDict, prefix: str = "", where: str = "") -> None:
@@ -244,6 +243,3 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def names(choices: Iterable[str]) -> str:
     """The choices in order, separated by commas."""
     return ", ".join(sorted(choices))
-
-
-Maker = Callable[[], ConfigDict]  # what makes the sub-config of a group's choice

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from trainit.config import Config, ConfigDict, ConfigError, check_fields, check_ranges, flatten, require
+from trainit.config import Config, ConfigDict, ConfigError, check_fields, flatten, require
 from trainit.parallel.trees import path_name
 
 REST = "rest"  # the group of what no pattern matches
@@ -54,7 +54,6 @@ def read(
         except (ValueError, SyntaxError, TypeError) as error:
             raise ConfigError(f"{where}: {field}={text} cannot be set: {error}") from None
     check_fields(config, config, "optimizer.", f"{where}: ")
-    check_ranges({f"optimizer.{field}": value for field, value in flatten(config).items()}, f"{where}: ")
     try:
         return re.compile(pattern), Config(config)
     except re.error as error:

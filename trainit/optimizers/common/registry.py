@@ -14,7 +14,7 @@ from typing import Any
 
 import optax
 
-from trainit.config import OPTIMIZER_FIELDS, Config, ConfigDict, ConfigError, field, require
+from trainit.config import OPTIMIZER_FIELDS, USUAL_FIELDS, Config, ConfigDict, ConfigError, field, require
 from trainit.optimizers import wrappers
 from trainit.optimizers.common import optax_adapter
 from trainit.optimizers.common.context import Context
@@ -66,7 +66,8 @@ def get_config(name: str) -> ConfigDict:
     try:
         config = ConfigDict(load(name).get_config().copy_and_resolve_references())
         config.name = field(name, "the optimizer's name")
-        config.declare_rest(OPTIMIZER_FIELDS)  # files of the user's may set plain values
+        # Files of the user's may set plain values.
+        config.declare_rest(OPTIMIZER_FIELDS if name.startswith("optax.") else USUAL_FIELDS)
         missing = {"learning_rate", "weight_decay"} - set(config)
     except Exception as error:
         raise ConfigError(f"optimizer={name}: get_config raises {type(error).__name__}: {error}") from None

@@ -49,7 +49,8 @@ def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tupl
     try:
         told = devices.configure(config.platform, config.cpu_devices, cli.cache(), place)
         results.append(Result("settings", OK, told))
-        _, coordinator = cli.meet(config, place, arguments, {}, lambda: "")
+        seconds = arguments.wait_seconds
+        _, coordinator = rendezvous.meet_others(place, config.platform, {}, seconds, lambda: "")
         devices.initialize(config.platform, place, coordinator)
     except rendezvous.MeetingError as error:
         return [*results, Result("processes", FAIL, str(error))], False

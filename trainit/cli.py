@@ -192,18 +192,24 @@ def cache() -> Path:
     return Path(os.environ.get("TRAINIT_CACHE") or home / "trainit")
 
 
-def load_config(arguments: argparse.Namespace) -> ConfigDict:
-    """Runs the config file, checks what it sets, and sets the fields that the command line gives, once."""
-    require(arguments.config, "--config=FILE is missing, for example --config=configs/debug.py")
-    file, _, choices = arguments.config.partition(":")
-    require(Path(file).is_file(), f"--config={file}: there is no such file")
+def run_file(given: str, function: str, flag: str = "") -> Any:
+    """Returns what a function of FILE returns for ARGUMENT, where given is FILE or FILE:ARGUMENT."""
+    file, _, argument = given.partition(":")
+    require(Path(file).is_file(), f"{flag}{file}: there is no such file")
     try:
-        config = runpy.run_path(file)["get_config"](choices)
+        return runpy.run_path(file)[function](argument)
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"--config={file} raises {type(error).__name__}: {error}") from None
+        raise ConfigError(f"{flag}{file} raises {type(error).__name__}: {error}") from None
+
+
+def load_config(arguments: argparse.Namespace) -> ConfigDict:
+    """Runs the config file, checks what it sets, and sets the fields that the command line gives, once."""
+    require(arguments.config, "--config=FILE is missing, for example --config=configs/debug.py")
+    config = run_file(arguments.config, "get_config", "--config=")
     if not isinstance(config, ConfigDict):
+        file = arguments.config.partition(":")[0]
         raise ConfigError(f"--config={file}: get_config must return a config that began as config.defaults()")
     check_fields(config, config)
     _set_fields(config, arguments.overrides)

@@ -7,44 +7,28 @@ Exit codes: 0 all runs are done, 75 stopped on request, 2 bad usage, 1 a run has
 """
 
 import argparse
+import functools
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainit import cli, logs
 from trainit.cluster.process import DONE, FAILED, STOPPED
 from trainit.config import ConfigError
 
-if TYPE_CHECKING:
-    from trainit.tools.sweep.spec import Sweep
-
 DESCRIPTION = "Starts many runs from one file, and compares them. The same command resumes it after a stop."
+FILE = "file with get_sweep(argument), e.g. configs/bench_optimizers.py:small"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
     add = parser.add_argument
-    add(
-        "sweep",
-        metavar="FILE[:ARGUMENT]",
-        help="file with get_sweep(argument), e.g. configs/bench_optimizers.py:small",
-    )
+    add("sweep", metavar="FILE[:ARGUMENT]", help=FILE)
     add("--output", type=Path, help="folder of its runs; by default runs/ and the file's name")
     add("--dry_run", action="store_true", help="only print the commands of what is to be done")
-    scheduler = parser.add_mutually_exclusive_group()
-    scheduler.add_argument("--sbatch", metavar="OPTIONS", help="as an array job of Slurm, with these options")
-    scheduler.add_argument(
-        "--qsub", metavar="OPTIONS", help="as an array job of Grid Engine, with these options"
-    )
-
-
-def _check_names(sweep: "Sweep") -> None:
-    """Raises ConfigError, before anything runs, if a config file or the sweep sets an unknown field."""
-    for variant in sweep.variants:
-        point = variant.points[0] if variant.points else ()
-        arguments = cli.train_parser("trainit train").parse(sweep.job(variant, point, 0).arguments)
-        cli.load_config(arguments)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--sbatch", metavar="OPTIONS", help="as an array job of Slurm, with these options")
+    add("--qsub", metavar="OPTIONS", help="as an array job of Grid Engine, with these options")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,19 +38,23 @@ def run(arguments: argparse.Namespace) -> int:
     logs.log_to_terminal(lead=True)
     try:
         sweep = spec.read(arguments.sweep, arguments.output)
-        _check_names(sweep)
+        # What is unknown in a config file or in the sweep's fields is an error before anything runs.
+        for job in {job.variant: job for job in sweep.wanted(lambda job: None)}.values():
+            cli.load_config(cli.train_parser("trainit train").parse(job.arguments))
         if arguments.dry_run:
-            jobs = sweep.wanted(launch.loss)
-            print(*(spec.command(job) for job in jobs if not launch.finished(job)), sep="\n")
+            todo = (job for job in sweep.wanted(launch.loss) if not launch.finished(job))
+            print(*(shlex.join(["trainit", "train", *job.arguments]) for job in todo), sep="\n")
             return DONE
-        options = {name: getattr(arguments, name) for name in launch.LAUNCH}
-        chosen = [(name, option) for name, option in options.items() if option is not None]
-        runner = launch.ArrayRunner(*chosen[0], sweep.output) if chosen else launch.LocalRunner()
+        chosen = [
+            (name, options) for name in launch.LAUNCH if (options := getattr(arguments, name)) is not None
+        ]
+        arrays = [functools.partial(launch.run_array, *scheduler, sweep.output) for scheduler in chosen]
+        start = arrays[0] if arrays else launch.LocalRunner().run
         if sweep.greedy:
-            greedy.search(sweep, runner.run)
+            greedy.search(sweep, start)
             return DONE
-        jobs = search.search(sweep, runner.run)
-        search.report(sweep, jobs, shlex.join(["trainit", "sweep", *sys.argv[2:]]))
+        jobs = search.search(sweep, start)
+        search.report(sweep, jobs, shlex.join(["trainit", *sys.argv[1:]]))
     except launch.StoppedError:
         print("stopped; the same command resumes it", file=sys.stderr)
         return STOPPED

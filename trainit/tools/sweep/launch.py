@@ -1,6 +1,8 @@
 """Starts the runs of a sweep: here one after another, or as an array job of Slurm or Grid Engine."""
 
+import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -26,20 +28,17 @@ class StoppedError(Exception):
 def loss(job: Job) -> float | None:
     """Returns the final validation loss of a run; None if it is not finished.
 
-    Raises:
-        ConfigError: its folder contains a run that was started with other arguments.
+    Raises ConfigError if its folder contains a run that was started with other arguments.
     """
     record = job.folder / "arguments.txt"
     if not record.exists():
         return None
     before, now = record.read_text().splitlines(), list(job.arguments)
     if before != now:
-        changes = [f"{a} -> {b}" for a, b in zip(before, now, strict=False) if a != b]
-        changes += [f"without {a}" for a in before[len(now) :]] + [f"with {b}" for b in now[len(before) :]]
-        raise ConfigError(
-            f"{job.folder} was run with other settings ({'; '.join(changes)}); choose another --output, or "
-            f"delete it"
-        )
+        pairs = itertools.zip_longest(before, now, fillvalue="nothing")
+        changes = "; ".join(f"{a} -> {b}" for a, b in pairs if a != b)
+        what = f"{job.folder} was run with other settings ({changes})"
+        raise ConfigError(f"{what}; choose another --output, or delete it")
     try:
         run = read(job.folder)
     except OSError:
@@ -55,10 +54,9 @@ def finished(job: Job) -> bool:
 def failure(job: Job) -> str:
     """Returns the last error of a run that is not finished, as one line."""
     for file in (job.folder / "output.txt", job.folder / "logs" / "process_0.log"):
-        if file.exists():
-            lines = [line for line in file.read_text(errors="replace").splitlines() if "error: " in line]
-            if lines:
-                return lines[-1].partition("error: ")[2]
+        errors = re.findall("error: (.*)", file.read_text(errors="replace")) if file.exists() else []
+        if errors:
+            return errors[-1]
     return f"it left no error message; see {job.folder}"
 
 
@@ -87,11 +85,7 @@ class LocalRunner:
             self._child.send_signal(number)
 
     def run(self, jobs: Sequence[Job]):
-        """Runs jobs and logs what each has reached.
-
-        Raises:
-            StoppedError: the sweep was asked to stop.
-        """
+        """Runs jobs and logs what each has reached. Raises StoppedError if the sweep was asked to stop."""
         for count, job in enumerate(jobs, start=1):
             prepare(job)
             start = time.monotonic()
@@ -112,45 +106,31 @@ class LocalRunner:
                 raise StoppedError
 
 
-class ArrayRunner:
-    """Runs jobs as one array job of a scheduler, and waits until it has ended."""
+def run_array(scheduler: str, options: str, output: Path, jobs: Sequence[Job]):
+    """Runs jobs as one array job of a scheduler, waits until it has ended, and logs which have failed.
 
-    def __init__(self, scheduler: str, options: str, output: Path):
-        """
-        Args:
-            scheduler: "sbatch" or "qsub".
-            options: the scheduler's, such as "--gpus-per-node=8 --time=4:00:00".
-            output: the sweep's folder, which all hosts see.
-        """
-        self._scheduler, self._options, self._output = scheduler, shlex.split(options), output
-        script = LAUNCH[scheduler]
-        require(script.is_file(), f"{script} is not here: submit from the folder that contains launch/")
+    The scheduler is a key of LAUNCH, and the output a folder that all hosts see.
+    """
+    script = LAUNCH[scheduler]
+    require(script.is_file(), f"{script} is not here: submit from the folder that contains launch/")
+    # Task i of the array reads its arguments from the file named i.
+    folder = output.absolute() / "array"
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, job in enumerate(jobs, start=1):
+        prepare(job)
+        (folder / str(task)).write_text(shlex.join(job.arguments) + "\n")
 
-    def run(self, jobs: Sequence[Job]):
-        """Runs jobs and logs which of them have failed.
-
-        Raises:
-            ConfigError: the scheduler is not on this machine.
-        """
-        # Task i of the array reads its arguments from the file named i.
-        folder = self._output.absolute() / "array"
-        folder.mkdir(parents=True, exist_ok=True)
-        for task, job in enumerate(jobs, start=1):
-            prepare(job)
-            (folder / str(task)).write_text(shlex.join(job.arguments) + "\n")
-
-        tasks, variable = f"1-{len(jobs)}", f"TRAINIT_ARRAY={folder}"
-        if self._scheduler == "sbatch":
-            command = ["sbatch", "--wait", f"--array={tasks}"]
-        else:
-            command = ["qsub", "-sync", "y", "-t", tasks, "-v", variable]
-        command += [*self._options, str(LAUNCH[self._scheduler])]
-        logging.info("%d runs as an array job: %s", len(jobs), shlex.join(command))
-        logging.info("This waits for the job and may be stopped; run it again when the job has ended.")
-        try:
-            subprocess.run(command, env={**os.environ, "TRAINIT_ARRAY": str(folder)}, check=False)
-        except FileNotFoundError:
-            raise ConfigError(f"{self._scheduler} is not on this machine") from None
-        for job in jobs:
-            if not finished(job):
-                logging.info("%s: not finished: %s", job, failure(job))
+    tasks = f"1-{len(jobs)}"
+    command = {
+        "sbatch": ["sbatch", "--wait", f"--array={tasks}"],
+        "qsub": ["qsub", "-sync", "y", "-t", tasks, "-v", f"TRAINIT_ARRAY={folder}"],
+    }[scheduler] + [*shlex.split(options), str(script)]
+    logging.info("%d runs as an array job: %s", len(jobs), shlex.join(command))
+    logging.info("This waits for the job and may be stopped; run it again when the job has ended.")
+    try:
+        subprocess.run(command, env={**os.environ, "TRAINIT_ARRAY": str(folder)}, check=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{scheduler} is not on this machine") from None
+    for job in jobs:
+        if not finished(job):
+            logging.info("%s: not finished: %s", job, failure(job))

@@ -14,9 +14,7 @@ from trainit.tools.sweep.spec import Job, Sweep
 def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[Job]:
     """Runs a sweep; returns all of its runs, also those that failed.
 
-    Args:
-        sweep: from a sweep's file.
-        run: starts runs and returns when they have ended.
+    `run` starts runs and returns when they have ended.
     """
     tried: set[Job] = set()
 
@@ -27,7 +25,7 @@ def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[Job]:
     # Results may show that more runs are wanted: at other learning rates, or with more seeds.
     while True:
         jobs = sweep.wanted(loss)
-        todo = [job for job in jobs if job not in tried and not launch.finished(job)]
+        todo = [job for job in jobs if loss(job) is None]
         if not todo:
             return jobs
         logging.info("%d runs, %d of them still to do, in %s", len(jobs), len(todo), sweep.output)
@@ -36,19 +34,11 @@ def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[Job]:
 
 
 def report(sweep: Sweep, jobs: Sequence[Job], command: str):
-    """Prints the comparison and writes its picture and page, if any run has left metrics.
-
-    Args:
-        sweep: the sweep.
-        jobs: its runs.
-        command: what started it, printed on the page.
-    """
+    """Prints the comparison and writes its picture and page, if any run has left metrics."""
     runs = find(job.folder for job in jobs if (job.folder / "metrics.jsonl").exists())
-    if not runs:
-        return
-    methods = group(runs, sweep.tuning_seeds)
-    folder = sweep.output / sweep.baseline
-    in_folder = (m for m in methods for s in m.settings for run in s.runs if folder in run.path.parents)
-    baseline = next(in_folder, methods[0]).name
-    picture, page = sweep.output / "sweep.png", sweep.output / "sweep.html"
-    print(compare(runs, baseline, sweep.target, sweep.tuning_seeds, picture, page, command))
+    if runs:
+        methods, folder = group(runs, sweep.tuning_seeds), sweep.output / sweep.baseline
+        of_baseline = (m for m in methods for s in m.settings for r in s.runs if folder in r.path.parents)
+        baseline = next(of_baseline, methods[0]).name
+        picture, page = sweep.output / "sweep.png", sweep.output / "sweep.html"
+        print(compare(runs, baseline, sweep.target, sweep.tuning_seeds, picture, page, command))

@@ -2,15 +2,14 @@
 
 import itertools
 import math
-import runpy
-import shlex
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from trainit import cli
 from trainit.config import ConfigError, require
 from trainit.tools.compare.runs import RATE
 
@@ -31,7 +30,7 @@ KEYS = {
 }
 VARIANT_KEYS = ("groups", "fields", "grid", "random")
 
-Point = tuple[tuple[str, object], ...]  # fields of the grid, with their values
+Point = tuple[tuple[str, Any], ...]  # fields of the grid, with their values
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ class Job:
 Losses = Callable[[Job], float | None]
 
 
-def describe(changes: Iterable[tuple[str, object]]) -> str:
+def describe(changes: Point) -> str:
     """Returns "learning_rate=0.001,beta1=0.9", the name of a folder."""
 
-    def text(value: object) -> str:
+    def text(value: Any) -> str:
         return f"{value:.6g}" if isinstance(value, float) else str(value).replace("/", "_")
 
     return ",".join(f"{name.rpartition('.')[2]}={text(value)}" for name, value in changes)
@@ -69,29 +68,28 @@ class Variant:
     config: str  # with its groups
     fields: dict
     grid: dict[str, list]
-    points: list[Point] = field(default_factory=list)
+    points: list[Point]
+
+    def job(self, point: Point, seed: int, folder: Path, changes: Mapping[str, Any]) -> Job:
+        """Returns a run that is named after a point, and makes these changes to fields."""
+        fields = {**self.fields, **changes, "seed": seed}
+        flags = (f"--config.{name}={value}" for name, value in fields.items())
+        arguments = (f"--config={self.config}", *flags, f"--workdir={folder}")
+        return Job(self.name, point, seed, folder, arguments)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's file, checked."""
+    """A sweep's file, checked. KEYS explains the fields."""
 
     variants: list[Variant]
-    seeds: list[int]
-    tuning_seeds: list[int]
-    extend: bool
-    baseline: str
-    target: float | None
-    greedy: dict
     output: Path
-
-    def job(self, variant: Variant, changes: Iterable[tuple[str, object]], seed: int) -> Job:
-        """Returns the run of a variant at a point of its grid."""
-        changes = tuple(changes)
-        folder = self.output / variant.name / describe(changes) / f"seed_{seed}"
-        fields = {**variant.fields, **dict(changes), "seed": seed}
-        arguments = (f"--config={variant.config}", *flags_of(fields), f"--workdir={folder}")
-        return Job(variant.name, changes, seed, folder, arguments)
+    baseline: str
+    seeds: Sequence[int] = (0,)
+    tuning_seeds: Sequence[int] = ()
+    extend: bool = False
+    target: float | None = None
+    greedy: dict = field(default_factory=dict)
 
     def wanted(self, losses: Losses) -> list[Job]:
         """Returns all runs that are wanted by now. When they are finished, more may be: call again then."""
@@ -99,130 +97,121 @@ class Sweep:
         for variant in self.variants:
             points = variant.points
             if self.tuning_seeds:
-                tuning, best = self._tune(variant, losses)
+                tuning, points = self._tune(variant, losses)
                 jobs += tuning
-                points = [] if best is None else [best]
-            jobs += [self.job(variant, point, seed) for point in points for seed in self.seeds]
+            jobs += [job for point in points for job in self._jobs(variant, point, self.seeds)]
         return jobs
 
-    def _tune(self, variant: Variant, losses: Losses) -> tuple[list[Job], Point | None]:
+    def _jobs(self, variant: Variant, point: Point, seeds: Sequence[int]) -> list[Job]:
+        folder = self.output / variant.name / describe(point)
+        return [variant.job(point, seed, folder / f"seed_{seed}", dict(point)) for seed in seeds]
+
+    def _tune(self, variant: Variant, losses: Losses) -> tuple[list[Job], list[Point]]:
         """Returns the runs that choose a variant's best point; and that point, once they are finished."""
         points = list(variant.points)
-        for extension in range(EXTENSIONS + 1):
-            by_point = [[self.job(variant, p, seed) for seed in self.tuning_seeds] for p in points]
-            jobs = [job for group in by_point for job in group]
-            known = {job: loss for job in jobs if (loss := losses(job)) is not None}
-            if len(known) < len(jobs):
-                return jobs, None
-            means = [statistics.fmean(known[job] for job in group) for group in by_point]
-            if min(means) == math.inf:
-                return jobs, None  # every point has failed
-            best = points[means.index(min(means))]
-            further = _beyond(best, points) if self.extend and extension < EXTENSIONS else None
+        while True:
+            jobs = [self._jobs(variant, point, self.tuning_seeds) for point in points]
+            known = np.array([[losses(job) for job in row] for row in jobs], float)  # None becomes nan
+            means = known.mean(axis=1)
+            flat = list(itertools.chain(*jobs))
+            if np.isnan(means).any() or means.min() == math.inf:
+                return flat, []  # some have not been run, or all have failed
+            best = points[means.argmin()]
+            extended = len(points) - len(variant.points)
+            further = _beyond(best, points) if self.extend and extended < EXTENSIONS else None
             if further is None:
-                break
+                return flat, [best]
             points.append(further)
-        return jobs, best
 
 
 def _beyond(best: Point, points: Sequence[Point]) -> Point | None:
     """Returns the best point with the next learning rate, if its own is the first or last; otherwise None."""
-    own, others = dict(best), [change for change in best if change[0] != RATE]
-    rates = sorted(
-        float(str(dict(point)[RATE]))
-        for point in points
-        if RATE in dict(point) and [change for change in point if change[0] != RATE] == others
-    )
+    own = dict(best)
+    alike = [point for point in map(dict, points) if RATE in point and {**point, RATE: own.get(RATE)} == own]
+    rates = sorted(point[RATE] for point in alike)
     if len(rates) < 2 or own[RATE] not in (rates[0], rates[-1]):
         return None
-    end, neighbour = (rates[0], rates[1]) if own[RATE] == rates[0] else (rates[-1], rates[-2])
-    rate = float(f"{end * end / neighbour:.3g}")
-    return tuple((name, rate if name == RATE else value) for name, value in best)
-
-
-def flags_of(fields: Mapping[str, object]) -> list[str]:
-    """Returns ["--config.steps=200", ...]."""
-    return [f"--config.{name}={value}" for name, value in fields.items()]
+    neighbour = rates[1] if own[RATE] == rates[0] else rates[-2]
+    rate = float(f"{own[RATE] ** 2 / neighbour:.3g}")
+    return tuple({**own, RATE: rate}.items())
 
 
 def read(given: str, output: Path | None) -> Sweep:
-    """Reads a sweep's file.
+    """Reads a sweep's file, FILE or FILE:ARGUMENT, whose get_sweep(argument) returns a dict of KEYS.
 
-    Args:
-        given: FILE or FILE:ARGUMENT; the file has get_sweep(argument), which returns a dict of KEYS.
-        output: the folder of its runs; None: runs/ and the file's name.
-
-    Raises:
-        ConfigError: the file does not exist, raises, or asks for something that does not exist.
+    Without an output folder, that is runs/ and the file's name. Raises ConfigError for what cannot be meant.
     """
-    name, _, argument = given.partition(":")
-    file = Path(name)
-    require(file.is_file(), f"{file}: there is no such file")
+    asked = cli.run_file(given, "get_sweep")
+    file, _, argument = given.partition(":")
+    output = output or Path("runs") / "-".join(filter(None, (Path(file).stem, argument.replace("/", "_"))))
     try:
-        asked = runpy.run_path(str(file))["get_sweep"](argument)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{file} raises {type(error).__name__}: {error}") from None
-    _check_keys(file, asked)
-
-    seeds, tuning = list(asked.get("seeds", [0])), list(asked.get("tuning_seeds", []))
-    for key, value in (("seeds", seeds), ("tuning_seeds", tuning)):
-        whole = all(type(seed) is int and seed >= 0 for seed in value) and len(set(value)) == len(value)
-        require(whole, f"{file}: {key}={value} must be different whole numbers")
-    both = sorted(set(seeds) & set(tuning))
-    require(not both, f"{file}: {both} are in seeds and in tuning_seeds; what chose a rate must not judge it")
-    extend = asked.get("extend", False)
-    require(not extend or bool(tuning), f"{file}: extend needs tuning_seeds: by them the best rate is chosen")
-
-    variants = [_variant(file, asked, *item) for item in asked.get("variants", {"": {}}).items()]
-    names = [variant.name for variant in variants]
-    base = asked.get("baseline", names[0])
-    require(base in names, f"{file}: baseline={base!r}; there are {', '.join(names)}")
-    output = output or Path("runs") / "-".join(filter(None, (file.stem, argument.replace("/", "_"))))
-    target = asked.get("target")
-    return Sweep(variants, seeds, tuning, extend, base, target, asked.get("greedy", {}), output)
+        _check_keys(asked)
+        return _sweep(asked, output)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
-def _check_keys(file: Path, asked: object):
+def _check_keys(asked: object):
     """Checks names and types of what a sweep's file asks for."""
     if not isinstance(asked, dict):
-        raise ConfigError(f"{file}: get_sweep returns {type(asked).__name__}, not a dict")
+        raise ConfigError(f"get_sweep returns {type(asked).__name__}, not a dict")
     unknown = sorted(set(asked) - set(KEYS))
-    require(not unknown, f"{file}: unknown {', '.join(unknown)}; a sweep has {', '.join(KEYS)}")
+    require(not unknown, f"unknown {', '.join(unknown)}; a sweep has {', '.join(KEYS)}")
     kinds = {float: (int, float), list: (list, tuple)}
     for key, value in asked.items():
         right = isinstance(value, kinds.get(KEYS[key], KEYS[key]))
-        require(right, f"{file}: {key}={value!r} is no {KEYS[key].__name__}")
-    require("config" in asked, f"{file}: config is missing: the config file of the runs")
+        require(right, f"{key}={value!r} is no {KEYS[key].__name__}")
+    require("config" in asked, "config is missing: the config file of the runs")
 
 
-def _variant(file: Path, asked: dict, name: str, own: dict) -> Variant:
+def _sweep(asked: dict, output: Path) -> Sweep:
+    variants = [_variant(asked, *item) for item in asked.get("variants", {"": {}}).items()]
+    names = [variant.name for variant in variants]
+    keys = {"baseline", "seeds", "tuning_seeds", "extend", "target", "greedy"} & set(asked)
+    sweep = Sweep(variants, output, **{"baseline": names[0]} | {key: asked[key] for key in keys})
+    for key, seeds in (("seeds", sweep.seeds), ("tuning_seeds", sweep.tuning_seeds)):
+        whole = all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds)
+        require(whole, f"{key}={seeds} must be different whole numbers")
+    both = sorted(set(sweep.seeds) & set(sweep.tuning_seeds))
+    require(not both, f"{both} are in seeds and in tuning_seeds; what chose a rate must not judge it")
+    chosen = not sweep.extend or bool(sweep.tuning_seeds)
+    require(chosen, "extend needs tuning_seeds: by them the best rate is chosen")
+    require(sweep.baseline in names, f"baseline={sweep.baseline!r}; there are {', '.join(names)}")
+    return sweep
+
+
+def _variant(asked: dict, name: str, own: dict) -> Variant:
     """Returns a variant: what all runs have, and its own."""
     unknown = sorted(set(own) - set(VARIANT_KEYS))
     may = ", ".join(VARIANT_KEYS)
-    require(not unknown, f"{file}: variant {name} has {', '.join(unknown)}; it may have {may}")
-    config = asked["config"]
-    if own.get("groups"):
-        config += ("," if ":" in config else ":") + own["groups"]
-    grid = {**asked.get("grid", {}), **own.get("grid", {})}
+    require(not unknown, f"variant {name} has {', '.join(unknown)}; it may have {may}")
+    config = with_groups(asked["config"], own.get("groups", ""))
+    fields, grid, ranges = (
+        {**asked.get(key, {}), **own.get(key, {})} for key in ("fields", "grid", "random")
+    )
     for key, values in grid.items():
         listed = isinstance(values, list | tuple) and len(values) > 0
-        require(listed, f"{file}: grid {key}={values!r} is no list of values")
-    points = [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    ranges = {**asked.get("random", {}), **own.get("random", {})}
+        require(listed, f"grid {key}={values!r} is no list of values")
+    points: list[Point] = [
+        tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+    ]
     if ranges:
         samples = asked.get("samples", 0)
-        require(samples > 0, f"{file}: random needs samples, their number")
-        draws = [_draw(file, ranges, name, sample) for sample in range(samples)]
+        require(samples > 0, "random needs samples, their number")
+        draws = [_draw(ranges, name, sample) for sample in range(samples)]
         points = [point + draw for point in points for draw in draws]
-    return Variant(name, config, {**asked.get("fields", {}), **own.get("fields", {})}, grid, points)
+    return Variant(name, config, fields, grid, points)
 
 
-def _draw(file: Path, ranges: dict, variant: str, sample: int) -> Point:
+def with_groups(config: str, groups: str) -> str:
+    """Returns FILE:GROUP=CHOICE,... with more groups."""
+    return config + (":" if ":" not in config else ",") * bool(groups) + groups
+
+
+def _draw(ranges: dict, variant: str, sample: int) -> Point:
     """Draws values from ranges: always the same ones for a variant's name and a sample's number."""
     random = np.random.default_rng([sample, *variant.encode()])
-    drawn = []
+    drawn = {}
     for key, given in ranges.items():
         match given:
             case ("log", low, high) if 0 < low < high:
@@ -233,11 +222,6 @@ def _draw(file: Path, ranges: dict, variant: str, sample: int) -> Point:
                 value = given[random.integers(len(given))]
             case _:
                 forms = "('log', LOW, HIGH), ('uniform', LOW, HIGH) or a list"
-                raise ConfigError(f"{file}: random {key}={given!r}: write {forms}")
-        drawn.append((key, float(f"{value:.4g}") if isinstance(value, float) else value))
-    return tuple(drawn)
-
-
-def command(job: Job) -> str:
-    """Returns the command of a run as one would type it."""
-    return shlex.join(["trainit", "train", *job.arguments])
+                raise ConfigError(f"random {key}={given!r}: write {forms}")
+        drawn[key] = float(f"{value:.4g}") if isinstance(value, float) else value
+    return tuple(drawn.items())

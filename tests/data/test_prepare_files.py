@@ -16,13 +16,13 @@ import zstandard
 from processes import ROOT
 
 from trainit.__main__ import main as trainit_command
-from trainit.data import documents
 from trainit.data.dataset import DatasetError, open_dataset
+from trainit.data.documents import reader
 from trainit.data.tokenizers import SentencePieceTokenizer
 from trainit.prepare import merge
 from trainit.prepare.verify import verify
 
-WORDS = Path(documents.__file__).read_text().split(" ")
+WORDS = Path(reader.__file__).read_text().split(" ")
 SMALL = ["--shard_tokens=20000", "--unit_bytes=1"]
 
 
@@ -190,9 +190,9 @@ def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
     """kill -9 at random moments, then SIGTERM, each followed by the same command again."""
     draw, flags = np.random.default_rng(1), ["--tokenizer=gpt2", f"--output={tmp_path / 'out'}"]
     slow = (
-        "import sys, time; from trainit.data import decompress, documents;"
+        "import sys, time; from trainit.data.documents import decompress, reader;"
         "from trainit.__main__ import main; from trainit.prepare import workers;"
-        "documents.BATCH, decompress.CHUNK = 20_000, 5_000;"
+        "reader.BATCH, decompress.CHUNK = 20_000, 5_000;"
         "workers.COMMIT_SECONDS = 0; write = workers.UnitWriter.write\n"
         "def slowly(*args): time.sleep(0.05); write(*args)\n"
         "workers.UnitWriter.write = slowly; sys.exit(main(['prepare', *sys.argv[1:]]))"

@@ -9,9 +9,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from trainit.data import decompress
-from trainit.data import documents as readers
-from trainit.data.documents import Position
+from trainit.data.documents import decompress, reader
+from trainit.data.documents.reader import Position
 from trainit.data.tokenizers import base
 
 FIELDS = ("text", "meta.pile_set_name")
@@ -47,8 +46,8 @@ def write(path, rows) -> None:
 
 def read(path, start=Position()) -> tuple[list, list, list]:  # noqa: B008
     documents, broken, positions = [], [], []
-    for batch in readers.read(path, path.name, FIELDS, start):
-        there, wrong = readers.parse(batch, FIELDS)
+    for batch in reader.read(path, path.name, FIELDS, start):
+        there, wrong = reader.parse(batch, FIELDS)
         documents += there
         broken += wrong
         positions.append((batch.position, len(documents)))
@@ -57,7 +56,7 @@ def read(path, start=Position()) -> tuple[list, list, list]:  # noqa: B008
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.parquet"])
 def test_all_documents_from_every_position(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BATCH", 100_000)
+    monkeypatch.setattr(reader, "BATCH", 100_000)
     monkeypatch.setattr(decompress, "CHUNK", 25_000)
     monkeypatch.setattr(decompress, "COMPRESSED", 100)
     rows = records(700)
@@ -146,6 +145,6 @@ def test_other_damage(tmp_path):
 
 
 def test_suffixes():
-    assert [readers.suffix(readers.Path(n)) for n in ("a.jsonl", "b.jsonl.zst", "c.json")] == [
+    assert [reader.suffix(reader.Path(n)) for n in ("a.jsonl", "b.jsonl.zst", "c.json")] == [
         *(".jsonl", ".jsonl.zst", None)
     ]

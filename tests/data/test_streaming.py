@@ -13,10 +13,10 @@ import zstandard
 from processes import ROOT, exact, last_step, metrics, run, run_imported, start, wait_for
 
 from trainit.config import ConfigError, jsonl, resolve
-from trainit.data import documents as readers
 from trainit.data import loader
 from trainit.data.dataset import DatasetError
-from trainit.data.documents import BrokenInputError
+from trainit.data.documents import reader as readers
+from trainit.data.documents.reader import BrokenInputError
 from trainit.data.jsonl import dataset as streaming
 from trainit.data.jsonl.stream import Corpus, State, Stream, deal
 from trainit.data.loader import DataPosition

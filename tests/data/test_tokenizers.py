@@ -11,7 +11,8 @@ import sentencepiece
 import tiktoken
 import tokenizers as hugging_face
 
-from trainit.data import documents, tokenizers
+from trainit.data import tokenizers
+from trainit.data.documents import reader
 from trainit.data.tokenizers import base
 
 AWKWARD = [
@@ -26,7 +27,7 @@ AWKWARD = [
     "é" * 999,
     "e\u0301 ﬁ Å \u3000 \x1c\x85 全角。中文",
 ]
-WORDS = Path(documents.__file__).read_text()
+WORDS = Path(reader.__file__).read_text()
 
 
 def byte_level(tmp_path) -> Path:

@@ -18,7 +18,7 @@ from trainit.cluster.process import FAILED, STOPPED
 from trainit.config import ConfigError
 from trainit.data import tokenizers
 from trainit.data.dataset import DatasetError
-from trainit.data.documents import SUFFIXES
+from trainit.data.documents.reader import SUFFIXES
 from trainit.prepare import prepare, workers
 from trainit.prepare.writer import Recipe
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import logging
 
 from trainit.data.dataset import FORMAT, DatasetError, dtype_of
-from trainit.data.documents import Batch, Document, Position
+from trainit.data.documents.reader import Batch, Document, Position
 from trainit.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from trainit.prepare.merge import join
 from trainit.prepare.writer import Recipe, Unit, UnitWriter, encode

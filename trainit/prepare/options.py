@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from trainit.config import ConfigError, require
-from trainit.data import documents as readers
 from trainit.data import tokenizers
+from trainit.data.documents import reader
 from trainit.prepare.writer import Unit
 
 
@@ -45,7 +45,7 @@ def shard(text: str) -> tuple[int, int]:
 def files(patterns: list[str], flag: str) -> tuple[list[Path], list[str]]:
     """Returns the files that the patterns name, in order, and their names below the common folder."""
     try:
-        return readers.find_files(patterns, f"--{flag}", readers.SUFFIXES)
+        return reader.find_files(patterns, f"--{flag}", reader.SUFFIXES)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -17,9 +17,9 @@ from tabulate import tabulate
 from trainit.cluster.process import DONE, FAILED
 from trainit.config import ConfigError
 from trainit.data import dataset as tokens
-from trainit.data import documents as readers
 from trainit.data import tokenizers
-from trainit.data.documents import Position
+from trainit.data.documents import reader
+from trainit.data.documents.reader import Position
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
 from trainit.files import write_atomically
@@ -41,8 +41,8 @@ def _sample(paths: list[Path], text_fields: tuple[str, str]) -> Iterator[str]:
     share = SAMPLE_BYTES // len(paths)
     for path in paths:
         size = 0
-        for batch in readers.read(path, path.name, text_fields, Position()):
-            for document in readers.parse(batch, text_fields)[0]:
+        for batch in reader.read(path, path.name, text_fields, Position()):
+            for document in reader.parse(batch, text_fields)[0]:
                 size += len(document.text)
                 yield document.text
             if size >= share:

@@ -16,9 +16,10 @@ import tqdm
 from absl import logging
 
 from trainit.cluster.process import end_with_parent
-from trainit.data import documents, tokenizers
+from trainit.data import tokenizers
 from trainit.data.dataset import dtype_of
-from trainit.data.documents import Batch, BrokenInputError, Position
+from trainit.data.documents import reader
+from trainit.data.documents.reader import Batch, BrokenInputError, Position
 from trainit.data.tokenizers import Tokenizer
 from trainit.prepare.writer import (
     Encoded,
@@ -225,7 +226,7 @@ def _batches(
                 progress.skip(path.stat().st_size)
                 continue
             start = at if number == at.file else Position(number)
-            for batch in documents.read(path, unit.names[number], fields, start):
+            for batch in reader.read(path, unit.names[number], fields, start):
                 if start != Position(number) and not read:  # what was passed over to get here
                     progress.skip(batch.read)
                     read = batch.read

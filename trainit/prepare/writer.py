@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from trainit.data.dataset import dtype_of
-from trainit.data.documents import Batch, Broken, BrokenInputError, Position, parse
-from trainit.data.documents import encode as encode_documents
+from trainit.data.documents.reader import Batch, Broken, BrokenInputError, Position, parse
+from trainit.data.documents.reader import encode as encode_documents
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import to_bytes
 from trainit.files import write_atomically

@@ -22,7 +22,7 @@ from trainit.cluster import sync
 from trainit.cluster.process import end_with_parent
 from trainit.data import loader, tokenizers
 from trainit.data.dataset import DatasetError, Split
-from trainit.data.documents import BrokenInputError, Position, find_files
+from trainit.data.documents.reader import BrokenInputError, Position, find_files
 from trainit.data.jsonl.stream import Corpus, State, Stream, documents
 from trainit.data.loader import START, DataPosition
 from trainit.data.tokenizers import Tokenizer

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainit.data import documents as readers
 from trainit.data import tokenizers
 from trainit.data.dataset import DatasetError, dtype_of
-from trainit.data.documents import Batch, BrokenInputError, Position
+from trainit.data.documents import reader
+from trainit.data.documents.reader import Batch, BrokenInputError, Position
 from trainit.data.order import permute
 from trainit.data.tokenizers import Tokenizer
 
@@ -126,7 +126,7 @@ def documents(
     size = path.stat().st_size
     if size != corpus.sizes[file]:
         raise BrokenInputError(f"{name} has {size} bytes; when the run began it had {corpus.sizes[file]}")
-    for batch in readers.read(path, name, fields, start):
+    for batch in reader.read(path, name, fields, start):
         lines = batch.lines.split(b"\n")
         first = (part - batch.line) % parts
         own = [b""] * len(lines)  # the others as blank lines, so that numbers stay
@@ -139,8 +139,8 @@ def documents(
 
 def _encode(corpus: Corpus, batch: Batch, fields: tuple[str, str]) -> list[tuple[int, str, np.ndarray]]:
     """Returns line, subset and ids of each document of a batch."""
-    documents, broken = readers.parse(batch, fields)
-    documents, encoded, without_ids = readers.encode(documents, corpus.tokenizer, batch.file)
+    documents, broken = reader.parse(batch, fields)
+    documents, encoded, without_ids = reader.encode(documents, corpus.tokenizer, batch.file)
     if broken or without_ids:
         raise BrokenInputError(str(min([*broken, *without_ids], key=lambda b: b.line)))
     end = corpus.tokenizer.end_of_text

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import zstandard
 
 from trainit.config import ConfigError
-from trainit.data import documents, tokenizers
-from trainit.data.documents import Position
+from trainit.data import tokenizers
+from trainit.data.documents import reader
+from trainit.data.documents.reader import Position
 
 FIELDS = ("text", "meta.pile_set_name")
 SLOW_CHARACTERS = 1 << 26  # of text for sentencepiece, which takes ten times as long
@@ -50,8 +51,8 @@ def _report(corpus: str, rounds: int) -> Iterator[str]:
     texts = [
         document.text
         for path in paths
-        for batch in documents.read(path, path.name, FIELDS, Position())
-        for document in documents.parse(batch, FIELDS)[0]
+        for batch in reader.read(path, path.name, FIELDS, Position())
+        for document in reader.parse(batch, FIELDS)[0]
     ]
     if not texts:
         raise ValueError(f"--corpus={corpus!r}: there are no documents")

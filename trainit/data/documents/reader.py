@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from trainit.data.decompress import DamagedError, chunks
+from trainit.data.documents.decompress import DamagedError, chunks
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import PIECE, boundary
 

@@ -14,11 +14,12 @@ import tiny
 from processes import ROOT, exact, metrics, run, run_imported
 from test_config import make
 
-from trainit.config import ConfigError, resolve
+from trainit.config import FREE, ConfigError, resolve
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
-from trainit.train.checkpoint import FREE, CheckpointStore, differences, due
+from trainit.train.checkpoint import CheckpointStore, due
+from trainit.train.resume import differences
 
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 

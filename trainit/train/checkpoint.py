@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from trainit.cluster import sync
-from trainit.config import FREE, ConfigError, flatten
+from trainit.config import ConfigError
 from trainit.parallel.trees import path_name
 
 # Fields of a state that are saved as items of their own: a resume may have others of them, or none.
@@ -29,19 +29,16 @@ def due(save_steps: int | tuple[int, ...], step: int) -> bool:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in WORKDIR/checkpoints/STEP/."""
+    """The checkpoints of one run, in WORKDIR/checkpoints/STEP/.
+
+    The newest `keep` of them stay (0: all). Another run's are only loaded from: `read_only`.
+    """
 
     def __init__(self, workdir: Path, keep: int = 0, read_only: bool = False):
-        """
-        Args:
-            workdir: the run's folder.
-            keep: how many of the newest checkpoints stay; 0: all.
-            read_only: for another run's checkpoints, which are only loaded from.
-        """
         self.folder = (workdir / "checkpoints").absolute()
         self._keep, self._read_only = keep, read_only
         self._error: Exception | None = None
-        self._times_opened, self._newest = 0, -1  # `_newest`: step of the newest save
+        self._times_opened, self._newest_save = 0, -1
         self._manager = self._open() if self.folder.is_dir() else None
 
     def _open(self) -> ocp.CheckpointManager:
@@ -65,10 +62,9 @@ class CheckpointStore:
             ),
         )
         handlers = {
-            "state": _watch(ocp.StandardCheckpointHandler(), self._fail),
-            **{name: _watch(ocp.StandardCheckpointHandler(), self._fail) for name in SEPARATE},
-            "meta": ocp.JsonCheckpointHandler(),
+            name: _watch(ocp.StandardCheckpointHandler(), self._fail) for name in ("state", *SEPARATE)
         }
+        handlers["meta"] = ocp.JsonCheckpointHandler()
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
@@ -89,17 +85,12 @@ class CheckpointStore:
         return max(self.steps(), default=None)
 
     def save(self, step: int, state, meta: Mapping):
-        """Starts a save. The caller may reuse the state's memory as soon as this returns.
+        """Starts to save a dataclass of arrays, and what goes with it as JSON.
 
-        If something goes wrong, `error` reports it. All processes of a job call this together; if one of
-        them cannot write to the folder, none begins.
-
-        Args:
-            step: number of the checkpoint.
-            state: a dataclass of arrays.
-            meta: what goes with it, as JSON.
+        The caller may reuse the state's memory as soon as this returns. If something goes wrong, `error`
+        reports it. All processes of a job call this together; if one cannot write to the folder, none begins.
         """
-        self._newest = step
+        self._newest_save = step
         if jax.process_count() > 1:
             self._error = self._error or _try_to_write(self.folder)
             if any(sync.gather(self._error is not None)):
@@ -126,9 +117,7 @@ class CheckpointStore:
         """The state of `step`, laid out as `abstract_state`, on whatever mesh it was saved.
 
         The fields in `SEPARATE` are empty if the checkpoint was saved without them, or with other arrays.
-
-        Raises:
-            ConfigError: the checkpoint has other parameters, shapes or types.
+        Raises ConfigError if the rest has other parameters, shapes or types.
         """
         fields, separate = _split(abstract_state)
         self._check(step, fields)
@@ -145,8 +134,7 @@ class CheckpointStore:
     def restore_params(self, step: int, abstract_params: dict) -> dict:
         """The parameters of the state of `step` without the rest, whatever its optimizer was.
 
-        Raises:
-            ConfigError: the checkpoint has other parameters.
+        Raises ConfigError if the checkpoint has other parameters.
         """
         item = {"params": abstract_params}
         self._check(step, item)
@@ -160,10 +148,23 @@ class CheckpointStore:
 
     def _check(self, step: int, expected: dict):
         """Raises ConfigError unless the checkpoint has every array of `expected` in its shape and type."""
-        saved = _shapes(self._opened.item_metadata(step)["state"].tree)
+        saved, wanted = _shapes(self._opened.item_metadata(step)["state"].tree), _shapes(expected)
         if set(expected) == {"params"}:
             saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}
-        _check_same_shapes(saved, _shapes(expected), self.folder / str(step))
+        differing = [path for path in wanted.keys() | saved.keys() if wanted.get(path) != saved.get(path)]
+        if differing:
+            # Parameters first: if they differ, so does the optimizer's state, which would only distract.
+            path = min(differing, key=lambda path: (not path.startswith("params/"), path))
+            remedy = "set the model fields that it was made with"
+            if path.startswith("opt_state/"):
+                remedy = (
+                    "take its parameters alone into a new --workdir with --config.checkpoint.load_path= and "
+                    "--config.checkpoint.overwrite_optimizer=True"
+                )
+            raise ConfigError(
+                f"checkpoint {self.folder / str(step)} is of another model or optimizer: {path} is "
+                f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"
+            )
 
     def busy(self) -> bool:
         """Whether a save is under way."""
@@ -171,37 +172,31 @@ class CheckpointStore:
 
     def error(self) -> Exception | None:
         """What went wrong in this process's part of a save, as soon as it is known; cheap."""
-        if self._manager and not self._error and not self.busy():
-            try:
-                self._manager.wait_until_finished()  # does not wait here, but raises errors of the last part
-            except Exception as error:
-                self._fail(error)
+        if not self._error and not self.busy():
+            self._finish()  # does not wait here, but learns of errors in the last part
         return self._error
 
     def wait(self):
-        """Returns when this process's part of the newest save is durable.
+        """Returns when this process's part of the newest save is durable; raises its error if it failed."""
+        self._finish()
+        if self._error:
+            raise self._error
 
-        Raises:
-            Exception: it failed.
-        """
+    def _finish(self):
         try:
             if self._manager:
                 self._manager.wait_until_finished()
         except Exception as error:
             self._fail(error)
-        if self._error:
-            raise self._error
 
     def reopen(self) -> bool:
         """Discards a save that failed, here or on another process, with what it has written.
 
-        All processes call it together.
-
-        Returns:
-            Whether process 0 sees the checkpoint complete after all: then the failure came later.
+        All processes call it together. Returns whether process 0 sees the checkpoint complete after all: then
+        the failure came later.
         """
         self._manager, self._error = self._open(), None
-        return bool(sync.agree(self._newest in self.steps()))
+        return bool(sync.agree(self._newest_save in self.steps()))
 
     def close(self):
         if self._manager:
@@ -218,23 +213,6 @@ def _try_to_write(folder: Path) -> OSError | None:
     except OSError as error:
         return error
     return None
-
-
-def _check_same_shapes(saved: dict[str, str], wanted: dict[str, str], checkpoint: Path):
-    """Raises ConfigError at the first array whose shape or type in the checkpoint is not the wanted one."""
-    # Parameters first: if they differ, so does the optimizer's state, which would only distract.
-    for path in sorted(wanted.keys() | saved.keys(), key=lambda p: (not p.startswith("params/"), p)):
-        if wanted.get(path) != saved.get(path):
-            remedy = (
-                "take its parameters alone into a new --workdir with --config.checkpoint.load_path= and "
-                "--config.checkpoint.overwrite_optimizer=True"
-                if path.startswith("opt_state/")
-                else "set the model fields that it was made with"
-            )
-            raise ConfigError(
-                f"checkpoint {checkpoint} is of another model or optimizer: {path} is "
-                f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"
-            )
 
 
 def _split(state) -> tuple[dict, dict]:
@@ -281,42 +259,3 @@ def _shapes(tree) -> dict[str, str]:
         for path, leaf in jax.tree.leaves_with_path(tree)
         if hasattr(leaf, "shape")
     }
-
-
-def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
-    """The fields in which two resolved configs differ: {"steps": (old value, new value)}.
-
-    A field that only one of them has is compared with None.
-    """
-    old, new = flatten(old), flatten(new)
-    return {
-        field: (old.get(field), new.get(field))
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
-    }
-
-
-def check_same_run(old: Mapping, new: Mapping, overwrite: bool, origin: str) -> list[str]:
-    """Compares a checkpoint's config with the one that it is to be continued with.
-
-    Args:
-        old: the checkpoint's, as nested dicts.
-        new: the current one.
-        overwrite: `checkpoint.overwrite_config`.
-        origin: where `old` comes from, for messages.
-
-    Returns:
-        "steps: 100 -> 200", for each field that differs.
-
-    Raises:
-        ConfigError: a field differs that changes what the state means, and `overwrite` is off.
-    """
-    changed = differences(old, new)
-    lines = {field: f"{field}: {before!r} -> {after!r}" for field, (before, after) in changed.items()}
-    fatal = [line for field, line in lines.items() if not FREE.match(field)]
-    if fatal and not overwrite:
-        raise ConfigError(
-            f"{origin} was made with another config ({'; '.join(fatal)}); "
-            f"set --config.checkpoint.overwrite_config=True to continue with the new one, or a new --workdir"
-        )
-    return list(lines.values())

@@ -1,7 +1,6 @@
 """The report at the start of a run: everything that was chosen for it, one line for each topic."""
 
 import socket
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -41,28 +40,16 @@ def report(config: Config, steps: CompiledSteps, shape: RunShape, data: Training
     }.items():
         if text:
             logging.info("%-10s %s", topic, text)
-    for own, members in _groups(config, steps):
-        logging.info(
-            "%-10s %s, learning rate %g, weight decay %g: %s",
-            "group",
-            own.name,
-            own.learning_rate,
-            own.weight_decay,
-            ", ".join(members) or "nothing",
-        )
+    if c.parameter_groups:
+        params = steps.abstract_state.params
+        for own, paths in optimizers.assigned(c.optimizer, c.parameter_groups, params)[1].values():
+            rates = f"learning rate {own.learning_rate:g}, weight decay {own.weight_decay:g}"
+            logging.info("%-10s %s, %s: %s", "group", own.name, rates, ", ".join(paths) or "nothing")
     if len(validation.subsets) > MAX_SUBSETS:
         logging.info("%-10s %d are too many to validate one by one", "subsets", len(validation.subsets))
     if jax.process_count() > 1:
         for process, host in enumerate(sync.gather_text(socket.gethostname())):
             logging.info("process %-3d%s: %s", process, host, describe_devices(shape.device_mesh, process))
-
-
-def _groups(config: Config, steps: CompiledSteps) -> Iterable[tuple[Config, list[str]]]:
-    """The optimizer and the parameters of each group."""
-    if not config.parameter_groups:
-        return ()
-    parameters = steps.abstract_state.params
-    return optimizers.assigned(config.optimizer, config.parameter_groups, parameters)[1].values()
 
 
 def _batch(shape: RunShape) -> str:

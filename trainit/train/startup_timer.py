@@ -19,10 +19,7 @@ class StartupTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts this time as a part of the start-up. Parts of the same name add up; they must not nest.
-
-        After the start-up, parts are still measured but no longer reported.
-        """
+        """Counts this time as a part of the start-up. Parts of the same name add up; they must not nest."""
         begun = time.monotonic()
         try:
             yield

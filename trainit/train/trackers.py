@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl, W&B, a progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,25 +16,26 @@ from trainit.files import write_atomically
 from trainit.logs import quantity
 
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal
+SHOWN = {  # as progress
+    "train/loss": "loss {:.3f}".format,
+    "throughput/tokens_per_second": lambda value: f"{quantity(value)} tokens/s",
+    "throughput/mfu": "MFU {:.1%}".format,
+}
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object per logged step, appended."""
+    """metrics.jsonl: one JSON object per logged step, appended.
+
+    Lines of steps after `keep_through` are dropped, since a resume does these steps again; so is a last line
+    that a crash left unfinished.
+    """
 
     def __init__(self, path: Path, keep_through: int):
-        """
-        Args:
-            path: the file's.
-            keep_through: lines of later steps are dropped, since a resume does these steps again; so is a
-                last line that a crash left unfinished.
-        """
         kept = []
         if path.exists():
             for line in path.read_text().splitlines():
-                try:
+                with contextlib.suppress(json.JSONDecodeError):
                     kept += [line + "\n"] if json.loads(line)["step"] <= keep_through else []
-                except json.JSONDecodeError:
-                    continue
         write_atomically(path, "".join(kept))
         self._file = path.open("a")
 
@@ -51,34 +53,10 @@ class JsonLines:
         self._file.close()
 
 
-class WeightsAndBiases:
-    """A W&B run that a resumed job continues. WANDB_MODE=offline keeps it on this machine."""
-
-    def __init__(self, workdir: Path, project: str, name: str, run_id: str, config: Mapping):
-        import wandb  # here, because it is slow to import and not installed everywhere
-
-        self._run = wandb.init(
-            project=project, name=name, id=run_id, resume="allow", dir=workdir, config=dict(config)
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, record: Mapping):
-        self._run.log(dict(record))
-
-    def close(self, code: int):
-        self._run.finish(exit_code=code)
-
-
 class Progress:
-    """Shows how far the run is: a bar on a terminal, otherwise a line every `LINE_SECONDS`."""
+    """Shows how far a run that begins at step `start` is: a bar on a terminal, otherwise lines."""
 
     def __init__(self, start: int, steps: int):
-        """
-        Args:
-            start: steps done so far.
-            steps: how many the whole run has.
-        """
         self._start, self._steps = start, steps
         self._newest: dict = {}  # the newest value of each metric: not every step has all of them
         self._line_at, self._bar = 0.0, None
@@ -90,13 +68,7 @@ class Progress:
         if step == self._start:
             return
         self._newest |= metrics
-        text = ""
-        if "train/loss" in self._newest:
-            text = f"loss {self._newest['train/loss']:.3f}"
-        if "throughput/tokens_per_second" in self._newest:
-            text += f"  {quantity(self._newest['throughput/tokens_per_second'])} tokens/s"
-        if "throughput/mfu" in self._newest:
-            text += f"  MFU {self._newest['throughput/mfu']:.1%}"
+        text = "  ".join(show(self._newest[name]) for name, show in SHOWN.items() if name in self._newest)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -112,50 +84,45 @@ class Progress:
 
 
 class RunLogger:
-    """Logs a run's metrics: to metrics.jsonl, W&B and the progress bar. Only process 0 does anything."""
+    """Logs a run's metrics: to metrics.jsonl, W&B and as progress. Only on process 0 does it do anything."""
 
     def __init__(
         self, lead: bool, workdir: Path, config: Mapping, start: int, keep_through: int, wandb_id: str
     ):
-        """
-        Args:
-            lead: whether this process is the one that writes.
-            workdir: the run's folder.
-            config: the resolved config.
-            start: steps done so far.
-            keep_through: see `JsonLines`.
-            wandb_id: the W&B run to begin or to continue.
-        """
-        self._jsonl: JsonLines | None = None
-        self._progress: Progress | None = None
-        self._wandb: WeightsAndBiases | None = None
+        """Begins at step `start`, in metrics.jsonl after `keep_through`, in a new or continued W&B run."""
+        self._lead = lead
         if not lead:
             return
         self._jsonl = JsonLines(workdir / "metrics.jsonl", keep_through)
-        if config["wandb"]["project"]:
-            name = config["wandb"]["name"] or workdir.name
-            self._wandb = WeightsAndBiases(workdir, config["wandb"]["project"], name, wandb_id, config)
+        self._wandb = None
+        project, name = config["wandb"]["project"], config["wandb"]["name"] or workdir.name
+        if project:
+            import wandb  # here, because it is slow to import and not installed everywhere
+
+            settings = {"project": project, "name": name, "id": wandb_id, "config": dict(config)}
+            self._wandb = wandb.init(**settings, resume="allow", dir=workdir)
+            self._wandb.define_metric("step")
+            self._wandb.define_metric("*", step_metric="step")
         self._progress = Progress(start, config["steps"])
 
     def log(self, step: int, metrics: Mapping, write: bool = True):
-        """Shows the metrics of a step on the progress bar and, if `write`, appends them to the records."""
-        record = {"step": step, **metrics}
-        if self._progress:
+        """Shows the metrics of a step as progress and, if `write`, appends them to the records."""
+        if self._lead:
             self._progress.show(step, metrics)
-        if self._jsonl and write:
-            self._jsonl.log(record)
-        if self._wandb and write:
-            self._wandb.log(record)
+        if self._lead and write:
+            self._jsonl.log({"step": step, **metrics})
+            if self._wandb:
+                self._wandb.log({"step": step, **metrics})
 
     def sync(self):
         """Returns when everything that was logged is on disk."""
-        if self._jsonl:
+        if self._lead:
             self._jsonl.sync()
 
     def close(self, code: int):
         """Closes everything; W&B learns the exit code."""
-        for part in (self._progress, self._jsonl):
-            if part:
-                part.close()
-        if self._wandb:
-            self._wandb.close(code)
+        if self._lead:
+            self._progress.close()
+            self._jsonl.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=code)

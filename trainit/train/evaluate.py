@@ -3,6 +3,7 @@
 import math
 import statistics
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -17,40 +18,37 @@ from trainit.train.startup_timer import StartupTimer
 from trainit.train.step import CompiledSteps
 
 MAX_SUBSETS = 256  # a split with more of them is validated as a whole only
+SUMS = ("loss", "correct", "count", "bytes")  # that the eval step gives
 
 
+@dataclass
 class Validation:
     """Validates the parameters of a run: always on the same sequences, evenly spaced over the split."""
 
-    def __init__(
-        self,
-        config: Config,
-        data: TrainingData,
-        shape: RunShape,
-        steps: CompiledSteps,
-        monitor: JobMonitor,
-        timer: StartupTimer,
-    ):
-        self._sequences, self._split = config.eval.sequences, data.validation
-        self._shape, self._layout = (1, *shape.batch_at(0)[1:]), batch_sharding(shape.device_mesh)
-        self._steps, self._monitor, self._timer = steps, monitor, timer
-        self._token_bytes = data.tokenizer.token_bytes()
+    config: Config
+    data: TrainingData
+    shape: RunShape
+    steps: CompiledSteps
+    monitor: JobMonitor
+    timer: StartupTimer
+
+    def __post_init__(self):
+        self._token_bytes = self.data.tokenizer.token_bytes()
         self._is_compiled = False
 
     def __call__(self, step: int, params: dict) -> dict[str, float] | None:
-        """The validation metrics of the parameters after `step` steps.
+        """The validation metrics of the parameters after `step` steps; None if the job stops meanwhile.
 
-        Returns:
-            "valid/loss" in nats per token, "valid/accuracy", "valid/bits_per_byte", over all tokens. If the
-            dataset has several subsets, also "valid/loss/SUBSET" and "valid/bits_per_byte/SUBSET" of those
-            that have tokens among the sequences, and "valid/loss_macro" and "valid/bits_per_byte_macro", the
-            plain means over these. NaN where the targets are no text. None if the job stops meanwhile.
+        "valid/loss" in nats per token, "valid/accuracy" and "valid/bits_per_byte" are over all tokens. If the
+        dataset has several subsets, there are also "valid/loss/SUBSET" and "valid/bits_per_byte/SUBSET" of
+        those with tokens among the sequences, and their plain means "valid/loss_macro" and
+        "valid/bits_per_byte_macro". Bits per byte are NaN where the targets are no text.
         """
         # The first time compiles, which may take minutes: the watchdog must not take it for a stall.
-        watchdog = self._monitor.watchdog
+        watchdog = self.monitor.watchdog
         patience = nullcontext() if self._is_compiled else watchdog.long_task("compiling the evaluation")
         self._is_compiled = True
-        with patience, self._timer.part("validation"):
+        with patience, self.timer.part("validation"):
             metrics = self._evaluate(params)
         if metrics is not None:
             loss, bits = metrics["valid/loss"], metrics["valid/bits_per_byte"]
@@ -58,32 +56,26 @@ class Validation:
         return metrics
 
     def _evaluate(self, params: dict) -> dict[str, float] | None:
-        names = [name or "unnamed" for name in self._split.subsets]
+        split = self.data.validation
+        names = [name or "unnamed" for name in split.subsets]
         by_subset = 1 < len(names) <= MAX_SUBSETS
         count = len(names) if by_subset else 1
-        totals = {name: np.zeros(count) for name in ("loss", "correct", "count", "bytes")}
-        batches = validation_batches(self._split, self._sequences, self._shape, self._layout, by_subset)
-        previous: dict = {}
+        shape, layout = (1, *self.shape.batch_at(0)[1:]), batch_sharding(self.shape.device_mesh)
+        batches = validation_batches(split, self.config.eval.sequences, shape, layout, by_subset)
+        sums: list[dict] = []
         for batch in batches:
-            if self._monitor.stop_reason():
+            if self.monitor.stop_reason():
                 return None
-            sums = self._steps.evaluate(params, batch, self._token_bytes, count)
-            _add(totals, previous)  # read while the devices work on this batch
-            previous = sums
-        _add(totals, previous)
+            sums.append(self.steps.evaluate(params, batch, self._token_bytes, count))
+            jax.block_until_ready(sums[-2:-1])  # wait for the batch before; the devices work on this one
+        on_host = jax.device_get(sums)
+        totals = {name: sum(part[name].astype(np.float64) for part in on_host) for name in SUMS}
         return _metrics(totals, names if by_subset else [])
-
-
-def _add(totals: dict[str, np.ndarray], sums: dict):
-    for name, value in jax.device_get(sums).items():
-        totals[name] += np.asarray(value, np.float64)
 
 
 def _metrics(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
     """The metrics, from float64 sums by subset; without names, only those of all tokens."""
-    loss, correct, count, bytes_ = (
-        float(sum(totals[name])) for name in ("loss", "correct", "count", "bytes")
-    )
+    loss, correct, count, bytes_ = (float(sum(totals[name])) for name in SUMS)
     result = {
         "valid/loss": loss / count,
         "valid/accuracy": correct / count,
@@ -92,13 +84,10 @@ def _metrics(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, float
     if not names:
         return result
 
-    losses, bits = {}, {}
     columns = (totals[name].tolist() for name in ("loss", "count", "bytes"))
-    for name, loss, count, bytes_ in zip(names, *columns, strict=True):
-        if count:
-            losses[name] = loss / count
-        if count and bytes_:
-            bits[name] = loss / math.log(2) / bytes_
+    rows = list(zip(names, *columns, strict=True))
+    losses = {name: loss / count for name, loss, count, _ in rows if count}
+    bits = {name: loss / math.log(2) / bytes_ for name, loss, count, bytes_ in rows if count and bytes_}
     result |= {f"valid/loss/{name}": value for name, value in losses.items()}
     result |= {f"valid/bits_per_byte/{name}": value for name, value in bits.items()}
     result["valid/loss_macro"] = statistics.mean(losses.values())

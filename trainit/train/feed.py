@@ -1,7 +1,7 @@
 """The training batches of a run, read while the devices compute."""
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 
@@ -16,11 +16,7 @@ POLL_SECONDS = 0.2  # how often a process that waits for data looks whether the 
 
 
 class BatchFeed:
-    """Training batches from the current step on.
-
-    Batch t is what the step that follows t others trains on: the next `shape.batch_sizes.at(t)` sequences in
-    the order of the data, which follows from config and dataset. It is the same whatever hosts, devices,
-    worker processes and restarts there are. Each process reads its own rows of it.
+    """Training batches from the current step on; each process reads its own rows of them.
 
     A thread fetches the next batch while a step runs. Batches are read up to the next change of batch size;
     there, a new reader takes over, since streamed data know their position only when they have come so far.
@@ -35,21 +31,13 @@ class BatchFeed:
         step: int,
         position: DataPosition,
     ):
-        """
-        Args:
-            data: to train on.
-            shape: the run's.
-            monitor: knows whether the job stops, and learns what this process waits for.
-            meter: learns how long steps wait for data.
-            step: steps done.
-            position: in the data, after these steps.
-        """
+        """Begins after `step` steps, at this position in the data. `meter` learns how long steps wait."""
         self._data, self._shape, self._monitor, self._meter = data, shape, monitor, meter
         self._step, self._rows = step, position.rows
         # This pool is never closed: closing would wait for data that may never come.
         self._thread = ThreadPoolExecutor(1, "data")
         self._read_from(position)
-        self._next = self._fetch()
+        self._next = self._thread.submit(next, self._batches)
 
     def _read_from(self, position: DataPosition):
         """Reads on from this position, with the batch size of the current step."""
@@ -61,14 +49,10 @@ class BatchFeed:
         self._reader = self._data.reader(self._shape.batch_of(size), layout, position)
         self._batches = self._reader.batches(count)
 
-    def _fetch(self) -> Future:
-        return self._thread.submit(next, self._batches)
-
     def next(self) -> dict[str, jax.Array] | None:
         """The batch of the current step; None if the job stops before it has come.
 
-        Raises:
-            Exception: the data cannot be read, or a worker process died.
+        Raises whatever keeps the data from being read, such as the death of a worker process.
         """
         # A process that waits must neither look like one that stalls nor miss a request to stop.
         begun = time.perf_counter()
@@ -90,7 +74,7 @@ class BatchFeed:
         self._step += 1
         if self._step in self._shape.batch_sizes.starts:
             self._read_from(self.position())
-        self._next = self._fetch()
+        self._next = self._thread.submit(next, self._batches)
 
     def position(self) -> DataPosition:
         """The position in the data after the current step. All processes call it together."""
@@ -99,5 +83,4 @@ class BatchFeed:
     def tokens_after(self, step: int) -> int:
         """Tokens trained on by the end of `step`, the current one or one before it."""
         sizes = self._shape.batch_sizes
-        rows = self._rows - sizes.rows(self._step) + sizes.rows(step)
-        return rows * sizes.context_length
+        return (self._rows - sizes.rows(self._step) + sizes.rows(step)) * sizes.context_length

@@ -1,6 +1,7 @@
 """Training: `run` has the order of events; each of them is in a file of its own."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -37,7 +38,8 @@ def run(
     """Trains until all steps are done or the job is asked to stop; returns the exit code.
 
     All processes of a job take the same way through it. `step` counts the steps that are done, so that the
-    next one trains on batch number `step`. For arguments and errors see `Job`.
+    next one trains on batch number `step`. For the arguments see `Job`. Raises ConfigError, NonFiniteError
+    or SaveError; anything else if a data worker died or another process is lost.
     """
     job = Job(config, data, shape, workdir, monitor, timer)
     if job.is_complete():
@@ -60,7 +62,8 @@ def run(
                 job.saves.save_again(step, state)
 
             # 4. Wait for the next batch. A request to stop ends the wait; then save, and stop.
-            batch = job.next_batch()
+            with timer.part("data"):
+                batch = job.feed.next()
             if reason := monitor.stop_reason():
                 job.recorder.flush()
                 job.saves.save(step, state)
@@ -86,55 +89,39 @@ def run(
     return exit_code
 
 
+@dataclass
 class Job:
     """The parts of a run that work together, and the events of `run` that need several of them."""
 
-    def __init__(
-        self,
-        config: Config,
-        data: TrainingData,
-        shape: RunShape,
-        workdir: Path,
-        monitor: JobMonitor,
-        timer: StartupTimer,
-    ):
-        """Makes the functions of the run, and the state and position that it begins with.
+    config: Config
+    data: TrainingData  # to train on and to validate with
+    shape: RunShape  # how the run lies on the devices
+    workdir: Path  # the run's folder; a checkpoint in it is resumed
+    monitor: JobMonitor  # connects this process with the others of the job
+    timer: StartupTimer  # measures what this process does until its first step is done
 
-        Args:
-            config: resolved.
-            data: to train on and to validate with.
-            shape: how the run lies on the devices.
-            workdir: the run's folder; a checkpoint in it is resumed.
-            monitor: connects this process with the others of the job.
-            timer: measures what this process does until its first step is done.
-
-        Raises (here and in `run`):
-            ConfigError: the config does not fit the devices, the run's folder or a checkpoint.
-            NonFiniteError: `max_skipped` steps in a row were not finite, now or before a resume.
-            SaveError: a checkpoint could not be saved.
-            Exception: a data worker died, another process is lost.
-        """
-        self._config, self._data, self._shape, self._workdir = config, data, shape, workdir
-        self._monitor, self._timer = monitor, timer
-        with timer.part("shapes"):
-            self._steps = build(config, shape)
-        startup_report.report(config, self._steps, shape, data, workdir)
-        self._checkpoints = CheckpointStore(workdir, config.checkpoint.keep)
-        resume = Resume(config, data, shape, self._steps, self._checkpoints)
-        with timer.part("restore" if resume.reads_checkpoint else "init"):
+    def __post_init__(self):
+        """Makes the functions of the run, and the state and position that it begins with."""
+        c, data, shape = self.config, self.data, self.shape
+        with self.timer.part("shapes"):
+            self._steps = build(c, shape)
+        startup_report.report(c, self._steps, shape, data, self.workdir)
+        self._checkpoints = CheckpointStore(self.workdir, c.checkpoint.keep)
+        resume = Resume(c, data, shape, self._steps, self._checkpoints)
+        with self.timer.part("restore" if resume.reads_checkpoint else "init"):
             self.start = resume.start_point()
 
     def is_complete(self) -> bool:
         """Whether the run needs nothing more: all steps are done, and the last one is validated."""
-        steps = self._config.steps
-        if self.start.step < steps or not self.start.is_validated(self._workdir):
+        steps = self.config.steps
+        if self.start.step < steps or not self.start.is_validated(self.workdir):
             return False
         logging.info("complete   all %d steps are done; nothing to do", steps)
         return True
 
     def open(self):
         """Opens the run's files, and starts to read its data."""
-        c, start = self._config, self.start
+        c, start = self.config, self.start
         skipped = int(start.state.skipped_in_a_row)
         if skipped >= c.max_skipped:
             raise NonFiniteError(
@@ -142,85 +129,72 @@ class Job:
                 f"that were not finite; raise max_skipped={c.max_skipped}, or load_path an earlier checkpoint"
             )
         if sync.is_lead():
-            facts = metrics.facts(c.model, self._steps.abstract_state)
-            files.write_json(self._workdir / "config.json", c.to_dict())
-            files.write_json(self._workdir / "run.json", facts)
+            files.write_json(self.workdir / "config.json", c.to_dict())
+            files.write_json(self.workdir / "run.json", metrics.facts(c.model, self._steps.abstract_state))
 
-        self.meter = metrics.Meter(c.model)
-        self.feed = BatchFeed(self._data, self._shape, self._monitor, self.meter, start.step, start.position)
-        self._validate = Validation(c, self._data, self._shape, self._steps, self._monitor, self._timer)
+        data, shape, meter, monitor = self.data, self.shape, metrics.Meter(c.model), self.monitor
+        self.feed = BatchFeed(data, shape, monitor, meter, start.step, start.position)
+        self._validate = Validation(c, data, shape, self._steps, monitor, self.timer)
 
         # Lines of metrics.jsonl that this job is going to write again are dropped.
         keep_through = -1
         if start.saved_step is not None:
             keep_through = start.step - 1 if start.postponed is not None else start.step
-        with self._timer.part("trackers"):
+        with self.timer.part("trackers"):
             self.logger = RunLogger(
-                sync.is_lead(), self._workdir, c.to_dict(), start.step, keep_through, start.wandb_id
+                sync.is_lead(), self.workdir, c.to_dict(), start.step, keep_through, start.wandb_id
             )
-        self.recorder = StepRecorder(
-            c, self._shape, self.feed, self.logger, self.meter, self._monitor, start.postponed
-        )
-        self.saves = SaveRetry(self._checkpoints, self._monitor, self._checkpoint_meta, start.saved_step)
+        self.recorder = StepRecorder(c, shape, self.feed, self.logger, meter, monitor, start.postponed)
+        self.saves = SaveRetry(self._checkpoints, monitor, self._checkpoint_meta, start.saved_step)
 
     def validate_and_save(self, step: int, state: TrainState, reason: str) -> str:
-        """Validates and saves if that is due after `step` steps; returns why to stop here, or "".
+        """Validates and saves if that is due after `step` steps. `reason`: why the job stops here, or "".
 
-        Args:
-            step: steps done.
-            state: after them.
-            reason: why the job stops here, or "".
+        Returns the reason, which may have come up meanwhile.
         """
         # What is due? If this job has just resumed at `step`, the job before has saved and validated there,
         # unless it was stopped before the validation: then `postponed` holds the record that waits for it.
-        c, recorder = self._config, self.recorder
+        c, recorder = self.config, self.recorder
         is_last, is_new = step == c.steps, step != self.saves.saved_step
+        is_postponed = recorder.postponed is not None
         validate = is_last or (c.eval.every_steps > 0 and step % c.eval.every_steps == 0)
-        validate = validate and (is_new or recorder.postponed is not None)
+        validate = validate and (is_new or is_postponed)
         save = is_last or (step > 0 and due(c.checkpoint.save_steps, step))
-        if recorder.postponed is not None and not validate:
-            recorder.drop_validation()
-        if not (validate or (is_new and (save or reason))):
+        if not (validate or is_postponed or (is_new and (save or reason))):
             return reason
 
         # Validation comes before the save: if the job stops meanwhile, the checkpoint says that it is due.
         record = recorder.newest()
         validation = self._validate(step, state.params) if validate and not reason else None
-        reason = reason or self._monitor.stop_reason()
+        reason = reason or self.monitor.stop_reason()
         recorder.finish(step, record, validate, validation)
         if save or reason:
             self.saves.save(step, state)
         return reason
-
-    def next_batch(self) -> dict[str, jax.Array] | None:
-        """The batch of the next step; None if the job stops before it has come."""
-        with self._timer.part("data"):
-            return self.feed.next()
 
     def train(self, step: int, state: TrainState, batch: dict | None) -> tuple[TrainState, dict]:
         """Starts the train step after `step` others: the state after it, and its metrics on the device.
 
         The first one of this process is waited for, and ends its start-up.
         """
-        if self._timer.is_over:
+        if self.timer.is_over:
             return self._start_step(step, state, batch)
         # Compiling began in another thread, in Resume; here this process waits for the rest. A request to
-        # stop ends it at once, by the monitor's thread: no step is done, so nothing is lost. See
-        # cluster/monitor.py.
-        with self._timer.part("compile"):
+        # stop ends it at once, by the monitor's thread: no step is done, so nothing is lost.
+        with self.timer.part("compile"):
             self._steps.train.compiled(state, batch)
-        with self._timer.part("step"):
+        with self.timer.part("step"):
             result = jax.block_until_ready(self._start_step(step, state, batch))
-        logging.info("start      to the end of step %d: %s", step + 1, self._timer.over())
+        logging.info("start      to the end of step %d: %s", step + 1, self.timer.over())
         return result
 
     def _start_step(self, step: int, state: TrainState, batch: dict | None) -> tuple[TrainState, dict]:
         # Batches of another size need another program, which is compiled here.
-        sizes = self._shape.batch_sizes
+        sizes = self.shape.batch_sizes
         compiling: AbstractContextManager = nullcontext()
         if step > 0 and step in sizes.starts:
             logging.info("batch      %d sequences from step %d on", sizes.at(step), step)
-            compiling = self._monitor.watchdog.long_task("compiling for another batch size")
+            compiling = self.monitor.watchdog.long_task("compiling for another batch size")
         with compiling:
             return self._steps.train(state, batch)
 
@@ -228,9 +202,9 @@ class Job:
         """What a checkpoint holds in addition to the state. All processes call it when a save starts."""
         self.logger.sync()  # metrics that a resume will not write again must be on disk before it
         return {
-            "config": self._config.to_dict(),
+            "config": self.config.to_dict(),
             **self.feed.position().to_meta(),
-            "dataset": self._data.fingerprint,
+            "dataset": self.data.fingerprint,
             "wandb_id": self.start.wandb_id,
             "postponed": self.recorder.postponed,
             "version": __version__,
@@ -241,6 +215,6 @@ class Job:
         if reason:
             logging.info("stopped    on %s at step %d; run the same command to continue", reason, step)
             return
-        logging.info("done       all %d steps; metrics in %s", step, self._workdir / "metrics.jsonl")
+        logging.info("done       all %d steps; metrics in %s", step, self.workdir / "metrics.jsonl")
         logging.info("           checkpoint in %s", self._checkpoints.folder / str(step))
         logging.info("           train on: --config.steps=N --config.checkpoint.overwrite_config=True")

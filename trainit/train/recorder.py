@@ -1,5 +1,7 @@
 """The metrics of steps: read from the devices, logged, and watched for updates that are not finite."""
 
+from dataclasses import dataclass
+
 import jax
 
 from trainit.cluster.monitor import JobMonitor
@@ -15,6 +17,7 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row in which the loss, the gradient or the update was not finite."""
 
 
+@dataclass
 class StepRecorder:
     """Turns the metrics that steps leave on the devices into log records.
 
@@ -24,96 +27,70 @@ class StepRecorder:
     there validates and logs both.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        shape: RunShape,
-        feed: BatchFeed,
-        logger: RunLogger,
-        meter: Meter,
-        monitor: JobMonitor,
-        postponed: dict | None = None,
-    ):
-        self._config, self._shape, self._feed = config, shape, feed
-        self._logger, self._meter, self._monitor = logger, meter, monitor
-        self.postponed = postponed
-        self._pending: tuple[int, dict] | None = None  # the newest step's metrics, still on the device
+    config: Config
+    shape: RunShape
+    feed: BatchFeed
+    logger: RunLogger
+    meter: Meter
+    monitor: JobMonitor
+    postponed: dict | None
+    _pending: tuple[int, dict] | None = None  # the newest step and its metrics, still on the device
 
     def add(self, step: int, metrics: dict):
         """Takes the metrics of a step that has just been started, and logs those of the step before.
 
-        Raises:
-            NonFiniteError: the step before was the `max_skipped`th in a row that was not finite.
+        Raises NonFiniteError if that was the `max_skipped`th in a row that was not finite.
         """
-        before, self._pending = self._pending, (step, metrics)
-        self._log(self._read(before))
+        self._log(self._read((step, metrics)))
 
     def flush(self):
         """Logs the newest step, for which it waits. Raises NonFiniteError as `add`."""
-        self._log(self._take_pending())
+        self._log(self._read())
 
     def newest(self) -> dict:
         """The record of the newest step, for which it waits; empty if that is logged already.
 
         The caller passes it to `finish` once it is known whether validation metrics belong to it.
         """
-        return (self.postponed or {}) | self._take_pending()
+        return (self.postponed or {}) | self._read()
 
     def finish(self, step: int, record: dict, is_due: bool, validation: dict | None):
-        """Logs a record from `newest`.
-
-        Args:
-            step: whose record it is.
-            record: its metrics.
-            is_due: whether validation metrics belong to it.
-            validation: these metrics; None: there are none yet.
-        """
-        if is_due and not validation:
-            self.postponed = record
-        else:
+        """Logs a record from `newest`, unless validation metrics are due for it and not there yet."""
+        self.postponed = record if is_due and not validation else None
+        if self.postponed is None:
             if validation:
-                record |= {"step": step, "tokens": self._feed.tokens_after(step)} | validation
+                record |= {"step": step, "tokens": self.feed.tokens_after(step)} | validation
             self._log(record)
-            self.postponed = None
-        self._meter.pause()
+        self.meter.pause()
 
-    def drop_validation(self):
-        """Logs a postponed record as it is: its validation is no longer asked for."""
-        self._log(self.postponed or {})
-        self.postponed = None
-
-    def _take_pending(self) -> dict:
-        pending, self._pending = self._pending, None
-        return self._read(pending)
-
-    def _read(self, pending: tuple[int, dict] | None) -> dict:
-        """A step's metrics as numbers; waits for that step alone."""
+    def _read(self, newer: tuple[int, dict] | None = None) -> dict:
+        """The metrics of the pending step as numbers, for which it waits; `newer` is pending from now on."""
+        pending, self._pending = self._pending, newer
         if pending is None:
             return {}
         step, on_device = pending[0], dict(pending[1])
         # Diagnostics are zeros in the steps between those in which they are measured.
         measured = on_device.pop("diagnostics")
-        if diagnostics.is_due(self._config.diagnostics, step):
+        if diagnostics.is_due(self.config.diagnostics, step):
             on_device |= measured
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
         skipped_in_a_row = values.pop("skipped_in_a_row")
-        times = self._meter.step(self._shape.batch_sizes.at(step - 1))
-        record = {"step": step, "tokens": self._feed.tokens_after(step)} | values | times
+        times = self.meter.step(self.shape.batch_sizes.at(step - 1))
+        record = {"step": step, "tokens": self.feed.tokens_after(step)} | values | times
 
-        self._monitor.step_done()
-        if skipped_in_a_row == self._config.max_skipped:
+        self.monitor.step_done()
+        if skipped_in_a_row == self.config.max_skipped:
             self._give_up(record)
         return record
 
     def _give_up(self, record: dict):
         """Logs all that is known and ends the run: too many steps in a row were not finite."""
         self._log(record)
-        newest = record["step"]
-        if self._pending is not None:  # a step under way belongs to the checkpoint that is saved now
-            newest = self._pending[0]
-            self.flush()
+        # A step under way belongs to the checkpoint that is saved now.
+        newest = self._pending[0] if self._pending else record["step"]
+        self.flush()
         raise NonFiniteError(
-            f"loss, gradient or update were not finite in {self._config.max_skipped} steps in a row "
+            f"loss, gradient or update were not finite in {self.config.max_skipped} steps in a row "
             f"(max_skipped), up to step {record['step']}; none of these updates was applied"
             + (f", at the lowest loss scale, {loss_scale.FLOOR:g}" if "train/loss_scale" in record else "")
             + f"; the state is in checkpoint {newest}"
@@ -123,6 +100,6 @@ class StepRecorder:
         """Shows a record, and writes it where the config asks for it."""
         if record:
             step = record["step"]
-            write = step % self._config.log.every_steps == 0 or "valid/loss" in record
-            write = write or bool(diagnostics.is_due(self._config.diagnostics, step))
-            self._logger.log(step, record, write)
+            write = step % self.config.log.every_steps == 0 or "valid/loss" in record
+            write = write or bool(diagnostics.is_due(self.config.diagnostics, step))
+            self.logger.log(step, record, write)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from absl import logging
 
@@ -18,6 +19,7 @@ class SaveError(RuntimeError):
     """A checkpoint could not be saved, although it was tried several times."""
 
 
+@dataclass
 class SaveRetry:
     """The saves of one run. At most one is under way, and none fails unnoticed.
 
@@ -25,35 +27,19 @@ class SaveRetry:
     cannot be repeated: instead, all processes save the step that they have come to.
     """
 
-    def __init__(
-        self,
-        checkpoints: CheckpointStore,
-        monitor: JobMonitor,
-        make_meta: Callable[[], dict],
-        saved_step: int | None,
-    ):
-        """
-        Args:
-            checkpoints: the run's.
-            monitor: passes reports of failed saves between processes.
-            make_meta: called right before a save starts; returns what belongs to the state (JSON).
-            saved_step: step of the newest checkpoint; None: there is none.
-        """
-        self._checkpoints, self._monitor, self._make_meta = checkpoints, monitor, make_meta
-        self.saved_step = saved_step
-        self._failures = 0  # in a row
+    checkpoints: CheckpointStore
+    monitor: JobMonitor  # passes reports of failed saves between processes
+    make_meta: Callable[[], dict]  # called right before a save starts: what belongs to the state, as JSON
+    saved_step: int | None  # of the newest checkpoint, if there is one
+    _failures: int = 0  # in a row
 
     def check(self):
         """Reports to the other processes if a save has failed here; cheap."""
-        if error := self._checkpoints.error():
-            self._monitor.agreement.report_failed_save(str(error))
+        if error := self.checkpoints.error():
+            self.monitor.agreement.report_failed_save(str(error))
 
     def save(self, step: int, state: TrainState):
-        """Starts a save, after the one before is durable; does nothing if the step is saved already.
-
-        Raises:
-            SaveError: as `settle`.
-        """
+        """Starts a save, after the one before is durable; does nothing if the step is saved already."""
         if step != self.saved_step:
             self.settle(step, state)  # which saves this step if the save before has failed
         if step != self.saved_step:
@@ -64,52 +50,45 @@ class SaveRetry:
         # Process 0 clears the report after the collective in `settle`, the others before it, so that a new
         # report cannot be mistaken for this one.
         if not sync.is_lead():
-            self._monitor.agreement.clear_failed_save()
+            self.monitor.agreement.clear_failed_save()
         self.settle(step, state)
         if sync.is_lead():
-            self._monitor.agreement.clear_failed_save()
+            self.monitor.agreement.clear_failed_save()
 
     def settle(self, step: int, state: TrainState):
         """Returns when the newest save is durable. If it has failed on any process, all save this step.
 
-        Raises:
-            SaveError: that failed too, several times.
+        Raises SaveError if that fails too, several times.
         """
-        with self._monitor.watchdog.long_task("saving"):
+        with self.monitor.watchdog.long_task("saving"):
             while self._outcome() == FAILED:
-                reason = self._checkpoints.error() or "another process says why"
+                reason = self.checkpoints.error() or "another process says why"
                 if self._failures == len(RETRY_SECONDS):
                     raise SaveError(
-                        f"a checkpoint could not be saved in {self._failures + 1} attempts: {reason}; the "
-                        f"one before it is whole"
+                        f"a checkpoint could not be saved in {self._failures + 1} attempts: {reason}; "
+                        f"the one before it is whole"
                     )
                 pause = RETRY_SECONDS[self._failures]
                 logging.warning("save       failed, tried again in %d s: %s", pause, reason)
                 self._failures += 1
                 time.sleep(pause)
-                if not self._checkpoints.reopen():
+                if not self.checkpoints.reopen():
                     self._start(step, state)
             self._failures = 0
 
     def _start(self, step: int, state: TrainState):
-        meta = self._make_meta()
-        with self._monitor.watchdog.long_task("saving"):
-            self._checkpoints.save(step, state, meta)
+        meta = self.make_meta()
+        with self.monitor.watchdog.long_task("saving"):
+            self.checkpoints.save(step, state, meta)
         self.saved_step = step
 
     def _outcome(self) -> int:
         """What has become of the newest save: the worst that any process reports. A collective."""
         while True:
             # Wait for this process's part, but not if the save is lost anyway.
-            while self._checkpoints.busy() and not self._checkpoints.error():
-                if self._monitor.agreement.save_failed_somewhere():
-                    break
+            failed = self.monitor.agreement.save_failed_somewhere
+            while self.checkpoints.busy() and not self.checkpoints.error() and not failed():
                 time.sleep(0.02)
-            own = DURABLE
-            if self._checkpoints.error():
-                own = FAILED
-            elif self._checkpoints.busy():
-                own = BUSY
-            worst = max(sync.gather(own))
-            if worst != BUSY:
+            own = FAILED if self.checkpoints.error() else BUSY if self.checkpoints.busy() else DURABLE
+            if (worst := max(sync.gather(own))) != BUSY:
                 return worst

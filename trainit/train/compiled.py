@@ -23,22 +23,14 @@ class CompiledFunction:
     """
 
     def __init__(self, name: str, jitted: jax.stages.Wrapped, static: tuple[int, ...] = ()):
-        """
-        Args:
-            name: for messages.
-            jitted: from jax.jit.
-            static: indices of its static arguments.
-        """
+        """`static` has the indices of the static arguments of `jitted`, as jax.jit was given them."""
         self._name, self._static = name, static
         self.lower = jitted.lower
         self._compiled: dict[tuple, Future] = {}
         self._compiled_by_all: set[tuple] = set()
 
     def compile_ahead(self, *args):
-        """Starts to compile for such arguments in another thread, unless that has been done.
-
-        The arguments may be abstract: shapes and types with shardings.
-        """
+        """Starts to compile for such arguments (or shapes with shardings) in another thread, unless done."""
         key = _key(args)
         if key not in self._compiled:
             thread = ThreadPoolExecutor(1, f"compile-{self._name}")
@@ -46,11 +38,7 @@ class CompiledFunction:
             thread.shutdown(wait=False)  # the thread ends once that is done
 
     def compiled(self, *args) -> jax.stages.Compiled:
-        """The compiled function for such arguments, once all processes have it.
-
-        Raises:
-            Exception: it cannot be compiled.
-        """
+        """The compiled function for such arguments, once all processes have it."""
         self.compile_ahead(*args)
         key = _key(args)
         function = self._compiled[key].result()

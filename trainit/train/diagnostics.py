@@ -5,6 +5,7 @@ update that it makes of it, and d_n = x_n - x_{n-1}. What is kept from step to s
 as the parameters are.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -35,13 +36,7 @@ class Now(NamedTuple):
 
 
 def check(config: Config, parameters: dict, micro_steps: int):
-    """Raises ConfigError if something that the config asks for cannot be measured.
-
-    Args:
-        config: the run's sub-config `diagnostics`.
-        parameters: their shapes.
-        micro_steps: how many a step has.
-    """
+    """Raises ConfigError if something that the config asks for cannot be measured on these parameters."""
     if not config.every_steps:
         return
     require(
@@ -64,12 +59,8 @@ def is_due(config: Config, step: int | jax.Array) -> bool | jax.Array:
 
 def _copies(config: Config) -> list[str]:
     """The names of what is kept that is as large as the parameters."""
-    asked = {
-        "last_gradient": config.last_gradient,
-        "past_gradients": config.past_gradients,
-        "last_parameters": config.last_parameters,
-    }
-    return [name for name, is_asked in asked.items() if is_asked]
+    asked = config.last_gradient, config.past_gradients, config.last_parameters
+    return list(itertools.compress(("last_gradient", "past_gradients", "last_parameters"), asked))
 
 
 def init(config: Config, params: dict) -> dict:
@@ -86,9 +77,7 @@ def init(config: Config, params: dict) -> dict:
 def describe(config: Config, abstract: dict) -> str:
     """When diagnostics are measured, and how much device memory they take; "" if they are off.
 
-    Args:
-        config: the run's sub-config `diagnostics`.
-        abstract: what `init` gives, with shardings.
+    `abstract` is what `init` gives, with shardings.
     """
     if not config.every_steps:
         return ""
@@ -100,14 +89,9 @@ def describe(config: Config, abstract: dict) -> str:
 def measure(
     config: Config, state: dict, now: Now, step: jax.Array, good: jax.Array
 ) -> tuple[dict[str, jax.Array], dict]:
-    """The metrics of a step, and what is kept for the next one.
+    """The metrics of a step, from 1 on, and what is kept for the next one.
 
-    Args:
-        config: the run's sub-config `diagnostics`.
-        state: what the step before has kept.
-        now: this step.
-        step: the number of this step, from 1 on; between measurements the metrics are 0.
-        good: whether everything is finite; if not, the old state is kept.
+    Between measurements the metrics are 0. Unless everything is finite (`good`), the old state is kept.
     """
 
     def measured() -> tuple[dict, dict]:
@@ -136,8 +120,7 @@ def measure(
 def _measure(config: Config, state: dict, now: Now) -> dict[str, jax.Array]:
     values: dict[str, jax.Array] = {}
     if config.norms:
-        trees = {"params": now.params, "grads": now.gradients, "updates": now.updates}
-        for name, tree in trees.items():
+        for name, tree in (("params", now.params), ("grads", now.gradients), ("updates", now.updates)):
             values |= {f"{name}/{norm}": value for norm, value in _norms(tree, config.norms_by).items()}
         for name in [name for name in values if name.startswith("updates/l2")]:
             of_params = values[name.replace("updates", "params", 1)]  # 0 of biases at the start

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ def inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Arr
     return tokens[:, :-1], tokens[:, 1:], mask_BL
 
 
+@dataclass
 class LossAndGradient:
     """Loss and gradient of a batch (G micro-steps, rows, L + 1), for one train step.
 
@@ -35,25 +37,16 @@ class LossAndGradient:
     `RunShape.accumulates_locally` allows, each replica accumulates its own and one sum follows at the end.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        shape: RunShape,
-        model_for: Callable[[Parallel], tuple[GPT, CrossEntropy]],
-        layout,
-    ):
-        """
-        Args:
-            config: resolved.
-            shape: the run's.
-            model_for: gives the model and its loss for a way to compute on the mesh.
-            layout: the shardings of the parameters, which the gradient gets too.
-        """
-        self._config, self._shape, self._model_for, self._layout = config, shape, model_for, layout
-        mesh = shape.device_mesh
+    config: Config
+    shape: RunShape
+    model_for: Callable[[Parallel], tuple[GPT, CrossEntropy]]  # for a way to compute on the mesh
+    layout: Any  # the shardings of the parameters, which the gradient gets too
+
+    def __post_init__(self):
+        mesh = self.shape.device_mesh
         self._global, self._replica = Parallel(mesh), Parallel(mesh, accumulate_locally=True)
-        self._uses_dropout = any(config.model[field] for field in config_lib.DROPOUTS)
-        names = ("loss", "correct", "count", "z_loss") if config.z_loss else ("loss", "correct", "count")
+        self._uses_dropout = any(self.config.model[field] for field in config_lib.DROPOUTS)
+        names = "loss", "correct", "count", *(("z_loss",) if self.config.z_loss else ())
         self._no_sums = dict.fromkeys(names, jnp.float32(0))
 
     def gradient(
@@ -64,25 +57,19 @@ class LossAndGradient:
         sampling_key: jax.Array | None = None,
         scale: jax.Array | None = None,
     ) -> tuple[dict, dict]:
-        """The gradient of the batch's mean loss, z-loss included.
+        """The gradient of the batch's mean loss (z-loss included) at `params`, and sums over all targets.
 
-        Args:
-            params: the point at which to take it.
-            batch: "tokens" (G, rows, L + 1) and "lengths" (G, rows), the number of targets in each row.
-            step: chooses the dropout masks.
-            sampling_key: if given, targets are drawn from the model's own distribution with it.
-            scale: what the loss is multiplied with during the backward pass (see `loss_scale`).
-
-        Returns:
-            The gradient, float32 and laid out as the parameters; and the sums "loss", "correct", "count" and,
-            where the config asks for it, "z_loss" over all targets. For the noise scale also "square": the
-            sum over micro-steps of the squared norm of the gradient of each one's mean loss.
+        With a `sampling_key`, targets are drawn from the model's own distribution. The loss is multiplied by
+        `scale` during the backward pass (see `loss_scale`). The gradient is float32 and laid out as the
+        parameters. The sums are "loss", "correct", "count" and, where the config asks for it, "z_loss"; for
+        the noise scale also "square", the sum over micro-steps of the squared norm of the gradient of each
+        one's mean loss.
         """
         # Rows at the end of the data may have fewer targets: the mean is over targets, not over rows.
         lengths = batch["lengths"]
         count = jnp.sum(lengths.astype(jnp.float32))
         arguments = batch, params, step, sampling_key, scale, count
-        if self._shape.accumulates_locally(lengths.shape[0]):
+        if self.shape.accumulates_locally(lengths.shape[0]):
             replica = functools.partial(self._accumulate, self._replica)
             return self._replica.sum_over_replicas(replica, *arguments)
         return self._accumulate(self._global, *arguments)
@@ -98,11 +85,11 @@ class LossAndGradient:
     def _accumulate(self, parallel: Parallel, batch, params, step, sampling_key, scale, count):
         """What `gradient` returns, from these rows, with `count` targets in the whole batch."""
         # Each sequence's mean loss is scaled, not the batch's: a scale that fits then fits any batch size.
-        factor = None if scale is None else scale / self._config.model.context_length
-        with_square = wants_squares(self._config)
+        factor = None if scale is None else scale / self.config.model.context_length
+        with_square = wants_squares(self.config)
 
         def lay_out(grads):
-            return jax.tree.map(lambda g, s: parallel.constrain_to(g, s.spec), grads, self._layout)
+            return jax.tree.map(lambda g, s: parallel.constrain_to(g, s.spec), grads, self.layout)
 
         def micro_step(index, micro_batch):
             def share_of_loss(params):
@@ -129,10 +116,10 @@ class LossAndGradient:
         """The sum of the losses of a micro-step's targets, to differentiate, and its parts."""
         dropout_key = None
         if self._uses_dropout:
-            dropout_key = jax.random.fold_in(named_key(self._config.seed, "dropout"), step)
+            dropout_key = jax.random.fold_in(named_key(self.config.seed, "dropout"), step)
         inputs_BL, targets_BL, mask_BL = inputs_and_targets(micro_batch)
         first_row = parallel.first_row(index, len(inputs_BL))
-        model, cross_entropy = self._model_for(parallel)
+        model, cross_entropy = self.model_for(parallel)
         x_BLD, head = model.hidden(params, inputs_BL, dropout_key, first_row)
         if sampling_key is not None:
             targets_BL = _sample(jax.lax.stop_gradient(head(x_BLD)), sampling_key, first_row)

@@ -20,20 +20,13 @@ def init(is_scaled: bool) -> dict[str, jax.Array]:
 
 
 def after(state: dict[str, jax.Array], good: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-    """What is kept after a step, and whether the step has lowered the scale.
-
-    Args:
-        state: from `init` or the step before; empty if nothing is scaled.
-        good: whether everything was finite in the step.
-    """
+    """What is kept after a step in which everything was finite or not, and whether it lowered the scale."""
     if not state:
         return state, jnp.bool(False)
     scale, count = state["scale"], state["good_steps"] + 1
     grows = count == GROWTH_STEPS
     new = jnp.where(
-        good,
-        jnp.where(grows, jnp.minimum(2 * scale, CEILING), scale),
-        jnp.maximum(scale / 2, FLOOR),
+        good, jnp.where(grows, jnp.minimum(2 * scale, CEILING), scale), jnp.maximum(scale / 2, FLOOR)
     )
     return {"scale": new, "good_steps": jnp.where(good & ~grows, count, 0)}, ~good & (scale > FLOOR)
 

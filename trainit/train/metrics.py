@@ -21,9 +21,7 @@ def parameter_count(parameters: dict) -> int:
 def facts(model: Config, state) -> dict:
     """What does not change in a run: it goes to run.json, for the commands that compare runs.
 
-    Args:
-        model: the sub-config.
-        state: the train state's arrays, or their shapes.
+    `state` has the train state's arrays, or their shapes.
     """
     return {
         "parameters": parameter_count(state.params),
@@ -63,7 +61,6 @@ class Meter:
         self._data = 0.0  # seconds of waiting for data since then
 
     def waited_for_data(self, seconds: float):
-        """Counts time in which the main thread waited for the next batch."""
         self._data += seconds
 
     def pause(self):

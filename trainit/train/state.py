@@ -1,6 +1,5 @@
 """The train state: everything that a train step changes, created on the devices that keep it."""
 
-import functools
 import zlib
 from dataclasses import dataclass
 
@@ -16,11 +15,7 @@ from trainit.parallel.layout import state_shardings
 from trainit.train import diagnostics, loss_scale
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "opt_state", "skipped", "skipped_in_a_row", "diagnostics", "loss_scale"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
     """Everything that a train step changes; a checkpoint holds all of it."""
@@ -29,9 +24,7 @@ class TrainState:
     params: dict  # float32, nested by path: {"blocks": {"mlp": {"up": {"kernel": ...}}}}
     opt_state: optax.OptState
     skipped: jax.Array  # int32: updates skipped because something was not finite
-    skipped_in_a_row: (
-        jax.Array
-    )  # int32: those since the last good step, except where the loss scale was lowered
+    skipped_in_a_row: jax.Array  # int32: since the last good step, unless the loss scale was lowered
     diagnostics: dict  # see `diagnostics.init`; empty without diagnostics
     loss_scale: dict  # see `loss_scale.init`; empty unless something computes in float16
 
@@ -59,8 +52,7 @@ class StateFactory:
         """The state before the first step, from the config's seed."""
         params = self.model.init(named_key(self.config.seed, "parameters"))
         zero = jnp.zeros((), jnp.int32)
-        kept = self.begin_diagnostics(params)
-        scale = self.begin_loss_scale()
+        kept, scale = self.begin_diagnostics(params), self.begin_loss_scale()
         return TrainState(zero, params, self.optimizer.init(params), zero, zero, kept, scale)
 
     def begin_diagnostics(self, params: dict) -> dict:
@@ -69,15 +61,10 @@ class StateFactory:
 
     def begin_loss_scale(self) -> dict:
         """The state's field `loss_scale` at its start."""
-        is_scaled = "float16" in (self.config.precision, *self.config.precision_of.values())
-        return loss_scale.init(is_scaled)
+        return loss_scale.init("float16" in (self.config.precision, *self.config.precision_of.values()))
 
     def layout(self, mesh: Mesh) -> tuple[TrainState, TrainState]:
         """The shardings of a state's arrays, and their shapes and types with these shardings."""
         shapes = jax.eval_shape(self.init)
         shardings = state_shardings(shapes, shapes.params, mesh)
-
-        def abstract(leaf, layout):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
-
-        return shardings, jax.tree.map(abstract, shapes, shardings)
+        return shardings, jax.tree.map(lambda leaf, layout: leaf.update(sharding=layout), shapes, shardings)

@@ -37,14 +37,9 @@ class CompiledSteps:
 
 
 def build(config: Config, shape: RunShape) -> CompiledSteps:
-    """Makes the functions of a run; each is compiled when it is first needed.
+    """Makes the functions of a run on devices that this process can reach.
 
-    Args:
-        config: resolved.
-        shape: the run's, on devices that this process can reach.
-
-    Raises:
-        ConfigError: the platform cannot do what the config asks for.
+    Raises ConfigError if the platform cannot do what the config asks for.
     """
     # The model and its loss. There are two variants: gradients are summed over data in
     # each micro-step, or once per step (`RunShape.accumulates_locally`).
@@ -61,8 +56,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     # The optimizer, which may want to know the parameters' shapes, and the state of the run.
     model, cross_entropy = model_for(Parallel(mesh))
     parameters = jax.eval_shape(model.init, jax.random.key(0))
-    rate = config.optimizer.learning_rate
-    schedule = schedules.build(config.schedule, rate, shape.batch_sizes)
+    schedule = schedules.build(config.schedule, config.optimizer.learning_rate, shape.batch_sizes)
     optimizer_key = jax.random.key_data(named_key(config.seed, "optimizer"))
     optimizer = optimizers.of_run(config, schedule, parameters, optimizer_key, mesh)
     factory = StateFactory(config, model, optimizer)
@@ -89,6 +83,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     )
 
 
+@dataclass
 class TrainStep:
     """One optimizer step on one global batch.
 
@@ -97,28 +92,21 @@ class TrainStep:
     state stay as they are, and the step is counted as skipped.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        loss_and_gradient: LossAndGradient,
-        optimizer: optimizers.Optimizer,
-        schedule: schedules.Schedule,
-    ):
-        self._config, self._loss_and_gradient = config, loss_and_gradient
-        self._optimizer, self._schedule = optimizer, schedule
+    config: Config
+    loss_and_gradient: LossAndGradient
+    optimizer: optimizers.Optimizer
+    schedule: schedules.Schedule
 
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """The state after the step, and the step's metrics (scalars, on the device).
 
-        Args:
-            state: after t steps.
-            batch: global batch t: "tokens" (G, rows, L + 1) and "lengths" (G, rows), rows split over the
-                mesh axes data and fsdp. Its G micro-steps make one update.
+        The batch has "tokens" (G, rows, L + 1) and "lengths" (G, rows), rows split over the mesh axes data
+        and fsdp. Its G micro-steps make one update.
         """
         # 1. The gradient of the mean loss, at the parameters unless the optimizer wants another point.
-        scale, optimizer = state.loss_scale.get("scale"), self._optimizer
+        scale, optimizer = state.loss_scale.get("scale"), self.optimizer
         point = optimizers.training_point(state.opt_state, state.params)
-        grads, sums = self._loss_and_gradient.gradient(point, batch, state.step, scale=scale)
+        grads, sums = self.loss_and_gradient.gradient(point, batch, state.step, scale=scale)
         grad_norm = optax.tree.norm(grads)
 
         # 2. The update that the optimizer makes of it.
@@ -126,12 +114,17 @@ class TrainStep:
         update = functools.partial(self._update, state, batch, grads)
         updates, opt_state = update()
         if optimizer.elementwise and not optimizer.needs:
-            update_norm = _norm_recomputed(update, finite)
+            # The step may overwrite the state only once it knows this norm; until then old and new state
+            # would both be alive. This cheap update is therefore computed a second time inside its own
+            # branch, where it is summed up as it arises and not stored.
+            update_norm = jax.lax.cond(
+                finite, lambda: optax.tree.norm(update()[0]), lambda: jnp.float32(jnp.nan)
+            )
         else:
             update_norm = optax.tree.norm(updates)
 
-        # 3. Whether everything is finite. If the optimizer computed further gradients (NEEDS), what
-        # overflowed in them may show in its new state alone, which is then checked if losses are scaled.
+        # 3. Whether everything is finite. What overflowed in further gradients of the optimizer (NEEDS) may
+        # show in its new state alone, which is then checked if losses are scaled.
         good = finite & jnp.isfinite(update_norm)
         if state.loss_scale and optimizer.needs:
             good &= loss_scale.stays_finite(opt_state, state.opt_state)
@@ -139,19 +132,18 @@ class TrainStep:
         # 4. Diagnostics, of the state before the update.
         measured: dict = {}
         kept: dict = {}
-        if self._config.diagnostics.every_steps:
-            before = replace(state, params=point)
-            measured, kept = self._measure(before, batch, grads, updates, sums, good)
+        if self.config.diagnostics.every_steps:
+            measured, kept = self._measure(replace(state, params=point), batch, grads, updates, sums, good)
 
         # 5. The new state, and the metrics.
         new_state = self._next_state(state, updates, opt_state, good, kept)
         return new_state, {
             "train/loss": sums["loss"] / sums["count"],
             "train/accuracy": sums["correct"] / sums["count"],
-            **({"train/z_loss": sums["z_loss"] / sums["count"]} if self._config.z_loss else {}),
+            **({"train/z_loss": sums["z_loss"] / sums["count"]} if self.config.z_loss else {}),
             "train/grad_norm": grad_norm,
             "train/update_norm": update_norm,
-            "train/learning_rate": self._schedule(state.step),
+            "train/learning_rate": self.schedule(state.step),
             "train/skipped": new_state.skipped,
             **({"train/loss_scale": scale} if state.loss_scale else {}),
             "skipped_in_a_row": new_state.skipped_in_a_row,
@@ -165,15 +157,15 @@ class TrainStep:
         scale = state.loss_scale.get("scale")
 
         def gradient_at(params: dict) -> dict:
-            return self._loss_and_gradient.gradient(params, batch, state.step, scale=scale)[0]
+            return self.loss_and_gradient.gradient(params, batch, state.step, scale=scale)[0]
 
         def sampled_gradient_at(params: dict, key: jax.Array) -> tuple[dict, jax.Array]:
-            grads, sums = self._loss_and_gradient.gradient(params, batch, state.step, key, scale)
+            grads, sums = self.loss_and_gradient.gradient(params, batch, state.step, key, scale)
             return grads, sums["count"]
 
         gradients = {"gradient_at": gradient_at, "sampled_gradient_at": sampled_gradient_at}
-        needed = {name: gradients[name] for name in self._optimizer.needs}
-        return self._optimizer.update(grads, state.opt_state, state.params, step=state.step, **needed)
+        needed = {name: gradients[name] for name in self.optimizer.needs}
+        return self.optimizer.update(grads, state.opt_state, state.params, step=state.step, **needed)
 
     def _measure(
         self, state: TrainState, batch: dict, grads: dict, updates: dict, sums: dict, good: jax.Array
@@ -181,7 +173,7 @@ class TrainStep:
         """The diagnostics of this step, and what the state keeps of them for the next one."""
 
         def loss_at(params: dict) -> jax.Array:
-            elsewhere = self._loss_and_gradient.loss_sums(params, batch, state.step)
+            elsewhere = self.loss_and_gradient.loss_sums(params, batch, state.step)
             return elsewhere["loss"] / elsewhere["count"]
 
         micro_steps, rows = batch["lengths"].shape
@@ -195,7 +187,7 @@ class TrainStep:
             batches=(rows, micro_steps * rows),
             factor=optimizers.logged(state.opt_state).get("optimizer/random_scaling"),
         )
-        return diagnostics.measure(self._config.diagnostics, state.diagnostics, now, state.step + 1, good)
+        return diagnostics.measure(self.config.diagnostics, state.diagnostics, now, state.step + 1, good)
 
     def _next_state(
         self, state: TrainState, updates: dict, opt_state: optax.OptState, good: jax.Array, kept: dict
@@ -214,22 +206,11 @@ class TrainStep:
             params=if_good(new_params, state.params),
             opt_state=if_good(opt_state, state.opt_state),
             skipped=state.skipped + bad,
-            # Too many skipped steps in a row end the run. A step that lowers the loss scale does not count:
-            # the next one may be good.
+            # A step that lowers the loss scale does not count: the next one may be good.
             skipped_in_a_row=(state.skipped_in_a_row + bad * ~lowered) * bad,
             diagnostics=kept,
             loss_scale=next_scale,
         )
-
-
-def _norm_recomputed(update: Callable[[], tuple], finite: jax.Array) -> jax.Array:
-    """The global norm of the updates, or NaN if not `finite`.
-
-    The step may overwrite the state only once it knows this norm; until then old and new state would both be
-    alive. A cheap update is therefore computed a second time inside its own branch, where it is summed up as
-    it arises and not stored.
-    """
-    return jax.lax.cond(finite, lambda: optax.tree.norm(update()[0]), lambda: jnp.float32(jnp.nan))
 
 
 def _eval_step(
@@ -243,10 +224,8 @@ def _eval_step(
     inputs_BL, targets_BL, mask_BL = inputs_and_targets(micro_batch)
     x_BLD, head = model.hidden(params, inputs_BL)
     tokens = cross_entropy.per_token(head, x_BLD, targets_BL)
-    if "subsets" in micro_batch:
-        subset_BL = micro_batch["subsets"]
-    else:
-        subset_BL = jnp.zeros(targets_BL.shape, jnp.int32)
+    is_split = "subsets" in micro_batch
+    subset_BL = micro_batch["subsets"] if is_split else jnp.zeros(targets_BL.shape, jnp.int32)
     values = {"count": 1.0, "bytes": token_bytes_V[targets_BL]}
     values |= {name: tokens[name] for name in ("loss", "correct")}
 

@@ -76,7 +76,7 @@ def test_stopped_then_each_process_killed_then_left_alone(job, tmp_path):
     process.send_signal(signal.SIGUSR1)
     output = end(process, 75, 60)
     assert "stopped    on SIGUSR1 at step" in output
-    assert CheckpointStore(run, read_only=True).latest() == last_step(run) >= 5
+    assert CheckpointStore(run, read_only=True).steps()[-1] == last_step(run) >= 5
 
     for rank in (1, 0):
         process, before = job(2, steps), last_step(run)
@@ -154,7 +154,7 @@ def test_asked_to_stop_while_all_wait_for_data(job, patched, tmp_path):
     output = end(process, 75, 60)
     assert time.monotonic() - asked < 20
     assert "stopped    on SIGTERM at step" in output
-    assert CheckpointStore(run, read_only=True).latest() == last_step(run)
+    assert CheckpointStore(run, read_only=True).steps()[-1] == last_step(run)
 
 
 SLOW_COMPILER = """
@@ -211,7 +211,7 @@ def test_asked_to_stop_while_evaluating(job, patched, tmp_path):
     asked = time.monotonic()
     end(process, 75, 60)
     assert time.monotonic() - asked < 15
-    assert (last_step(run), CheckpointStore(run, read_only=True).latest()) == (5, 6)
+    assert (last_step(run), CheckpointStore(run, read_only=True).steps()[-1]) == (5, 6)
     end(job(2, *more, "--config.eval.every_steps=6"), 0)
     end(job(2, *more, "--config.eval.every_steps=6", workdir=tmp_path / "calm"), 0)
     assert exact(metrics(run)) == exact(metrics(tmp_path / "calm"))
@@ -231,7 +231,7 @@ def test_asked_to_stop_while_saving(job, tmp_path):
     output = end(process, 75, 60)
     assert time.monotonic() - asked < 20
     assert "stopped    on SIGINT" in output
-    assert CheckpointStore(run, read_only=True).latest() == last_step(run)
+    assert CheckpointStore(run, read_only=True).steps()[-1] == last_step(run)
 
 
 def test_two_processes_train_as_one(random_dataset, job, tmp_path):
@@ -338,7 +338,7 @@ def test_a_save_that_fails_on_one_process_is_done_again_by_all(job, patched, tmp
     assert "File too large" in output
     end(job(2, workdir=tmp_path / "calm"), 0)
     assert exact(metrics(tmp_path / "run")) == exact(metrics(tmp_path / "calm"))
-    assert CheckpointStore(tmp_path / "run", read_only=True).latest() == 24
+    assert CheckpointStore(tmp_path / "run", read_only=True).steps()[-1] == 24
 
 
 def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
@@ -347,7 +347,7 @@ def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
     code = "from trainit.train import save_retry\nsave_retry.RETRY_SECONDS = (1, 1, 1)\n" + never
     output = end(job(2, **patched(code)), 1, 120)
     assert "a checkpoint could not be saved in 4 attempts" in output
-    assert CheckpointStore(tmp_path / "run", read_only=True).latest() == 3
+    assert CheckpointStore(tmp_path / "run", read_only=True).steps()[-1] == 3
     end(job(2), 0)
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(25))
 

@@ -134,7 +134,7 @@ def test_a_deleted_job_saves_and_stays_deleted(on_head, submit):
     assert job.over()
     assert job.starts() == 1
     assert "stopped    on SIGUSR2 at step" in job.text(), job.text()
-    assert CheckpointStore(job.run, read_only=True).latest() == job.step()
+    assert CheckpointStore(job.run, read_only=True).steps()[-1] == job.step()
 
 
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):

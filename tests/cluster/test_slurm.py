@@ -131,7 +131,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
     time.sleep(2)  # a revived job would show now
     assert job.field("JobState") == "CANCELLED"
     assert job.field("Restarts") == "0"
-    assert CheckpointStore(job.run, read_only=True).latest() == job.step()
+    assert CheckpointStore(job.run, read_only=True).steps()[-1] == job.step()
 
 
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):

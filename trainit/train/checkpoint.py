@@ -1,7 +1,6 @@
-"""Saving and restoring the train state, the position in the data and the config.
+"""Saving and restoring the train state, the position in the data and the config, with Orbax.
 
-Checkpoints are Orbax's: each process writes its own shards in the background, and a checkpoint's folder
-appears under its name only when it is complete.
+Each process writes its own shards in the background; a checkpoint's folder has its name once it is complete.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +20,11 @@ SEPARATE = ("diagnostics", "loss_scale")
 TIMEOUT_SECONDS = 600  # for the other processes to finish their parts of a save
 
 
-def due(save_steps: int | tuple[int, ...], step: int) -> bool:
-    """Whether `checkpoint.save_steps` asks for a checkpoint after `step` steps."""
-    if isinstance(save_steps, int):
-        return save_steps > 0 and step % save_steps == 0
-    return step in save_steps
+def due(every: int | tuple[int, ...], step: int) -> bool:
+    """Whether what is due every N steps (0: never), or after certain steps, is due after `step` steps."""
+    if isinstance(every, int):
+        return every > 0 and step % every == 0
+    return step in every
 
 
 class CheckpointStore:
@@ -47,7 +46,10 @@ class CheckpointStore:
         # global to the process: this is the only way to set it, and nothing else here uses Orbax.
         handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+        # After a save has failed, threads of it may still wait for other processes at a barrier. With its own
+        # prefix, a new manager's barriers cannot be mistaken for these.
         self._times_opened += 1
+        barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"{self._times_opened}_")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep or None,
             create=not self._read_only,
@@ -55,16 +57,11 @@ class CheckpointStore:
             save_interval_steps=0 if self._read_only else 1,
             cleanup_tmp_directories=not self._read_only,
             async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT_SECONDS),
-            # After a save has failed, threads of it may still wait for other processes at a barrier. With a
-            # prefix of its own, a new manager's barriers cannot be mistaken for these.
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                barrier_sync_key_prefix=f"{self._times_opened}_"
-            ),
+            multiprocessing_options=barriers,
         )
-        handlers = {
-            name: _watch(ocp.StandardCheckpointHandler(), self._fail) for name in ("state", *SEPARATE)
-        }
-        handlers["meta"] = ocp.JsonCheckpointHandler()
+        handlers = {"meta": ocp.JsonCheckpointHandler()}
+        for name in ("state", *SEPARATE):
+            handlers[name] = _watch(ocp.StandardCheckpointHandler(), self._fail)
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
@@ -79,10 +76,6 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, in order."""
         return sorted(self._manager.all_steps()) if self._manager else []
-
-    def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return max(self.steps(), default=None)
 
     def save(self, step: int, state, meta: Mapping):
         """Starts to save a dataclass of arrays, and what goes with it as JSON.
@@ -132,19 +125,13 @@ class CheckpointStore:
         return type(abstract_state)(**restored["state"], **kept)
 
     def restore_params(self, step: int, abstract_params: dict) -> dict:
-        """The parameters of the state of `step` without the rest, whatever its optimizer was.
-
-        Raises ConfigError if the checkpoint has other parameters.
-        """
+        """The parameters alone of the state of `step`, whatever its optimizer was; errors as `restore`."""
         item = {"params": abstract_params}
         self._check(step, item)
-        args = ocp.args.PyTreeRestore(
-            item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
-        with ocp.CheckpointManager(
-            self.folder, options=ocp.CheckpointManagerOptions(read_only=True), item_names=("state",)
-        ) as manager:
-            return manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(self.folder / str(step) / "state", args=args)["params"]
 
     def _check(self, step: int, expected: dict):
         """Raises ConfigError unless the checkpoint has every array of `expected` in its shape and type."""

@@ -120,7 +120,7 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: _Exit, start: St
 
     monitor.set_limits(config.stall_seconds, log, config.max_minutes, start.launched)
     shape = run_shape(config, jax.devices(), shrink_to_fit=arguments.debug)
-    code = train.run(config, dataset, shape, folder, monitor, start)
+    code = train.run(train.Job(config, dataset, shape, folder, monitor, start))
     monitor.close()
     return code
 

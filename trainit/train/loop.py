@@ -1,6 +1,5 @@
 """Training: `run` has the order of events; each of them is in a file of its own."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,25 +26,17 @@ from trainit.train.step import build
 from trainit.train.trackers import RunLogger
 
 
-def run(
-    config: Config,
-    data: TrainingData,
-    shape: RunShape,
-    workdir: Path,
-    monitor: JobMonitor,
-    timer: StartupTimer,
-) -> int:
+def run(job: "Job") -> int:
     """Trains until all steps are done or the job is asked to stop; returns the exit code.
 
     All processes of a job take the same way through it. `step` counts the steps that are done, so that the
-    next one trains on batch number `step`. For the arguments see `Job`. Raises ConfigError, NonFiniteError
-    or SaveError; anything else if a data worker died or another process is lost.
+    next one trains on batch number `step`. Raises ConfigError, NonFiniteError or SaveError; anything else if
+    a data worker died or another process is lost.
     """
-    job = Job(config, data, shape, workdir, monitor, timer)
     if job.is_complete():
         return DONE
     job.open()
-    state, step, exit_code = job.start.state, job.start.step, FAILED
+    state, step, monitor, exit_code = job.start.state, job.start.step, job.monitor, FAILED
     try:
         while True:
             # 1. Is the job to stop? All processes get the same answer at the same step.
@@ -53,7 +44,7 @@ def run(
 
             # 2. Validate and save, if that is due after this step or the job stops here.
             reason = job.validate_and_save(step, state, reason)
-            if reason or step == config.steps:
+            if reason or step == job.config.steps:
                 break
 
             # 3. Save again, if a process could not write its part of the newest checkpoint.
@@ -62,7 +53,7 @@ def run(
                 job.saves.save_again(step, state)
 
             # 4. Wait for the next batch. A request to stop ends the wait; then save, and stop.
-            with timer.part("data"):
+            with job.timer.part("data"):
                 batch = job.feed.next()
             if reason := monitor.stop_reason():
                 job.recorder.flush()
@@ -114,10 +105,9 @@ class Job:
     def is_complete(self) -> bool:
         """Whether the run needs nothing more: all steps are done, and the last one is validated."""
         steps = self.config.steps
-        if self.start.step < steps or not self.start.is_validated(self.workdir):
-            return False
-        logging.info("complete   all %d steps are done; nothing to do", steps)
-        return True
+        if is_complete := self.start.step >= steps and self.start.is_validated(self.workdir):
+            logging.info("complete   all %d steps are done; nothing to do", steps)
+        return is_complete
 
     def open(self):
         """Opens the run's files, and starts to read its data."""
@@ -137,9 +127,8 @@ class Job:
         self._validate = Validation(c, data, shape, self._steps, monitor, self.timer)
 
         # Lines of metrics.jsonl that this job is going to write again are dropped.
-        keep_through = -1
-        if start.saved_step is not None:
-            keep_through = start.step - 1 if start.postponed is not None else start.step
+        is_resumed, is_postponed = start.saved_step is not None, start.postponed is not None
+        keep_through = start.step - is_postponed if is_resumed else -1
         with self.timer.part("trackers"):
             self.logger = RunLogger(
                 sync.is_lead(), self.workdir, c.to_dict(), start.step, keep_through, start.wandb_id
@@ -148,17 +137,13 @@ class Job:
         self.saves = SaveRetry(self._checkpoints, monitor, self._checkpoint_meta, start.saved_step)
 
     def validate_and_save(self, step: int, state: TrainState, reason: str) -> str:
-        """Validates and saves if that is due after `step` steps. `reason`: why the job stops here, or "".
-
-        Returns the reason, which may have come up meanwhile.
-        """
+        """Validates and saves if that is due after `step` steps; returns why to stop here, or ""."""
         # What is due? If this job has just resumed at `step`, the job before has saved and validated there,
         # unless it was stopped before the validation: then `postponed` holds the record that waits for it.
         c, recorder = self.config, self.recorder
         is_last, is_new = step == c.steps, step != self.saves.saved_step
         is_postponed = recorder.postponed is not None
-        validate = is_last or (c.eval.every_steps > 0 and step % c.eval.every_steps == 0)
-        validate = validate and (is_new or is_postponed)
+        validate = (is_last or due(c.eval.every_steps, step)) and (is_new or is_postponed)
         save = is_last or (step > 0 and due(c.checkpoint.save_steps, step))
         if not (validate or is_postponed or (is_new and (save or reason))):
             return reason
@@ -189,13 +174,12 @@ class Job:
         return result
 
     def _start_step(self, step: int, state: TrainState, batch: dict | None) -> tuple[TrainState, dict]:
-        # Batches of another size need another program, which is compiled here.
         sizes = self.shape.batch_sizes
-        compiling: AbstractContextManager = nullcontext()
-        if step > 0 and step in sizes.starts:
-            logging.info("batch      %d sequences from step %d on", sizes.at(step), step)
-            compiling = self.monitor.watchdog.long_task("compiling for another batch size")
-        with compiling:
+        if step == 0 or step not in sizes.starts:
+            return self._steps.train(state, batch)
+        # Batches of another size need another program, which is compiled here.
+        logging.info("batch      %d sequences from step %d on", sizes.at(step), step)
+        with self.monitor.watchdog.long_task("compiling for another batch size"):
             return self._steps.train(state, batch)
 
     def _checkpoint_meta(self) -> dict:

@@ -2,8 +2,5 @@
 
 import sys
 
-sys.stderr.write(
-    "trainit: error: trainit.train is no command: trainit train --config=FILE, or\n"
-    "python -m trainit.main --config=FILE, for example --config=configs/debug.py\n"
-)
+sys.stderr.write("trainit: error: trainit.train is no command; run trainit train --config=configs/debug.py\n")
 sys.exit(2)

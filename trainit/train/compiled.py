@@ -1,6 +1,5 @@
 """Jitted functions that are compiled when the run asks for it, and never again unnoticed."""
 
-import functools
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,16 +51,15 @@ class CompiledFunction:
         return function(*(arg for index, arg in enumerate(args) if index not in self._static))
 
     def _compile(self, args: tuple) -> jax.stages.Compiled:
-        begun, events = time.monotonic(), _events()
-        events.seen = set()
+        begun, _events.seen = time.monotonic(), set()
         compiled = self.lower(*args).compile()
 
         # A start that takes minutes should say why: was the function in the cache?
         seconds, folder = time.monotonic() - begun, jax.config.values["jax_compilation_cache_dir"]
         how = "compiled, without a cache"
-        if "/jax/compilation_cache/cache_hits" in events.seen:
+        if "/jax/compilation_cache/cache_hits" in _events.seen:
             how = f"from the cache {folder}"
-        elif folder and "/jax/compilation_cache/compile_requests_use_cache" in events.seen:
+        elif folder and "/jax/compilation_cache/compile_requests_use_cache" in _events.seen:
             how = f"compiled, was not in the cache {folder}"
         logging.info("%-10s %s: %.1f s, %s", "program", self._name, seconds, how)
         release_free_memory()  # the compiler leaves some hundred MB that are free but not returned
@@ -74,14 +72,10 @@ def _key(args: tuple) -> tuple:
     return tree, *((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf for leaf in leaves)
 
 
-@functools.cache
-def _events() -> threading.local:
-    """The names of the events that JAX reports in a thread, if the thread has set `seen` to a set."""
-    events = threading.local()
+_events = threading.local()  # `seen`: the names of the events that JAX has reported in this thread
 
-    def listen(event: str, **_: str | int):
-        if hasattr(events, "seen"):
-            events.seen.add(event)
 
-    jax.monitoring.register_event_listener(listen)
-    return events
+@jax.monitoring.register_event_listener
+def _listen(event: str, **_: str | int):
+    if hasattr(_events, "seen"):
+        _events.seen.add(event)

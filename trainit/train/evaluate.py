@@ -39,42 +39,33 @@ class Validation:
     def __call__(self, step: int, params: dict) -> dict[str, float] | None:
         """The validation metrics of the parameters after `step` steps; None if the job stops meanwhile.
 
-        "valid/loss" in nats per token, "valid/accuracy" and "valid/bits_per_byte" are over all tokens. If the
-        dataset has several subsets, there are also "valid/loss/SUBSET" and "valid/bits_per_byte/SUBSET" of
-        those with tokens among the sequences, and their plain means "valid/loss_macro" and
-        "valid/bits_per_byte_macro". Bits per byte are NaN where the targets are no text.
+        "valid/loss" (nats per token), "valid/accuracy" and "valid/bits_per_byte" (NaN if no target is text)
+        are over all tokens. If the dataset has several subsets, there are also "valid/loss/SUBSET" and
+        "valid/bits_per_byte/SUBSET" of those that occur, and their plain means, "..._macro".
         """
         # The first time compiles, which may take minutes: the watchdog must not take it for a stall.
         watchdog = self.monitor.watchdog
         patience = nullcontext() if self._is_compiled else watchdog.long_task("compiling the evaluation")
         self._is_compiled = True
+        split, shape = self.data.validation, (1, *self.shape.batch_at(0)[1:])
+        names = [name or "unnamed" for name in split.subsets] if 1 < len(split.subsets) <= MAX_SUBSETS else []
+        layout, sequences = batch_sharding(self.shape.device_mesh), self.config.eval.sequences
+        sums: list[dict] = []
         with patience, self.timer.part("validation"):
-            metrics = self._evaluate(params)
-        if metrics is not None:
-            loss, bits = metrics["valid/loss"], metrics["valid/bits_per_byte"]
-            logging.info("step %d: validation loss %.4f, %.4f bits per byte", step, loss, bits)
+            for batch in validation_batches(split, sequences, shape, layout, with_subsets=bool(names)):
+                if self.monitor.stop_reason():
+                    return None
+                sums.append(self.steps.evaluate(params, batch, self._token_bytes, len(names) or 1))
+                jax.block_until_ready(sums[-2:-1])  # wait for the batch before; the devices work on this one
+            metrics = _metrics(jax.device_get(sums), names)
+        loss, bits = metrics["valid/loss"], metrics["valid/bits_per_byte"]
+        logging.info("step %d: validation loss %.4f, %.4f bits per byte", step, loss, bits)
         return metrics
 
-    def _evaluate(self, params: dict) -> dict[str, float] | None:
-        split = self.data.validation
-        names = [name or "unnamed" for name in split.subsets]
-        by_subset = 1 < len(names) <= MAX_SUBSETS
-        count = len(names) if by_subset else 1
-        shape, layout = (1, *self.shape.batch_at(0)[1:]), batch_sharding(self.shape.device_mesh)
-        batches = validation_batches(split, self.config.eval.sequences, shape, layout, by_subset)
-        sums: list[dict] = []
-        for batch in batches:
-            if self.monitor.stop_reason():
-                return None
-            sums.append(self.steps.evaluate(params, batch, self._token_bytes, count))
-            jax.block_until_ready(sums[-2:-1])  # wait for the batch before; the devices work on this one
-        on_host = jax.device_get(sums)
-        totals = {name: sum(part[name].astype(np.float64) for part in on_host) for name in SUMS}
-        return _metrics(totals, names if by_subset else [])
 
-
-def _metrics(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
-    """The metrics, from float64 sums by subset; without names, only those of all tokens."""
+def _metrics(sums: list[dict], names: list[str]) -> dict[str, float]:
+    """The metrics, from each batch's sums by subset; without names, only those of all tokens."""
+    totals = {name: sum(batch[name].astype(np.float64) for batch in sums) for name in SUMS}
     loss, correct, count, bytes_ = (float(sum(totals[name])) for name in SUMS)
     result = {
         "valid/loss": loss / count,

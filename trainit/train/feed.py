@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import InitVar, dataclass
 
 import jax
 
@@ -15,6 +16,7 @@ from trainit.train.metrics import Meter
 POLL_SECONDS = 0.2  # how often a process that waits for data looks whether the job stops
 
 
+@dataclass
 class BatchFeed:
     """Training batches from the current step on; each process reads its own rows of them.
 
@@ -22,46 +24,40 @@ class BatchFeed:
     there, a new reader takes over, since streamed data know their position only when they have come so far.
     """
 
-    def __init__(
-        self,
-        data: TrainingData,
-        shape: RunShape,
-        monitor: JobMonitor,
-        meter: Meter,
-        step: int,
-        position: DataPosition,
-    ):
-        """Begins after `step` steps, at this position in the data. `meter` learns how long steps wait."""
-        self._data, self._shape, self._monitor, self._meter = data, shape, monitor, meter
-        self._step, self._rows = step, position.rows
+    data: TrainingData
+    shape: RunShape
+    monitor: JobMonitor
+    meter: Meter  # learns how long steps wait for data
+    step: int  # steps done
+    begin: InitVar[DataPosition]  # after these steps
+
+    def __post_init__(self, begin: DataPosition):
+        self._rows = begin.rows
         # This pool is never closed: closing would wait for data that may never come.
         self._thread = ThreadPoolExecutor(1, "data")
-        self._read_from(position)
+        self._read_from(begin)
         self._next = self._thread.submit(next, self._batches)
 
     def _read_from(self, position: DataPosition):
         """Reads on from this position, with the batch size of the current step."""
         # The reader gets just as many batches as have this size. None are left after the last step.
-        sizes = self._shape.batch_sizes
-        stages = sizes.stages(self._step, sizes.run_steps) or [(sizes.sizes[-1], 0)]
+        sizes = self.shape.batch_sizes
+        stages = sizes.stages(self.step, sizes.run_steps) or [(sizes.sizes[-1], 0)]
         size, count = stages[0]
-        layout = batch_sharding(self._shape.device_mesh)
-        self._reader = self._data.reader(self._shape.batch_of(size), layout, position)
+        layout = batch_sharding(self.shape.device_mesh)
+        self._reader = self.data.reader(self.shape.batch_of(size), layout, position)
         self._batches = self._reader.batches(count)
 
     def next(self) -> dict[str, jax.Array] | None:
-        """The batch of the current step; None if the job stops before it has come.
-
-        Raises whatever keeps the data from being read, such as the death of a worker process.
-        """
+        """The batch of the current step, or an error of reading; None if the job stops before it has come."""
         # A process that waits must neither look like one that stalls nor miss a request to stop.
         begun = time.perf_counter()
-        self._monitor.watchdog.doing = "waiting for data"
-        while not self._monitor.stop_is_due():
+        self.monitor.watchdog.doing = "waiting for data"
+        while not self.monitor.stop_is_due():
             if wait([self._next], timeout=POLL_SECONDS).done:
                 batch = self._next.result()
-                self._meter.waited_for_data(time.perf_counter() - begun)
-                self._monitor.watchdog.doing = "training"
+                self.meter.waited_for_data(time.perf_counter() - begun)
+                self.monitor.watchdog.doing = "training"
                 return batch
         return None
 
@@ -70,9 +66,9 @@ class BatchFeed:
 
         All processes call it after the same steps: at a change of batch size they exchange positions.
         """
-        self._rows += self._shape.batch_sizes.at(self._step)
-        self._step += 1
-        if self._step in self._shape.batch_sizes.starts:
+        self._rows += self.shape.batch_sizes.at(self.step)
+        self.step += 1
+        if self.step in self.shape.batch_sizes.starts:
             self._read_from(self.position())
         self._next = self._thread.submit(next, self._batches)
 
@@ -82,5 +78,5 @@ class BatchFeed:
 
     def tokens_after(self, step: int) -> int:
         """Tokens trained on by the end of `step`, the current one or one before it."""
-        sizes = self._shape.batch_sizes
-        return (self._rows - sizes.rows(self._step) + sizes.rows(step)) * sizes.context_length
+        sizes = self.shape.batch_sizes
+        return (self._rows - sizes.rows(self.step) + sizes.rows(step)) * sizes.context_length

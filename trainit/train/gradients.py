@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainit import config as config_lib
-from trainit.config import Config
+from trainit.config import DROPOUTS, Config
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import GPT
 from trainit.parallel.collectives import Parallel
@@ -45,7 +44,7 @@ class LossAndGradient:
     def __post_init__(self):
         mesh = self.shape.device_mesh
         self._global, self._replica = Parallel(mesh), Parallel(mesh, accumulate_locally=True)
-        self._uses_dropout = any(self.config.model[field] for field in config_lib.DROPOUTS)
+        self._uses_dropout = any(self.config.model[field] for field in DROPOUTS)
         names = "loss", "correct", "count", *(("z_loss",) if self.config.z_loss else ())
         self._no_sums = dict.fromkeys(names, jnp.float32(0))
 
@@ -61,15 +60,13 @@ class LossAndGradient:
 
         With a `sampling_key`, targets are drawn from the model's own distribution. The loss is multiplied by
         `scale` during the backward pass (see `loss_scale`). The gradient is float32 and laid out as the
-        parameters. The sums are "loss", "correct", "count" and, where the config asks for it, "z_loss"; for
-        the noise scale also "square", the sum over micro-steps of the squared norm of the gradient of each
-        one's mean loss.
+        parameters. The sums are "loss", "correct", "count" and, where the config asks for them, "z_loss" and
+        "square", that of the squared norms of the gradients of the micro-steps' mean losses.
         """
         # Rows at the end of the data may have fewer targets: the mean is over targets, not over rows.
-        lengths = batch["lengths"]
-        count = jnp.sum(lengths.astype(jnp.float32))
+        count = jnp.sum(batch["lengths"].astype(jnp.float32))
         arguments = batch, params, step, sampling_key, scale, count
-        if self.shape.accumulates_locally(lengths.shape[0]):
+        if self.shape.accumulates_locally(len(batch["lengths"])):
             replica = functools.partial(self._accumulate, self._replica)
             return self._replica.sum_over_replicas(replica, *arguments)
         return self._accumulate(self._global, *arguments)

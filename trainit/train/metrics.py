@@ -19,10 +19,7 @@ def parameter_count(parameters: dict) -> int:
 
 
 def facts(model: Config, state) -> dict:
-    """What does not change in a run: it goes to run.json, for the commands that compare runs.
-
-    `state` has the train state's arrays, or their shapes.
-    """
+    """What does not change in a run, for the commands that compare runs. `state`: its arrays, or shapes."""
     return {
         "parameters": parameter_count(state.params),
         "flops_per_token": flops_per_token(model),

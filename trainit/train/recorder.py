@@ -21,10 +21,10 @@ class NonFiniteError(RuntimeError):
 class StepRecorder:
     """Turns the metrics that steps leave on the devices into log records.
 
-    It reads the metrics of a step while the next one runs, so that the devices never wait for this process.
-    Where validation is due after a step, its metrics join the step's record. If the job stops before the
-    validation is done, the record is `postponed`: it goes into the checkpoint, and the job that resumes
-    there validates and logs both.
+    It reads the metrics of a step while the next one runs, so that the devices never wait for this process,
+    and raises NonFiniteError after `max_skipped` steps in a row that were not finite. Where validation is due
+    after a step, its metrics join the step's record. If the job stops before the validation is done, the
+    record is `postponed`: it goes into the checkpoint, and the job that resumes there does both.
     """
 
     config: Config
@@ -37,14 +37,11 @@ class StepRecorder:
     _pending: tuple[int, dict] | None = None  # the newest step and its metrics, still on the device
 
     def add(self, step: int, metrics: dict):
-        """Takes the metrics of a step that has just been started, and logs those of the step before.
-
-        Raises NonFiniteError if that was the `max_skipped`th in a row that was not finite.
-        """
+        """Takes the metrics of a step that has just been started, and logs those of the step before."""
         self._log(self._read((step, metrics)))
 
     def flush(self):
-        """Logs the newest step, for which it waits. Raises NonFiniteError as `add`."""
+        """Logs the newest step, for which it waits."""
         self._log(self._read())
 
     def newest(self) -> dict:

@@ -56,10 +56,7 @@ class SaveRetry:
             self.monitor.agreement.clear_failed_save()
 
     def settle(self, step: int, state: TrainState):
-        """Returns when the newest save is durable. If it has failed on any process, all save this step.
-
-        Raises SaveError if that fails too, several times.
-        """
+        """Returns when the newest save is durable. If it has failed on any process, all save this step."""
         with self.monitor.watchdog.long_task("saving"):
             while self._outcome() == FAILED:
                 reason = self.checkpoints.error() or "another process says why"

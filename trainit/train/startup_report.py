@@ -6,10 +6,9 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from trainit import __version__, optimizers
-from trainit import config as config_lib
+from trainit import optimizers
 from trainit.cluster import sync
-from trainit.config import Config
+from trainit.config import MESH_AXES, Config
 from trainit.data.training_data import TrainingData
 from trainit.logs import quantity
 from trainit.parallel.mesh import RunShape, describe_devices
@@ -20,15 +19,12 @@ from trainit.train.step import CompiledSteps
 
 def report(config: Config, steps: CompiledSteps, shape: RunShape, data: TrainingData, workdir: Path):
     """Logs the report. All processes call it together, since it says on which hosts they run."""
-    c, devices = config, jax.devices()
-    parameters = metrics.parameter_count(steps.abstract_state.params)
-    validation = data.validation
+    c, validation, facts = config, data.validation, metrics.facts(config.model, steps.abstract_state)
     for topic, text in {
         "run": workdir,
-        "devices": f"{len(devices)} × {devices[0].device_kind}, processes: {jax.process_count()}, "
-        f"Trainit {__version__}, JAX {jax.__version__}",
-        "mesh": " × ".join(f"{axis} {shape.sizes[axis]}" for axis in config_lib.MESH_AXES),
-        "model": f"{quantity(parameters)} parameters, {c.model.num_blocks} layers of width "
+        "devices": f"{facts['devices']}, processes: {jax.process_count()}, {facts['versions']}",
+        "mesh": " × ".join(f"{axis} {shape.sizes[axis]}" for axis in MESH_AXES),
+        "model": f"{quantity(facts['parameters'])} parameters, {c.model.num_blocks} layers of width "
         f"{c.model.dim}, attention {shape.attention}, precision "
         + ", ".join([c.precision, *(f"{part} {own}" for part, own in c.precision_of.items() if own)]),
         "dataset": f"{data.source}: {data.describe()} to train, {quantity(validation.tokens)} to validate",

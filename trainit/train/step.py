@@ -16,12 +16,12 @@ from trainit.model.gpt import GPT
 from trainit.model.precision import part_precisions
 from trainit.optimizers.common import schedules
 from trainit.parallel.collectives import Parallel
-from trainit.parallel.layout import replicated_sharding
+from trainit.parallel.layout import replicated_sharding, state_shardings
 from trainit.parallel.mesh import RunShape
 from trainit.train import diagnostics, loss_scale
 from trainit.train.compiled import CompiledFunction
 from trainit.train.gradients import LossAndGradient, inputs_and_targets
-from trainit.train.state import StateFactory, TrainState, named_key
+from trainit.train.state import TrainState, named_key
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,7 @@ class CompiledSteps:
 
 
 def build(config: Config, shape: RunShape) -> CompiledSteps:
-    """Makes the functions of a run on devices that this process can reach.
-
-    Raises ConfigError if the platform cannot do what the config asks for.
-    """
+    """Makes the functions of a run. Raises ConfigError if the platform cannot do what the config asks for."""
     # The model and its loss. There are two variants: gradients are summed over data in
     # each micro-step, or once per step (`RunShape.accumulates_locally`).
     mesh = shape.device_mesh
@@ -53,14 +50,29 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
         model = GPT(config.model, config.precision, attend, parallel, parts)
         return model, CrossEntropy(parallel, config.logits_mib, config.z_loss)
 
-    # The optimizer, which may want to know the parameters' shapes, and the state of the run.
+    # The optimizer, which may want to know the parameters' shapes.
     model, cross_entropy = model_for(Parallel(mesh))
     parameters = jax.eval_shape(model.init, jax.random.key(0))
     schedule = schedules.build(config.schedule, config.optimizer.learning_rate, shape.batch_sizes)
     optimizer_key = jax.random.key_data(named_key(config.seed, "optimizer"))
     optimizer = optimizers.of_run(config, schedule, parameters, optimizer_key, mesh)
-    factory = StateFactory(config, model, optimizer)
-    layout, abstract_state = factory.layout(mesh)
+
+    # The state at the start. Each device computes its own shards: no array of the model's size exists in
+    # one place.
+    begin_diagnostics = functools.partial(diagnostics.init, config.diagnostics)
+    is_scaled = "float16" in (config.precision, *config.precision_of.values())
+    begin_loss_scale = functools.partial(loss_scale.init, is_scaled)
+
+    def init() -> TrainState:
+        params = model.init(named_key(config.seed, "parameters"))
+        zero, kept, scale = jnp.zeros((), jnp.int32), begin_diagnostics(params), begin_loss_scale()
+        return TrainState(zero, params, optimizer.init(params), zero, zero, kept, scale)
+
+    shapes = jax.eval_shape(init)
+    layout = state_shardings(shapes, shapes.params, mesh)
+    abstract_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, layout
+    )
 
     # The steps.
     diagnostics.check(config.diagnostics, parameters, shape.batch_at(0).micro_steps)
@@ -75,9 +87,9 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     replicated = replicated_sharding(mesh)
     return CompiledSteps(
         abstract_state=abstract_state,
-        init=compiled("init", factory.init, layout),
-        begin_diagnostics=compiled("begin_diagnostics", factory.begin_diagnostics, layout.diagnostics),
-        begin_loss_scale=compiled("begin_loss_scale", factory.begin_loss_scale, layout.loss_scale),
+        init=compiled("init", init, layout),
+        begin_diagnostics=compiled("begin_diagnostics", begin_diagnostics, layout.diagnostics),
+        begin_loss_scale=compiled("begin_loss_scale", begin_loss_scale, layout.loss_scale),
         train=compiled("train", train_step, (layout, replicated), donate_argnums=0),
         evaluate=compiled("evaluate", eval_step, replicated, static_argnums=(3,)),
     )
@@ -87,9 +99,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
 class TrainStep:
     """One optimizer step on one global batch.
 
-    In this order: the gradient, summed over micro-steps and devices; the optimizer's update; the check that
-    everything is finite; diagnostics; the new state. If something is not finite, parameters and optimizer
-    state stay as they are, and the step is counted as skipped.
+    If something is not finite, parameters and optimizer state stay, and the step is counted as skipped.
     """
 
     config: Config
@@ -100,8 +110,7 @@ class TrainStep:
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """The state after the step, and the step's metrics (scalars, on the device).
 
-        The batch has "tokens" (G, rows, L + 1) and "lengths" (G, rows), rows split over the mesh axes data
-        and fsdp. Its G micro-steps make one update.
+        The batch has "tokens" (G, rows, L + 1) and "lengths" (G, rows). Its G micro-steps make one update.
         """
         # 1. The gradient of the mean loss, at the parameters unless the optimizer wants another point.
         scale, optimizer = state.loss_scale.get("scale"), self.optimizer
@@ -130,10 +139,7 @@ class TrainStep:
             good &= loss_scale.stays_finite(opt_state, state.opt_state)
 
         # 4. Diagnostics, of the state before the update.
-        measured: dict = {}
-        kept: dict = {}
-        if self.config.diagnostics.every_steps:
-            measured, kept = self._measure(replace(state, params=point), batch, grads, updates, sums, good)
+        measured, kept = self._measure(replace(state, params=point), batch, grads, updates, sums, good)
 
         # 5. The new state, and the metrics.
         new_state = self._next_state(state, updates, opt_state, good, kept)
@@ -171,6 +177,8 @@ class TrainStep:
         self, state: TrainState, batch: dict, grads: dict, updates: dict, sums: dict, good: jax.Array
     ) -> tuple[dict, dict]:
         """The diagnostics of this step, and what the state keeps of them for the next one."""
+        if not self.config.diagnostics.every_steps:
+            return {}, {}
 
         def loss_at(params: dict) -> jax.Array:
             elsewhere = self.loss_and_gradient.loss_sums(params, batch, state.step)

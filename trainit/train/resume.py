@@ -53,35 +53,44 @@ class Resume:
         # All processes take the checkpoint that process 0 sees: a shared file system may show others less.
         self._latest = sync.agree(max(self.checkpoints.steps(), default=-1))
         self.reads_checkpoint = self._latest >= 0 or bool(self.config.checkpoint.load_path)
-        # What is known of the checkpoint, if there is one: its meta data, and the position in this data.
-        self._meta: dict = {}
-        self._position = START
 
     def start_point(self) -> StartPoint:
         """Makes or reads the first state. Raises ConfigError if a checkpoint does not fit config or data."""
+        c, wandb_id = self.config.checkpoint, secrets.token_hex(4)
+        if not self.reads_checkpoint:
+            return StartPoint(jax.block_until_ready(self._init()), 0, START, None, wandb_id, None)
+
+        # Which checkpoint is it, and does it fit?
         is_resumed = self._latest >= 0
+        source, step = (self.checkpoints, self._latest) if is_resumed else self._find_to_load()
+        meta = source.meta(step)
+        position = self._check(meta, f"checkpoint {source.folder / str(step)}")
+
+        # The state. A new optimizer begins at step 0 of its schedule; the data continue where they were.
         if is_resumed:
-            self._accept(self.checkpoints, self._latest)
-            logging.info("resume     at step %d of %d", self._latest, self.config.steps)
-            state = self._restore(self.checkpoints, self._latest)
-        elif self.config.checkpoint.load_path:
-            state = self._load()
+            logging.info("resume     at step %d of %d", step, self.config.steps)
+            state = self._restore(source, step)
+        elif c.overwrite_optimizer:
+            logging.info("begin      with parameters of %s step %d, new optimizer", c.load_path, step)
+            new = self._init()
+            params = source.restore_params(step, self.steps.abstract_state.params)
+            state = replace(new, params=params, diagnostics=self.steps.begin_diagnostics(params))
         else:
-            state = self._init()
-        state = jax.block_until_ready(state)
-        step, own_meta = int(state.step), self._meta if is_resumed else {}
-        if self._meta:
-            self.data.check_resume(self._meta["config"], self._position, step)
-        wandb_id = own_meta.get("wandb_id") or secrets.token_hex(4)
-        saved_step, postponed = step if is_resumed else None, own_meta.get("postponed")
-        return StartPoint(state, step, self._position, saved_step, wandb_id, postponed)
+            logging.info("begin      from %s step %d", c.load_path, step)
+            state = self._restore(source, step)
+        step = int(jax.block_until_ready(state).step)
+        self.data.check_resume(meta["config"], position, step)
+        if is_resumed:
+            wandb_id = meta.get("wandb_id") or wandb_id
+            return StartPoint(state, step, position, step, wandb_id, meta.get("postponed"))
+        return StartPoint(state, step, position, None, wandb_id, None)
 
     def _init(self) -> TrainState:
         self._compile_ahead(0)
         return self.steps.init()
 
-    def _load(self) -> TrainState:
-        """The state of another run's checkpoint, or a new one with its parameters."""
+    def _find_to_load(self) -> tuple[CheckpointStore, int]:
+        """Another run's checkpoints, and the step of the one that the config names."""
         c = self.config.checkpoint
         source = CheckpointStore(Path(c.load_path), read_only=True)
         available = source.steps()
@@ -91,31 +100,20 @@ class Resume:
             f"checkpoint.load_path={c.load_path!r} has no checkpoint of load_step={c.load_step}; "
             f"there are {available or 'none'}",
         )
-        self._accept(source, step)
-
-        # A new optimizer begins at step 0 of its schedule; the data continue where they were.
-        if c.overwrite_optimizer:
-            logging.info("begin      with parameters of %s step %d, new optimizer", c.load_path, step)
-            new = self._init()
-            params = source.restore_params(step, self.steps.abstract_state.params)
-            return replace(new, params=params, diagnostics=self.steps.begin_diagnostics(params))
-
         require(
-            step < self.config.steps,
+            c.overwrite_optimizer or step < self.config.steps,
             f"checkpoint.load_path={c.load_path!r} is at step {step}, steps={self.config.steps}: nothing is "
             f"left to do; raise steps, or take its parameters alone with checkpoint.overwrite_optimizer=True",
         )
-        logging.info("begin      from %s step %d", c.load_path, step)
-        return self._restore(source, step)
+        return source, step
 
-    def _accept(self, source: CheckpointStore, step: int):
-        """Reads the meta data of a checkpoint, and checks that config and data may follow it."""
-        self._meta, c = source.meta(step), self.config
-        origin, overwrite = f"checkpoint {source.folder / str(step)}", c.checkpoint.overwrite_config
+    def _check(self, meta: dict, origin: str) -> DataPosition:
+        """Checks that config and data may follow a checkpoint; returns where in these data it was."""
+        c, overwrite = self.config, self.config.checkpoint.overwrite_config
         remedy = "set --config.checkpoint.overwrite_config=True to continue"
 
         # The config may change in FREE fields; elsewhere it changes what the state means.
-        changed = differences(self._meta["config"], c.to_dict())
+        changed = differences(meta["config"], c.to_dict())
         lines = {field: f"{field}: {before!r} -> {after!r}" for field, (before, after) in changed.items()}
         fatal = "; ".join(line for field, line in lines.items() if not FREE.match(field))
         require(
@@ -126,12 +124,11 @@ class Resume:
             logging.info("changed    %s", line)
 
         # The position in the data means something for the same data only.
-        same_data = self._meta["dataset"] == self.data.fingerprint
-        same_order = has_same_order(self._meta)
+        same_data, same_order = meta["dataset"] == self.data.fingerprint, has_same_order(meta)
         require(
             overwrite or same_data,
-            f"{origin} was trained on dataset {self._meta['dataset']}, but dataset.path={c.dataset.path!r} "
-            f"is {self.data.fingerprint}; {remedy} with it",
+            f"{origin} was trained on dataset {meta['dataset']}, but dataset.path={c.dataset.path!r} is "
+            f"{self.data.fingerprint}; {remedy} with it",
         )
         require(
             overwrite or same_order,
@@ -139,9 +136,9 @@ class Resume:
             f"{remedy} from the beginning of the data, or use the version that began the run",
         )
         if same_data and same_order:
-            self._position = DataPosition.from_meta(self._meta, c.model.context_length)
-        else:
-            logging.info("data       from the beginning of %s", c.dataset.path)
+            return DataPosition.from_meta(meta, c.model.context_length)
+        logging.info("data       from the beginning of %s", c.dataset.path)
+        return START
 
     def _restore(self, source: CheckpointStore, step: int) -> TrainState:
         """The whole state of a checkpoint. What it lacks because the config was another begins now."""

@@ -14,7 +14,7 @@ from scipy import stats
 
 from trainit.config import ConfigError
 from trainit.tools.compare import report, runs, statistics
-from trainit.tools.compare.comparison import compare
+from trainit.tools.compare.report import compare
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the comparison; returns the exit code."""
-    from trainit.tools.compare.comparison import compare
+    from trainit.tools.compare.report import compare
     from trainit.tools.compare.runs import find
 
     try:

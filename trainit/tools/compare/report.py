@@ -1,15 +1,17 @@
-"""Prints a comparison: tables for the terminal, and one HTML page that needs no other file."""
+"""Compares runs: tables for the terminal, a picture, and one HTML page that needs no other file."""
 
 import html
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tabulate import tabulate
 
-from trainit.tools.compare.runs import Method, Run
-from trainit.tools.compare.statistics import COSTS, NEAR, Estimate, Row, at_edge, nearly_best
+from trainit.config import ConfigError
+from trainit.tools.compare.runs import Method, Run, group
+from trainit.tools.compare.statistics import COSTS, NEAR, Estimate, Row, at_edge, nearly_best, table
 
 CAPTIONS = {
     "one": "Loss of the run: thin lines are the training batches, the dashed line is the validation set.",
@@ -18,9 +20,8 @@ CAPTIONS = {
     "tokens": "The same by tokens of training text, which differ from steps where batches do.",
     "seconds": "The same by seconds of training, without start, compilation, validation and saving: what a "
     "costly update takes away from its gain. Comparable on equal, equally busy machines.",
-    "rates": "Final loss by learning rate. The ring is the best one; in a flat valley the rate need not be "
-    "exact; a cross at the top is a rate at which a run failed. A best rate at the end of its line has not "
-    "been tuned: a better one may lie beyond.",
+    "rates": "Final loss by learning rate. A ring: the best; a cross at the top: a failed run. A best one at "
+    "the end of its line has not been tuned: a better one may lie beyond.",
     "finals": "Final loss of each seed (dots), the mean (stroke) and its 95 % interval (bar).",
     "speed_ups": "How many times fewer steps and seconds than the baseline each method needs to reach the "
     "target. Bars are 95 % intervals; one that crosses 1 is no proven gain.",
@@ -28,8 +29,7 @@ CAPTIONS = {
 REACHED = """Each method at its best learning rate. valid/loss: nats per token at the end, the mean over seeds
 ± half its 95 % interval (Student). state: what the optimizer keeps, in the memory of all devices."""
 GAP = """ Differences from the baseline ({}) are paired by seed where the seeds are the same: such runs start
-alike and see the same batches. p: the probability of at least such a difference by chance alone, of one
-comparison, not corrected for their number."""
+alike and see the same batches. p: the probability of such a difference by chance, of one comparison alone."""
 COST = """To a validation loss of {:.4f} nats per token, for the first time, interpolated linearly between
 validations; means of the seeds that reach it. FLOPs: the model's (6 per weight and token, and attention),
 without the optimizer's own. A speed-up is the ratio of geometric means, the baseline's over the method's,
@@ -38,13 +38,12 @@ RATES = f"""The learning rates whose final loss is within {NEAR:.0%} of the best
 the rate's logarithm between those that were tried: the wider, the easier to tune."""
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-size: .85rem; margin: .8rem 0 }
+table { border-collapse: collapse; font-size: .85rem }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #888 }
-.wide { overflow-x: auto } figure { margin: 1rem 0 } figcaption, .note { color: #555; font-size: .9rem }
-figure svg { max-width: 100%; height: auto }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); gap: 1rem }
+th:first-child, td:first-child { text-align: left }
+.wide { overflow-x: auto } figcaption, .note { color: #555; font-size: .9rem }
+svg { max-width: 100%; height: auto }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)) }
 """
 
 
@@ -65,6 +64,49 @@ class Table:
         table = tabulate(self.rows, "keys", "html", disable_numparse=True)
         note = f'<p class="note">{html.escape(self.note)}</p>'
         return f'<h2>{html.escape(self.title)}</h2>{note}<div class="wide">{table}</div>'
+
+
+def compare(
+    runs: Sequence[Run],
+    baseline: str = "",
+    target: float | None = None,
+    tuning_seeds: Collection[int] = (),
+    output: Path | None = None,
+    page: Path | None = None,
+    command: str = "",
+) -> str:
+    """Compares runs, draws a PNG and writes a page if asked to, and returns the text for the terminal.
+
+    Defaults of the baseline are the first method, and of the target what every run of the baseline reaches.
+    The command is printed on the page. Without the baseline or matplotlib raises ConfigError.
+    """
+    methods = group(runs, tuning_seeds)
+    base = next((method for method in methods if baseline in ("", method.name)), None)
+    if base is None:
+        names = ", ".join(repr(method.name) for method in methods)
+        raise ConfigError(f"--baseline={baseline}: there are {names}")
+    target = max(base.best.finals.values()) if target is None else target
+    rows = table(methods, base, target)
+    parts = _tables(rows, base, target)
+    text = "\n\n".join(part.text() for part in parts)
+    text += "".join(f"\nnot finished  {line}" for line in unfinished(runs))
+    if not (output or page):
+        return text
+
+    try:  # matplotlib is an optional dependency and slow to import
+        from trainit.tools.compare import figures
+    except ImportError as error:
+        raise ConfigError(f"pictures need {error.name}: pip install 'trainit[demo]'") from None
+    panels = figures.panels(rows, methods, base)
+    if output:
+        figures.draw(panels).savefig(output)
+        text += f"\n{'curves' if len(runs) == 1 else 'picture'} in {output}"
+    if page:
+        pictures = {name: figures.svg({name: draw}) for name, draw in panels.items()}
+        title = "Comparison of " + ", ".join(row.method.name for row in rows)
+        page.write_text(_page(title, command, parts, pictures, runs))
+        text += f"\npage in {page}"
+    return text
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -93,7 +135,7 @@ def probability(p: float) -> str:
     return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def tables(rows: Sequence[Row], baseline: Method, target: float) -> list[Table]:
+def _tables(rows: Sequence[Row], baseline: Method, target: float) -> list[Table]:
     """Returns the tables of a comparison: what was reached, at which cost, how to tune the rate."""
     several = len(rows) > 1
     note = REACHED + GAP.format(baseline.name) * several
@@ -165,7 +207,9 @@ def unfinished(runs: Sequence[Run]) -> list[str]:
     return [f"{run.path}: ended at step {run.done} of {run.steps}; counted as failed" for run in failed]
 
 
-def page(title: str, command: str, tables: list[Table], pictures: dict[str, str], runs: Sequence[Run]) -> str:
+def _page(
+    title: str, command: str, tables: list[Table], pictures: dict[str, str], runs: Sequence[Run]
+) -> str:
     """Returns the page. The command is what made it; pictures are <svg> texts by the names of CAPTIONS."""
     title, command = html.escape(title), html.escape(command)
     machines = {f"{run.facts['devices']}, {run.facts['versions']}" for run in runs if run.facts}

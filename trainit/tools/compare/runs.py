@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,6 @@ from pathlib import Path
 from trainit.config import FREE, flatten
 
 RATE = "optimizer.learning_rate"
-NAMED = ("optimizer", "schedule")  # parts of a config whose fields depend on their name
 Seed = int | None  # None: the run has no config
 
 
@@ -140,10 +139,9 @@ def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Metho
     """Groups runs into methods and settings, in the order of their first runs.
 
     They are named after the optimizer and the fields in which they differ, without values that the majority
-    has. Runs without a config, or with equal ones, are named after their folders.
-
-    Runs with `tuning_seeds` only choose the learning rate. They are not reported where a setting has other
-    runs, since what was chosen for its luck must not be judged by it.
+    has. Runs without a config, or with equal ones, are named after their folders. Runs with tuning seeds only
+    choose the learning rate: where a setting has others, these alone are reported, since what was chosen for
+    its luck must not be judged by it.
     """
     # Runs with equal configs are a setting, unless their seeds are equal, too.
     by_setting: dict[object, list[Run]] = {}
@@ -156,7 +154,9 @@ def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Metho
     # Names that are empty or not unique are replaced by the folder.
     configs = [members[0].config for members in by_setting.values()]
     differing = _differing(configs)
-    usual = _usual(configs, differing)
+    shared = [name for name in differing if not name.startswith("optimizer.")]
+    counts = {name: Counter(str(c[name]) for c in configs if name in c).most_common(1)[0] for name in shared}
+    usual = {name: value for name, (value, count) in counts.items() if count > len(configs) / 2}
     names = [_name(config, differing, usual) for config in configs]
     methods: dict[str, Method] = {}
     for config, members, name in zip(configs, by_setting.values(), names, strict=True):
@@ -179,29 +179,14 @@ def _is_meaningful(name: str) -> bool:
 
 def _differing(configs: Sequence[dict]) -> list[str]:
     """Returns the fields that tell configs apart; an optimizer's or schedule's own only among its configs."""
-
-    def differ(names: Iterable[str], among: Sequence[dict]) -> set[str]:
-        return {n for n in names if _is_meaningful(n) and len({str(c.get(n)) for c in among}) > 1}
-
-    names = {name for config in configs for name in config}
-    found = differ((n for n in names if n.partition(".")[0] not in NAMED), configs)
-    for part in NAMED:
-        own, name_field = [n for n in names if n.startswith(f"{part}.")], f"{part}.name"
-        kinds = {config[name_field] for config in configs if name_field in config}
-        found |= {name_field} if len(kinds) > 1 else set()
-        for kind in kinds:
-            found |= differ(own, [c for c in configs if c.get(name_field) == kind])
-    return sorted(found - {"optimizer.name"})  # names start with it anyway
-
-
-def _usual(configs: Sequence[dict], fields: Sequence[str]) -> dict[str, str]:
-    """Returns the values that more than half of the configs have, of fields that are not the optimizer's."""
-    usual = {}
-    for name in fields:
-        value, count = Counter(str(c[name]) for c in configs if name in c).most_common(1)[0]
-        if count > len(configs) / 2 and not name.startswith("optimizer."):
-            usual[name] = value
-    return usual
+    values = defaultdict(set)
+    names = filter(_is_meaningful, set().union(*configs))
+    for name, fields in itertools.product(names, filter(None, configs)):
+        part, _, own = name.partition(".")
+        kind = fields.get(f"{part}.name") if part in ("optimizer", "schedule") and own != "name" else None
+        values[name, kind].add(str(fields.get(name)))
+    # Names of settings begin with the optimizer anyway.
+    return sorted({name for (name, _), found in values.items() if len(found) > 1} - {"optimizer.name"})
 
 
 def _name(config: dict, fields: Sequence[str], usual: dict[str, str]) -> str:

@@ -11,10 +11,14 @@ import functools
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainit import cli, logs
 from trainit.cluster.process import DONE, FAILED, STOPPED
 from trainit.config import ConfigError
+
+if TYPE_CHECKING:
+    from trainit.tools.sweep.spec import Sweep
 
 DESCRIPTION = "Starts many runs from one file, and compares them. The same command resumes it after a stop."
 FILE = "file with get_sweep(argument), e.g. configs/bench_optimizers.py:small"
@@ -27,13 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, help="folder of its runs; by default runs/ and the file's name")
     add("--dry_run", action="store_true", help="only print the commands of what is to be done")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--sbatch", metavar="OPTIONS", help="as an array job of Slurm, with these options")
-    add("--qsub", metavar="OPTIONS", help="as an array job of Grid Engine, with these options")
+    about = "as an array job of {}, with these options"
+    for name, scheduler in (("sbatch", "Slurm"), ("qsub", "Grid Engine")):
+        chosen = functools.partial(lambda *pair: pair, name)
+        add(f"--{name}", dest="array", type=chosen, metavar="OPTIONS", help=about.format(scheduler))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the sweep to its end, and prints the comparison; returns the exit code."""
-    from trainit.tools.sweep import greedy, launch, search, spec
+    from trainit.tools.sweep import greedy, launch, spec
 
     logs.log_to_terminal(lead=True)
     try:
@@ -45,16 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
             todo = (job for job in sweep.wanted(launch.loss) if not launch.finished(job))
             print(*(shlex.join(["trainit", "train", *job.arguments]) for job in todo), sep="\n")
             return DONE
-        chosen = [
-            (name, options) for name in launch.LAUNCH if (options := getattr(arguments, name)) is not None
-        ]
-        arrays = [functools.partial(launch.run_array, *scheduler, sweep.output) for scheduler in chosen]
-        start = arrays[0] if arrays else launch.LocalRunner().run
+        array = functools.partial(launch.run_array, arguments.array, sweep.output)
+        start = array if arguments.array else launch.LocalRunner().run
         if sweep.greedy:
             greedy.search(sweep, start)
             return DONE
-        jobs = search.search(sweep, start)
-        search.report(sweep, jobs, shlex.join(["trainit", *sys.argv[1:]]))
+        jobs = launch.search(sweep, start)
+        _report(sweep, [job.folder for job in jobs])
     except launch.StoppedError:
         print("stopped; the same command resumes it", file=sys.stderr)
         return STOPPED
@@ -64,3 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
     for job in failed:
         print(f"failed  {job}: {launch.failure(job)}", file=sys.stderr)
     return FAILED if failed else DONE
+
+
+def _report(sweep: "Sweep", folders: list[Path]) -> None:
+    """Prints the comparison and writes its picture and page, if any run has left metrics."""
+    from trainit.tools.compare.report import compare
+    from trainit.tools.compare.runs import find, group
+
+    runs = find(folder for folder in folders if (folder / "metrics.jsonl").exists())
+    if runs:
+        methods, folder = group(runs, sweep.tuning_seeds), sweep.output / sweep.baseline
+        of_baseline = (m for m in methods for s in m.settings for r in s.runs if folder in r.path.parents)
+        base, command = next(of_baseline, methods[0]), shlex.join(["trainit", *sys.argv[1:]])
+        picture, page = sweep.output / "sweep.png", sweep.output / "sweep.html"
+        print(compare(runs, base.name, sweep.target, sweep.tuning_seeds, picture, page, command))

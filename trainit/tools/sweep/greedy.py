@@ -31,11 +31,11 @@ FIELDS = {
 }
 
 
-def check(asked: dict, sweep: Sweep) -> dict:
+def check(sweep: Sweep) -> dict:
     """Returns the fields of a greedy search, with defaults for those that are missing."""
-    unknown = sorted(set(asked) - set(FIELDS))
+    unknown = sorted(set(sweep.greedy) - set(FIELDS))
     require(not unknown, f"greedy: unknown {', '.join(unknown)}; there are {', '.join(FIELDS)}")
-    g = {name: asked.get(name, known.default) for name, known in FIELDS.items()}
+    g = {name: sweep.greedy.get(name, known.default) for name, known in FIELDS.items()}
     for name, known in FIELDS.items():
         known.check(f"greedy: {name}", g[name])
     at = g["boundaries"]
@@ -56,18 +56,12 @@ def candidates(rate: float, is_first: bool, g: dict) -> list[float]:
     return [0.0, *(float(f"{rate * g['factor'] ** j:.6g}") for j in range(-n, n + 1))]
 
 
-def choose(losses: dict[float, float], epsilon: float) -> float:
-    """Returns the largest rate whose loss is at most `epsilon` above the lowest."""
-    lowest = min(losses.values())
-    return max(rate for rate, loss in losses.items() if loss <= lowest + epsilon)
-
-
 def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[float]:
     """Runs all segments; returns the rates at the boundaries, or raises ConfigError if all runs of one fail.
 
     `run` starts runs and returns when they have ended.
     """
-    g = check(sweep.greedy, sweep)
+    g = check(sweep)
     at, rates, source = g["boundaries"], [0.0], None
     for end in range(1, len(at)):
         # Try all candidates from the best state so far.
@@ -75,12 +69,12 @@ def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[float]:
         jobs = {rate: _job(sweep, at[: end + 1], [*rates, rate], source) for rate in tried}
         if todo := [job for job in jobs.values() if not finished(job)]:
             run(todo)
-        losses = {rate: _loss(job, g["window"]) for rate, job in jobs.items() if finished(job)}
+        losses = {rate: _loss(job, g["window"]) for rate, job in jobs.items()}
         losses = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
         require(bool(losses), f"greedy: no run of steps {at[end - 1]} to {at[end]} has finished")
 
         # Keep the checkpoints of the best one only.
-        best = choose(losses, g["epsilon"])
+        best = max(rate for rate in losses if losses[rate] <= min(losses.values()) + g["epsilon"])
         results = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
         logging.info("steps %d to %d: rate %g of %s", at[end - 1], at[end], best, results)
         for rate, job in jobs.items():
@@ -89,13 +83,12 @@ def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[float]:
         rates.append(best)
         source = jobs[best].folder
 
-    (sweep.output / "schedule.json").write_text(
-        json.dumps({"boundaries": at, "values": rates}, indent=1) + "\n"
-    )
+    file = sweep.output / "schedule.json"
+    file.write_text(json.dumps({"boundaries": at, "values": rates}, indent=1) + "\n")
     logging.info(
         "the schedule, also in %s:\n  :schedule=piecewise_linear --config.optimizer.learning_rate=1.0 "
         "--config.steps=%d --config.schedule.boundaries='%s' --config.schedule.values='%s'",
-        *(sweep.output / "schedule.json", at[-1], tuple(at), tuple(rates)),
+        *(file, at[-1], tuple(at), tuple(rates)),
     )
     return rates
 
@@ -111,9 +104,8 @@ def _job(sweep: Sweep, at: Sequence[int], rates: Sequence[float], source: Path |
     if source:
         changes |= {"checkpoint.load_path": source, "checkpoint.load_step": begin}
         changes |= {"checkpoint.overwrite_config": True}
-    (variant,) = sweep.variants
-    config = with_groups(variant.config, "schedule=piecewise_linear")
-    variant = replace(variant, name=f"steps {begin} to {end}", config=config)
+    config = with_groups(sweep.variants[0].config, "schedule=piecewise_linear")
+    variant = replace(sweep.variants[0], name=f"steps {begin} to {end}", config=config)
     # It is named after its segment and rate, not after all changes.
     shown = (("rate", rates[-1]),)
     folder = sweep.output / f"steps_{begin}-{end}" / describe(shown)
@@ -121,5 +113,5 @@ def _job(sweep: Sweep, at: Sequence[int], rates: Sequence[float], source: Path |
 
 
 def _loss(job: Job, window: int) -> float:
-    losses = read(job.folder).curve("step", "train/loss")[1]
+    losses = read(job.folder).curve("train/loss")[0] if finished(job) else ()
     return statistics.smooth(losses, window)[-1] if losses else math.inf

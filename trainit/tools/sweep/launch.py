@@ -1,6 +1,7 @@
-"""Starts the runs of a sweep: here one after another, or as an array job of Slurm or Grid Engine."""
+"""Runs a sweep until no more runs are wanted: one after another, or as array jobs of Slurm or Grid Engine."""
 
 import itertools
+import math
 import os
 import re
 import shlex
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -16,7 +17,7 @@ from absl import logging
 from trainit.cluster.process import STOPPED
 from trainit.config import ConfigError, require
 from trainit.tools.compare.runs import read
-from trainit.tools.sweep.spec import Job
+from trainit.tools.sweep.spec import Job, Sweep
 
 LAUNCH = {"sbatch": Path("launch/slurm.sh"), "qsub": Path("launch/sge.sh")}
 
@@ -26,10 +27,7 @@ class StoppedError(Exception):
 
 
 def loss(job: Job) -> float | None:
-    """Returns the final validation loss of a run; None if it is not finished.
-
-    Raises ConfigError if its folder contains a run that was started with other arguments.
-    """
+    """Returns a run's final validation loss, None if it is not finished. ConfigError: it is another run."""
     record = job.folder / "arguments.txt"
     if not record.exists():
         return None
@@ -96,9 +94,8 @@ class LocalRunner:
                     self._child.terminate()
                 code = self._child.wait()
             self._child = None
-            seconds = time.monotonic() - start
             if code == 0:
-                final = read(job.folder).final
+                final, seconds = read(job.folder).final, time.monotonic() - start
                 logging.info("%3d/%d %s: validation loss %.4f, %.0f s", count, len(jobs), job, final, seconds)
             elif not self._stopping and code != STOPPED:
                 logging.info("%3d/%d %s: failed with %d: %s", count, len(jobs), job, code, failure(job))
@@ -106,11 +103,12 @@ class LocalRunner:
                 raise StoppedError
 
 
-def run_array(scheduler: str, options: str, output: Path, jobs: Sequence[Job]):
-    """Runs jobs as one array job of a scheduler, waits until it has ended, and logs which have failed.
+def run_array(given: tuple[str, str], output: Path, jobs: Sequence[Job]):
+    """Runs jobs as one array job, waits until it has ended, and logs which have failed.
 
-    The scheduler is a key of LAUNCH, and the output a folder that all hosts see.
+    Given are the scheduler, a key of LAUNCH, and its options. All hosts see the output folder.
     """
+    scheduler, options = given
     script = LAUNCH[scheduler]
     require(script.is_file(), f"{script} is not here: submit from the folder that contains launch/")
     # Task i of the array reads its arguments from the file named i.
@@ -134,3 +132,22 @@ def run_array(scheduler: str, options: str, output: Path, jobs: Sequence[Job]):
     for job in jobs:
         if not finished(job):
             logging.info("%s: not finished: %s", job, failure(job))
+
+
+def search(sweep: Sweep, start: Callable[[Sequence[Job]], None]) -> list[Job]:
+    """Runs a sweep; returns all runs, also those that failed. `start` returns when the runs have ended."""
+    tried: set[Job] = set()
+
+    def known(job: Job) -> float | None:
+        final = loss(job)
+        return math.inf if final is None and job in tried else final
+
+    # Results may show that more runs are wanted: at other learning rates, or with more seeds.
+    while True:
+        jobs = sweep.wanted(known)
+        todo = [job for job in jobs if known(job) is None]
+        if not todo:
+            return jobs
+        logging.info("%d runs, %d of them still to do, in %s", len(jobs), len(todo), sweep.output)
+        start(todo)
+        tried |= set(todo)

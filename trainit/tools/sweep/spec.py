@@ -167,8 +167,8 @@ def _check_keys(asked: object):
 def _sweep(asked: dict, output: Path) -> Sweep:
     variants = [_variant(asked, *item) for item in asked.get("variants", {"": {}}).items()]
     names = [variant.name for variant in variants]
-    keys = {"baseline", "seeds", "tuning_seeds", "extend", "target", "greedy"} & set(asked)
-    sweep = Sweep(variants, output, **{"baseline": names[0]} | {key: asked[key] for key in keys})
+    own = {"baseline", "seeds", "tuning_seeds", "extend", "target", "greedy"} & set(asked)
+    sweep = Sweep(variants, output, **{"baseline": names[0]} | {key: asked[key] for key in own})
     for key, seeds in (("seeds", sweep.seeds), ("tuning_seeds", sweep.tuning_seeds)):
         whole = all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds)
         require(whole, f"{key}={seeds} must be different whole numbers")
@@ -186,15 +186,12 @@ def _variant(asked: dict, name: str, own: dict) -> Variant:
     may = ", ".join(VARIANT_KEYS)
     require(not unknown, f"variant {name} has {', '.join(unknown)}; it may have {may}")
     config = with_groups(asked["config"], own.get("groups", ""))
-    fields, grid, ranges = (
-        {**asked.get(key, {}), **own.get(key, {})} for key in ("fields", "grid", "random")
-    )
+    fields, grid, ranges = ({**asked.get(k, {}), **own.get(k, {})} for k in ("fields", "grid", "random"))
     for key, values in grid.items():
         listed = isinstance(values, list | tuple) and len(values) > 0
         require(listed, f"grid {key}={values!r} is no list of values")
-    points: list[Point] = [
-        tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
-    ]
+    combinations = itertools.product(*grid.values())
+    points: list[Point] = [tuple(zip(grid, values, strict=True)) for values in combinations]
     if ranges:
         samples = asked.get("samples", 0)
         require(samples > 0, "random needs samples, their number")

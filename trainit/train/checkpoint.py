@@ -177,10 +177,9 @@ class CheckpointStore:
             self._fail(error)
 
     def reopen(self) -> bool:
-        """Discards a save that failed, here or on another process, with what it has written.
+        """Discards a save that failed, here or on another process. All processes call it together.
 
-        All processes call it together. Returns whether process 0 sees the checkpoint complete after all: then
-        the failure came later.
+        Returns whether process 0 sees the checkpoint complete after all: then the failure came later.
         """
         self._manager, self._error = self._open(), None
         return bool(sync.agree(self._newest_save in self.steps()))

@@ -75,10 +75,7 @@ def init(config: Config, params: dict) -> dict:
 
 
 def describe(config: Config, abstract: dict) -> str:
-    """When diagnostics are measured, and how much device memory they take; "" if they are off.
-
-    `abstract` is what `init` gives, with shardings.
-    """
+    """When diagnostics are measured, and the device memory of what `init` gives; "" if they are off."""
     if not config.every_steps:
         return ""
     copies = ", ".join(_copies(config)) or "no copies"

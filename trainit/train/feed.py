@@ -62,13 +62,10 @@ class BatchFeed:
         return None
 
     def advance(self):
-        """Counts the batch from `next` as consumed, and starts to fetch the one after it.
-
-        All processes call it after the same steps: at a change of batch size they exchange positions.
-        """
+        """Counts the batch from `next` as consumed, and starts to fetch the one after it."""
         self._rows += self.shape.batch_sizes.at(self.step)
         self.step += 1
-        if self.step in self.shape.batch_sizes.starts:
+        if self.step in self.shape.batch_sizes.starts:  # all processes come here: they exchange positions
             self._read_from(self.position())
         self._next = self._thread.submit(next, self._batches)
 

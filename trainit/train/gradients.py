@@ -30,10 +30,9 @@ class LossAndGradient:
 
     Dropout depends on the seed, the step and the row, so that all methods, and all layouts of the batch, see
     the same masks. Reductions are sums divided once by the number of targets in the whole batch: neither the
-    number of micro-steps nor that of devices changes the result, except for rounding.
-
-    Gradients are summed over the mesh axis `data` within each micro-step; or, where
-    `RunShape.accumulates_locally` allows, each replica accumulates its own and one sum follows at the end.
+    number of micro-steps nor that of devices changes the result, except for rounding. Gradients are summed
+    over the mesh axis `data` within each micro-step; or, where `RunShape.accumulates_locally` allows, each
+    replica accumulates its own and one sum follows at the end.
     """
 
     config: Config

@@ -158,14 +158,12 @@ class Job:
         return reason
 
     def train(self, step: int, state: TrainState, batch: dict | None) -> tuple[TrainState, dict]:
-        """Starts the train step after `step` others: the state after it, and its metrics on the device.
-
-        The first one of this process is waited for, and ends its start-up.
-        """
+        """Starts the train step after `step` others: the state after it, and its metrics on the device."""
         if self.timer.is_over:
             return self._start_step(step, state, batch)
-        # Compiling began in another thread, in Resume; here this process waits for the rest. A request to
-        # stop ends it at once, by the monitor's thread: no step is done, so nothing is lost.
+        # The first step of this process is waited for, and ends its start-up. Compiling it began in another
+        # thread, in Resume; here this process waits for the rest. A request to stop ends it at once, by the
+        # monitor's thread: no step is done, so nothing is lost.
         with self.timer.part("compile"):
             self._steps.train.compiled(state, batch)
         with self.timer.part("step"):

@@ -46,8 +46,7 @@ def flops_per_token(model: Config) -> float:
 class Meter:
     """Turns the times at which steps finish into time/, throughput/ and memory/ metrics.
 
-    A step's time is measured from the end of the step before. The first step compiles and is not measured,
-    nor is the first one after a `pause`.
+    A step's time begins at the end of the step before. The first one, also after a `pause`, is not measured.
     """
 
     def __init__(self, model: Config):

@@ -45,10 +45,7 @@ class StepRecorder:
         self._log(self._read())
 
     def newest(self) -> dict:
-        """The record of the newest step, for which it waits; empty if that is logged already.
-
-        The caller passes it to `finish` once it is known whether validation metrics belong to it.
-        """
+        """The record of the newest step, for which it waits; {} if that is logged already. For `finish`."""
         return (self.postponed or {}) | self._read()
 
     def finish(self, step: int, record: dict, is_due: bool, validation: dict | None):

@@ -74,9 +74,8 @@ class SaveRetry:
             self._failures = 0
 
     def _start(self, step: int, state: TrainState):
-        meta = self.make_meta()
         with self.monitor.watchdog.long_task("saving"):
-            self.checkpoints.save(step, state, meta)
+            self.checkpoints.save(step, state, self.make_meta())
         self.saved_step = step
 
     def _outcome(self) -> int:

@@ -22,8 +22,5 @@ class TrainState:
 
 
 def named_key(seed: int, name: str) -> jax.Array:
-    """A random key of the run for one purpose, such as "parameters" or "dropout".
-
-    Keys of different names are independent: a new use of randomness does not change the others.
-    """
+    """A run's random key for one purpose, such as "dropout"; those of different names are independent."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))

@@ -26,8 +26,7 @@ SHOWN = {  # as progress
 class JsonLines:
     """metrics.jsonl: one JSON object per logged step, appended.
 
-    Lines of steps after `keep_through` are dropped, since a resume does these steps again; so is a last line
-    that a crash left unfinished.
+    Lines of steps after `keep_through`, which a resume does again, are dropped, and an unfinished last line.
     """
 
     def __init__(self, path: Path, keep_through: int):

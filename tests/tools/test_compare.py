@@ -219,6 +219,23 @@ def test_picture_and_page(two_methods):
     assert "ended at step 10 of 40" in page
 
 
+def test_runs_without_times_without_a_config_and_at_the_target_from_the_start(tmp_path):
+    """They are drawn and named as far as is known, and have no speed-up."""
+    for name in ("adamw", "muon", "unknown"):
+        write(tmp_path / name, [5, 4], name=name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        untimed = [line for line in lines if "time/step_seconds" not in line]
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "\n".join([*untimed, lines[-2].replace("time/", "no/")])
+        )
+    (tmp_path / "unknown/config.json").unlink()
+    text = compare(runs.find([tmp_path]), "adamw", 6.0, (), tmp_path / "c.png")
+    rows = [re.split(r"  +", line.strip()) for line in text.splitlines()]
+    assert [row[0] for row in rows[1:4]] == ["adamw", "muon", f"{tmp_path}/unknown"]
+    assert next(row for row in rows if row[:2] == ["muon", "1 of 1"])[2:] == ["0"] * 4 + ["-"] * 4
+    assert (tmp_path / "c.png").read_bytes()[:8] == PNG
+
+
 def test_a_baseline_that_is_not_there(two_methods):
     with pytest.raises(ConfigError, match=r"--baseline=lion: there are 'adamw', 'muon', 'sgdm'"):
         compare(runs.find([two_methods]), "lion")

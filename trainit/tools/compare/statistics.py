@@ -83,8 +83,7 @@ def cost(run: Run, target: float, unit: str) -> float | None:
 
 def costs(setting: Setting, target: float, unit: str) -> dict[Seed, float]:
     """Returns by seed the costs of the runs that reach the target; none if the unit is unknown."""
-    spent = {run.seed: cost(run, target, unit) for run in setting.runs}
-    return {seed: value for seed, value in spent.items() if value is not None}
+    return {run.seed: spent for run in setting.runs if (spent := cost(run, target, unit)) is not None}
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ def table(methods: Sequence[Method], baseline: Method, target: float) -> list[Ro
     for method in methods:
         own = method.best.finals
         spent = {unit: reached for unit in COSTS if (reached := costs(method.best, target, unit))}
+        # A speed-up is given where all runs of both reach the target, and not from the start.
         gains = {
             unit: speed_up(goals[unit], reached)
             for unit, reached in spent.items()

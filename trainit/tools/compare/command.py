@@ -36,8 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         seeds = {int(seed) for seed in arguments.tuning_seeds.split(",") if seed}
     except ValueError:
         raise ConfigError(f"--tuning_seeds={arguments.tuning_seeds} are not whole numbers") from None
-    a = arguments
-    command = shlex.join(["trainit", "compare", *sys.argv[2:]])
+    a, command = arguments, shlex.join(["trainit", *sys.argv[1:]])
     try:
         print(compare(find(a.runs), a.baseline, a.target, seeds, a.output, a.page, command))
     except OSError as error:

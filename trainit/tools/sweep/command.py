@@ -21,20 +21,19 @@ if TYPE_CHECKING:
     from trainit.tools.sweep.spec import Sweep
 
 DESCRIPTION = "Starts many runs from one file, and compares them. The same command resumes it after a stop."
-FILE = "file with get_sweep(argument), e.g. configs/bench_optimizers.py:small"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
     add = parser.add_argument
-    add("sweep", metavar="FILE[:ARGUMENT]", help=FILE)
+    example = "file with get_sweep(argument), e.g. configs/bench_optimizers.py:small"
+    add("sweep", metavar="FILE[:ARGUMENT]", help=example)
     add("--output", type=Path, help="folder of its runs; by default runs/ and the file's name")
     add("--dry_run", action="store_true", help="only print the commands of what is to be done")
     add = parser.add_mutually_exclusive_group().add_argument
-    about = "as an array job of {}, with these options"
-    for name, scheduler in (("sbatch", "Slurm"), ("qsub", "Grid Engine")):
-        chosen = functools.partial(lambda *pair: pair, name)
-        add(f"--{name}", dest="array", type=chosen, metavar="OPTIONS", help=about.format(scheduler))
+    slurm, grid = (f"as an array job of {name}, with these options" for name in ("Slurm", "Grid Engine"))
+    add("--sbatch", dest="array", metavar="OPTIONS", type=lambda given: ("sbatch", given), help=slurm)
+    add("--qsub", dest="array", metavar="OPTIONS", type=lambda given: ("qsub", given), help=grid)
 
 
 def run(arguments: argparse.Namespace) -> int:

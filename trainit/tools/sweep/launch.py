@@ -27,7 +27,7 @@ class StoppedError(Exception):
 
 
 def loss(job: Job) -> float | None:
-    """Returns a run's final validation loss, None if it is not finished. ConfigError: it is another run."""
+    """Returns a run's final validation loss, None if it is not finished; ConfigError if settings differ."""
     record = job.folder / "arguments.txt"
     if not record.exists():
         return None

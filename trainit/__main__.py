@@ -1,7 +1,7 @@
-"""The command `trainit`, also as `python -m trainit`: finds the sub-command and runs it.
+"""The command `trainit`: finds the sub-command and runs it.
 
-Each sub-command is a module with a DESCRIPTION, add_arguments(parser) and run(arguments), which returns the
-exit code. These modules import what takes seconds only in run(), so that --help is answered at once.
+Each is a module with a DESCRIPTION, add_arguments(parser) and run(arguments), which returns the exit code and
+imports what takes seconds, so that --help is answered at once.
 """
 
 import difflib
@@ -35,7 +35,7 @@ Trainit {__version__} pre-trains GPT models with JAX on many hosts.
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Runs the command line, by default that of this process. Returns the exit code."""
+    """Runs the command line, by default that of this process: the exit code."""
     name, *rest = given if given is not None else sys.argv[1:] or [""]
     if name in ("-h", "--help", "help", "--version"):
         print(f"trainit {__version__}\n" if name == "--version" else HELP, end="")

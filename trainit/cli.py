@@ -5,7 +5,6 @@ flags are answered at once.
 """
 
 import argparse
-import dataclasses
 import difflib
 import itertools
 import os
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags
 
-from trainit.cluster.place import Place, find_place
 from trainit.cluster.process import USAGE
 from trainit.config import (
     Config,
@@ -164,26 +162,10 @@ def print_error(error: Exception | str) -> None:
     print(f"trainit: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
-def config_flags(arguments: argparse.Namespace) -> list[str]:
-    """The flags that describe the config, for another process."""
-    given = [f"--config.{name}={'True' if text is None else text}" for name, text in arguments.overrides]
-    return [f"--config={arguments.config}", *given, *["--debug"] * arguments.debug]
-
-
 def workdir(arguments: argparse.Namespace) -> Path:
     """The run's folder: as given, or runs/ and the config file's name, with -debug if shrunk."""
     name = Path(arguments.config.partition(":")[0]).stem
     return Path(arguments.workdir or f"runs/{name}{'-debug' * arguments.debug}")
-
-
-def find_own_place(arguments: argparse.Namespace) -> Place:
-    """This process's place among the job's, from the flags or the environment; ConfigError if it has none."""
-    place = find_place(os.environ)
-    if arguments.num_processes:
-        place = Place("flags", "", arguments.num_processes, arguments.process_id)
-        message = f"--process_id={place.process_id} must be below --num_processes={place.num_processes}"
-        require(place.process_id < place.num_processes, message)
-    return dataclasses.replace(place, coordinator=arguments.coordinator or place.coordinator)
 
 
 def cache() -> Path:
@@ -244,28 +226,26 @@ def _no_field(name: str, config: ConfigDict) -> str:
 
 def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "TrainingData"]:
     """Resolves a config and opens its data, before any device. With --debug, shrinks it first, in place."""
+    from trainit import optimizers
     from trainit.data import training_data
     from trainit.data.formats import detect
     from trainit.prepare.demo import prepare_demo
 
+    folder, is_prepared = config.dataset.path, "streams" not in config.dataset
     if arguments.debug:
         shrink(config, [name for name, _ in arguments.overrides])
-        path = Path(config.dataset.path)
-        if "streams" not in config.dataset and not path.is_dir() and not detect.find(path):
-            config.dataset.update(path="demo", mixture="", tokenizer="", validation_path="")
-    folder = config.dataset.path
-    if folder == "demo" and "streams" not in config.dataset:
+        if is_prepared and not Path(folder).is_dir() and not detect.find(Path(folder)):
+            folder = "demo"
+            config.dataset.update(path=folder, mixture="", tokenizer="", validation_path="")
+    if folder == "demo" and is_prepared:
         try:
             folder = str(prepare_demo(cache()))
         except OSError as error:
             raise ConfigError(f"dataset.path='demo' (cache {cache()}) cannot be used: {error}") from None
-    return training_data.read(config, folder, _resolve, cache())
 
+    def resolved(config: ConfigDict, vocab_size: int, end_of_text: int) -> Config:
+        frozen = resolve(config, vocab_size, end_of_text)
+        optimizers.check(frozen)
+        return frozen
 
-def _resolve(config: ConfigDict, vocab_size: int, end_of_text: int) -> Config:
-    """Resolves the config, and checks what only the optimizer knows."""
-    from trainit import optimizers
-
-    resolved = resolve(config, vocab_size, end_of_text)
-    optimizers.check(resolved)
-    return resolved
+    return training_data.read(config, folder, resolved, cache())

@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all, whoever else writes them and whenever a process is killed."""
+"""Files that are there in full or not at all, whenever a process is killed."""
 
 import json
 import os

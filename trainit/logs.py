@@ -23,15 +23,13 @@ class _Terminal(std_logging.Handler):
 
 def log_to_terminal(lead: bool):
     """Prints the messages of the lead process, and of other processes only the warnings."""
-    terminal = _Terminal()
-    terminal.setFormatter(std_logging.Formatter("%(message)s"))
-    terminal.setLevel(std_logging.INFO if lead else std_logging.WARNING)
+    terminal = _Terminal(std_logging.INFO if lead else std_logging.WARNING)
     std_logging.getLogger().handlers = [terminal]
     logging.set_verbosity(logging.INFO)
 
 
 def log_to_file(path: Path):
-    """Appends messages of all kinds and of all libraries to a file too, each with its time."""
+    """Appends messages of all kinds and libraries to a file too, each with its time."""
     file = std_logging.FileHandler(path)
     file.setFormatter(std_logging.Formatter("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
     std_logging.getLogger().addHandler(file)

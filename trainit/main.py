@@ -7,12 +7,10 @@ Exit codes: 0 all steps are done, 75 stopped on request (saved, or no step was d
 import argparse
 import hashlib
 import json
-import os
-from pathlib import Path
 from typing import NoReturn
 
 from trainit import cli
-from trainit.cluster.process import DONE, FAILED, STOPPED, USAGE, block_stop_signals, tune_process
+from trainit.cluster.process import FAILED, STOPPED, USAGE, block_stop_signals, tune_process
 
 if __name__ == "__main__":
     tune_process()
@@ -25,32 +23,12 @@ from absl import logging
 from trainit import __version__, logs, optimizers
 from trainit.cluster import devices, rendezvous, run_lock
 from trainit.cluster.monitor import JobMonitor
-from trainit.cluster.place import Place
-from trainit.cluster.process import exit_process
+from trainit.cluster.place import Place, find_own_place
+from trainit.cluster.process import Exit
 from trainit.config import Config, ConfigError
 from trainit.parallel.mesh import run_shape
 from trainit.train import loop as train
 from trainit.train.startup_timer import StartupTimer
-
-
-class _Exit:
-    """Ends this process, and reports to the launch script how, by files, since schedulers merge exit codes.
-
-    The file TRAINIT_MARKER: stopped on request, and saved. TRAINIT_MARKER.failed: a process failed.
-    """
-
-    def __init__(self, place: Place) -> None:
-        self._lead, self._marker = place.process_id == 0, os.environ.get("TRAINIT_MARKER", "")
-        self.lock: run_lock.RunLock | None = None
-
-    def __call__(self, code: int, together: bool = False) -> NoReturn:
-        if self._marker and code == STOPPED and self._lead:
-            Path(self._marker).touch()
-        elif self._marker and code not in (DONE, STOPPED):
-            Path(f"{self._marker}.failed").touch()
-        if self.lock and code in (DONE, STOPPED):
-            self.lock.release()
-        exit_process(code, together)
 
 
 def run(arguments: argparse.Namespace) -> NoReturn:
@@ -58,12 +36,12 @@ def run(arguments: argparse.Namespace) -> NoReturn:
     start = StartupTimer()
     logs.log_to_terminal(lead=True)
     try:
-        place = cli.find_own_place(arguments)
+        place = find_own_place(arguments)
     except ConfigError as error:
         cli.print_error(error)
-        _Exit(Place("unknown"))(USAGE)
+        Exit(lead=True)(USAGE)
     logs.log_to_terminal(lead=place.process_id == 0)
-    leave = _Exit(place)
+    leave = Exit(place.process_id == 0)
     # From here on the monitor's thread receives SIGTERM, even while the main thread compiles.
     monitor = JobMonitor(place.process_id, place.num_processes, leave, arguments.silence_seconds)
     try:
@@ -83,7 +61,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
     leave(code, together=True)
 
 
-def _train(arguments, place: Place, monitor: JobMonitor, leave: _Exit, start: StartupTimer) -> int:
+def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: StartupTimer) -> int:
     """The run, from reading its config to its exit code."""
     # What is wrong with config or data is known before anything is waited for.
     with start.part("data"):
@@ -114,8 +92,9 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: _Exit, start: St
         if place.num_processes > 1:
             monitor.connect(connections)
         if place.process_id == 0:
-            leave.lock = run_lock.RunLock(place.source, monitor.end_job)
-            leave.lock.take(folder)
+            lock = run_lock.RunLock(place.source, monitor.end_job)
+            leave.release_lock = lock.release
+            lock.take(folder)
         devices.initialize(config.platform, place, coordinator)
 
     monitor.set_limits(config.stall_seconds, log, config.max_minutes, start.launched)

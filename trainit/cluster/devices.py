@@ -12,25 +12,16 @@ from trainit.cluster import hardware, xla_flags
 from trainit.cluster.place import Place, SetupError
 from trainit.cluster.process import delay_abort
 
-# After this long without a sign of life JAX itself gives a process up. Trainit's own monitor reacts earlier
-# and says more, so that this is only a second line of defence.
+# JAX gives a silent process up after this long. Trainit's own monitor reacts earlier and says more.
 JAX_HEARTBEAT_SECONDS = 90
 
 
 def configure(platform: str, cpu_devices: int, cache: Path, place: Place | None = None) -> str:
-    """Chooses the devices and their settings. Call it before any other use of JAX.
+    """Chooses the devices and their settings, which it returns for the log. Call it before any use of JAX.
 
-    Args:
-        platform: "cpu", "cuda", ...; empty: the best available one.
-        cpu_devices: virtual devices of this process if it runs on the CPU.
-        cache: folder for compiled programs, which later starts read; JAX_COMPILATION_CACHE_DIR overrides it.
-        place: this process's; without it, the process is alone.
-
-    Returns:
-        the settings, for the log.
-
-    Raises:
-        SetupError: TRAINIT_SETTINGS has a value that means nothing.
+    The platform is "cpu", "cuda", ..., or "" for the best one. In the cache, later starts find compiled
+    programs; JAX_COMPILATION_CACHE_DIR overrides it. Without a place, the process is alone. Raises SetupError
+    if TRAINIT_SETTINGS has a value that means nothing.
     """
     place = place or Place("alone")
     job_devices = hardware.detect(platform, os.environ, place.num_processes, place.hosts)
@@ -45,24 +36,17 @@ def configure(platform: str, cpu_devices: int, cache: Path, place: Place | None 
 
 
 def initialize(platform: str, place: Place, coordinator: str = ""):
-    """Makes this process's devices part of the job's.
+    """Makes this process's devices part of the job's; `coordinator` is where JAX's processes meet.
 
-    Args:
-        platform: as for `configure`.
-        place: this process's.
-        coordinator: host:port for JAX's coordination service, if there are several processes.
-
-    Raises:
-        SetupError: this host has no such platform, or other devices than the scheduler promised.
+    Raises SetupError if this host has no such platform, or other devices than the scheduler promised.
     """
     if place.num_processes > 1:
         _connect(place, coordinator)
     try:
         devices = jax.local_devices()
     except (RuntimeError, AssertionError) as error:
-        raise SetupError(
-            f"platform={platform!r} cannot be used here: {error or 'JAX has no such backend'}"
-        ) from None
+        reason = str(error) or "JAX has no such backend"
+        raise SetupError(f"platform={platform!r} cannot be used here: {reason}") from None
     if place.gpus and platform != "cpu" and len(devices) != place.gpus:
         raise SetupError(
             f"{place.source} promises {place.gpus} GPUs to process {place.process_id} on "

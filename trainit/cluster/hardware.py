@@ -14,7 +14,7 @@ DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a folder
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A kind of GPU or TPU, and its links in the vendor's own machines; 0 and "" where nothing is known."""
+    """A kind of GPU or TPU, and its links in the vendor's machines; 0 and "" where nothing is known."""
 
     name: str  # words that occur in the name that the driver or JAX gives the device
     teraflops: float = 0.0  # dense bfloat16 (V100, T4: float16) without sparsity, 1e12 operations a second
@@ -99,14 +99,9 @@ class JobDevices:
 def detect(
     platform: str, environment: Mapping[str, str], processes: int, hosts: int, folder: Path = DRIVER_FOLDER
 ) -> JobDevices:
-    """Returns the devices of this job, without JAX. Other hosts are taken to be like this one.
+    """The devices of this job, without JAX, from the driver's folder; nvidia-smi may take seconds.
 
-    Args:
-        platform: the config's; with "cpu", GPUs do not count.
-        environment: this process's.
-        processes: how many the job has.
-        hosts: how many the job has.
-        folder: the driver's, which answers at once, while nvidia-smi may take seconds.
+    Other hosts are taken to be like this one. With the platform "cpu", GPUs do not count.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if platform == "cpu" or (visible is not None and visible.strip() in ("", "-1", "NoDevFiles")):
@@ -126,7 +121,7 @@ def detect(
 
 
 def ask_nvidia_smi(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns {unique name: kind} of the GPUs that this job may use, whatever CUDA_VISIBLE_DEVICES says."""
+    """{unique name: kind} of the GPUs that this job may use, whatever CUDA_VISIBLE_DEVICES says."""
     if shutil.which("nvidia-smi", path=environment.get("PATH")) is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader"]
@@ -147,10 +142,8 @@ def visible_gpus(environment: Mapping[str, str], place: Place) -> list[str]:
     if "CUDA_VISIBLE_DEVICES" in environment:
         visible = []
         for word in environment["CUDA_VISIBLE_DEVICES"].split(","):
-            if word.isdigit():
-                visible += installed[int(word) : int(word) + 1]
-            else:
-                visible += [uuid for uuid in installed if word and uuid.startswith(word)]
+            named = [uuid for uuid in installed if word and uuid.startswith(word)]
+            visible += installed[int(word) : int(word) + 1] if word.isdigit() else named
     if place.local_device_ids is not None:
         visible = [visible[i] for i in place.local_device_ids if i < len(visible)]
     return visible

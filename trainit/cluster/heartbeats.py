@@ -12,12 +12,7 @@ class Heartbeats:
     """One process's part: its own signs of life, and what it hears of the others'."""
 
     def __init__(self, process: int, peers: Peers, silence_seconds: float):
-        """
-        Args:
-            process: number of this one.
-            peers: the others.
-            silence_seconds: a process without any sign of life for this long is lost.
-        """
+        """A peer without any sign of life for `silence_seconds` is lost."""
         self._process, self._peers, self._silence_seconds = process, peers, silence_seconds
         self._sent, self._checked = 0.0, time.monotonic()
         self.late = ""  # the processes that have done the fewest steps, as process 0 reports
@@ -41,10 +36,7 @@ class Heartbeats:
     def send(self, polls: int, doing: str, seconds: float):
         """Sends a sign of life to process 0; process 0 sends all others the names of those that are late.
 
-        Args:
-            polls: how far this process is.
-            doing: what it does now.
-            seconds: since it last made progress.
+        It says how far this process is, what it does now, and for how long it has made no progress.
         """
         own: dict[str, Any] = {"polls": polls, "doing": doing, "seconds": round(seconds)}
         if self._process:
@@ -53,14 +45,13 @@ class Heartbeats:
         known = [(describe_process(self._process), own)]
         known += [(str(peer), peer.status) for peer in self._peers if peer.status]
         counts = [status["polls"] for _, status in known]
-        late = [
-            f"{name}: {s['doing']} for {s['seconds']} s" for name, s in known if s["polls"] == min(counts)
-        ]
-        self.late = "; ".join(late[:8]) if min(counts) < max(counts) else "none: all are equally far"
+        slow = [(name, status) for name, status in known if status["polls"] == min(counts)]
+        late = "; ".join(f"{name}: {s['doing']} for {s['seconds']} s" for name, s in slow[:8])
+        self.late = late if min(counts) < max(counts) else "none: all are equally far"
         self._peers.send({"late": self.late})
 
     def silent(self, now: float) -> str:
-        """Returns which process is lost, or ""."""
+        """Which process is lost, or ""."""
         for peer in self._peers:
             if now - peer.heard > self._silence_seconds and not peer.left:
                 silence = f"no sign of life for {now - peer.heard:.0f} s"

@@ -1,5 +1,6 @@
 """Messages between the processes of a job: one JSON object a line, over TCP connections to process 0."""
 
+import contextlib
 import json
 import os
 import socket
@@ -10,25 +11,23 @@ from dataclasses import dataclass, field
 
 
 def describe_process(process: int, host: str = "", pid: int = 0) -> str:
-    """Returns a process's name for people: "process 3 (gpu08, pid 12)"; without a host, this process's."""
+    """A process's name for people: "process 3 (gpu08, pid 12)"; without a host, this process's."""
     return f"process {process} ({host or socket.gethostname()}, pid {pid or os.getpid()})"
 
 
 def encode(message: dict) -> bytes:
-    """Returns a message as `receive` and `Peer.read` expect it."""
+    """A message as `receive` and `Peer.read` expect it."""
     return json.dumps(message).encode() + b"\n"
 
 
 def receive(connection: socket.socket) -> dict:
     """Waits for one message, and reads not a byte more: what follows belongs to whoever reads next.
 
-    Raises:
-        ValueError: the connection was closed, or what came is not JSON.
+    Raises ValueError if the connection was closed, or what came is not JSON.
     """
     line = b""
     while not line.endswith(b"\n"):
-        byte = connection.recv(1)
-        if not byte:
+        if not (byte := connection.recv(1)):
             raise ValueError("the connection was closed")
         line += byte
     return json.loads(line)
@@ -51,7 +50,7 @@ class Peer:
         return describe_process(self.process, self.host, self.pid)
 
     def read(self) -> list[dict] | None:
-        """Returns the messages that have arrived, without waiting; None once the connection is closed."""
+        """The messages that have arrived, without waiting; None once the connection is closed."""
         try:
             data = self.connection.recv(1 << 16)
         except BlockingIOError:
@@ -65,51 +64,38 @@ class Peer:
         return [json.loads(line) for line in lines]
 
 
-class Peers:
+class Peers(list[Peer]):
     """The processes that this one is connected to. Any thread may send."""
 
     def __init__(self) -> None:
-        self._all: list[Peer] = []
+        super().__init__()
         self._sending = threading.Lock()
-
-    def __iter__(self):
-        return iter(self._all)
-
-    def __bool__(self) -> bool:
-        return bool(self._all)
 
     def connect(self, peers: Iterable[Peer]):
         """Takes over connections, which do not block from now on."""
         connected = list(peers)
         for peer in connected:
             peer.connection.setblocking(False)
-        self._all = connected
+        self[:] = connected
 
     def send(self, message: dict):
         """Sends to all of them. If one is lost, its reader notices."""
-        line = encode(message)
         with self._sending:
-            for peer in self._all:
-                try:
-                    peer.connection.send(line)
-                except OSError:
-                    continue
+            for peer in self:
+                with contextlib.suppress(OSError):
+                    peer.connection.send(encode(message))
 
     def drain(self, close_first: bool, seconds: float):
         """Lets messages arrive before this process ends: waits until the others have closed their ends.
 
-        Args:
-            close_first: whether to close this end of each connection before; process 0 does.
-            seconds: how long to wait at most.
+        Process 0 closes its own end of each connection first.
         """
         until = time.monotonic() + seconds
-        for peer in self._all:
-            try:
+        for peer in self:
+            with contextlib.suppress(OSError, ValueError):
                 if close_first:
                     peer.connection.shutdown(socket.SHUT_WR)
                 while time.monotonic() < until:
                     peer.connection.settimeout(until - time.monotonic())
                     if not peer.connection.recv(1 << 16):
                         break
-            except (OSError, ValueError):
-                continue

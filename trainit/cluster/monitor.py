@@ -4,13 +4,11 @@ Each process holds a connection to process 0, the lead, from before JAX starts u
 its own exchanges signs of life there, whatever the main thread does: compile, wait for data, save. Nothing
 of this is a collective.
 
-What does SIGTERM do while a process compiles? Python runs signal handlers between two instructions of the
-main thread, which may be inside of XLA's compiler for minutes. Each signal therefore also writes a byte to
-a socket, at once, and the monitor's thread reads it and asks all processes to stop. If no process has done
-a step yet, there is nothing to save: all exit within seconds, in the midst of compiling, with the code for
-"start me again". Later, say while the step for another batch size compiles, the process that compiles
-finishes that, the others wait for it at their next `stop_reason`, and all stop there together and save. A
-second SIGINT (Ctrl-C) ends a process at once, unsaved.
+What does SIGTERM do while a process compiles? The monitor's thread reads it at once (`SignalInbox`) and asks
+all processes to stop. If no process has done a step yet, there is nothing to save: all exit within seconds,
+in the midst of compiling, with the code for "start me again". Later, say while the step for another batch
+size compiles, the process that compiles finishes that, the others wait for it at their next `stop_reason`,
+and all stop there together and save. A second SIGINT (Ctrl-C) ends a process at once, unsaved.
 """
 
 import selectors
@@ -34,13 +32,9 @@ class JobMonitor:
     """This process's thread that watches the job. `watchdog` and `agreement` are parts of it for callers."""
 
     def __init__(self, process: int, count: int, leave: Callable[[int], None], silence_seconds: float):
-        """Starts the thread. To be made before anything slow, so that no signal ends a process that starts.
+        """Starts the thread, which calls `leave` to end this process with an exit code.
 
-        Args:
-            process: number of this one, from 0.
-            count: processes of the job.
-            leave: ends the process with an exit code; called by the thread.
-            silence_seconds: a process without any sign of life for this long is lost.
+        To be made before anything slow, so that no signal ends a process that starts.
         """
         self._process, self._leave = process, leave
         self._inbox, self._peers, self.watchdog = SignalInbox(), Peers(), Watchdog()
@@ -63,14 +57,14 @@ class JobMonitor:
     def set_limits(self, stall_seconds: float, stacks: Path, max_minutes: float, started: float):
         """Ends the run from now on when it stalls, and stops it `max_minutes` after `started`; 0: never.
 
-        No step for `stall_seconds`, and for 20 usual step times, is a stall. Each thread's stack is appended
-        to the file `stacks` then. `started` is a `time.monotonic()`.
+        No step for `stall_seconds`, and for 20 usual step times, is a stall: then each thread's stack is
+        appended to the file `stacks`. `started` is a `time.monotonic()`.
         """
         self.watchdog.stall_seconds, self._stacks = stall_seconds, stacks
         self._deadline = started + 60 * max_minutes if max_minutes else float("inf")
 
     def stop_reason(self) -> str:
-        """Returns why to stop here, or "". All processes call it at the same points, and all get the same."""
+        """Why to stop here, or "". All processes call it at the same points, and all get the same."""
         reason = self.agreement.poll()
         self.watchdog.progress()
         return reason
@@ -104,10 +98,7 @@ class JobMonitor:
     # Called by any thread.
 
     def end_job(self, text: str, code: int = FAILED, stacks: bool = False, first: bool = True):
-        """Ends all processes, for a reason that this one has found first, or another one has reported.
-
-        With `stacks`, each thread's stack goes to the log file.
-        """
+        """Ends all processes, for a reason that this one has found first, or another one has reported."""
         self._over = True
         if self._process == 0 or first:
             self._peers.send({"lost": text, "code": code, "stacks": stacks})

@@ -1,5 +1,8 @@
-"""Finds out which of the job's processes this one is: from the launcher's environment variables."""
+"""Finds out which of the job's processes this one is: from flags, or the launcher's environment variables."""
 
+import argparse
+import dataclasses
+import os
 import re
 import socket
 from collections.abc import Mapping
@@ -25,11 +28,21 @@ class Place:
     gpus: int = 0  # that the scheduler promises to this process; 0: it does not say
 
 
-def find_place(environment: Mapping[str, str]) -> Place:
-    """Returns this process's place: from a launch script, Slurm's srun, Grid Engine, Open MPI, or alone.
+def find_own_place(arguments: argparse.Namespace) -> Place:
+    """This process's place, from its flags or else from its environment; SetupError if it has none."""
+    place = find_place(os.environ)
+    if arguments.num_processes:
+        place = Place("flags", "", arguments.num_processes, arguments.process_id)
+        if place.process_id >= place.num_processes:
+            number, count = place.process_id, place.num_processes
+            raise SetupError(f"--process_id={number} must be below --num_processes={count}")
+    return dataclasses.replace(place, coordinator=arguments.coordinator or place.coordinator)
 
-    Raises:
-        SetupError: the allocation is for several processes, but this one was started without the others.
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """This process's place: from a launch script, Slurm's srun, Grid Engine, Open MPI, or alone.
+
+    Raises SetupError if the allocation is for several processes, but this one was started without the others.
     """
     # Launch scripts come first: they run inside of Slurm, Grid Engine or Open MPI and know more.
     if "TRAINIT_NUM_PROCESSES" in environment:
@@ -37,10 +50,10 @@ def find_place(environment: Mapping[str, str]) -> Place:
     if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:  # started by srun
         return _from_slurm(environment)
     if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        job, count = environment["SLURM_JOB_ID"], environment["SLURM_NTASKS"]
         raise SetupError(
-            f"Slurm job {environment['SLURM_JOB_ID']} has SLURM_NTASKS={environment['SLURM_NTASKS']}, but "
-            f"this process was started without srun and would train alone; use launch/slurm.sh, or put srun "
-            f"in front"
+            f"Slurm job {job} has SLURM_NTASKS={count}, but this process was started without srun and would "
+            f"train alone; use launch/slurm.sh, or put srun in front"
         )
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return _from_open_mpi(environment)
@@ -53,9 +66,8 @@ def check_coordinator(place: Place):
     """Raises SetupError unless all hosts of the job can reach the coordinator's address."""
     host, _, _ = place.coordinator.rpartition(":")
     if not host:
-        raise SetupError(
-            f"{place.source}: there are {place.num_processes} processes; add --coordinator=HOST:PORT"
-        )
+        count = place.num_processes
+        raise SetupError(f"{place.source}: there are {count} processes; add --coordinator=HOST:PORT")
     try:
         address = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)[0][4][0]
     except OSError as error:
@@ -73,14 +85,9 @@ def check_coordinator(place: Place):
 def _from_launch_script(e: Mapping[str, str]) -> Place:
     """launch/local.sh and launch/sge.sh export all of it."""
     count, on_host = int(e["TRAINIT_NUM_PROCESSES"]), int(e["TRAINIT_LOCAL_PROCESSES"])
-    return Place(
-        e.get("TRAINIT_JOB", "launch script"),
-        e["TRAINIT_COORDINATOR"],
-        count,
-        int(e["TRAINIT_PROCESS_ID"]),
-        _local_devices(e, on_host, int(e["TRAINIT_LOCAL_ID"])),
-        hosts=-(-count // on_host),
-    )
+    job, address = e.get("TRAINIT_JOB", "launch script"), e["TRAINIT_COORDINATOR"]
+    devices = _local_devices(e, on_host, int(e["TRAINIT_LOCAL_ID"]))
+    return Place(job, address, count, int(e["TRAINIT_PROCESS_ID"]), devices, hosts=-(-count // on_host))
 
 
 def _from_slurm(e: Mapping[str, str]) -> Place:
@@ -136,15 +143,9 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _local_devices(environment: Mapping[str, str], processes: int, local_id: int) -> tuple[int, ...] | None:
-    """Splits the GPUs that CUDA_VISIBLE_DEVICES names evenly among the processes of this host.
+    """This process's share of the GPUs that CUDA_VISIBLE_DEVICES names, as indices; None: all of them.
 
-    Args:
-        environment: this process's.
-        processes: how many the job has on this host.
-        local_id: number of this one among them.
-
-    Returns:
-        indices into the visible GPUs; None: all of them are for this process.
+    They are split evenly among the `processes` of this host, of which it is the one with the local id.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     count = len(visible.split(",")) if visible else 0

@@ -1,7 +1,6 @@
 """What this process does to itself: memory, garbage collection, signals, its end. All tricks are here.
 
-Each says what breaks without it and when it may go. JAX is imported only inside of functions, since the
-command calls `tune_process` before the imports that take seconds.
+Each says what breaks without it and when it may go. JAX, which takes seconds, is imported in functions only.
 """
 
 import ctypes
@@ -13,6 +12,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import logging
@@ -38,9 +39,8 @@ TUNABLES = ":".join(
 def tune_process():
     """Collects garbage rarely, and restarts the program in this same process, so that glibc reads TUNABLES.
 
-    Call it first of all: what ran before runs twice. Nothing is restarted if the user has set
-    GLIBC_TUNABLES or TRAINIT_SETTINGS. It may go when a running process can switch huge pages on, e.g. by
-    glibc's `mallopt`.
+    Call it first of all: what ran before runs twice. Nothing is restarted if the user has set GLIBC_TUNABLES
+    or TRAINIT_SETTINGS. May go when a running process can switch huge pages on, e.g. by `mallopt`.
     """
     collect_garbage_rarely()
     chosen = {"GLIBC_TUNABLES", "TRAINIT_SETTINGS"} & set(os.environ)
@@ -79,8 +79,8 @@ class SignalInbox:
     """Stop signals as something that a thread can wait for and read, even while the main thread compiles.
 
     Python runs signal handlers in the main thread alone, between two of its instructions, and one of them
-    may compile for minutes. But it writes each signal's number to a socket at once. Handlers that did the
-    work themselves would let a run that compiles be killed, unsaved, when the scheduler's patience ends.
+    may compile for minutes, until the scheduler's patience ends. But it writes each signal's number to a
+    socket at once.
     """
 
     def __init__(self):
@@ -103,7 +103,7 @@ class SignalInbox:
         self._wakeup.send(b"\0")
 
     def read(self) -> tuple[bool, list[str]]:
-        """Returns whether `wake` was called, and the signals' names. A second SIGINT ends the process."""
+        """Whether `wake` was called, and the signals' names. A second SIGINT ends the process."""
         numbers = self.socket.recv(64)
         if signal.SIGINT in numbers:
             # A launcher may pass on, at once, what the terminal has sent as well: that is no second one.
@@ -127,7 +127,7 @@ def delay_abort():
 
 
 def coordination_client() -> Any:
-    """Returns the client of JAX's coordination service, whose barrier has no public name as of JAX 0.12.
+    """The client of JAX's coordination service, whose barrier has no public name as of JAX 0.12.
 
     The public barriers are collectives on devices, which give up after a time of their own, e.g. while
     another process still compiles.
@@ -153,12 +153,31 @@ def end_with_parent(*_: Any):
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
+class Exit:
+    """Ends this process, and reports to the launch script how, by files, since schedulers merge exit codes.
+
+    The file TRAINIT_MARKER: stopped on request, and saved. TRAINIT_MARKER.failed: a process failed.
+    """
+
+    def __init__(self, lead: bool) -> None:
+        self._lead, self._marker = lead, os.environ.get("TRAINIT_MARKER", "")
+        self.release_lock: Callable[[], None] | None = None  # of the run's folder
+
+    def __call__(self, code: int, together: bool = False) -> NoReturn:
+        """`exit_process`, with what the script and other jobs look at."""
+        if self._marker and code == STOPPED and self._lead:
+            Path(self._marker).touch()
+        elif self._marker and code not in (DONE, STOPPED):
+            Path(f"{self._marker}.failed").touch()
+        if self.release_lock and code in (DONE, STOPPED):
+            self.release_lock()
+        exit_process(code, together)
+
+
 def exit_process(code: int, together: bool = False) -> NoReturn:
     """Ends this process with an exit code, without waiting minutes for other processes that are lost.
 
-    Args:
-        code: exit code.
-        together: whether all processes leave now and none is lost: then they wait for each other.
+    If all leave `together`, and none is lost, they wait for each other.
     """
     import jax
 

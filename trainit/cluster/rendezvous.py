@@ -1,5 +1,6 @@
 """How the processes of a job meet before JAX starts: all of them, each once, with the same config."""
 
+import contextlib
 import errno
 import os
 import socket
@@ -48,25 +49,15 @@ def meet(
     seconds: float,
     stop_requested: Callable[[], str],
 ) -> tuple[list[Peer], str]:
-    """Waits until all processes of the job have come, and checks that they belong together.
+    """Waits until all `count` processes have come to host:port of process 0, and belong together.
 
-    Args:
-        process: number of this one.
-        count: how many the job has.
-        address: host:port on which process 0 listens.
-        about: what must be the same everywhere, such as {"config": ...}.
-        gpus: worldwide unique names of the GPUs that this process will use.
-        seconds: how long to wait.
-        stop_requested: returns why the run should stop, or "".
+    What is `about` them, such as {"config": ...}, must be the same everywhere, and no GPU, by its worldwide
+    unique name, may be used by two. `stop_requested` returns why the run should stop, or "".
 
-    Returns:
-        all others on process 0, and process 0 on these, as connected peers; and an address for JAX's
-        coordination service, on process 0's host.
-
-    Raises:
-        MeetingError: some are missing, or differ, or two want the same GPU. All that have come raise it.
-        Stopped: a process that has come was asked to stop. All raise it: those that have come, after the
-            last one has, or after STOP_SECONDS.
+    Returns all others on process 0, and process 0 on these, as connected peers; and an address for JAX's
+    coordination service, on process 0's host. If some are missing or differ, all that have come raise
+    MeetingError. If one that has come was asked to stop, all raise Stopped: those that have come, after the
+    last one has, or after STOP_SECONDS.
     """
     host, _, port = address.rpartition(":")
     own = {"process": process, "count": count, "host": socket.gethostname(), "pid": os.getpid()}
@@ -95,10 +86,9 @@ class _Lead:
         self._listener.settimeout(0.2)
 
     def gather(self, until: float, seconds: float) -> tuple[list[Peer], str]:
-        """Returns the others' connections and an address for JAX; see `meet`."""
+        """The others' connections and an address for JAX; see `meet`."""
         try:
-            stop = self._wait_for_all(until, seconds) or self._stop_reason()
-            if stop:
+            if stop := self._wait_for_all(until, seconds) or self._stop_reason():
                 self._answer({"stopped": stop})
                 raise Stopped
             _check_gpus(self._members.values())
@@ -109,11 +99,8 @@ class _Lead:
             self._listener.close()
         coordinator = f"{self._host}:{free_port()}"
         self._answer({"welcome": coordinator, "host": socket.gethostname(), "pid": os.getpid()})
-        peers = [
-            Peer(number, self._members[number]["host"], self._members[number]["pid"], connection)
-            for number, connection in sorted(self._connections.items())
-        ]
-        return peers, coordinator
+        others = sorted(self._members.items())[1:]
+        return [Peer(i, m["host"], m["pid"], self._connections[i]) for i, m in others], coordinator
 
     def _wait_for_all(self, until: float, seconds: float) -> str:
         """Lets processes in until all have come; returns why to stop instead, or ""."""
@@ -137,7 +124,7 @@ class _Lead:
         return stop
 
     def _stop_reason(self) -> str:
-        """Returns why a process that has come wants the run to stop, or ""."""
+        """Why a process that has come wants the run to stop, or ""."""
         wanted = (member["stop"] for member in self._members.values() if member["stop"])
         return self._stop_requested() or next(wanted, "")
 
@@ -174,10 +161,8 @@ class _Lead:
 
     def _answer(self, message: dict):
         for connection in (*self._connections.values(), *self._refused):
-            try:
+            with contextlib.suppress(OSError):  # it is lost, which the monitor will notice
                 connection.sendall(encode(message))
-            except OSError:  # it is lost, which the monitor will notice
-                continue
 
 
 def _call(
@@ -250,7 +235,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def free_port() -> int:
-    """Returns a port of this host that nobody uses now."""
+    """A port of this host that nobody uses now."""
     with socket.socket() as s:
         s.bind(("", 0))
         return s.getsockname()[1]

@@ -18,11 +18,7 @@ DEAD_SECONDS = 17.0  # without any, a holder on another host is dead
 
 
 def make_folder(folder: Path, process: int) -> Path:
-    """Returns the folder, created and writable.
-
-    Raises:
-        ConfigError: this process cannot write there.
-    """
+    """The folder, created; ConfigError if this process cannot write there."""
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         probe = folder / "logs" / f".probe_{process}"
@@ -41,11 +37,7 @@ class RunLock:
     """
 
     def __init__(self, job: str, lost: Callable[[str], None]):
-        """
-        Args:
-            job: the scheduler's name of this one.
-            lost: called with a message when another job has taken the folder over.
-        """
+        """`job` is the scheduler's name of this one; `lost` is called when another has taken the folder."""
         self._lost, self._released = lost, threading.Event()
         self._path: Path | None = None
         self._own = {
@@ -59,11 +51,7 @@ class RunLock:
         }
 
     def take(self, folder: Path):
-        """Takes the folder, at once if no job holds it.
-
-        Raises:
-            ConfigError: another job holds it and is alive.
-        """
+        """Takes the folder, at once if no job holds it; ConfigError if one does and is alive."""
         path = folder / "lock.json"
         text = json.dumps(self._own)
         while True:
@@ -110,7 +98,7 @@ class RunLock:
 
 
 def _read(path: Path) -> dict:
-    """Returns who holds it; {} if nobody does, or while it is being written."""
+    """Who holds it; {} if nobody does, or while it is being written."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -131,7 +119,7 @@ def _is_alive(path: Path, holder: dict) -> bool:
 
 
 def _touched(path: Path) -> tuple | None:
-    """Returns when the lock was touched last. Opening it makes a network file system ask its server."""
+    """When the lock was touched last. Opening it makes a network file system ask its server."""
     try:
         with path.open() as file:
             stat = os.fstat(file.fileno())
@@ -141,7 +129,7 @@ def _touched(path: Path) -> tuple | None:
 
 
 def _start_of(pid: int) -> str:
-    """Returns when a process of this host was started, in the kernel's ticks; "" if it is not alive."""
+    """When a process of this host was started, in the kernel's ticks; "" if it is not alive."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[19] if fields[0] not in "ZX" else ""
@@ -150,7 +138,7 @@ def _start_of(pid: int) -> str:
 
 
 def _namespace() -> str:
-    """Returns in which namespace this host's process numbers are; each container may have its own."""
+    """In which namespace this host's process numbers are; each container may have its own."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:

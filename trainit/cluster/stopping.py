@@ -22,13 +22,10 @@ class StopAgreement:
         wake: Callable[[], None],
         leave_untrained: Callable[[str], None],
     ):
-        """
-        Args:
-            process: number of this one, from 0.
-            count: processes of the job.
-            send: sends a message from process 0 to all others, from these to process 0.
-            wake: makes the monitor's thread call `repeat_requests` soon.
-            leave_untrained: ends this process for the reason that is given; no process has done a step.
+        """Process 0 of `count` sends to all others, these to process 0.
+
+        `wake` makes the monitor's thread call `repeat_requests` soon. `leave_untrained` ends this process for
+        a reason, when no process has done a step.
         """
         self._process, self._count = process, count
         self._send, self._wake, self._leave_untrained = send, wake, leave_untrained
@@ -46,7 +43,7 @@ class StopAgreement:
     # Called by the main thread.
 
     def poll(self) -> str:
-        """Returns why to stop here, or "". All processes get the same answer at the same call."""
+        """Why to stop here, or "". All processes get the same answer at the same call."""
         with self._changed:
             while self._event and self._due_at is None:
                 self._changed.wait()
@@ -97,7 +94,7 @@ class StopAgreement:
     # Called by the monitor's thread.
 
     def stop_requested(self) -> str:
-        """Returns why somebody wants to stop, or "", before all have agreed where. Any thread may call it."""
+        """Why somebody wants to stop, or "", before all have agreed where. Any thread may call it."""
         return self._requested["stop"]
 
     def request(self, kind: str, reason: str):

@@ -44,8 +44,7 @@ class Watchdog:
     def long_task(self, doing: str) -> Iterator[None]:
         """Allows much more time, for compiling, saving and the like, in which no step is expected."""
         before = self.doing, self._long
-        self.doing, self._long = doing, True
-        self._since = time.monotonic()
+        self.doing, self._long, self._since = doing, True, time.monotonic()
         try:
             yield
         finally:
@@ -53,23 +52,22 @@ class Watchdog:
             self.restart_clock()
 
     def seconds(self) -> float:
-        """Returns the seconds since the main thread last made progress."""
+        """The seconds since the main thread last made progress."""
         return time.monotonic() - self._since
 
     def stall_message(self) -> str:
-        """Returns what is wrong if there was no progress for too long, or ""."""
+        """What is wrong if there was no progress for too long, or ""."""
         usual = statistics.median(list(self._intervals) or [0.0])
         limit = max(self.stall_seconds, USUAL_STEPS * usual) * (PATIENCE if self._long else 1)
         seconds = self.seconds()
         if not self.stall_seconds or seconds <= limit:
             return ""
-        return (
-            f"no step done for {seconds:.0f} s (limit {limit:.0f} s, usual {usual:.2g} s); now {self.doing}"
-        )
+        limits = f"limit {limit:.0f} s, usual {usual:.2g} s"
+        return f"no step done for {seconds:.0f} s ({limits}); now {self.doing}"
 
 
 def stacks_of_all_threads() -> str:
-    """Returns every thread's stack, as text."""
+    """Every thread's stack, as text."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "".join(
         f"stack of thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}\n"

@@ -65,9 +65,7 @@ class Field:
             return f"in {'[('[self.at_least is None]}{low}, {high}{'])'[self.at_most is None]}"
         if low is not None:
             return f"above {low}" if self.at_least is None else f"at least {low}"
-        if high is not None:
-            return f"below {high}" if self.at_most is None else f"at most {high}"
-        return ""
+        return "" if high is None else f"below {high}" if self.at_most is None else f"at most {high}"
 
     @property
     def type_name(self) -> str:
@@ -81,9 +79,14 @@ class Field:
         require(self._has_type(value), f"{name}={value!r} must be {self.type_name}")
         if self.one_of:
             require(value in self.one_of, f"{name}={value!r} is n{self.bounds}")  # "none of"
+        # A comparison with NaN is False, so that NaN lies within no bound.
+        limits = ((self.above, gt), (self.at_least, ge), (self.below, lt), (self.at_most, le))
+        must = f"must lie {self.bounds}" if self.bounds.startswith("in ") else f"must be {self.bounds}"
+        must = must.replace("be at least", "not be below")
         for number in as_tuple(value):
             if isinstance(number, int | float) and not isinstance(number, bool):
-                require(self._allows(number), f"{name}={value} {self._must()}")
+                allowed = all(limit is None or within(number, limit) for limit, within in limits)
+                require(allowed, f"{name}={value} {must}")
 
     def _has_type(self, value: Any) -> bool:
         if not set(self.types) <= set(TYPE_NAMES):
@@ -102,16 +105,6 @@ class Field:
             return _PARSERS[self.types[0]](text) if len(self.types) == 1 else _parse_literal(text)
         except (ValueError, KeyError):
             raise ConfigError(f"{name}={text!r} must be {self.type_name}") from None
-
-    def _allows(self, number: float) -> bool:
-        # A comparison with NaN is False, so that NaN lies within no bound.
-        limits = ((self.above, gt), (self.at_least, ge), (self.below, lt), (self.at_most, le))
-        return all(limit is None or compare(number, limit) for limit, compare in limits)
-
-    def _must(self) -> str:
-        if self.bounds.startswith("in "):
-            return f"must lie {self.bounds}"
-        return f"must not be below {self.at_least}" if self.at_least is not None else f"must be {self.bounds}"
 
 
 field = Field  # as it reads best where fields are declared

@@ -25,16 +25,17 @@ SCORES_MIB_OF_GPUS = 256.0
 
 def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
     """The kernel of this name (`RunShape.attention`), so that each device computes its own rows and heads."""
-    kernels: dict[str, Callable] = {"plain": plain, "blockwise": blockwise, "cudnn": cudnn}
-    kernel = kernels[name]
-    if name == "blockwise" and platform != "cpu":  # GPUs need larger blocks to be busy
-        kernel = functools.partial(kernel, scores_mib=SCORES_MIB_OF_GPUS)
+    scores_mib = SCORES_MIB if platform == "cpu" else SCORES_MIB_OF_GPUS  # GPUs need larger blocks to be busy
+    blocks = functools.partial(blockwise, scores_mib=scores_mib)
+    kernels: dict[str, Callable] = {"plain": plain, "blockwise": blocks, "cudnn": cudnn}
     queries = parallel.spec("batch", "length", "heads", None)
     keys = parallel.spec("batch", "length", "kv_heads", None)
     inputs = (queries, keys, keys, parallel.spec("batch", "length"), parallel.spec("batch", "kv_heads"))
 
     def attend(*arrays, rate: float) -> jax.Array:
-        return parallel.shard_map_if_needed(functools.partial(kernel, rate=rate), inputs, queries)(*arrays)
+        return parallel.shard_map_if_needed(functools.partial(kernels[name], rate=rate), inputs, queries)(
+            *arrays
+        )
 
     return attend
 
@@ -54,18 +55,10 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: jax.Array | 
 
 
 def plain(q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0.0) -> jax.Array:
-    """Causal softmax attention with scale 1/sqrt(K), with all scores in memory.
+    """Causal softmax attention with scale 1/sqrt(K), with all scores in memory: (B, L, H, K).
 
-    Args:
-        q_BLHK: queries; H is a multiple of J, and H / J query heads share a key head.
-        k_BSJK: keys.
-        v_BSJK: values.
-        document_BL: the number of each token's document, the only one that it sees; None: a row is one.
-        key_BJ: dropout keys for the attention weights of each row and key head; None: no dropout.
-        rate: dropout rate.
-
-    Returns:
-        (B, L, H, K) in the queries' type.
+    H / J query heads share a key head. A token sees only its own document, by number (None: a row is one).
+    The weights of each row and key head have a dropout key (None: no dropout).
     """
     B, L, H, K = q_BLHK.shape
     S, J = k_BSJK.shape[1:3]
@@ -96,11 +89,8 @@ def blockwise(
     Only the scores of `block` queries and some heads are in memory at once. They are computed again for the
     gradient, from the logarithm of each softmax's denominator, as in FlashAttention (Dao et al. 2022, arXiv
     2205.14135). A row is divided into up to STAGES parts; the queries of one see the keys up to its end, so
-    that little more than half of all products are computed.
-
-    Args: as for `plain`, and
-        block: queries of a block.
-        scores_mib: most MiB of scores in memory at once, unless those of a single head are more.
+    that little more than half of all products are computed. `scores_mib` is the most MiB of scores in memory
+    at once, unless those of a single head are more.
     """
     if q_BLHK.shape[1] <= block:
         return plain(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate)
@@ -162,10 +152,8 @@ class _Blocks:
         more = self.stages * self.per_stage * self.block - L
         x = jnp.pad(x_BLHK, ((0, 0), (0, more), (0, 0), (0, 0)))
         x = x.reshape(B, -1, self.block, self.key_heads, self.shared, K)
-        x = jnp.transpose(x, (0, 3, 1, 4, 2, 5)).reshape(
-            -1, self.group, *x.shape[1:2], self.shared * self.block, K
-        )
-        return jnp.swapaxes(x, 1, 2)
+        x = jnp.transpose(x, (0, 3, 1, 4, 2, 5))
+        return jnp.swapaxes(x.reshape(-1, self.group, x.shape[2], self.shared * self.block, K), 1, 2)
 
     def join_queries(self, x_mngXK: jax.Array) -> jax.Array:
         """Queries (B, L, H, K) from groups and blocks, without the padding."""

@@ -23,55 +23,35 @@ from trainit.parallel.mesh import chunk_size
 class CrossEntropy:
     """The cross-entropy of a head on a mesh.
 
-    Args:
-        parallel: the mesh.
-        logits_mib: MiB of logits that a device has in memory at once; 0: all.
-        z_loss: weight of the squared logarithm of the softmax's denominator (PaLM, Chowdhery et al. 2022,
-            arXiv 2204.02311, section 5) in what is minimized.
+    The z-loss is the squared logarithm of the softmax's denominator (PaLM, arXiv 2204.02311, section 5).
     """
 
     parallel: Parallel
-    logits_mib: float = 0.0
-    z_loss: float = 0.0
+    logits_mib: float = 0.0  # of logits that a device has in memory at once; 0: all
+    z_loss: float = 0.0  # its weight in what is minimized
 
     def per_token(self, head: Head, x_BLD: jax.Array, targets_BL: jax.Array) -> dict[str, jax.Array]:
         """The loss of each position. To differentiate, take `sums`, which needs less memory.
 
-        Args:
-            head: used in the type of `x_BLD`; logits are float32.
-            x_BLD: the last hidden states; B is a multiple of data * fsdp.
-            targets_BL: integer ids below V.
-
-        Returns:
-            (B, L): "loss" -log p(target) in nats, float32; "correct" whether the target has the highest
-            logit; "log_total" the logarithm of the softmax's denominator, float32.
+        Arrays (B, L): "loss" -log p(target) in nats; "correct" whether the target has the highest logit;
+        "log_total" the logarithm of the softmax's denominator. The head is used in the type of x.
         """
 
         def on_device(head, x_BLD, _, targets_BL):
             chunks, join = self._chunks(head, x_BLD, targets_BL)
             return join(jax.lax.map(lambda chunk: self._chunk_losses(head, *chunk)[0], chunks))
 
-        return self._shard_map(
-            on_device, self.parallel.spec("batch", "length"), head, x_BLD, None, targets_BL
-        )
+        outputs = self.parallel.spec("batch", "length")
+        return self._shard_map(on_device, outputs, head, x_BLD, None, targets_BL)
 
     def sums(
         self, head: Head, x_BLD, targets_BL, mask_BL, scale: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The sum to minimize, to be differentiated by head and x, and the parts that it consists of.
 
-        Args:
-            head: as for `per_token`, like the next two.
-            x_BLD: see there.
-            targets_BL: see there.
-            mask_BL: bool: whether the position counts.
-            scale: a factor of the sum to minimize. Its gradients are multiplied with it before they are
-                rounded to the compute type: afterwards, small ones would already be lost.
-
-        Returns:
-            The sum to minimize, and float32 scalars: "loss" sum of -log p(target) in nats; "correct" number
-            of positions whose target has the highest logit; "count" number of positions; with a z-loss also
-            "z_loss", its sum.
+        These are sums over the mask's positions: "loss", "correct", "count" and, with a z-loss, "z_loss". The
+        scale multiplies the sum to minimize, and its gradients before they are rounded to the compute type:
+        afterwards, small ones would already be lost.
         """
         objective, sums = _sums(self, head, x_BLD, targets_BL, mask_BL, scale)
         return objective, jax.lax.stop_gradient(sums)
@@ -93,7 +73,7 @@ class CrossEntropy:
             dx_BLD = scatter_sum(join(dx_nRD), self.parallel.sequence_axes, 1)
             return join(tokens), d_head, dx_BLD
 
-        residual = self.parallel.spec("batch", "residual_length", None)
+        residual = self.parallel.spec("batch", "residual_length")
         outputs = (self.parallel.spec("batch", "length"), self._head_spec(head), residual)
         return self._shard_map(on_device, outputs, head, x_BLD, scale, targets_BL, mask_BL)
 
@@ -110,27 +90,22 @@ class CrossEntropy:
         return sums["loss"] + sums["z_loss"], sums
 
     def _head_spec(self, head: Head) -> Head:
-        """How the head is split."""
-        bias_spec = None if head.bias_V is None else self.parallel.spec("vocab")
-        return head.replace(self.parallel.spec("embed", "vocab"), bias_spec)
+        return head.replace(self.parallel.spec("embed", "vocab"), self.parallel.spec("vocab"))
 
     def _shard_map(self, function: Callable, outputs, head: Head, x_BLD, scale, *arrays_BL):
         """function(head, x, scale, arrays (B, L)) on each device's parts, but with D and L whole."""
 
         def on_device(head, x_BLD, scale, *arrays_BL):
             # The kernel is gathered here, once for all chunks and in the compute type.
-            kernel_DV = head.kernel_DV.astype(x_BLD.dtype)
-            kernel_DV = gather(kernel_DV, self.parallel.axes("embed"), 0)
+            kernel_DV = gather(head.kernel_DV.astype(x_BLD.dtype), self.parallel.axes("embed"), 0)
             x_BLD = gather(x_BLD, self.parallel.sequence_axes, 1)
             return function(head.replace(kernel_DV, head.bias_V), x_BLD, scale, *arrays_BL)
 
-        inputs = [
-            self._head_spec(head),
-            self.parallel.spec("batch", "residual_length", None),
-            PartitionSpec(),
-        ]
-        inputs += [self.parallel.spec("batch", "length")] * len(arrays_BL)
-        return self.parallel.shard_map(on_device, tuple(inputs), outputs)(head, x_BLD, scale, *arrays_BL)
+        p = self.parallel
+        tokens = p.spec("batch", "length")
+        specs = (p.spec("batch", "residual_length"), PartitionSpec(), *[tokens] * len(arrays_BL))
+        mapped = p.shard_map(on_device, (self._head_spec(head), *specs), outputs)
+        return mapped(head, x_BLD, scale, *arrays_BL)
 
     def _chunks(self, head: Head, *arrays) -> tuple[tuple, Callable]:
         """Arrays (B, L, ...) as chunks (n, R, ...), padded with zeros; and the way back, for any tree."""
@@ -151,11 +126,10 @@ class CrossEntropy:
         return tuple(map(cut, arrays)), functools.partial(jax.tree.map, join)
 
     def _chunk_losses(self, head: Head, x_RD, targets_R) -> tuple[dict[str, jax.Array], tuple]:
-        """What `per_token` gives, for a chunk; and what its gradient needs.
+        """What `per_token` gives, for a chunk; and what its gradient needs of this device.
 
-        Returns:
-            The losses (R,); and this device's logits (R, V), probabilities (R, V) and targets (R,), as
-            columns of its part of the vocabulary, in which a target may not be.
+        That is logits and probabilities (R, V), and targets as columns (R,) of its part of the vocabulary, in
+        which they may not be.
         """
         # The largest logit is subtracted, so that exp does not overflow.
         logits_RV, split = head(x_RD), self.parallel.axes("vocab")

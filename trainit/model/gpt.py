@@ -10,11 +10,8 @@ Parameters are float32, stacked over the layers: a kernel of all N layers is one
 compute type where they are used, so that gradients come back in float32. Softmax, norms and logits are
 float32.
 
-A kernel is the weight matrix of a linear map. On a mesh, products inside the blocks go through
-`parallel/matmul.py`, which gathers each kernel over fsdp right before its product, once in the forward and
-once in the backward pass. The head's kernel is gathered in `model/cross_entropy.py`. The embedding
-(`parallel/embedding.py`) moves ids and rows, not the table. `parallel/layout.py` says how each parameter is
-split. The code here is written as if all arrays were whole.
+The code here is written as if all arrays were whole. `parallel/layout.py` says how each parameter is split
+over the mesh, `parallel/matmul.py` how kernels, the weight matrices of linear maps, are gathered for it.
 """
 
 import functools
@@ -27,16 +24,7 @@ from flax import nnx
 
 from trainit.config import Config
 from trainit.model.attention import dropout, plain
-from trainit.model.layers import (
-    STANDARD_DEVIATION,
-    Documents,
-    Embedding,
-    Head,
-    Linear,
-    Norm,
-    find_documents,
-    rope,
-)
+from trainit.model.layers import INIT_STD, Documents, Embedding, Head, Linear, Norm, find_documents, rope
 from trainit.model.precision import PARTS, PartPrecision
 from trainit.parallel.collectives import ONE_DEVICE, Parallel
 from trainit.parallel.embedding import vocab_parallel_embedding
@@ -50,11 +38,11 @@ class Attention(nnx.Module):
     """Causal self-attention, with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) where J < H."""
 
     def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, float8: bool):
-        size, residual_std = c.dim // c.num_heads, STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
+        size, residual_std = c.dim // c.num_heads, INIT_STD / math.sqrt(2 * c.num_blocks)
         self.c, self.attend, self.parallel, self.float8 = c, attend, parallel, float8
-        self.query = Linear((c.dim,), (c.num_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
-        self.key = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
-        self.value = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, STANDARD_DEVIATION, rngs)
+        self.query = Linear((c.dim,), (c.num_heads, size), c.use_bias, INIT_STD, rngs)
+        self.key = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, INIT_STD, rngs)
+        self.value = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, INIT_STD, rngs)
         self.out = Linear((c.num_heads, size), (c.dim,), c.use_bias, residual_std, rngs)
         self.query_norm = Norm(size, center=False, bias=False) if c.qk_norm else None
         self.key_norm = Norm(size, center=False, bias=False) if c.qk_norm else None
@@ -83,20 +71,18 @@ class Attention(nnx.Module):
 def _keys_of_heads(key_B: jax.Array, heads: int) -> jax.Array:
     """Dropout keys (B, heads) for attention's weights, site 0 of a layer: each head has its own."""
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, 0)
-    return jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(heads)))(
-        keys_B
-    )
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, jnp.arange(heads))
 
 
 class MLP(nnx.Module):
     """GELU (tanh form), squared ReLU (So et al., arXiv 2109.08668) or SwiGLU (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, c: Config, parallel: Parallel, rngs: nnx.Rngs, float8: bool):
-        residual_std = STANDARD_DEVIATION / math.sqrt(2 * c.num_blocks)
+        residual_std = INIT_STD / math.sqrt(2 * c.num_blocks)
         self.c, self.parallel, self.float8 = c, parallel, float8
-        self.up = Linear((c.dim,), (c.mlp_dim,), c.use_bias, STANDARD_DEVIATION, rngs)
+        self.up = Linear((c.dim,), (c.mlp_dim,), c.use_bias, INIT_STD, rngs)
         gated = c.activation == "swiglu"
-        self.gate = Linear((c.dim,), (c.mlp_dim,), c.use_bias, STANDARD_DEVIATION, rngs) if gated else None
+        self.gate = Linear((c.dim,), (c.mlp_dim,), c.use_bias, INIT_STD, rngs) if gated else None
         self.down = Linear((c.mlp_dim,), (c.dim,), c.use_bias, residual_std, rngs)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -143,10 +129,8 @@ POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # products except some of `row_parallel`
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[PRODUCT],
-        offload_src="device",
-        offload_dst="pinned_host",
+        **{"names_which_can_be_saved": [], "names_which_can_be_offloaded": [PRODUCT]},
+        **{"offload_src": "device", "offload_dst": "pinned_host"},
     ),
 }
 
@@ -164,14 +148,10 @@ class Network(nnx.Module):
             jax.random.split(rngs.params(), c.num_blocks)
         )
         self.final_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
-        own_head = not c.tied_embeddings
-        self.head = (
-            Linear((c.dim,), (c.vocab_size,), c.head_bias, STANDARD_DEVIATION, rngs) if own_head else None
-        )
+        head = (c.dim,), (c.vocab_size,), c.head_bias, INIT_STD, rngs
+        self.head = None if c.tied_embeddings else Linear(*head)
 
-    def __call__(
-        self, tokens_BL: jax.Array, key: jax.Array | None, first_row: jax.Array | int
-    ) -> tuple[jax.Array, Head]:
+    def __call__(self, tokens_BL: jax.Array, key: jax.Array | None, first_row) -> tuple[jax.Array, Head]:
         c = self.c
         # Each row has its own dropout key, by its place in the global batch.
         if key is not None:
@@ -179,14 +159,10 @@ class Network(nnx.Module):
         documents = find_documents(tokens_BL, c.end_of_text) if c.document_mask else None
 
         with jax.named_scope("embedding"):
-            x_BLD = vocab_parallel_embedding(
-                self.parallel,
-                self.dtype,
-                tokens_BL,
-                self.token_embedding.embedding[...],
-                None if self.position_embedding is None else self.position_embedding.embedding[...],
-                documents.position_BL if documents else None,
-            )
+            table_VD = self.token_embedding.embedding[...]
+            learned = None if self.position_embedding is None else self.position_embedding.embedding[...]
+            positions = learned, documents.position_BL if documents else None
+            x_BLD = vocab_parallel_embedding(self.parallel, self.dtype, tokens_BL, table_VD, *positions)
             x_BLD = dropout(x_BLD, c.gpt_dropout, key, 0)
 
         # All blocks: one compiled loop over the stacked parameters (scan_layers), or one after the other,
@@ -205,12 +181,9 @@ class Network(nnx.Module):
         x_BLD, _ = jax.lax.scan(block, x_BLD, (jnp.arange(c.num_blocks), layers), unroll=unroll)
 
         with jax.named_scope("head"):
-            return self.final_norm(x_BLD, self.head_dtype), self._head()
-
-    def _head(self) -> Head:
-        if self.head is None:  # tied: the token embedding, transposed
-            return Head(self.token_embedding.embedding[...].T, None, self.c.logit_softcap)
-        return Head(*self.head.weights, self.c.logit_softcap)
+            x_BLD = self.final_norm(x_BLD, self.head_dtype)
+            weights = self.head.weights if self.head else (self.token_embedding.embedding[...].T, None)
+            return x_BLD, Head(*weights, c.logit_softcap)
 
 
 class GPT:
@@ -218,20 +191,12 @@ class GPT:
 
     def __init__(
         self,
-        config: Config,
-        precision: str = "float32",
+        config: Config,  # resolved, the part `model`
+        precision: str = "float32",  # of matrix products and activations; or "bfloat16", "float16"
         attend: Attend = plain,
         parallel: Parallel = ONE_DEVICE,
-        parts: Parts | None = None,
+        parts: Parts | None = None,  # the precision of "attention", "mlp" and "head"; None: `precision`
     ):
-        """
-        Args:
-            config: the resolved sub-config `model`.
-            precision: type of matrix products and activations: "float32", "bfloat16" or "float16".
-            attend: the attention function, with the arguments and the result of `attention.plain`.
-            parallel: the mesh; default: one device.
-            parts: the precision of "attention", "mlp" and "head"; None: `precision`.
-        """
         dtype = jnp.dtype(precision)
         parts = parts or dict.fromkeys(PARTS, PartPrecision(dtype))
         self._parallel = parallel
@@ -243,28 +208,17 @@ class GPT:
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
     def hidden(
-        self,
-        parameters: dict,
-        tokens_BL: jax.Array,
-        key: jax.Array | None = None,
-        first_row: jax.Array | int = 0,
+        self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row=0
     ) -> tuple[jax.Array, Head]:
         """The last hidden states (B, L, D) in the head's type, and the head that makes logits of them.
 
-        Args:
-            parameters: from `init`.
-            tokens_BL: integer ids.
-            key: for this step's dropout; None: no dropout.
-            first_row: the place of the first row in the global batch, which dropout masks depend on.
+        The key is for this step's dropout (None: no dropout), whose masks depend on the place of each row,
+        counted from `first_row`, in the global batch.
         """
         return nnx.merge(self._graph, parameters)(tokens_BL.astype(jnp.int32), key, first_row)
 
     def __call__(
-        self,
-        parameters: dict,
-        tokens_BL: jax.Array,
-        key: jax.Array | None = None,
-        first_row: jax.Array | int = 0,
+        self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row=0
     ) -> jax.Array:
         """Float32 logits (B, L, V) of the next token, all in memory; arguments as for `hidden`."""
         x_BLD, head = self.hidden(parameters, tokens_BL, key, first_row)

@@ -3,29 +3,21 @@
 Names of arrays carry their dimensions as in `model/gpt.py`.
 """
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 NORM_EPSILON = 1e-5
-STANDARD_DEVIATION = 0.02  # of GPT-2's initial weights
+INIT_STD = 0.02  # of GPT-2's initial weights
 
 
 class Linear(nnx.Module):
     """The weights of x @ kernel + bias. `parallel/matmul.py` multiplies with them."""
 
     def __init__(self, inputs: tuple, outputs: tuple, bias: bool, std: float, rngs: nnx.Rngs):
-        """
-        Args:
-            inputs: sizes of the input axes, e.g. (H, K).
-            outputs: sizes of the output axes.
-            bias: whether there is one.
-            std: standard deviation of the initial kernel.
-            rngs: with a key "params".
-        """
+        """`inputs` and `outputs` are sizes of axes, e.g. (H, K); `std` is of the initial kernel."""
         self.kernel = nnx.Param(jax.nn.initializers.normal(std)(rngs.params(), (*inputs, *outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
@@ -36,13 +28,7 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm (Ba et al. 2016, arXiv 1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467).
-
-    Args:
-        size: length of the last axis.
-        center: whether the mean is subtracted (LayerNorm).
-        bias: whether a LayerNorm has one.
-    """
+    """LayerNorm (Ba et al., arXiv 1607.06450), with `center`, or RMSNorm (Zhang & Sennrich, 1910.07467)."""
 
     def __init__(self, size: int, center: bool, bias: bool):
         self.center = center
@@ -50,9 +36,8 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(size)) if center and bias else None
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
-        """Normalizes the last axis in float32; the result is `dtype`, by default that of x."""
-        # In float32, because squares and their mean lose too much in 16 bits.
-        y = x.astype(jnp.float32)
+        """Normalizes the last axis; the result is `dtype`, by default that of x."""
+        y = x.astype(jnp.float32)  # squares and their mean lose too much in 16 bits
         if self.center:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + NORM_EPSILON) * self.scale[...]
@@ -63,20 +48,18 @@ class Embedding(nnx.Module):
     """A table (rows, D). `parallel/embedding.py` looks rows up in it."""
 
     def __init__(self, rows: int, dim: int, rngs: nnx.Rngs):
-        std = jax.nn.initializers.normal(STANDARD_DEVIATION)
+        std = jax.nn.initializers.normal(INIT_STD)
         self.embedding = nnx.Param(std(rngs.params(), (rows, dim)))
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["kernel_DV", "bias_V"], meta_fields=["softcap"]
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Head:
     """The map from last hidden states to logits. `cross_entropy` applies it in chunks."""
 
     kernel_DV: jax.Array
     bias_V: jax.Array | None
-    softcap: float  # logits pass through cap * tanh(logits / cap); 0: none
+    softcap: float = field(metadata={"static": True})  # logits pass through cap * tanh(logits / cap); 0: none
 
     def replace(self, kernel_DV, bias_V) -> "Head":
         """The same head with another kernel and bias."""
@@ -89,7 +72,7 @@ class Head:
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["number_BL", "position_BL"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Documents:
     """For each token the number of its document in the row, and its position in that document; int32."""
@@ -113,10 +96,7 @@ def find_documents(tokens_BL: jax.Array, end_of_text: int) -> Documents:
 def rope(x_BLHK: jax.Array, theta: float, position_BL: jax.Array | None = None) -> jax.Array:
     """Rotary positions (Su et al. 2021, arXiv 2104.09864): turns (x[i], x[i + K/2]) by l * theta^(-2i/K).
 
-    Args:
-        x_BLHK: queries or keys.
-        theta: base of the frequencies.
-        position_BL: l for each token; None: its index in the row.
+    The position l is by default a token's index in its row.
     """
     _, L, _, K = x_BLHK.shape
     # In float32: bfloat16 could not tell large positions apart.

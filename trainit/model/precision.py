@@ -21,26 +21,18 @@ class PartPrecision:
 
 
 def part_precisions(
-    precision_of: Mapping[str, str], precision: str, device: jax.Device
+    own_of: Mapping[str, str], precision: str, device: jax.Device
 ) -> dict[str, PartPrecision]:
-    """The precision of each part that `precision_of` names.
+    """The precision of each part, from its own ("": the model's, in which float8 parts have activations).
 
-    Args:
-        precision_of: by part bfloat16, float16, float32, float8, or "" for `precision`.
-        precision: the model's own. A part in float8 has its activations in it, too.
-        device: that the model runs on.
-
-    Raises:
-        ConfigError: the device has no float8, and is no CPU, which emulates it.
+    Raises ConfigError if the device has no float8, and is no CPU, which emulates it.
     """
-    in_float8 = [f"precision_of.{part}=float8" for part, own in precision_of.items() if own == "float8"]
+    in_float8 = [f"precision_of.{part}=float8" for part, own in own_of.items() if own == "float8"]
     has_it = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8.9
     require(
         not in_float8 or has_it or device.platform == "cpu",
         f"{' and '.join(in_float8)}: it needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, "
         f"Hopper), not {device.device_kind}; leave it empty",
     )
-    return {
-        part: PartPrecision(jnp.dtype(compute_type(own, precision)), own == "float8")
-        for part, own in precision_of.items()
-    }
+    types = {part: jnp.dtype(compute_type(own, precision)) for part, own in own_of.items()}
+    return {part: PartPrecision(types[part], own == "float8") for part, own in own_of.items()}

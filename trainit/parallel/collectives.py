@@ -1,8 +1,8 @@
 """`Parallel`: how a model's functions run on a mesh, and what devices exchange in them.
 
 Functions that exchange something run on each device inside `jax.shard_map`: they see this device's part of
-each array, and call `gather`, `scatter_sum` or `exchange`. Nothing is left to XLA's partitioner, which would
-reduce gradients in the compute type, by all-reduce, and where it likes.
+each array, and call what is below. Nothing is left to XLA's partitioner, which would reduce gradients in the
+compute type, by all-reduce, and where it likes.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Axes = tuple[str, ...]  # of the mesh
 
 
 def gather(x: jax.Array, axes: Axes, dimension: int) -> jax.Array:
-    """All-gather: makes a dimension whole that is split over mesh axes. Inside shard_map, like the others."""
+    """All-gather: makes a dimension whole that is split over mesh axes."""
     return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
 
 
@@ -39,23 +39,15 @@ def sum_over(tree: Any, axes: Axes) -> Any:
 
 @dataclass(frozen=True)
 class Parallel:
-    """The mesh that a model runs on, and how its functions are mapped over it.
+    """The mesh that a model runs on, and how its functions are mapped over it."""
 
-    Args:
-        mesh: with axes `config.MESH_AXES`; None: one device.
-        accumulate_locally: whether this is used inside `sum_over_replicas`, where each replica computes its
-            own gradient and nothing is exchanged over data.
-    """
-
-    mesh: Mesh | None = None
-    accumulate_locally: bool = False
+    mesh: Mesh | None = None  # None: one device
+    accumulate_locally: bool = False  # inside `sum_over_replicas`: nothing is exchanged over data
 
     def axes(self, *logical: str | None) -> Axes:
         """The mesh axes of more than one device over which arrays with these logical axes are split."""
-        if self.mesh is None:
-            return ()
-        used = (axis for axis in mesh_axes(*logical) if not (self.accumulate_locally and axis == "data"))
-        return tuple(axis for axis in used if self.mesh.shape[axis] > 1)
+        taken, shape = "data" if self.accumulate_locally else "", self.mesh.shape if self.mesh else {}
+        return tuple(axis for axis in mesh_axes(*logical) if shape.get(axis, 1) > 1 and axis != taken)
 
     @property
     def sequence_axes(self) -> Axes:
@@ -97,10 +89,7 @@ class Parallel:
         return tree if self.accumulate_locally else jax.lax.pcast(tree, self.axes(*logical), to="varying")
 
     def sum_gradient(self, gradient: jax.Array, dimension: int) -> jax.Array:
-        """Inside shard_map: sums a kernel's gradient over the positions of all devices.
-
-        `dimension` is the kernel's width, by which fsdp splits the result.
-        """
+        """Inside shard_map: sums a kernel's gradient over all positions; fsdp splits it along a dimension."""
         fsdp = self.axes("embed")
         rest = tuple(axis for axis in self.axes("batch", "length") if axis not in fsdp)
         return sum_over(scatter_sum(gradient, fsdp, dimension), rest)
@@ -108,10 +97,8 @@ class Parallel:
     def sum_over_replicas(self, function: Callable, batch: Any, *shared: Any) -> Any:
         """function(batch, *shared) of each replica's part of the batch, summed over the replicas at the end.
 
-        Args:
-            function: gives a tree of arrays; uses a `Parallel` with `accumulate_locally`.
-            batch: a tree of arrays whose second axis is split over data.
-            *shared: trees that are the same for all replicas.
+        It uses a `Parallel` with `accumulate_locally`. The second axis of the batch's arrays is split over
+        data; the trees in `shared` are the same for all replicas.
         """
         return jax.shard_map(
             lambda *arguments: jax.lax.psum(function(*arguments), "data"),

@@ -17,14 +17,8 @@ def computed_after(x: jax.Array, others: Any, mesh: Mesh | None) -> jax.Array:
 
     XLA would otherwise compute e.g. bias gradients at the end of a layer and keep their inputs alive: GPT-2's
     step takes 5 % more memory. XLA:CPU drops optimization barriers, hence `x + 0 * other`, which it may not
-    drop, as 0 * NaN is NaN. (Then the gradient is not finite, and the step does not count anyway.) A no-op on
-    GPUs, where what comes next hides the exchange of the others. May go when XLA:CPU keeps
-    `jax.lax.optimization_barrier`.
-
-    Args:
-        x: what comes next depends on it.
-        others: a tree of arrays.
-        mesh: None: one device of unknown kind, where x is given back as it is.
+    drop, as 0 * NaN is NaN. (Then the gradient is not finite, and the step does not count anyway.) May go
+    when XLA:CPU keeps `jax.lax.optimization_barrier`. A no-op elsewhere, and without a mesh.
     """
     if mesh is None or mesh.devices.flat[0].platform != "cpu":
         return x
@@ -32,15 +26,11 @@ def computed_after(x: jax.Array, others: Any, mesh: Mesh | None) -> jax.Array:
 
 
 def sum_outer_products(x: Factor, dy_BLD: Factor) -> jax.Array:
-    """The kernel's gradient x^T dy (F, ..., D) in float32, summed over positions.
+    """A kernel's gradient x^T dy (F, ..., D), summed over positions, from x (B, L, F, ...); float32.
 
     XLA:CPU's product in float32 transposes its first factor in memory. dy is the narrower one in an MLP, so
     that the result is computed as (dy^T x)^T: 6 to 11 % less time for GPT-2's. Other types are converted
     first, and gain nothing. May go when a product takes equally long either way.
-
-    Args:
-        x: inputs of the product (B, L, F, ...).
-        dy_BLD: gradient of its outputs.
     """
     if x.values.dtype == jnp.float32:
         return jnp.moveaxis(dot(dy_BLD, x, ((0, 1), (0, 1)), jnp.float32), 0, -1)

@@ -16,35 +16,10 @@ from trainit.parallel.collectives import Parallel, exchange, gather, scatter_sum
 MaybeArray = jax.Array | None
 
 
-def vocab_parallel_embedding(
-    parallel: Parallel,
-    dtype: DTypeLike,
-    tokens_BL: jax.Array,
-    table_VD: jax.Array,
-    position_LD: MaybeArray = None,
-    position_BL: MaybeArray = None,
-) -> jax.Array:
-    """Rows of the token embedding, plus those of learned positions (Megatron-LM).
-
-    Args:
-        parallel: the mesh.
-        dtype: type of the result, in which rows travel.
-        tokens_BL: ids.
-        table_VD: float32. So is its gradient, in which the many terms of frequent tokens add up.
-        position_LD: the table of learned positions; None: there are none.
-        position_BL: each token's position; None: its index in the row.
-
-    Returns:
-        (B, L, D), with its length split like the residual stream's.
-    """
-    return _embed(parallel, dtype, table_VD, position_LD, tokens_BL, position_BL)
-
-
-def _specs(p: Parallel, position_LD: MaybeArray, position_BL: MaybeArray) -> tuple:
+def _specs(p: Parallel) -> tuple:
     """How table, table of positions, tokens and positions are split."""
     ids = p.spec("batch", "length")
-    positions = None if position_LD is None else p.spec(None, "embed")
-    return p.spec("vocab", "embed"), positions, ids, None if position_BL is None else ids
+    return p.spec("vocab", "embed"), p.spec(None, "embed"), ids, ids
 
 
 def _local_ids(p: Parallel, tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -55,13 +30,7 @@ def _local_ids(p: Parallel, tokens: jax.Array, rows: int) -> tuple[jax.Array, ja
 
 
 def _positions(p: Parallel, position_BL: MaybeArray, length: int) -> jax.Array:
-    """Positions of this device's part (rows of all fsdp, l) of the residual stream; (l,) if rows have none.
-
-    Args:
-        p: the mesh.
-        position_BL: this device's rows; None: positions are the same in all rows.
-        length: l.
-    """
+    """Positions of this device's part (rows of all fsdp, l) of the residual; (l,) if rows have none."""
     split = p.axes("residual_length")
     if position_BL is None:
         return jnp.arange(length) + (length * jax.lax.axis_index(split) if split else 0)
@@ -71,7 +40,21 @@ def _positions(p: Parallel, position_BL: MaybeArray, length: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _embed(p: Parallel, dtype: DTypeLike, *arrays: MaybeArray) -> jax.Array:
+def vocab_parallel_embedding(
+    p: Parallel,
+    dtype: DTypeLike,
+    tokens_BL: jax.Array,
+    table_VD: jax.Array,
+    position_LD: MaybeArray = None,
+    position_BL: MaybeArray = None,
+) -> jax.Array:
+    """Rows (B, L, D) of the embedding's table for token ids (Megatron-LM), plus those of learned positions.
+
+    Rows travel in `dtype`, and their length is split like the residual stream's. Tables are float32; so are
+    their gradients, in which the many terms of frequent tokens add up. Without a table of positions there are
+    none; without positions, each token's is its index in the row.
+    """
+
     def on_device(table: Any, position_table: Any, tokens: Any, position: MaybeArray) -> jax.Array:
         # Rows of the tokens of all fsdp, of which each device has its part of D; 0 if another one has the id.
         ids, present = _local_ids(p, gather(tokens, p.axes("embed"), 0), len(table))
@@ -82,8 +65,8 @@ def _embed(p: Parallel, dtype: DTypeLike, *arrays: MaybeArray) -> jax.Array:
             rows = (rows.astype(added.dtype) + added).astype(dtype)
         return exchange(rows, p.axes("embed"), 0, 2)  # (rows of all fsdp, l, d) -> (b, l, D)
 
-    inputs, outputs = _specs(p, arrays[1], arrays[3]), p.spec("batch", "residual_length", None)
-    return p.shard_map_if_needed(on_device, inputs, outputs)(*arrays)
+    mapped = p.shard_map_if_needed(on_device, _specs(p), p.spec("batch", "residual_length"))
+    return mapped(table_VD, position_LD, tokens_BL, position_BL)
 
 
 def _embed_backward(p: Parallel, dtype: DTypeLike, arrays: tuple, dx_BLD: jax.Array) -> tuple:
@@ -107,10 +90,12 @@ def _embed_backward(p: Parallel, dtype: DTypeLike, arrays: tuple, dx_BLD: jax.Ar
         others = tuple(axis for axis in p.axes("batch", "length") if axis not in p.axes("embed"))
         return sum_over(d_table, others), d_position
 
-    specs = _specs(p, arrays[1], arrays[3])
-    inputs = (*specs, p.spec("batch", "residual_length", None))
-    d_table, d_position = p.shard_map_if_needed(on_device, inputs, specs[:2])(*arrays, dx_BLD)
-    return d_table, d_position, None, None
+    inputs = (*_specs(p), p.spec("batch", "residual_length"))
+    tokens_BL, table_VD, position_LD, position_BL = arrays
+    mapped = p.shard_map_if_needed(on_device, inputs, inputs[:2])
+    return None, *mapped(table_VD, position_LD, tokens_BL, position_BL, dx_BLD), None
 
 
-_embed.defvjp(lambda p, dtype, *arrays: (_embed.fun(p, dtype, *arrays), arrays), _embed_backward)
+vocab_parallel_embedding.defvjp(
+    lambda p, dtype, *arrays: (vocab_parallel_embedding.fun(p, dtype, *arrays), arrays), _embed_backward
+)

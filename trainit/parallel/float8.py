@@ -20,10 +20,8 @@ class Factor(NamedTuple):
 def factor(x: jax.Array, dtype: DTypeLike, axes: tuple[str, ...] = ()) -> Factor:
     """An array in another type. In float8 it is scaled so that its largest number is the type's largest.
 
-    Args:
-        x: inside shard_map a device's part. Infinities and NaN become NaN in float8.
-        dtype: type of the values.
-        axes: mesh axes over which the array is split: all parts get the same scale.
+    Inside shard_map, all parts of an array that is split over mesh axes get the same scale. Infinities and
+    NaN become NaN in float8.
     """
     if dtype not in (FORWARD, BACKWARD):
         return Factor(x.astype(dtype), None)

@@ -1,13 +1,12 @@
 """How every array lies on the mesh: one table of logical axes, and one of all parameters.
 
 A parameter's dimensions have names, its logical axes: an attention kernel has ("layers", "embed", "heads",
-"head_size"). `RULES` says over which axes of the mesh each of them is split. This file turns the two tables
-into shardings of parameters, gradients, optimizer state and batches. The code that exchanges data follows the
-same tables: `parallel/matmul.py` for the blocks (its docstring says where a kernel is gathered),
-`parallel/embedding.py` for tokens, `model/cross_entropy.py` for the head. `PARAMETERS` also names each
-parameter's kind, by which decay masks, Muon and the logs per kind choose.
+"head_size"). `RULES` says over which axes of the mesh each of them is split. `PARAMETERS` also names each
+parameter's kind, by which decay masks, Muon and the logs per kind choose. A new parameter needs a row there.
 
-A new parameter needs one row in `PARAMETERS`; without it, the first use of its path raises KeyError.
+This file turns the two tables into shardings of parameters, gradients, optimizer state and batches. The code
+that exchanges data follows them: `matmul.py` in the blocks (its docstring says where a kernel is gathered),
+`embedding.py` for tokens, `model/cross_entropy.py` for the head.
 """
 
 import math
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from trainit.config import require
+from trainit.config import ConfigError
 from trainit.parallel.trees import path_name
 
 AnyMesh = Mesh | AbstractMesh
@@ -60,7 +59,7 @@ BLOCK = 32  # optimizer state in 8 bits has one scale for at most this many numb
 
 
 def _row(path: str) -> tuple[tuple[str, ...], str]:
-    """The logical axes and the kind of the parameter with this path. Raises KeyError if it is missing."""
+    """The logical axes and the kind of the parameter with this path, or KeyError."""
     for pattern, axes, kind in PARAMETERS:
         if re.fullmatch(pattern, path):
             return axes, kind
@@ -83,13 +82,9 @@ def is_stacked(path: str) -> bool:
 
 
 def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The size (inputs, outputs) of one layer's parameter as the linear map that it is.
+    """The size (inputs, outputs) of one layer's parameter, no vector, as the linear map that it is.
 
-    Attention's kernels join heads and head size; an embedding maps from its rows.
-
-    Args:
-        path: that of a parameter that is not a vector.
-        shape: its shape without a layers axis.
+    Attention's kernels join heads and head size; an embedding maps from its rows. `shape` has no layers axis.
     """
     axes = [axis for axis in logical_axes(path) if axis != "layers"]
     inputs = 1 if axes[0] == "embed" else len(axes) - 1
@@ -110,10 +105,7 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 def matrix_spec(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """How matrices that belong to a parameter are split: like its rows and columns, where that divides them.
 
-    Args:
-        path: that of a parameter that is not a vector.
-        shape: ([layers,] rows, columns) of its own matrices, or of others such as products of these.
-        mesh: on which they are.
+    `shape` is ([layers,] rows, columns) of its own matrices, or of others such as products of these.
     """
     axes = [axis for axis in logical_axes(path) if axis != "layers"]
     # A matrix has an axis for its inputs and one for its outputs: heads stand for heads * head size.
@@ -139,23 +131,18 @@ def state_shardings(state: Any, parameters: Mapping, mesh: AnyMesh) -> Any:
     A leaf belongs to the parameter whose path ends the leaf's own path: optimizer state repeats the tree of
     parameters. With the parameter's shape (the parameter itself, a moment, the sum of gradients), or with one
     number for each of its blocks, it is split like the parameter; with a square matrix for each of its
-    matrices, as `matrix_spec` says; otherwise not at all, nor if it belongs to no parameter.
-
-    Args:
-        state: a tree of arrays or of their shapes, like `parameters`.
-        parameters: all parameters.
-        mesh: that they are laid out on.
+    matrices, as `matrix_spec` says; otherwise not at all. The longest end that fits counts.
     """
     shapes = _shapes(parameters)
 
-    # The longest end of a leaf's path that is a parameter's, and fits, counts.
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         for suffix in _suffixes(path):
             if suffix not in shapes:
                 continue
             if leaf.shape in (shapes[suffix], _blocks_shape(suffix, shapes[suffix], mesh)):
                 return NamedSharding(mesh, partition_spec(logical_axes(suffix)))
-            if _is_square(suffix, leaf.shape):
+            square = len(leaf.shape) == 2 + is_stacked(suffix) and leaf.shape[-1] == leaf.shape[-2]
+            if square and parameter_kind(suffix) != "vector":
                 return NamedSharding(mesh, matrix_spec(suffix, leaf.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
@@ -178,10 +165,6 @@ def _suffixes(path: tuple) -> list[str]:
     return ["/".join(keys[start:]) for start in range(len(keys))]
 
 
-def _is_square(path: str, shape: tuple[int, ...]) -> bool:
-    return parameter_kind(path) != "vector" and len(shape) == 2 + is_stacked(path) and shape[-1] == shape[-2]
-
-
 def quantization_block(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """The axis along which a parameter's numbers form blocks with one scale each, and the size of a block.
 
@@ -195,16 +178,14 @@ def quantization_block(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
 def check_blocks(parameters: Mapping, mesh: AnyMesh) -> None:
     """Raises ConfigError where a block of a parameter's numbers would lie on several devices."""
     for path, shape in _shapes(parameters).items():
-        if parameter_kind(path) == "vector":
-            continue
-        axis, size = quantization_block(path, shape)
-        count, devices = shape[axis] // size, _devices_along(path, axis, mesh)
-        require(
-            count % devices == 0,
-            f"optimizer_state=int8: {path} has {count} blocks of {size} numbers along its axis "
-            f"{logical_axes(path)[axis]!r}, which mesh.{RULES.get(logical_axes(path)[axis])}={devices} does "
-            f"not divide; take a smaller one, or bfloat16",
-        )
+        if parameter_kind(path) != "vector" and _blocks_shape(path, shape, mesh) is None:
+            axis, size = quantization_block(path, shape)
+            name, split = logical_axes(path)[axis], RULES.get(logical_axes(path)[axis])
+            raise ConfigError(
+                f"optimizer_state=int8: {path} has {shape[axis] // size} blocks of {size} numbers along its "
+                f"axis {name!r}, which mesh.{split}={mesh.shape[split]} does not divide; take a smaller one, "
+                f"or bfloat16"
+            )
 
 
 def _blocks_shape(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> tuple[int, ...] | None:
@@ -212,10 +193,6 @@ def _blocks_shape(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> tuple[int
     if parameter_kind(path) == "vector":
         return None
     axis, size = quantization_block(path, shape)
-    count = shape[axis] // size
-    return None if count % _devices_along(path, axis, mesh) else (*shape[:axis], count, *shape[axis + 1 :])
-
-
-def _devices_along(path: str, axis: int, mesh: AnyMesh) -> int:
-    """Over how many devices a parameter's dimension is split."""
-    return math.prod(mesh.shape[name] for name in mesh_axes(logical_axes(path)[axis]))
+    count, axes = shape[axis] // size, mesh_axes(logical_axes(path)[axis])
+    devices = math.prod(mesh.shape[name] for name in axes)
+    return None if count % devices else (*shape[:axis], count, *shape[axis + 1 :])

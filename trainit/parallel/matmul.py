@@ -4,8 +4,7 @@ Where is a kernel gathered? Kernels are split over fsdp by the model's width (an
 width: `layout.RULES`). `_gather_kernel` makes the width whole, in the compute type, right before the product
 that needs it: once in the forward pass and once more in the backward pass, so that no device keeps a whole
 kernel in between. (If layers are unrolled without rematerialization, XLA joins the two.) The head's kernel is
-gathered in `model/cross_entropy.py`, once for all chunks. To look up tokens, the embedding's table is never
-gathered (`parallel/embedding.py`); a tied one is, as the head's kernel.
+gathered in `model/cross_entropy.py`, once for all chunks; the embedding's table is not (`embedding.py`).
 
 Between attention and MLP, the residual stream is split by length over tensor, so that norms, dropout and sums
 are computed once (sequence parallelism: Korthikanti et al. 2022, arXiv 2205.05198). Each half of a block
@@ -15,9 +14,7 @@ are computed once (sequence parallelism: Korthikanti et al. 2022, arXiv 2205.051
    the length again by reduce-scatter (`row_parallel`).
 
 The backward pass does the same in the other direction. A kernel's gradient is computed, reduce-scattered over
-fsdp and summed over data in float32.
-
-In names of arrays, b is a device's part of B, l of L, the latter also split over tensor.
+fsdp and summed over data in float32. In names of arrays, b is a device's part of B, l of L.
 """
 
 import functools
@@ -43,14 +40,8 @@ def column_parallel(
 ) -> tuple[jax.Array, ...]:
     """x @ kernel + bias for kernels (D, F, ...) whose F is split over tensor (Megatron-LM).
 
-    Args:
-        parallel: the mesh.
-        x_BLD: its length is split like the residual stream's.
-        *weights: float32, used in the type of x; so are their gradients.
-        float8: whether x and kernels are multiplied in float8, in which kernels are then gathered.
-
-    Returns:
-        For each kernel (B, L, F, ...), with L whole and F split over tensor.
+    x has its length split like the residual stream's; results (B, L, F, ...) have it whole. Weights are
+    float32, as are their gradients, and are gathered in the type of x, or in float8 and multiplied in it.
     """
     return checkpoint_name(_column_parallel(parallel, float8, x_BLD, weights), PRODUCT)
 
@@ -58,13 +49,11 @@ def column_parallel(
 def row_parallel(
     parallel: Parallel, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, float8: bool = False
 ) -> jax.Array:
-    """x (B, L, F, ...) @ kernel (F, ..., D) + bias, where F is split over tensor (Megatron-LM).
+    """x (B, L, F, ...) @ kernel (F, ..., D) + bias, where F is split over tensor (Megatron-LM): (B, L, D).
 
-    Remat keeps the result if an exchange was needed for it, and otherwise computes it again: attention's
-    output is the cheapest product for its size, and the MLP's is not needed in the backward pass.
-
-    Returns:
-        (B, L, D), with its length split like the residual stream's.
+    The result's length is split like the residual stream's. Remat keeps it if an exchange was needed for it,
+    and otherwise computes it again: attention's output is the cheapest product for its size, and the MLP's is
+    not needed in the backward pass.
     """
     y_BLD = _row_parallel(parallel, float8, x, kernel, bias)
     return checkpoint_name(y_BLD, PRODUCT) if parallel.sequence_axes else y_BLD
@@ -76,33 +65,18 @@ def _gather_kernel(p: Parallel, kernel: jax.Array, dtype: DTypeLike, dimension: 
     return Factor(gather(part.values, p.axes("embed"), dimension), part.scale)
 
 
-# How arguments and results are split. Attention's heads are split like the MLP's width.
-
-
-def _residual_spec(p: Parallel) -> PartitionSpec:
-    return p.spec("batch", "residual_length", None)
-
-
-def _wide_spec(p: Parallel, ndim: int) -> PartitionSpec:
-    """Of arrays (B, L, F, ...)."""
-    return p.spec("batch", "length", "mlp", *[None] * (ndim - 3))
+# How arguments and results are split; axes that are left out are whole. Heads are split like the MLP's width.
+RESIDUAL, WIDE = ("batch", "residual_length"), ("batch", "length", "mlp")  # (B, L, D) and (B, L, F, ...)
 
 
 def _column_specs(p: Parallel, weights: Sequence[Weights]) -> tuple:
-    """Of kernels (D, F, ...) and biases (F, ...)."""
-    return tuple(
-        (
-            p.spec("embed", "mlp", *[None] * (kernel.ndim - 2)),
-            None if bias is None else p.spec("mlp", *[None] * (bias.ndim - 1)),
-        )
-        for kernel, bias in weights
-    )
+    """Of x (B, L, D), and of kernels (D, F, ...) and biases (F, ...)."""
+    return p.spec(*RESIDUAL), ((p.spec("embed", "mlp"), p.spec("mlp")),) * len(weights)
 
 
-def _row_specs(p: Parallel, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> tuple:
+def _row_specs(p: Parallel, kernel: jax.Array) -> tuple:
     """Of x (B, L, F, ...), its kernel (F, ..., D) and bias (D,)."""
-    kernel_spec = p.spec("mlp", *[None] * (kernel.ndim - 2), "embed")
-    return _wide_spec(p, x.ndim), kernel_spec, None if bias is None else PartitionSpec()
+    return p.spec(*WIDE), p.spec("mlp", *[None] * (kernel.ndim - 2), "embed"), PartitionSpec()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -120,9 +94,8 @@ def _column_parallel(
 
         return tuple(product(*pair) for pair in weights)
 
-    inputs = _residual_spec(p), _column_specs(p, weights)
-    outputs = tuple(_wide_spec(p, kernel.ndim + 1) for kernel, _ in weights)
-    return p.shard_map_if_needed(on_device, inputs, outputs)(x_BLD, weights)
+    specs = _column_specs(p, weights), p.spec(*WIDE)
+    return p.shard_map_if_needed(on_device, *specs)(x_BLD, weights)
 
 
 def _column_parallel_backward(p: Parallel, float8: bool, saved: tuple, dys: tuple) -> tuple:
@@ -148,9 +121,8 @@ def _column_parallel_backward(p: Parallel, float8: bool, saved: tuple, dys: tupl
         return scatter_sum(dx_bLD, p.sequence_axes, 1), d_weights
 
     x_BLD, weights = saved
-    outputs = _residual_spec(p), _column_specs(p, weights)
-    inputs = (*outputs, tuple(_wide_spec(p, dy.ndim) for dy in dys))
-    return p.shard_map_if_needed(on_device, inputs, outputs)(x_BLD, weights, dys)
+    specs = _column_specs(p, weights)
+    return p.shard_map_if_needed(on_device, (*specs, p.spec(*WIDE)), specs)(x_BLD, weights, dys)
 
 
 # The forward passes are the plain functions, which JAX can also differentiate forwards, as Hessian-vector
@@ -174,9 +146,8 @@ def _row_parallel(
         y_blD = scatter_sum(y_bLD, p.sequence_axes, 1)
         return y_blD if bias is None else y_blD + bias.astype(y_blD.dtype)
 
-    return p.shard_map_if_needed(on_device, _row_specs(p, x, kernel, bias), _residual_spec(p))(
-        x, kernel, bias
-    )
+    specs = _row_specs(p, kernel), p.spec(*RESIDUAL)
+    return p.shard_map_if_needed(on_device, *specs)(x, kernel, bias)
 
 
 def _row_parallel_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.Array) -> tuple:
@@ -193,9 +164,8 @@ def _row_parallel_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.
         d_bias = sum_over(d_bias, p.axes("batch", "residual_length"))
         return computed_after(dx, (d_kernel, d_bias), p.mesh), d_kernel, d_bias
 
-    specs = _row_specs(p, *saved)
-    inputs = (*specs, _residual_spec(p))
-    return p.shard_map_if_needed(on_device, inputs, specs)(*saved, dy_BLD)
+    specs = _row_specs(p, saved[1])
+    return p.shard_map_if_needed(on_device, (*specs, p.spec(*RESIDUAL)), specs)(*saved, dy_BLD)
 
 
 _row_parallel.defvjp(

@@ -1,8 +1,7 @@
 """The mesh of devices, and `RunShape`: everything about a run that follows from its config and its devices.
 
 The mesh has four axes. `data` holds replicas of the model; `fsdp` splits parameters and optimizer state;
-`tensor` splits heads, MLP width and vocabulary; `context` is reserved for splitting sequences and is 1. A
-batch is split over data and fsdp. `parallel/layout.py` says how each array lies on these axes.
+`tensor` splits heads, MLP width and vocabulary; `context` is reserved for splitting sequences and is 1.
 """
 
 import math
@@ -16,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from trainit.config import MESH_AXES, BatchSizes, Config, batch_sizes, check_mesh, require
 
-MULTIPLE = 128
+MULTIPLE = 128  # positions of a chunk
 
 
 class BatchShape(NamedTuple):
@@ -40,7 +39,7 @@ class RunShape:
 
     @property
     def device_mesh(self) -> Mesh:
-        """The mesh of a run that is more than planned: one with devices."""
+        """The mesh of a run that is more than planned."""
         assert isinstance(self.mesh, Mesh)
         return self.mesh
 
@@ -72,39 +71,29 @@ class RunShape:
 
 
 def run_shape(config: Config, devices: Sequence[jax.Device], shrink_to_fit: bool = False) -> RunShape:
-    """The shape of a run on all of the job's devices; arguments and errors as for `mesh_sizes`."""
+    """The shape of a run on all of the job's devices; errors as of `mesh_sizes`."""
     return shape_on(config, make_mesh(mesh_sizes(config, len(devices), shrink_to_fit), devices))
 
 
 def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
-    """The shape of a run on a mesh, whatever `config.mesh` says.
+    """The shape of a run on a mesh, whatever `config.mesh` says. An abstract one has this machine's devices.
 
-    Args:
-        config: resolved.
-        mesh: with axes `config.MESH_AXES`; an abstract one is taken to consist of this machine's devices.
-
-    Raises:
-        ConfigError: the devices lack the attention kernel that is asked for.
+    Raises ConfigError if they lack the attention kernel that is asked for.
     """
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
     # cuDNN's attention kernel needs bfloat16 units, which came with compute capability 8 (Ampere).
     ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
     platform = "cuda" if ampere else device.platform
     precision = compute_type(config.precision_of["attention"], config.precision)
+    attention = choose_attention(config.model, platform, precision)
 
     # Chunks of logits for the first batch size; others have their own if they have other micro-steps.
     share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     positions = share // _micro_steps(share, config.device_batch_size) * config.model.context_length
-    vocabulary = config.model.vocab_size // mesh.shape["tensor"]
+    chunk = chunk_size(positions, config.model.vocab_size // mesh.shape["tensor"], config.logits_mib)
     float8 = "float8" in config.precision_of.values()
-    return RunShape(
-        mesh=mesh,
-        batch_sizes=batch_sizes(config),
-        device_batch_size=config.device_batch_size,
-        attention=choose_attention(config.model, platform, precision),
-        logits_chunk=chunk_size(positions, vocabulary, config.logits_mib),
-        sums_once=mesh.shape["data"] > 1 and not wants_squares(config) and not float8,
-    )
+    sums_once = mesh.shape["data"] > 1 and not wants_squares(config) and not float8
+    return RunShape(mesh, batch_sizes(config), config.device_batch_size, attention, chunk, sums_once)
 
 
 def _micro_steps(share: int, bound: int) -> int:
@@ -123,34 +112,28 @@ def compute_type(own: str, precision: str) -> str:
 
 
 def choose_attention(config: Config, platform: str, precision: str) -> str:
-    """The attention kernel that `model.attention` stands for on this platform.
+    """The kernel that `model.attention` stands for, with activations of this precision.
 
-    Args:
-        config: the sub-config `model`.
-        platform: "cuda" for NVIDIA's GPUs with bfloat16 units, otherwise JAX's name.
-        precision: type of attention's activations.
-
-    Raises:
-        ConfigError: cudnn is asked for where it cannot run.
+    The platform is "cuda" only for NVIDIA's GPUs with bfloat16 units. Raises ConfigError where cudnn is asked
+    for and cannot run.
     """
     size = config.dim // config.num_heads
     fits = precision == "bfloat16" and size % 8 == 0 and size <= 128  # larger ones not on every card
     possible = platform == "cuda" and fits and not config.attn_dropout and not config.document_mask
     require(
         config.attention != "cudnn" or possible,
-        f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16, a head size that 8 divides up "
-        f"to 128, no document mask; here are platform={platform}, precision={precision}, head size "
-        f"{size} and document_mask={config.document_mask}; take model.attention=auto",
+        f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16, a head size that 8 divides up to "
+        f"128, no document mask; here are platform={platform}, precision={precision}, head size {size}, "
+        f"document_mask={config.document_mask}; take model.attention=auto",
     )
-    if config.attention != "auto":
-        return config.attention
-    return "cudnn" if possible else "blockwise"
+    automatic = "cudnn" if possible else "blockwise"
+    return automatic if config.attention == "auto" else config.attention
 
 
 def chunk_size(positions: int, vocab_size: int, logits_mib: float) -> int:
-    """How many of a device's positions to take at once, that is a multiple of 128 (matrix units like that).
+    """How many of a device's positions to take at once, a multiple of 128, which matrix units like.
 
-    Their logits, float32 for a device's part of the vocabulary, are `logits_mib` at most (0: no bound), or
+    Their float32 logits, for a device's part of the vocabulary, are `logits_mib` at most (0: no bound), or
     those of 128 positions. All chunks are about equally large, so that little of the last is padding.
     """
     maximum = max(1, int(logits_mib * 2**20 / (4 * vocab_size * MULTIPLE))) * MULTIPLE
@@ -161,17 +144,12 @@ def chunk_size(positions: int, vocab_size: int, logits_mib: float) -> int:
 
 
 def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dict[str, int]:
-    """The number of devices along each mesh axis, with -1 filled in.
+    """The number of devices along each mesh axis, with -1 filled in, and with `--debug` shrunk to fit.
 
-    Args:
-        config: a resolved config.
-        devices: number of devices of the whole job.
-        shrink_to_fit: set axes that do not fit to 1 (`--debug`) instead of raising.
-
-    Raises:
-        ConfigError: the axes do not cover the devices, or a size does not divide what it splits.
+    Raises ConfigError if they do not cover the devices, or if a size does not divide what it splits.
     """
     sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
+    given = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     # One axis takes the devices that the others leave: the one set to -1, or data if the mesh may shrink.
     free = next((axis for axis, size in sizes.items() if size == -1), "data" if shrink_to_fit else None)
     if free:
@@ -181,20 +159,17 @@ def mesh_sizes(config: Config, devices: int, shrink_to_fit: bool = False) -> dic
                 sizes[axis] = 1
             left //= sizes[axis]
         sizes[free] = max(left, 1)
-
-    # What was asked for must fit the devices, and divide what it splits.
-    needed = math.prod(sizes.values())
     require(
-        needed == devices,
-        "mesh=(" + ", ".join(f"{axis} {config.mesh[axis]}" for axis in MESH_AXES) + f") covers {needed} "
-        f"devices, but there are {devices}; let the sizes multiply to that, or set one to -1",
+        math.prod(sizes.values()) == devices,
+        f"mesh=({given}) covers {math.prod(sizes.values())} devices, but there are {devices}; let the sizes "
+        f"multiply to that, or set one to -1",
     )
     check_mesh(sizes, config)
     return sizes
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices (default: all of the job's) in their own order, process after process, as a mesh."""
+    """The devices (default: all of the job's) in their own order, process after process."""
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices).reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
 
@@ -207,8 +182,6 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 def describe_devices(mesh: Mesh, process: int) -> str:
     """How many devices a process has, and where they are in the mesh: "8 devices, data 2, fsdp 0-7, ..."."""
     own = [index for index, device in np.ndenumerate(mesh.devices) if device.process_index == process]
-    ranges = (
-        f"{axis} {min(indices)}" + f"-{max(indices)}" * (min(indices) < max(indices))
-        for axis, indices in zip(mesh.axis_names, zip(*own, strict=True), strict=True)
-    )
-    return f"{len(own)} devices, {', '.join(ranges)}"
+    ranges = [(axis, min(i), max(i)) for axis, i in zip(mesh.axis_names, zip(*own, strict=True), strict=True)]
+    texts = (f"{axis} {first}" + f"-{last}" * (first < last) for axis, first, last in ranges)
+    return f"{len(own)} devices, {', '.join(texts)}"

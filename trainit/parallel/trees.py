@@ -1,4 +1,4 @@
-"""What is common to trees of arrays that may be split over devices: names of paths, inner product, bytes."""
+"""What is common to trees of arrays that may be split over devices."""
 
 import math
 from typing import Any, cast
@@ -8,10 +8,7 @@ import jax.numpy as jnp
 
 
 def inner_product(a: dict, b: dict) -> jax.Array:
-    """The inner product of two trees of the same structure.
-
-    Unlike optax.tree.vdot it flattens no array, for which XLA would gather one that is split.
-    """
+    """Unlike optax.tree.vdot it flattens no array, for which XLA would gather one that is split."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return cast(jax.Array, sum(jnp.sum(x * y) for x, y in pairs))
 
@@ -23,10 +20,10 @@ def total_bytes(tree: Any) -> int:
 
 def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of arrays, or of shapes with shardings."""
-    shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def path_name(path: tuple) -> str:
     """A key path of `jax.tree_util` as text: blocks/attention/query/kernel."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")

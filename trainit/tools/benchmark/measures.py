@@ -40,11 +40,13 @@ def measure(names: Collection[str], config: Config, dataset: TrainingData, argum
         arguments: the command's flags, for tokens, steps, rounds and the config of other processes.
     """
     tokens, steps, rounds = arguments.tokens, arguments.steps, arguments.rounds
+    given = [f"--config.{name}={'True' if text is None else text}" for name, text in arguments.overrides]
+    same_config = [f"--config={arguments.config}", *given, *["--debug"] * arguments.debug]
     measurements = {
         "loader": lambda: loader.measure(tokens),
         "step": lambda: step.measure(config, dataset, steps),
         "save": lambda: overheads.measure_save(config),
-        "processes": lambda: overheads.measure_processes(steps, cli.config_flags(arguments)),
+        "processes": lambda: overheads.measure_processes(steps, same_config),
         "optimizer": lambda: overheads.measure_optimizer(config, steps),
         "loss": lambda: overheads.measure_loss(config, rounds),
     }

@@ -9,6 +9,7 @@ Prints a table, with what to do about each check that fails. Exit code 0 if none
 import argparse
 
 from trainit import cli, logs
+from trainit.cluster.place import find_own_place
 
 DESCRIPTION = "Checks what a run needs, before it is run: the same flags as of `trainit train`."
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table on process 0, and ends this process together with the others."""
     logs.log_to_terminal(lead=False)
-    place = cli.find_own_place(arguments)
+    place = find_own_place(arguments)
     config = cli.load_config(arguments)
     from trainit.cluster import sync
     from trainit.cluster.process import exit_process

@@ -81,8 +81,9 @@ class Field:
             require(value in self.one_of, f"{name}={value!r} is n{self.bounds}")  # "none of"
         # A comparison with NaN is False, so that NaN lies within no bound.
         limits = ((self.above, gt), (self.at_least, ge), (self.below, lt), (self.at_most, le))
-        must = f"must lie {self.bounds}" if self.bounds.startswith("in ") else f"must be {self.bounds}"
-        must = must.replace("be at least", "not be below")
+        must = f"must {'lie' if self.bounds.startswith('in ') else 'be'} {self.bounds}"
+        if self.bounds == f"at least {self.at_least}":
+            must = f"must not be below {self.at_least}"
         for number in as_tuple(value):
             if isinstance(number, int | float) and not isinstance(number, bool):
                 allowed = all(limit is None or within(number, limit) for limit, within in limits)

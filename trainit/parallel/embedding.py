@@ -30,7 +30,7 @@ def _local_ids(p: Parallel, tokens: jax.Array, rows: int) -> tuple[jax.Array, ja
 
 
 def _positions(p: Parallel, position_BL: MaybeArray, length: int) -> jax.Array:
-    """Positions of this device's part (rows of all fsdp, l) of the residual; (l,) if rows have none."""
+    """Positions (rows of all fsdp, l) of this device's part of the residual; (l,) if rows have none."""
     split = p.axes("residual_length")
     if position_BL is None:
         return jnp.arange(length) + (length * jax.lax.axis_index(split) if split else 0)

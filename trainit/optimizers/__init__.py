@@ -17,27 +17,6 @@ A file can declare two things about its updates:
                               # rather than keep it in memory. Without it, it never does.
 """
 
-from trainit.optimizers.common.build import (
-    Optimizer,
-    assigned,
-    build,
-    check,
-    logged,
-    of_run,
-    training_point,
-)
+from trainit.optimizers.common.build import Optimizer, assigned, build, check, logged, of_run, training_point
 from trainit.optimizers.common.context import Context
 from trainit.optimizers.common.registry import choices, own_files_hash
-
-__all__ = [
-    "Context",
-    "Optimizer",
-    "assigned",
-    "build",
-    "check",
-    "choices",
-    "logged",
-    "of_run",
-    "own_files_hash",
-    "training_point",
-]

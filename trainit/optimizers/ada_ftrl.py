@@ -5,35 +5,24 @@ The leader of losses that grow by 1 / beta1 a step, over the root of squares tha
 factors by which the exact leader differs from Adam.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field, require
 from trainit.optimizers.common import online
+from trainit.optimizers.common.moments import scale_by_moments
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config(learning_rate=1e-3)
-    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
-    config.beta2 = field(0.999, "decay of the mean squared gradient", at_least=0, below=1)
-    config.eps = field(
-        1e-8, "added to the root of the leader's sum of squares; it fades as beta2^(t/2)", above=0
-    )
+    config = online.get_config(learning_rate=1e-3, beta1=0.9, beta2=0.999)
+    config.eps = field(1e-8, "added to the root of the sum of squares; fades as beta2^(t/2)", above=0)
     config.scale_exponential = field(False, "multiply by (sqrt(beta2) / beta1)^t; needs beta2 <= beta1^2")
     config.scale_learning_rate = field(False, "multiply by sqrt(1 - beta2) / (1 - beta1)")
     config.scale_eps = field(False, "multiply eps by sqrt(1 - beta2)")
     return config
-
-
-class AdaState(NamedTuple):
-    count: jax.Array  # type: ignore[assignment]  # int32: gradients seen
-    mu: dict
-    nu: dict
 
 
 def make(config, context):
@@ -47,11 +36,7 @@ def make(config, context):
         f"optimizer.scale_exponential grows without bound for beta2={beta2} above beta1^2={beta1**2:g}",
     )
 
-    def init(params) -> AdaState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return AdaState(jnp.int32(0), zeros, zeros)
-
-    def update(gradients, state: AdaState, rate):
+    def update(gradients, state: optax.ScaleByAdamState, rate):
         t = state.count.astype(jnp.float32)
         mu = optax.tree.update_moment(gradients, state.mu, beta1, 1)
         nu = optax.tree.update_moment(gradients, state.nu, beta2, 2)
@@ -60,6 +45,6 @@ def make(config, context):
         eps = config.eps * beta2 ** (t / 2) * ((1 - beta2) ** 0.5 if config.scale_eps else 1.0)
         tiny = jnp.finfo(jnp.float32).tiny  # eps fades away in time, and a v may be 0
         point = jax.tree.map(lambda m, v: -rate * factor * m / jnp.maximum(eps + jnp.sqrt(v), tiny), mu, nu)
-        return point, AdaState(state.count + 1, mu, nu)
+        return point, optax.ScaleByAdamState(state.count + 1, mu, nu)
 
-    return online.to_optimizer(online.stateful(init, update), config, context)
+    return online.to_optimizer(online.stateful(scale_by_moments().init, update), config, context)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.moments import map_layers, norm
+from trainit.optimizers.common.fields import common_fields
+from trainit.optimizers.common.moments import map_layers, unzip
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import path_name
 
@@ -15,22 +16,13 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(
-        1e-2, "peak of the schedule, times each array's root mean square", at_least=0
-    )
-    config.weight_decay = field(0.0, "decoupled weight decay, times the learning rate", at_least=0)
-    config.beta1 = field(
-        0.0, "decay of the mean direction, which costs as much as a gradient; 0: none", at_least=0, below=1
-    )
-    config.decay_power = field(
-        0.8, "the power p in 1 - t^-p, the decay of the mean squared gradients", above=0
-    )
+    config = common_fields(weight_decay=0.0)
+    config.learning_rate = field(1e-2, "peak of the schedule, times an array's root mean square", at_least=0)
+    config.beta1 = field(0.0, "decay of the mean direction, a copy's memory; 0: none", at_least=0, below=1)
+    config.decay_power = field(0.8, "p in 1 - t^-p, the decay of the mean squared gradients", above=0)
     config.eps = field(1e-30, "added to squared gradients", above=0)
     config.threshold = field(1.0, "maximum of a direction's root mean square", above=0)
-    config.scale_floor = field(
-        1e-3, "minimum that an array's root mean square counts as, so that zeros move", above=0
-    )
+    config.scale_floor = field(1e-3, "least root mean square an array counts as, so that zeros move", above=0)
     return config
 
 
@@ -48,23 +40,16 @@ def make(config, context) -> optax.GradientTransformation:
     """The gradient over the root of a mean square that rows and columns give, clipped and scaled."""
 
     def init(params) -> AdafactorState:
-        def of_matrices(axis: int):
-            def zeros(path, p):
-                name = path_name(path)
-                if parameter_kind(name) == "vector":
-                    return None
-                stack = p.shape[: is_stacked(name)]
-                return jnp.zeros((*stack, matrix_shape(name, p.shape[len(stack) :])[axis]))
+        def means(path, p):
+            name = path_name(path)
+            if parameter_kind(name) == "vector":
+                return None, None, jnp.zeros_like(p)
+            stack = p.shape[: is_stacked(name)]
+            rows, columns = matrix_shape(name, p.shape[len(stack) :])
+            return jnp.zeros((*stack, rows)), jnp.zeros((*stack, columns)), None
 
-            return jax.tree.map_with_path(zeros, params)
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        nu = jax.tree.map_with_path(
-            lambda path, z: z if parameter_kind(path_name(path)) == "vector" else None, zeros
-        )
-        return AdafactorState(
-            jnp.int32(0), zeros if config.beta1 else None, of_matrices(0), of_matrices(1), nu
-        )
+        mu = optax.tree.zeros_like(params) if config.beta1 else None
+        return AdafactorState(jnp.int32(0), mu, *unzip(params, jax.tree.map_with_path(means, params), 3))
 
     def update(gradients, state: AdafactorState, params):
         count = state.count + 1
@@ -88,9 +73,7 @@ def make(config, context) -> optax.GradientTransformation:
             return jnp.maximum(_root_mean_square(x), config.scale_floor) * direction, rows, columns, nu
 
         done = map_layers(one, gradients, params, state.rows, state.columns, state.nu)
-        direction, rows, columns, nu = (
-            jax.tree.map(lambda _, d, i=i: d[i], gradients, done) for i in range(4)
-        )
+        direction, rows, columns, nu = unzip(gradients, done, 4)
         mu = state.mu
         if config.beta1:
             direction = mu = optax.tree.update_moment(direction, mu, config.beta1, 1)
@@ -100,4 +83,4 @@ def make(config, context) -> optax.GradientTransformation:
 
 
 def _root_mean_square(x: jax.Array) -> jax.Array:
-    return norm(x) / x.size**0.5
+    return jnp.linalg.norm(x) / x.size**0.5

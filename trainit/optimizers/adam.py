@@ -1,7 +1,4 @@
-"""Adam with a switch for each of its parts, and two of its relatives: `adam`, `nadam`, `rmsprop`.
-
-Kingma & Ba 2014, arXiv 1412.6980; NAdam: Dozat 2016, "Incorporating Nesterov Momentum into Adam"; RMSProp:
-Hinton 2012, Coursera lecture 6e.
+"""Adam with a switch for each of its parts (Kingma & Ba 2014, arXiv 1412.6980), and two of its relatives.
 
 With m and v the running means of g and g^2, the direction is m / (sqrt(v) + eps), both divided by 1 - beta^t
 first. NAdam takes beta1 m + (1 - beta1) g for m, RMSProp takes g.
@@ -10,18 +7,14 @@ first. NAdam takes beta1 m + (1 - beta1) g for m, RMSProp takes g.
 import optax
 
 from trainit.config import ConfigDict, field
+from trainit.optimizers.common.fields import common_fields
 from trainit.optimizers.common.moments import scale_by_moments
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.0, "weight decay, of the kind that `decoupled` says", at_least=0)
-    config.decoupled = field(False, "add the decay after the direction (AdamW) instead of to the gradient")
-    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
-    config.beta2 = field(0.999, "decay of the mean squared gradient", at_least=0, below=1)
+    config = common_fields(learning_rate=1e-3, weight_decay=0.0, decoupled=False, beta1=0.9, beta2=0.999)
     config.eps = field(1e-8, "added to the root of the mean square", above=0)
     config.nesterov = field(False, "the mean gradient looks one step ahead")
     config.debias_beta1 = field(True, "divide the mean gradient by 1 - beta1^t")
@@ -46,14 +39,9 @@ def make(config, context) -> optax.GradientTransformation:
 
 
 def get_nadam_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.1, "weight decay, of the kind that `decoupled` says", at_least=0)
-    config.decoupled = field(True, "add the decay after the direction instead of to the gradient")
-    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
-    config.beta2 = field(0.999, "decay of the mean squared gradient", at_least=0, below=1)
-    config.eps = field(1e-8, "added to the root of the mean square", above=0)
-    return config
+    return common_fields(
+        learning_rate=1e-3, weight_decay=0.1, decoupled=True, beta1=0.9, beta2=0.999, eps=1e-8
+    )
 
 
 def make_nadam(config, context) -> optax.GradientTransformation:
@@ -63,12 +51,7 @@ def make_nadam(config, context) -> optax.GradientTransformation:
 
 
 def get_rmsprop_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.1, "weight decay, of the kind that `decoupled` says", at_least=0)
-    config.decoupled = field(True, "add the decay after the direction instead of to the gradient")
-    config.beta2 = field(0.99, "decay of the mean squared gradient", at_least=0, below=1)
-    config.eps = field(1e-8, "added to the root of the mean square", above=0)
+    config = common_fields(learning_rate=1e-3, weight_decay=0.1, decoupled=True, beta2=0.99, eps=1e-8)
     config.debias_beta2 = field(True, "divide the mean square by 1 - beta2^t; False: as in the lecture")
     return config
 

@@ -1,12 +1,11 @@
 """Adam-mini, with one mean square for each head, unit or token: Zhang et al. 2024, arXiv 2406.16793."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from trainit.config import ConfigDict, field
+from trainit.config import ConfigDict
+from trainit.optimizers.common.fields import common_fields
 from trainit.parallel.layout import logical_axes
 from trainit.parallel.trees import path_name
 
@@ -30,19 +29,7 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.1, "decoupled weight decay, times the learning rate", at_least=0)
-    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
-    config.beta2 = field(0.95, "decay of the mean squared gradient", at_least=0, below=1)
-    config.eps = field(1e-8, "added to the root of the mean square", above=0)
-    return config
-
-
-class MiniState(NamedTuple):
-    count: jax.Array  # type: ignore[assignment]  # int32: updates done
-    mu: dict  # mean gradient
-    nu: dict  # mean squared gradient, an entry for each head, unit or token
+    return common_fields(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
 
 
 def make(config, context) -> optax.GradientTransformation:
@@ -57,18 +44,17 @@ def make(config, context) -> optax.GradientTransformation:
 
         return jax.tree.map_with_path(mean, gradients)
 
-    def init(params) -> MiniState:
+    def init(params) -> optax.ScaleByAdamState:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return MiniState(jnp.int32(0), zeros, mean_squares(zeros))
+        return optax.ScaleByAdamState(jnp.int32(0), zeros, mean_squares(zeros))
 
-    def update(gradients, state: MiniState, params=None):
-        del params
+    def update(gradients, state: optax.ScaleByAdamState, params=None):
         count = state.count + 1
         t = count.astype(jnp.float32)
         mu = optax.tree.update_moment(gradients, state.mu, config.beta1, 1)
         nu = optax.tree.update_moment(mean_squares(gradients), state.nu, config.beta2, 1)
         correct1, correct2 = 1 - config.beta1**t, 1 - config.beta2**t
         direction = jax.tree.map(lambda m, v: m / correct1 / (jnp.sqrt(v / correct2) + config.eps), mu, nu)
-        return direction, MiniState(count, mu, nu)
+        return direction, optax.ScaleByAdamState(count, mu, nu)
 
     return context.descend(optax.GradientTransformation(init, update))

@@ -15,18 +15,14 @@ import optax
 
 from trainit.config import Config, ConfigDict, field
 from trainit.optimizers.common.context import Context
+from trainit.optimizers.common.fields import common_fields
 from trainit.optimizers.common.moments import scale_by_moments
 
 ELEMENTWISE = True  # no matrix products: the train step may compute an update twice to save memory
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.1, "decoupled weight decay, times the learning rate", at_least=0)
-    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
-    config.beta2 = field(0.999, "decay of the mean squared gradient", at_least=0, below=1)
-    config.eps = field(1e-8, "added to the root of the mean square", above=0)
+    config = common_fields(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
     config.nesterov = field(False, "the mean gradient looks one step ahead")
     return config
 

@@ -20,14 +20,9 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config(learning_rate=1.0)
+    config = online.get_config(learning_rate=1.0, lipschitz=10.0, discount=0.9, regularization=0.0)
     config.magnitude = field("kt_bettor", "learner of the length", one_of=tuple(MAGNITUDES))
     config.eps = field(1.0, "the learner's wealth or scale before the first gradient", above=0)
-    config.lipschitz = field(10.0, "bound G of its gradients, to which larger ones are clipped", above=0)
-    config.discount = field(
-        0.9, "decay of the mean gradient that gives the direction; 1: the sum", above=0, at_most=1
-    )
-    config.regularization = field(0.0, "lambda, where lambda/2 |Delta|^2 is added to each loss", at_least=0)
     return config
 
 
@@ -39,12 +34,12 @@ class BlackboxState(NamedTuple):
 
 def make(config, context):
     """Delta = z w: w the unit vector of the leader, z of the magnitude's learner for gradients <g, w>."""
-    magnitude = magnitude_learner(config)
+    magnitude = MAGNITUDES[config.magnitude](config.eps, config.lipschitz)
     keep, add = online.mean_weights(config)
 
     def init(params) -> BlackboxState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return BlackboxState(magnitude.init(jnp.float32(0)), jnp.float32(0), zeros)
+        zero = jnp.float32(0)
+        return BlackboxState(magnitude.init(zero), zero, optax.tree.zeros_like(params))
 
     def update(gradients, state: BlackboxState, rate):
         w, z = online.unit(state.leader), state.length
@@ -56,8 +51,3 @@ def make(config, context):
         return point, BlackboxState(of_magnitude, length, leader)
 
     return online.to_optimizer(online.stateful(init, update), config, context, scaled=True)
-
-
-def magnitude_learner(config) -> online.Learner:
-    """The one-dimensional learner that the config names."""
-    return MAGNITUDES[config.magnitude](config.eps, config.lipschitz)

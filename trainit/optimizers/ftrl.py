@@ -5,19 +5,16 @@ Ahn, Zhang, Kook & Dai 2024, arXiv 2402.01567.
 """
 
 import jax
-import jax.numpy as jnp
+import optax
 
-from trainit.config import ConfigDict, field
+from trainit.config import ConfigDict
 from trainit.optimizers.common import online
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config(learning_rate=0.01)
-    config.discount = field(0.9, "factor by which past losses count less with each step", above=0, at_most=1)
-    config.radius = field(0.0, "maximum of the point's norm over all parameters; 0: no maximum", at_least=0)
-    return config
+    return online.get_config(learning_rate=0.01, discount=0.9, radius=0.0)
 
 
 def make(config, context):
@@ -27,5 +24,4 @@ def make(config, context):
         total = jax.tree.map(lambda s, g: config.discount * s + g, total, gradients)
         return online.project(jax.tree.map(lambda s: -rate * s, total), config.radius), total
 
-    learner = online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
-    return online.to_optimizer(learner, config, context)
+    return online.to_optimizer(online.stateful(optax.tree.zeros_like, update), config, context)

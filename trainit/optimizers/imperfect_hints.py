@@ -17,9 +17,8 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config(learning_rate=0.1)
+    config = online.get_config(learning_rate=0.1, discount=0.95)
     config.mu = field(1.0, "strength of the losses' curvature that hints bring", at_least=0)
-    config.discount = field(0.95, "factor by which the past counts less with each step", above=0, at_most=1)
     return config
 
 
@@ -43,7 +42,6 @@ def make(config, context):
         return HintState(jnp.float32(1), jnp.float32(0), jnp.float32(0), zeros, zeros)
 
     def update(gradients, state: HintState, rate):
-        del rate
         along = inner_product(gradients, state.hint)
         curvature = discount * state.curvature + config.mu * jnp.abs(along) / jnp.sqrt(state.trust)
         trust = state.trust + jnp.maximum(-along, 0.0)

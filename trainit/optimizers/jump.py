@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
+from trainit.optimizers.common.fields import common_fields
 from trainit.optimizers.common.moments import scale_by_moments
 from trainit.parallel.trees import inner_product
 
@@ -17,17 +18,10 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(
-        0.1, "decoupled weight decay in normal steps, times the learning rate", at_least=0
-    )
+    config = common_fields(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
     config.normal_steps = field(4500, "updates by AdamW that begin a cycle", above=0)
     config.jump_steps = field(500, "updates along the parameters themselves that end it", above=0)
     config.jump_rate = field(1.0, "learning rate of the length, in units of the scheduled one", at_least=0)
-    config.beta1 = field(0.9, "decay of the mean gradients", at_least=0, below=1)
-    config.beta2 = field(0.999, "decay of the mean squared gradients", at_least=0, below=1)
-    config.eps = field(1e-8, "added to the roots of the mean squares", above=0)
     return config
 
 

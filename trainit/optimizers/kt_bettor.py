@@ -17,9 +17,7 @@ ELEMENTWISE = True
 def get_config() -> ConfigDict:
     config = online.get_config(learning_rate=1.0)
     config.eps = field(1e-3, "wealth of each coordinate at the beginning", above=0)
-    config.lipschitz = field(
-        0.1, "bound G of a gradient's entries, to which larger ones are clipped", above=0
-    )
+    config.lipschitz = field(0.1, "bound G of a gradient's entries; larger ones are clipped to it", above=0)
     return config
 
 
@@ -31,19 +29,13 @@ class BettorState(NamedTuple):
 
 
 def bettor(eps: float, lipschitz: float) -> online.Learner:
-    """Delta = -S / (t + 1) * (eps + W), S the sum of t gradients over G, W what was won by betting on them.
-
-    Args:
-        eps: wealth at the beginning.
-        lipschitz: G.
-    """
+    """Delta = -S / (t + 1) * (eps + W), S the sum of t gradients over G, W what was won by bets on them."""
 
     def init(params) -> BettorState:
         zeros = jax.tree.map(jnp.zeros_like, params)
         return BettorState(jnp.int32(0), zeros, zeros, zeros)
 
     def update(gradients, state: BettorState, rate):
-        del rate
         # Clipped, or a bet could lose more than there is.
         g = jax.tree.map(lambda g: jnp.clip(g / lipschitz, -1, 1), gradients)
         count = state.count + 1

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field, require
-from trainit.optimizers.common.moments import map_layers, norm, scale_by_moments
-from trainit.optimizers.common.newton_schulz import orthogonalize, spectral_norm
+from trainit.optimizers.common.fields import common_fields
+from trainit.optimizers.common.moments import add_mean, map_layers, scale_by_moments
+from trainit.optimizers.common.newton_schulz import scale_by_newton_schulz, spectral_norm
 from trainit.parallel.layout import matrix_shape, parameter_kind
-from trainit.parallel.trees import path_name
 
 NORMALIZE = ("none", "l2", "l2_row", "l2_split", "inf", "inf_row", "inf_split", "ns", "ns_split")
 SCALE = ("none", "l2", "l2_row", "inf", "inf_row", "op")
@@ -33,18 +33,10 @@ KINDS = {
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(0.01, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.0, "decoupled weight decay, times the learning rate", at_least=0)
+    config = common_fields(learning_rate=0.01, weight_decay=0.0, ns_steps=6, ns_precision="bfloat16")
     config.eps = field(1e-8, "added to each divisor", above=0)
-    config.offset_beta = field(
-        0.95, "decay of the mean update that is added to each update; 0: none", at_least=0, below=1
-    )
-    config.scale_floor = field(0.1, "minimum that a weight's norm counts as, so that zeros move", above=0)
-    config.ns_steps = field(6, "iterations of Newton-Schulz", above=0)
-    config.ns_precision = field(
-        "bfloat16", "precision of the products in Newton-Schulz", one_of=("bfloat16", "float32")
-    )
+    config.offset_beta = field(0.95, "decay of the mean update that is added; 0: none", at_least=0, below=1)
+    config.scale_floor = field(0.1, "least that a weight's norm counts as, so that zeros move", above=0)
     for kind, (normalize, scale) in KINDS.items():
         config[kind] = field(_kind_config(normalize, scale), f"settings of parameters of kind {kind}")
     return config
@@ -59,12 +51,8 @@ def _kind_config(normalize: str, scale: str) -> ConfigDict:
     config.use_adam = field(False, "both moments as in Adam: debiased means, divided at the end")
     # l2, inf: the norm of the whole; l2_row, inf_row: that of each unit; ns: Newton-Schulz. Attention's
     # queries, keys and values also have l2_split, inf_split and ns_split, for each head.
-    config.normalize = field(
-        normalize, "what divides the update: a norm of it, or Newton-Schulz", one_of=NORMALIZE
-    )
-    config.scale = field(
-        scale, "norm of the weight that multiplies; l2_row, inf_row: each unit's own", one_of=SCALE
-    )
+    config.normalize = field(normalize, "what divides the update: a norm, or Newton-Schulz", one_of=NORMALIZE)
+    config.scale = field(scale, "norm of the weight that multiplies; _row: each unit's own", one_of=SCALE)
     config.scale_power = field(1.0, "power of that norm")
     return config
 
@@ -84,45 +72,34 @@ def kind(path: str) -> str:
 def make(config, context) -> optax.GradientTransformation:
     directions = {name: _direction(name, config, context) for name in KINDS}
     direction = optax.partition(directions, context.by_path(lambda path, _: kind(path)))
-    offset = _add_mean(config.offset_beta) if config.offset_beta else optax.identity()
+    offset = add_mean(config.offset_beta) if config.offset_beta else optax.identity()
     return context.descend(optax.chain(direction, offset))
 
 
 def _direction(name: str, config, context) -> optax.GradientTransformation:
     c = config[name]
-    power, flat = c.scale_power, name in ("attention_bias", "scale", "bias")
+    flat = name in ("attention_bias", "scale", "bias")
     for key, for_matrices in (("normalize", c.normalize.startswith("ns")), ("scale", c.scale == "op")):
-        require(
-            not (flat and for_matrices),
-            f"optimizer.{name}.{key}={c[key]} is for matrices, which {name} is not",
-        )
-    require(
-        not c.normalize.endswith("split") or name.startswith("attention"),
-        f"optimizer.{name}.normalize={c.normalize} is for attention's queries, keys and values",
-    )
+        wrong = f"optimizer.{name}.{key}={c[key]} is for matrices, which {name} is not"
+        require(not (flat and for_matrices), wrong)
+    wrong = f"optimizer.{name}.normalize={c.normalize} is for attention's queries, keys and values"
+    require(not c.normalize.endswith("split") or name.startswith("attention"), wrong)
 
-    def normalize(updates, params):
-        del params
-        if c.normalize.startswith("ns"):
-            options = {"steps": config.ns_steps, "dtype": config.ns_precision, "eps": config.eps}
+    def normalized(path, u):
+        return u / (size(path, u, c.normalize) + config.eps)
 
-            def one(path, u):
-                blocks = u.shape[-2] if c.normalize == "ns_split" else 1
-                return orthogonalize(path_name(path), u, context.mesh, blocks, **options)
+    def scaled(path, u, x):
+        return u * jnp.maximum(size(path, x, c.scale), config.scale_floor) ** c.scale_power
 
-            return jax.tree.map_with_path(one, updates)
-        return map_layers(lambda path, u: u / (size(path, u, c.normalize) + config.eps), updates)
-
-    def scale(updates, params):
-        def one(path, u, x):
-            return u * jnp.maximum(size(path, x, c.scale), config.scale_floor) ** power
-
-        return map_layers(one, updates, params)
-
+    normalize = optax.stateless(lambda updates, params: map_layers(normalized, updates))
+    scale = optax.stateless(lambda updates, params: map_layers(scaled, updates, params))
+    if c.normalize.startswith("ns"):
+        options = {"steps": config.ns_steps, "dtype": config.ns_precision, "eps": config.eps}
+        normalize = scale_by_newton_schulz(context.mesh, split_heads=c.normalize == "ns_split", **options)
     return optax.chain(
         _moments(c, config.eps),
-        optax.stateless(normalize) if c.normalize != "none" else optax.identity(),
-        optax.stateless(scale) if c.scale != "none" else optax.identity(),
+        normalize if c.normalize != "none" else optax.identity(),
+        scale if c.scale != "none" else optax.identity(),
         optax.scale(c.rate),
     )
 
@@ -142,26 +119,22 @@ def _moments(c, eps: float) -> optax.GradientTransformation:
 def size(path: str, x: jax.Array, name: str) -> jax.Array:
     """A norm of one layer's parameter: a scalar, or one of each unit, in a shape that broadcasts with x.
 
-    A matrix's units are its outputs, an embedding's are its rows, a vector's are its entries.
-
-    Args:
-        path: the path of the parameter.
-        x: without a layers axis.
-        name: l2, l2_row; inf, the largest sum of a unit's absolute entries; inf_row, a unit's largest
-            absolute entry; op, the spectral norm; l2_split, inf_split, those of each head.
+    A matrix's units are its outputs, an embedding's are its rows, a vector's are its entries. inf is the
+    largest sum of a unit's absolute entries; inf_row a unit's largest absolute entry; op the spectral norm;
+    l2_split and inf_split are those of each head.
     """
     if name.endswith("split"):  # x: ([embed,] heads, head size)
         heads = jnp.moveaxis(x, -2, 0).reshape(x.shape[-2], -1, x.shape[-1])
         largest = jnp.max(jnp.sum(jnp.abs(heads), 1), 1)
-        return (largest if name == "inf_split" else jax.vmap(norm)(heads))[:, None]
+        return (largest if name == "inf_split" else jax.vmap(jnp.linalg.norm)(heads))[:, None]
     if parameter_kind(path) == "vector":
-        own, whole = jnp.abs(x), {"l2": norm(x), "inf": jnp.max(jnp.abs(x))}
+        own, whole = jnp.abs(x), {"l2": jnp.linalg.norm(x), "inf": jnp.max(jnp.abs(x))}
         return whole.get(name, own)
     matrix = x.reshape(matrix_shape(path, x.shape))
     inputs = 1 if parameter_kind(path) == "embedding" else 0
     match name:
         case "l2":
-            return norm(matrix)
+            return jnp.linalg.norm(matrix)
         case "inf":
             return jnp.max(jnp.sum(jnp.abs(matrix), inputs))
         case "op":
@@ -171,14 +144,3 @@ def size(path: str, x: jax.Array, name: str) -> jax.Array:
         case "inf_row":
             units = jnp.max(jnp.abs(matrix), inputs, keepdims=True)
     return jnp.broadcast_to(units, matrix.shape).reshape(x.shape)
-
-
-def _add_mean(beta: float) -> optax.GradientTransformation:
-    """o <- beta o + (1 - beta) u, and u + o; before the learning rate, so that old rates leave no trace."""
-
-    def update(updates, mean, params=None):
-        del params
-        mean = optax.tree.update_moment(updates, mean, beta, 1)
-        return jax.tree.map(jnp.add, updates, mean), mean
-
-    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)

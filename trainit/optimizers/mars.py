@@ -7,25 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
+from trainit.optimizers.common.fields import common_fields
 from trainit.optimizers.common.moments import scale_by_moments
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(3e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.01, "decoupled weight decay, times the learning rate", at_least=0)
-    config.beta1 = field(0.95, "decay of the mean gradient", at_least=0, below=1)
-    config.beta2 = field(0.99, "decay of the mean squared gradient", at_least=0, below=1)
-    config.eps = field(1e-8, "added to the root of the mean square", above=0)
-    config.gamma = field(
-        0.025, "share of the gradient's change since the last step that is added", at_least=0
-    )
-    config.exact = field(
-        False,
-        "take the change of this batch's gradient, which costs a second one; False: from the last gradient",
-    )
+    config = common_fields(learning_rate=3e-3, weight_decay=0.01, beta1=0.95, beta2=0.99, eps=1e-8)
+    config.gamma = field(0.025, "share of the gradient's change since the last step", at_least=0)
+    config.exact = field(False, "take the change of this batch's gradient, at the cost of a second one")
     return config
 
 
@@ -52,7 +43,6 @@ def make(config, context) -> optax.GradientTransformation:
         return MarsState(jnp.int32(0), last, moments.init(params))
 
     def update(gradients, state: MarsState, params, *, gradient_at=None, **extra_args):
-        del extra_args
         last = gradient_at(state.last) if config.exact else state.last
         weight = jnp.where(state.count > 0, factor, 0.0)
         corrected = jax.tree.map(lambda g, before: g + weight * (g - before), gradients, last)

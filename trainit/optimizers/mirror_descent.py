@@ -23,11 +23,7 @@ def get_config() -> ConfigDict:
     config = online.get_config(learning_rate=1.0)
     config.eps = field(10.0, "scale of the point before the first gradient", above=0)
     config.lipschitz = field(1.0, "bound G of the gradient's norm, to which larger ones are clipped", above=0)
-    config.num_grids = field(
-        4,
-        "learners with steps 1/G, 1/2G, ..., whose points are added; each takes a copy's memory",
-        above=0,
-    )
+    config.num_grids = field(4, "learners, with steps 1/G, 1/2G, ...; each takes a copy's memory", above=0)
     return config
 
 
@@ -37,21 +33,14 @@ class MirrorState(NamedTuple):
 
 
 def learner(eps: float, lipschitz: float, num_grids: int = 1) -> online.Learner:
-    """Of all parameters together.
-
-    Args:
-        eps: scale of the point, shared by the steps.
-        lipschitz: G.
-        num_grids: how many steps, each half of the one before.
-    """
+    """Of all parameters together, with `num_grids` steps, each half of the one before, that share `eps`."""
 
     def alpha(squares):
         share = eps / num_grids
         return share * lipschitz**2 / (squares * jnp.log(squares / lipschitz**2) ** 2)
 
     def init(params) -> MirrorState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return MirrorState(jnp.float32(4 * lipschitz**2), (zeros,) * num_grids)
+        return MirrorState(jnp.float32(4 * lipschitz**2), (optax.tree.zeros_like(params),) * num_grids)
 
     def step(eta, w, g, square, old, new):
         """The minimum's gradient of psi is `theta` less 2 eta |g|^2 of its norm; |w| follows from that."""
@@ -61,7 +50,6 @@ def learner(eps: float, lipschitz: float, num_grids: int = 1) -> online.Learner:
         return jax.tree.map(lambda u: new * jnp.expm1(eta / 2 * length) * u, online.unit(theta))
 
     def update(gradients, state: MirrorState, rate):
-        del rate
         g = online.project(gradients, lipschitz)
         square = inner_product(g, g)
         squares = state.squares + square

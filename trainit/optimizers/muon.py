@@ -7,20 +7,15 @@ decomposition m = U S V^T, by Newton-Schulz. `muon_og` has switches for the embe
 import optax
 
 from trainit.config import ConfigDict, field
+from trainit.optimizers.common.fields import common_fields
 from trainit.optimizers.common.moments import scale_by_laprop, scale_by_moments
 from trainit.optimizers.common.newton_schulz import scale_by_newton_schulz
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
+    config = common_fields(momentum=0.95, nesterov=True, ns_steps=5, ns_precision="bfloat16")
     config.learning_rate = field(0.02, "peak of the schedule, for matrices", at_least=0)
     config.weight_decay = field(0.0, "decoupled weight decay, times the parameter's own rate", at_least=0)
-    config.momentum = field(0.95, "factor of the old momentum in m <- momentum * m + g", at_least=0, below=1)
-    config.nesterov = field(True, "orthogonalize momentum * m + g instead of m")
-    config.ns_steps = field(5, "iterations of Newton-Schulz", above=0)
-    config.ns_precision = field(
-        "bfloat16", "precision of the products in Newton-Schulz", one_of=("bfloat16", "float32")
-    )
     config.ns_eps = field(1e-7, "added to the Frobenius norm that its input is divided by", above=0)
     config.rest = field("adamw", "optimizer of embeddings, head and vectors", one_of=("adamw", "laprop"))
     config.rest_rate = field(0.015, "learning rate of `rest`, in units of the scheduled one", at_least=0)
@@ -37,9 +32,7 @@ def make(config, context) -> optax.GradientTransformation:
 
 def get_muon_og_config() -> ConfigDict:
     config = get_config()
-    config.ns_embedding = field(
-        False, "use Muon for the embeddings, too, whose factor is sqrt(max(1, rows / width))"
-    )
+    config.ns_embedding = field(False, "Muon for embeddings, too, times sqrt(max(1, rows / width))")
     config.ns_head = field(False, "use Muon for the head, too")
     return config
 
@@ -53,17 +46,10 @@ def make_muon_og(config, context) -> optax.GradientTransformation:
 def _by_kind(config, context, kinds: set[str]) -> optax.GradientTransformation:
     """Muon for parameters of these kinds of `layout.parameter_kind`, the config's `rest` for the others."""
     rests = {"adamw": scale_by_moments, "laprop": scale_by_laprop}
-    muon = optax.chain(
-        optax.trace(config.momentum, config.nesterov),
-        scale_by_newton_schulz(
-            context.mesh, steps=config.ns_steps, dtype=config.ns_precision, eps=config.ns_eps
-        ),
-        context.decay(),
-    )
-    rest = optax.chain(
-        rests[config.rest](config.rest_beta1, config.rest_beta2, config.rest_eps),
-        context.decay(),
-        optax.scale(config.rest_rate),
-    )
+    options = {"steps": config.ns_steps, "dtype": config.ns_precision, "eps": config.ns_eps}
+    momentum = optax.trace(config.momentum, config.nesterov)
+    muon = optax.chain(momentum, scale_by_newton_schulz(context.mesh, **options), context.decay())
+    direction = rests[config.rest](config.rest_beta1, config.rest_beta2, config.rest_eps)
+    rest = optax.chain(direction, context.decay(), optax.scale(config.rest_rate))
     labels = context.by_path(lambda path, kind: "muon" if kind in kinds else "rest")
     return context.descend(optax.partition({"muon": muon, "rest": rest}, labels), decay="own")

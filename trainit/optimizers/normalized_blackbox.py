@@ -20,13 +20,8 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config(learning_rate=1.0)
+    config = online.get_config(learning_rate=1.0, lipschitz=10.0, discount=0.9, regularization=0.0)
     config.eps = field(1.0, "wealth of each length's bettor at the beginning", above=0)
-    config.lipschitz = field(10.0, "bound G of its gradients, to which larger ones are clipped", above=0)
-    config.discount = field(
-        0.9, "decay of the mean gradient that gives the direction; 1: the sum", above=0, at_most=1
-    )
-    config.regularization = field(0.0, "lambda, where lambda/2 |Delta|^2 is added to each loss", at_least=0)
     config.per_layer = field(False, "a length for each array of each layer instead of one for all parameters")
     return config
 
@@ -53,9 +48,8 @@ def make(config, context):
     def units(tree: dict) -> dict:
         """The tree divided by its norms; 0 where these are."""
         tiny = jnp.finfo(jnp.float32).tiny
-        return jax.tree.map(
-            lambda x, square: x / jnp.maximum(jnp.sqrt(square), tiny), tree, inners(tree, tree)
-        )
+        squares = inners(tree, tree)
+        return jax.tree.map(lambda x, square: x / jnp.maximum(jnp.sqrt(square), tiny), tree, squares)
 
     def init(params) -> NormalizedState:
         zeros = jax.tree.map(jnp.zeros_like, params)

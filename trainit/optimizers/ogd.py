@@ -1,7 +1,7 @@
 """Online gradient descent (Zinkevich 2003) as an optimizer: a step of the step."""
 
 import jax
-import jax.numpy as jnp
+import optax
 
 from trainit.config import ConfigDict, field
 from trainit.optimizers.common import online
@@ -10,11 +10,8 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config(learning_rate=1e-3)
-    config.shrinkage = field(
-        10.0, "decay of the point; each step takes away this share of it, times the learning rate", at_least=0
-    )
-    config.radius = field(0.0, "maximum of the point's norm over all parameters; 0: no maximum", at_least=0)
+    config = online.get_config(learning_rate=1e-3, radius=0.0)
+    config.shrinkage = field(10.0, "share of the point that decays, times the learning rate", at_least=0)
     return config
 
 
@@ -29,5 +26,4 @@ def make(config, context):
         point = online.project(point, config.radius)
         return point, point
 
-    learner = online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
-    return online.to_optimizer(learner, config, context)
+    return online.to_optimizer(online.stateful(optax.tree.zeros_like, update), config, context)

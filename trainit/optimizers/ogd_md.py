@@ -5,7 +5,7 @@ and mu=0 its OGD with mirror descent.
 """
 
 import jax
-import jax.numpy as jnp
+import optax
 
 from trainit.config import ConfigDict, field
 from trainit.optimizers.common import online
@@ -14,9 +14,8 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = online.get_config(learning_rate=1e-3)
+    config = online.get_config(learning_rate=1e-3, discount=0.99)
     config.random_scaling = "exponential"
-    config.discount = field(0.99, "factor by which the past counts less with each step", above=0, at_most=1)
     config.mu = field(100.0, "strength of the regularizer mu/2 |Delta|^2", at_least=0)
     return config
 
@@ -29,5 +28,4 @@ def make(config, context):
         point = jax.tree.map(lambda d, g: factor * (d - rate * g), point, gradients)
         return point, point
 
-    learner = online.stateful(lambda params: jax.tree.map(jnp.zeros_like, params), update)
-    return online.to_optimizer(learner, config, context)
+    return online.to_optimizer(online.stateful(optax.tree.zeros_like, update), config, context)

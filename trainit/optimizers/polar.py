@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
+from trainit.optimizers.common.fields import common_fields
 from trainit.optimizers.common.moments import scale_by_moments
 from trainit.parallel.trees import inner_product
 
@@ -18,15 +19,10 @@ ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(
-        1e-5, "peak of the schedule, for the direction, whose entries are those of a unit vector", at_least=0
-    )
-    config.radius_rate = field(1e2, "learning rate of the length, in units of the scheduled one", at_least=0)
+    config = common_fields(beta1=0.9, beta2=0.999, eps=1e-8)
+    config.learning_rate = field(1e-5, "peak of the schedule, for a direction of norm 1", at_least=0)
     config.weight_decay = field(0.0, "decoupled decay of the length, times its learning rate", at_least=0)
-    config.beta1 = field(0.9, "decay of the mean gradients", at_least=0, below=1)
-    config.beta2 = field(0.999, "decay of the mean squared gradients", at_least=0, below=1)
-    config.eps = field(1e-8, "added to the roots of the mean squares", above=0)
+    config.radius_rate = field(1e2, "learning rate of the length, in units of the scheduled one", at_least=0)
     return config
 
 
@@ -46,7 +42,6 @@ def make(config, context) -> optax.GradientTransformation:
         return PolarState(adam.init(params), adam.init(jnp.float32(0)))
 
     def update(gradients, state: PolarState, params, *, step, **extra_args):
-        del extra_args
         rate = context.schedule(step)
         radius = jnp.maximum(optax.tree.norm(params), jnp.finfo(jnp.float32).tiny)
         w = jax.tree.map(lambda x: x / radius, params)

@@ -12,28 +12,19 @@ import optax
 
 from trainit.config import ConfigDict, field
 from trainit.optimizers.common import kronecker
-from trainit.optimizers.common.moments import norm, scale_by_moments
+from trainit.optimizers.common.fields import common_fields
+from trainit.optimizers.common.moments import scale_by_moments
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.1, "decoupled weight decay, times the learning rate", at_least=0)
-    config.beta1 = field(0.9, "decay of the mean gradient", at_least=0, below=1)
-    config.beta2 = field(
-        0.95, "decay of the mean squared gradient, of vectors and for graft=adam", at_least=0, below=1
-    )
-    config.shampoo_beta = field(
-        0.95, "decay of the factors, the means of G G^T and G^T G", at_least=0, below=1
-    )
-    config.eps = field(1e-8, "added to the root of the mean square", above=0)
+    config = common_fields(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, eps=1e-8)
+    config.beta2 = field(0.95, "decay of mean squares, of vectors and for graft=adam", at_least=0, below=1)
+    config.shampoo_beta = field(0.95, "decay of the means of G G^T and G^T G", at_least=0, below=1)
     config.ridge = field(1e-6, "share of a factor's largest eigenvalue that is added to all of them", above=0)
     config.precondition_every = field(10, "updates between roots, each an eigendecomposition", above=0)
     config.max_size = field(10000, "maximum side of a matrix that has a factor", above=0)
     config.graft = field(
-        "adam",
-        "the direction whose length a matrix's direction takes; sgd: the mean gradient",
-        one_of=("adam", "sgd", "none"),
+        "adam", "whose length a matrix's direction takes; sgd: the mean's", one_of=("adam", "sgd", "none")
     )
     return config
 
@@ -69,7 +60,6 @@ def _shampoo(config, mesh) -> optax.GradientTransformation:
         return ShampooState(jnp.int32(0), zeros, zeros if config.graft == "adam" else None, *factors, *roots)
 
     def update(gradients, state: ShampooState, params=None):
-        del params
         t = (state.count + 1).astype(jnp.float32)
         is_due = state.count % config.precondition_every == 0
 
@@ -91,7 +81,9 @@ def _shampoo(config, mesh) -> optax.GradientTransformation:
                 nu = [config.beta2 * nu[0] + (1 - config.beta2) * g * g]
                 mean = mean / (jnp.sqrt(nu[0] / (1 - config.beta2**t)) + config.eps)
             if config.graft != "none":
-                direction *= norm(mean) / jnp.maximum(norm(direction), jnp.finfo(jnp.float32).tiny)
+                direction *= jnp.linalg.norm(mean) / jnp.maximum(
+                    jnp.linalg.norm(direction), jnp.finfo(jnp.float32).tiny
+                )
             return [direction, mu, *nu], [*factors, *roots]
 
         arrays = [gradients, state.mu, *([] if state.nu is None else [state.nu])]
@@ -102,13 +94,7 @@ def _shampoo(config, mesh) -> optax.GradientTransformation:
 
 
 def _inverse_root(factor: jax.Array, power: int, ridge: float) -> jax.Array:
-    """factor^(-1/power) of a positive semidefinite matrix, of zeros the identity.
-
-    Args:
-        factor: (size, size).
-        power: the exponent of the root.
-        ridge: this share of the largest eigenvalue is added to all of them.
-    """
+    """factor^(-1/power) of a positive semidefinite matrix, of zeros the identity."""
     values, vectors = jnp.linalg.eigh(factor)
     largest = values[-1]
     raised = jnp.where(largest > 0, jnp.maximum(values, 0) + ridge * largest, 1.0)

@@ -8,24 +8,16 @@ import optax
 
 from trainit.config import ConfigDict, field
 from trainit.optimizers.common import kronecker
+from trainit.optimizers.common.fields import common_fields
 from trainit.optimizers.common.moments import scale_by_moments
 
 KEEP, ITERATE, DECOMPOSE = range(3)  # what is done with a basis
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(3e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.1, "decoupled weight decay, times the learning rate", at_least=0)
-    config.beta1 = field(0.95, "decay of the mean gradient", at_least=0, below=1)
-    config.beta2 = field(0.95, "decay of the mean squared gradient", at_least=0, below=1)
-    config.shampoo_beta = field(
-        0.95, "decay of the factors, the means of G G^T and G^T G", at_least=0, below=1
-    )
-    config.eps = field(1e-8, "added to the root of the mean square", above=0)
-    config.precondition_every = field(
-        10, "updates between turns of the bases, each a QR decomposition", above=0
-    )
+    config = common_fields(learning_rate=3e-3, weight_decay=0.1, beta1=0.95, beta2=0.95, eps=1e-8)
+    config.shampoo_beta = field(0.95, "decay of the means of G G^T and G^T G", at_least=0, below=1)
+    config.precondition_every = field(10, "updates between turns of the bases, each a QR", above=0)
     config.max_size = field(10000, "maximum side of a matrix whose basis is changed", above=0)
     return config
 
@@ -50,9 +42,8 @@ def make(config, context) -> optax.GradientTransformation:
     """
     adam = scale_by_moments(config.beta1, config.beta2, config.eps)
     labels = context.by_path(lambda path, kind: "rest" if kind == "vector" else "soap")
-    return context.descend(
-        optax.partition({"soap": _soap(config, context.mesh), "rest": _but_the_first(adam)}, labels)
-    )
+    parts = {"soap": _soap(config, context.mesh), "rest": _but_the_first(adam)}
+    return context.descend(optax.partition(parts, labels))
 
 
 def _but_the_first(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -79,7 +70,6 @@ def _soap(config, mesh) -> optax.GradientTransformation:
         return SoapState(jnp.int32(0), zeros, zeros, *factors, *bases)
 
     def update(gradients, state: SoapState, params=None):
-        del params
         first = state.count == 0
         t = jnp.maximum(state.count, 1).astype(jnp.float32)
         due = jnp.where(state.count % config.precondition_every == 0, ITERATE, KEEP)

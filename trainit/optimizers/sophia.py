@@ -3,7 +3,6 @@
 Liu et al. 2023, arXiv 2305.14342, algorithm 3, with either of its estimates of the diagonal.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,26 +10,20 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
+from trainit.optimizers.common.fields import common_fields
 
 ELEMENTWISE = True
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.learning_rate = field(1e-3, "peak of the schedule", at_least=0)
-    config.weight_decay = field(0.1, "decoupled weight decay, times the learning rate", at_least=0)
-    config.beta1 = field(0.96, "decay of the mean gradient", at_least=0, below=1)
+    config = common_fields(learning_rate=1e-3, weight_decay=0.1, beta1=0.96)
     config.beta2 = field(0.99, "decay of the mean of the Hessian's diagonals", at_least=0, below=1)
     config.gamma = field(0.01, "share of the diagonal that the mean gradient is divided by", above=0)
     config.eps = field(1e-12, "minimum of that divisor", above=0)
     config.estimator = field(
-        "hutchinson",
-        "hutchinson: Sophia-H; gnb: Sophia-G, for which its authors set gamma to 0.05",
-        one_of=("hutchinson", "gnb"),
+        "hutchinson", "hutchinson: Sophia-H; gnb: Sophia-G, for gamma=0.05", one_of=("hutchinson", "gnb")
     )
-    config.every_steps = field(
-        10, "updates between estimates, each of which costs about two gradients", above=0
-    )
+    config.every_steps = field(10, "updates between estimates, each of which costs two gradients", above=0)
     return config
 
 
@@ -46,7 +39,7 @@ class SophiaState(NamedTuple):
 
 def make(config, context) -> optax.GradientTransformation:
     """m / max(gamma h, eps), clipped to [-1, 1]; every few updates h <- beta2 h + (1 - beta2) estimate."""
-    estimates: dict[str, Callable] = {"hutchinson": _hutchinson, "gnb": _gauss_newton_bartlett}
+    estimator = _hutchinson if config.estimator == "hutchinson" else _gauss_newton_bartlett
 
     def init(params) -> SophiaState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -57,7 +50,7 @@ def make(config, context) -> optax.GradientTransformation:
 
         def estimate() -> dict:
             key = jax.random.fold_in(jax.random.wrap_key_data(context.key), step)
-            diagonal = estimates[config.estimator](params, key, **extra_args)
+            diagonal = estimator(params, key, **extra_args)
             return optax.tree.update_moment(diagonal, state.hessian, config.beta2, 1)
 
         is_due = state.count % config.every_steps == 0
@@ -75,7 +68,6 @@ def _hutchinson(params: dict, key: jax.Array, *, gradient_at, **extra_args) -> d
 
     H z is the derivative of this batch's gradient along z.
     """
-    del extra_args
     leaves, structure = jax.tree_util.tree_flatten(params)
     normals = [jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)]
     z = jax.tree.unflatten(structure, normals)
@@ -85,6 +77,5 @@ def _hutchinson(params: dict, key: jax.Array, *, gradient_at, **extra_args) -> d
 
 def _gauss_newton_bartlett(params: dict, key: jax.Array, *, sampled_gradient_at, **extra_args) -> dict:
     """B g * g with g the mean gradient over B tokens, whose targets the model draws itself (algorithm 2)."""
-    del extra_args
     gradient, count = sampled_gradient_at(params, key)
     return jax.tree.map(lambda g: count * g * g, gradient)

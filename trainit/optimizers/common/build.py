@@ -40,32 +40,17 @@ def of_run(
     config: Config, schedule: Schedule, parameters: dict, key: jax.Array, mesh: Mesh | None = None
 ) -> Optimizer:
     """The optimizer that a whole resolved config describes. For the other arguments see `Context`."""
-    context = Context(
-        schedule=schedule,
-        steps=config.steps,
-        parameters=parameters,
-        weight_decay=config.optimizer.weight_decay,
-        clip_norm=config.clip_norm,
-        key=key,
-        mesh=mesh,
-    )
+    decay, clip_norm = config.optimizer.weight_decay, config.clip_norm
+    context = Context(schedule, config.steps, parameters, decay, clip_norm, key, mesh)
     return build(config.optimizer, context, config.parameter_groups, config.optimizer_state)
 
 
 def build(config: Config, context: Context, groups: Sequence[str] = (), state: str = "float32") -> Optimizer:
-    """The optimizer of a run.
+    """The optimizer of a run: that of the sub-config `optimizer` for what no line of `groups` matches.
 
-    Args:
-        config: the sub-config `optimizer`; its name says which.
-        context: what it may know of the run.
-        groups: lines of `common.groups`; the first that matches a parameter's path counts, `config` for the
-            rest.
-        state: in what its state is kept: float32, bfloat16 or int8.
-
-    Raises:
-        ConfigError: there is none of this name, it has other fields, or refuses their values; a group
-            cannot be read, has no parameter, or needs gradients that only all parameters together have;
-            the mesh would split blocks of int8.
+    Its state is kept as `state`: float32, bfloat16 or int8. ConfigError: there is none of this name, it has
+    other fields or refuses their values; a group cannot be read, has no parameter, or needs gradients of all
+    parameters; the mesh would split blocks of int8.
     """
     optimizer = _join(config, context, groups)
     if state == "float32":
@@ -78,14 +63,10 @@ def build(config: Config, context: Context, groups: Sequence[str] = (), state: s
 
 
 def check(config: Config):
-    """Finds out what is wrong with a run's optimizer or its groups on shapes: no device is touched.
+    """Finds what is wrong with the optimizer and groups of a resolved config on shapes: no device is touched.
 
-    Args:
-        config: whole and resolved.
-
-    Raises:
-        ConfigError: as `build`; or its state has what no checkpoint can hold; or the update in a file of the
-            user's asks for gradients that the file does not declare.
+    ConfigError: as `build`; or the state has what no checkpoint can hold; or a file of the user's asks for
+    gradients that it does not declare.
     """
     model = GPT(config.model)
 
@@ -97,35 +78,21 @@ def check(config: Config):
         state = optimizer.init(params)
         # The package's own files are known to declare what they need; a test holds them to it.
         if registry.own_files(config.optimizer, config.parameter_groups):
-            gradients = {
-                "gradient_at": lambda params: params,
-                "sampled_gradient_at": lambda params, key: (params, 1.0),
-            }
-            needed = {name: gradients[name] for name in optimizer.needs}
+            elsewhere = {"gradient_at": lambda x: x, "sampled_gradient_at": lambda x, key: (x, 1.0)}
+            needed = {name: elsewhere[name] for name in optimizer.needs}
             optimizer.update(params, state, params, step=jnp.int32(0), **needed)
         return state
 
     for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(begin)):
-        require(
-            not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended),
-            f"optimizer.name={config.optimizer.name}: its state has {path_name(path)} of type "
-            f"{leaf.dtype}, which no checkpoint can hold; keep jax.random.key_data of it",
-        )
+        has = f"optimizer.name={config.optimizer.name}: its state has {path_name(path)} of type {leaf.dtype}"
+        message = f"{has}, which no checkpoint can hold; keep jax.random.key_data of it"
+        require(not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended), message)
 
 
 def assigned(
     config: Config, groups: Sequence[str], parameters: dict
 ) -> tuple[dict, dict[str, tuple[Config, list[str]]]]:
-    """Which optimizer each parameter has.
-
-    Args:
-        config: the sub-config `optimizer`, for what matches no group.
-        groups: lines of `common.groups`.
-        parameters: their shapes.
-
-    Returns:
-        A label for each parameter, and {label: (its optimizer's config, its parameters' paths)}.
-    """
+    """A label for each parameter, and {label: (its optimizer's config, its parameters' paths)}."""
     read = [group_lines.read(line, config, registry.choices()) for line in groups]
     labels = group_lines.assign([pattern for pattern, _ in read], parameters)
     named = [*((str(i), own) for i, (_, own) in enumerate(read)), (group_lines.REST, config)]
@@ -142,19 +109,13 @@ def _join(config: Config, context: Context, groups: Sequence[str]) -> Optimizer:
         for label, (own, _) in members.items()
     }
     for label, (own, paths) in members.items():
-        require(
-            not parts[label].needs or len(paths) == len(jax.tree.leaves(context.parameters)),
-            f"parameter_groups: an optimizer that takes gradients elsewhere, as {own.name}, must have all "
-            f"parameters",
-        )
+        has_all = len(paths) == len(jax.tree.leaves(context.parameters))
+        elsewhere = f"an optimizer that takes gradients elsewhere, as {own.name}, must have all parameters"
+        require(not parts[label].needs or has_all, f"parameter_groups: {elsewhere}")
     transformations = {label: part.transformation for label, part in parts.items()}
     joined = optax.chain(context.clip(), optax.partition(transformations, labels))
-    return Optimizer(
-        joined.init,
-        joined.update,
-        needs=frozenset().union(*(part.needs for part in parts.values())),
-        elementwise=all(part.elementwise for part in parts.values()),
-    )
+    needs = frozenset[str]().union(*(part.needs for part in parts.values()))
+    return Optimizer(joined.init, joined.update, needs, all(part.elementwise for part in parts.values()))
 
 
 def _part(context: Context, labels: dict, label: str, config: Config, peak: float) -> Context:
@@ -164,16 +125,11 @@ def _part(context: Context, labels: dict, label: str, config: Config, peak: floa
         f"optimizer.learning_rate={peak} must be above 0: groups follow the shape of its schedule",
     )
     factor = config.learning_rate / peak if peak else 1.0
-    parameters = jax.tree.map(
-        lambda own, p: p if own == label else optax.MaskedNode(), labels, context.parameters
-    )
-    return replace(
-        context,
-        schedule=lambda step: factor * context.schedule(step),
-        parameters=parameters,
-        weight_decay=config.weight_decay,
-        clip_norm=0.0,  # all parameters are clipped together, before
-    )
+    masked = optax.MaskedNode()
+    parameters = jax.tree.map(lambda own, p: p if own == label else masked, labels, context.parameters)
+    decay, schedule = config.weight_decay, lambda step: factor * context.schedule(step)
+    # Without clipping: all parameters are clipped together, before.
+    return replace(context, schedule=schedule, parameters=parameters, weight_decay=decay, clip_norm=0.0)
 
 
 def _make(config: Config, context: Context) -> Optimizer:
@@ -182,20 +138,14 @@ def _make(config: Config, context: Context) -> Optimizer:
     if config.name not in choices:
         raise ConfigError(f"optimizer.name={config.name!r}: there are {', '.join(choices)}")
     declared = choices[config.name]()
-    fields = sorted(declared)
-    require(
-        fields == sorted(config),
-        f"optimizer.name={config.name} has the fields {', '.join(fields)}, not "
-        f"{', '.join(sorted(config))}; choose it as a group: --config=FILE:optimizer={config.name}",
-    )
+    fields, given = ", ".join(sorted(declared)), ", ".join(sorted(config))
+    choose = f"choose it as a group: --config=FILE:optimizer={config.name}"
+    require(fields == given, f"optimizer.name={config.name} has the fields {fields}, not {given}; {choose}")
     check_fields(config, declared, "optimizer.")
     definition = registry.load(config.name)
     needs = frozenset(definition.needs(config))
-    require(
-        needs <= registry.GRADIENTS,
-        f"optimizer={config.name}: NEEDS has {', '.join(sorted(needs - registry.GRADIENTS))}; a step can "
-        f"give {' and '.join(sorted(registry.GRADIENTS))}",
-    )
+    unknown, known = ", ".join(sorted(needs - registry.GRADIENTS)), " and ".join(sorted(registry.GRADIENTS))
+    require(not unknown, f"optimizer={config.name}: NEEDS has {unknown}; a step can give {known}")
     made = optax.with_extra_args_support(definition.make(config, context))
     refused = {name: _refuse(config.name, name) for name in registry.GRADIENTS - needs}
 
@@ -207,21 +157,18 @@ def _make(config: Config, context: Context) -> Optimizer:
 
 def _refuse(optimizer: str, gradient: str) -> Callable:
     """Stands in for a gradient function that the optimizer's file does not declare."""
+    declare = f"add NEEDS = {{{gradient!r}}} to its file"
 
     def refuse(*args):
-        raise ConfigError(
-            f"optimizer={optimizer} calls {gradient} but does not declare it: add "
-            f"NEEDS = {{{gradient!r}}} to its file"
-        )
+        raise ConfigError(f"optimizer={optimizer} calls {gradient} but does not declare it: {declare}")
 
     return refuse
 
 
 def logged(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """What optimizers report of themselves: scalars in a dict that is a field `logged` of their state.
+    """{"optimizer/NAME": scalar}, for a group of parameters "optimizer/GROUP/NAME".
 
-    Returns:
-        {"optimizer/NAME": scalar}; for a group of parameters "optimizer/GROUP/NAME".
+    Optimizers report these in a dict that is a field `logged` of their state.
     """
     scalars = {}
     for path, leaf in jax.tree.leaves_with_path(opt_state):
@@ -233,12 +180,7 @@ def logged(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
 
 def training_point(opt_state: optax.OptState, params: dict) -> dict:
-    """Where the next gradient is to be taken: at the parameters, unless a state has a method that says where.
-
-    Args:
-        opt_state: the state of the whole run.
-        params: that the model has, and is validated at.
-    """
+    """Where the next gradient is taken: at the model's parameters, unless a state's method says where."""
     if isinstance(opt_state, low_bit_state.NarrowState):
         opt_state = low_bit_state.decode(opt_state)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, "training_point")):

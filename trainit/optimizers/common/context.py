@@ -31,7 +31,12 @@ class Context:
 
     def by_path(self, function: Callable[[str, str], Any]) -> dict:
         """function(path, kind) for every parameter; the kinds are those of `parameter_kind`."""
-        return _by_path(function, self.parameters)
+
+        def apply(path, _):
+            name = path_name(path)
+            return function(name, parameter_kind(name))
+
+        return jax.tree.map_with_path(apply, self.parameters)
 
     @property
     def decay_mask(self) -> dict:
@@ -40,69 +45,46 @@ class Context:
 
     def clip(self) -> optax.GradientTransformation:
         """Clips the gradient by its global norm. This comes first, before anything else sees the gradient."""
-        return _clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+
+        # Optax chooses between the gradient and the clipped gradient, which keeps both in memory.
+        def update(updates, state, params=None):
+            return _times(jnp.minimum(1.0, self.clip_norm / optax.tree.norm(updates)), updates), state
+
+        clips = optax.GradientTransformation(optax.init_empty_state, update)
+        return clips if self.clip_norm else optax.identity()
 
     def decay(self) -> optax.GradientTransformation:
         """Adds weight_decay * parameters where `decay_mask` is True. It also works on a part of the tree."""
         return optax.add_decayed_weights(self.weight_decay, _decays)
 
+    def decay_updates(self, updates: dict, params: dict, step: jax.Array) -> dict:
+        """Finished updates less rate * weight_decay * parameters, where `decay_mask` is True."""
+        shrink = self.schedule(step) * self.weight_decay
+        return jax.tree.map(lambda u, p, own: u - shrink * p if own else u, updates, params, self.decay_mask)
+
     def descend(
         self, direction: optax.GradientTransformation, decay: str = "decoupled"
     ) -> optax.GradientTransformation:
-        """Completes a direction to an optimizer.
+        """Completes a direction to an optimizer: gradients are clipped before it, the rate comes after.
 
-        The gradient is clipped by its global norm, goes through `direction`, and is multiplied by minus
-        the scheduled learning rate.
-
-        Args:
-            direction: any optax transformation of gradients.
-            decay: "decoupled": weight_decay * parameters is added after the direction (Loshchilov & Hutter
-                2017, arXiv 1711.05101); "coupled": to the clipped gradient, before the direction; "own":
-                nowhere, since the direction contains it.
+        With decay "decoupled", weight_decay * parameters is added after the direction (Loshchilov & Hutter
+        2017, arXiv 1711.05101), with "coupled" to the clipped gradient before it, and with "own" nowhere,
+        since the direction contains it.
         """
-        order = {
-            "decoupled": (direction, self.decay()),
-            "coupled": (self.decay(), direction),
-            "own": (direction,),
-        }
-        return optax.chain(self.clip(), *order[decay], _scale_by_minus(self.schedule))
 
+        # `step` is the run's. A count kept here would differ from it after a step that was skipped.
+        def scale(updates, state, params=None, *, step, **extra_args):
+            return _times(-self.schedule(step), updates), state
 
-def _by_path(function: Callable[[str, str], Any], tree: dict) -> dict:
-    def apply(path, _):
-        name = path_name(path)
-        return function(name, parameter_kind(name))
-
-    return jax.tree.map_with_path(apply, tree)
+        both = {"decoupled": (direction, self.decay()), "coupled": (self.decay(), direction)}
+        parts = (direction,) if decay == "own" else both[decay]
+        last = optax.GradientTransformationExtraArgs(optax.init_empty_state, scale)
+        return optax.chain(self.clip(), *parts, last)
 
 
 def _decays(tree: dict) -> dict:
-    return _by_path(lambda path, kind: kind != "vector", tree)
+    return jax.tree.map_with_path(lambda path, _: parameter_kind(path_name(path)) != "vector", tree)
 
 
-def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Like optax.clip_by_global_norm, but multiplies by a factor.
-
-    Optax chooses between the gradient and the clipped gradient, which keeps both in memory.
-    """
-
-    def update(updates, state, params=None):
-        del params
-        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
-        return jax.tree.map(lambda u: (factor * u.astype(jnp.float32)).astype(u.dtype), updates), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update)
-
-
-def _scale_by_minus(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by -schedule(step).
-
-    `step` is the run's. A count kept here would differ from it after a step that was skipped.
-    """
-
-    def update(updates, state, params=None, *, step, **extra_args):
-        del params, extra_args
-        rate = -schedule(step)
-        return jax.tree.map(lambda u: (rate * u.astype(jnp.float32)).astype(u.dtype), updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+def _times(factor: jax.Array, tree: dict) -> dict:
+    return jax.tree.map(lambda u: (factor * u.astype(jnp.float32)).astype(u.dtype), tree)

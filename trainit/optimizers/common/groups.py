@@ -19,24 +19,16 @@ REST = "rest"  # the group of what no pattern matches
 def read(
     line: str, base: Config, choices: Mapping[str, Callable[[], ConfigDict]]
 ) -> tuple[re.Pattern, Config]:
-    """A group's pattern and its optimizer's config.
+    """A group's pattern and its optimizer's config; `base` is the run's.
 
-    Args:
-        line: "PATTERN FIELD=VALUE ...".
-        base: the run's sub-config `optimizer`.
-        choices: optimizers by name.
-
-    Raises:
-        ConfigError: the line cannot be read, or has an unknown optimizer, field or value.
+    ConfigError: the line cannot be read, or has an unknown optimizer, field or value.
     """
     where = f"parameter_groups: {line!r}"
     require(isinstance(line, str) and bool(line.strip()), f"{where} must be text: 'PATTERN FIELD=VALUE ...'")
     pattern, *settings = line.split()
     pairs = [setting.partition("=") for setting in settings]
-    require(
-        bool(pairs) and all(equals for _, equals, _ in pairs),
-        f"{where} must be a pattern and settings, as in 'blocks/.*/kernel optimizer=muon'",
-    )
+    are_settings = bool(pairs) and all(equals for _, equals, _ in pairs)
+    require(are_settings, f"{where} must be a pattern and settings, as in 'blocks/.*/kernel optimizer=muon'")
     values = {field: value for field, _, value in pairs}
     name = values.pop("optimizer", base.name)
     require(name in choices, f"{where}: unknown optimizer {name!r}: there are {', '.join(choices)}")
@@ -61,11 +53,7 @@ def read(
 
 
 def assign(patterns: Sequence[re.Pattern], parameters: dict) -> dict:
-    """For each parameter the number, as text, of the first pattern that matches its whole path, or REST.
-
-    Raises:
-        ConfigError: a pattern has no parameter.
-    """
+    """For each parameter the number, as text, of the first pattern that matches its whole path, or REST."""
 
     def label(path, _) -> str:
         name = path_name(path)
@@ -73,16 +61,11 @@ def assign(patterns: Sequence[re.Pattern], parameters: dict) -> dict:
 
     labels = jax.tree.map_with_path(label, parameters)
     for number, pattern in enumerate(patterns):
-        require(
-            str(number) in jax.tree.leaves(labels),
-            f"parameter_groups: no parameter is left for {pattern.pattern!r}; paths are "
-            + ", ".join(paths(labels, None)),
-        )
+        none = f"parameter_groups: no parameter is left for {pattern.pattern!r}; paths are "
+        require(str(number) in jax.tree.leaves(labels), none + ", ".join(paths(labels, None)))
     return labels
 
 
 def paths(labels: dict, label: str | None) -> list[str]:
     """The part for the parameters with this label; None: for all."""
-    return [
-        path_name(path) for path, own in jax.tree.leaves_with_path(labels) if label is None or own == label
-    ]
+    return [path_name(path) for path, own in jax.tree.leaves_with_path(labels) if label in (None, own)]

@@ -6,17 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from trainit.optimizers.common import per_layer
+from trainit.optimizers.common.moments import unzip
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import path_name
 
 
 def squares(params: dict, max_size: int, fill: Callable[[int], jax.Array]) -> tuple[dict, dict]:
-    """A square for each matrix's left side and one for its right, nested as the parameters.
+    """fill(size) for each matrix's left side, and for its right, nested as the parameters, without vectors.
 
-    Args:
-        params: without vectors.
-        max_size: larger sides have none, and neither have the vocabulary's and the positions'.
-        fill: size -> square.
+    Sides beyond max_size have none (None), and neither have the vocabulary's and the positions'.
     """
 
     def side(number: int) -> dict:
@@ -34,11 +32,10 @@ def squares(params: dict, max_size: int, fill: Callable[[int], jax.Array]) -> tu
 
 def add(factors: list, g: jax.Array, beta: float) -> list:
     """One matrix's factors with one more gradient."""
-    products = (lambda: g @ g.T), (lambda: g.T @ g)
-    return [
-        factor if factor is None else beta * factor + (1 - beta) * product()
-        for factor, product in zip(factors, products, strict=True)
-    ]
+    left, right = factors
+    left = None if left is None else beta * left + (1 - beta) * (g @ g.T)
+    right = None if right is None else beta * right + (1 - beta) * (g.T @ g)
+    return [left, right]
 
 
 def between(squares: list, x: jax.Array) -> jax.Array:
@@ -49,13 +46,10 @@ def between(squares: list, x: jax.Array) -> jax.Array:
 
 
 def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dict]) -> tuple[list, list]:
-    """function(matrices, squares) -> as many matrices and squares, of one matrix of a parameter at a time.
+    """Applies function(matrices, squares) -> as many of both to one matrix of a parameter at a time.
 
-    Args:
-        function: takes lists; matrices are (rows, columns), squares (rows, rows), (columns, columns) or None.
-        mesh: over whose devices the stacked layers are dealt out.
-        arrays: trees of parameters' shapes, without vectors.
-        squares: trees nested alike.
+    Matrices are (rows, columns), their squares (rows, rows), (columns, columns) or None. `arrays` are trees
+    shaped as the parameters, without vectors. Stacked layers are dealt out over the mesh.
     """
 
     def one(path, *leaves):
@@ -70,9 +64,5 @@ def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dic
                 own, sides = function(own, sides)
         return [per_layer.as_parameter(name, x, first.shape, mesh) for x in own], sides
 
-    done = jax.tree.map_with_path(one, *arrays, *squares)
-
-    def pick(part: int, i: int) -> dict:
-        return jax.tree.map(lambda _, results: results[part][i], arrays[0], done)
-
-    return [pick(0, i) for i in range(len(arrays))], [pick(1, i) for i in range(len(squares))]
+    own, sides = unzip(arrays[0], jax.tree.map_with_path(one, *arrays, *squares), 2)
+    return unzip(arrays[0], own, len(arrays)), unzip(arrays[0], sides, len(squares))

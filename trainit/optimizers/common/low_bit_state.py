@@ -4,13 +4,10 @@ Numbers are rounded to one of their two neighbours at random, so that they are r
 the nearest, a mean with decay 0.999 would stand still, since a step changes it by less than half of what
 bfloat16 can distinguish.
 
-bfloat16 takes half the memory. int8 takes 9/32 of it: blocks of 32 numbers have one scale, their largest
-absolute value, as in Dettmers et al. 2021, arXiv 2110.02861. Their code is not used, whose numbers lie ever
-wider apart towards 0, by a factor of 2 in each of 7 decades; this one's are fourth powers, scale * (k / K)^4.
-With it neighbours differ by 4 / K at the scale, by 4 / (K x^(1/4)) at x times the scale, and the smallest is
-2e-10 of the scale. Evenly spaced ones would make zeros of most mean squares, by which Adam divides. A block
-without negative numbers, as of mean squares, needs no sign: K is then 255 instead of 127. And no number
-becomes 0 that was not.
+bfloat16 takes half the memory, int8 9/32 of it: blocks of 32 numbers have one scale, their largest absolute
+value, as in Dettmers et al. 2021, arXiv 2110.02861. Codes k stand for scale * (k / K)^4, down to 2e-10 of the
+scale: evenly spaced ones would make zeros of most mean squares, by which Adam divides. A block without
+negative numbers needs no sign: K is then 255 instead of 127. No number becomes 0 that was not.
 """
 
 import zlib
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
+from trainit.optimizers.common.moments import unzip
 from trainit.parallel.layout import owner_path, parameter_kind, quantization_block
 from trainit.parallel.trees import path_name
 
@@ -36,16 +34,10 @@ class NarrowState(NamedTuple):
 def narrow(
     optimizer: optax.GradientTransformationExtraArgs, dtype: str, parameters: dict, key: jax.Array
 ) -> optax.GradientTransformationExtraArgs:
-    """The same optimizer, whose state is kept in `dtype` where it is float32 in the shape of a parameter.
+    """The same optimizer, its state kept in bfloat16 or int8 where it is float32 in the shape of a parameter.
 
     Vectors stay as they are, and so does what is made of the parameters' values at the start: a copy of them
-    is to be as exact as they are.
-
-    Args:
-        optimizer: whose update takes `step`.
-        dtype: bfloat16 or int8.
-        parameters: their shapes.
-        key: the key of the rounding, uint32 (2,).
+    is to be as exact as they are. `key` is that of the rounding, uint32 (2,).
     """
     owners = _owners(optimizer, parameters)
 
@@ -61,8 +53,7 @@ def narrow(
             axis, size = quantization_block(owner, leaf.shape)
             return NarrowState(None, *encode_blocks(leaf, axis, size, leaf_key))
 
-        parts = jax.tree.map_with_path(one, state, owners)
-        return NarrowState(*(jax.tree.map(lambda _, p, i=i: p[i], state, parts) for i in range(3)))
+        return NarrowState(*unzip(state, jax.tree.map_with_path(one, state, owners), 3))
 
     def init(params: dict) -> NarrowState:
         # The barrier keeps XLA from computing what becomes of zeros while it compiles, which takes long.
@@ -94,18 +85,15 @@ def _owners(optimizer: optax.GradientTransformation, parameters: dict):
     for equation in program.eqns:
         if any(isinstance(v, core.Var) and v in made for v in equation.invars):
             made.update(equation.outvars)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
-    owners = [
-        _owner(path, leaf, parameters) if isinstance(v, core.Literal) or v not in made else ""
-        for (path, leaf), v in zip(leaves, program.outvars, strict=True)
-    ]
-    return jax.tree.unflatten(structure, owners)
+    outvars = iter(program.outvars)  # in the order of the leaves
 
+    def owner(path, leaf: jax.ShapeDtypeStruct) -> str:
+        variable, own = next(outvars), owner_path(path, leaf.shape, parameters)
+        is_copy = not isinstance(variable, core.Literal) and variable in made
+        is_matrix = own and leaf.dtype == jnp.float32 and parameter_kind(own) != "vector"
+        return own if is_matrix and not is_copy else ""
 
-def _owner(path, leaf: jax.ShapeDtypeStruct, parameters: dict) -> str:
-    owner = owner_path(path, leaf.shape, parameters)
-    is_narrowed = owner and leaf.dtype == jnp.float32 and parameter_kind(owner) != "vector"
-    return owner if is_narrowed else ""
+    return jax.tree.map_with_path(owner, state)
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

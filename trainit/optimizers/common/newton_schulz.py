@@ -12,18 +12,13 @@ from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import path_name
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at 0, singular values end in about [0.7, 1.2]
-
 POWER_STEPS = 12
 
 
 def newton_schulz(x: jax.Array, steps: int, dtype: str, eps: float) -> jax.Array:
-    """Nearly the orthogonal factor U V^T of x = U S V^T (Jordan 2024, kellerjordan.github.io/posts/muon).
+    """Nearly the orthogonal factor U V^T of the float32 matrix x = U S V^T.
 
-    Args:
-        x: (rows, columns), float32.
-        steps: how often the quintic is applied.
-        dtype: the type of its products.
-        eps: added to the Frobenius norm by which x is divided first.
+    `steps` times the quintic, with products in `dtype` (Jordan 2024, kellerjordan.github.io/posts/muon).
     """
     a, b, c = COEFFICIENTS
     wide = x.T if x.shape[0] > x.shape[1] else x
@@ -50,15 +45,8 @@ def spectral_norm(x: jax.Array) -> jax.Array:
 def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, blocks: int = 1, **options) -> jax.Array:
     """`newton_schulz` of a parameter's matrix, times sqrt(max(1, fan_out / fan_in)).
 
-    An embedding counts as its table is stored: its rows over its width. Each device has, of stacked layers,
-    one whole matrix at a time (`_whole`).
-
-    Args:
-        path: a parameter that is no vector.
-        x: shaped as the parameter, layers axis included.
-        mesh: over whose devices the layers are dealt out; None: one device.
-        blocks: how many blocks of columns there are, each a matrix by itself.
-        options: of `newton_schulz`.
+    An embedding counts as its table is stored: its rows over its width. Stacked layers in x are dealt out
+    over the mesh. With several blocks of columns, each is a matrix by itself.
     """
     rows, columns = matrix_shape(path, x.shape[1:] if is_stacked(path) else x.shape)
     ratio = rows / columns if parameter_kind(path) == "embedding" else columns / blocks / rows
@@ -75,13 +63,12 @@ def orthogonalize(path: str, x: jax.Array, mesh: Mesh | None, blocks: int = 1, *
     return per_layer.as_parameter(path, done * math.sqrt(max(1.0, ratio)), x.shape, mesh)
 
 
-def scale_by_newton_schulz(mesh: Mesh | None, **options) -> optax.GradientTransformation:
-    """`orthogonalize` for every parameter that the updates have."""
+def scale_by_newton_schulz(
+    mesh: Mesh | None, split_heads: bool = False, **options
+) -> optax.GradientTransformation:
+    """`orthogonalize` for every parameter that the updates have, whole or for each head."""
 
-    def update(updates, params=None):
-        del params
-        return jax.tree.map_with_path(
-            lambda path, u: orthogonalize(path_name(path), u, mesh, **options), updates
-        )
+    def one(path, u):
+        return orthogonalize(path_name(path), u, mesh, u.shape[-2] if split_heads else 1, **options)
 
-    return optax.stateless(update)
+    return optax.stateless(lambda updates, params: jax.tree.map_with_path(one, updates))

@@ -14,29 +14,20 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.optax_adapter import decay_updates
+from trainit.optimizers.common.fields import common_fields
 
 Learner: TypeAlias = optax.GradientTransformationExtraArgs
 SCALINGS = "none", "exponential", "uniform"
 
 
-def get_config(learning_rate: float) -> ConfigDict:
-    """The fields that all learners have."""
-    config = ConfigDict()
-    config.learning_rate = field(
-        learning_rate, "peak of the schedule: the learner's step, or the point's factor", at_least=0
-    )
-    config.weight_decay = field(
-        0.0, "decoupled decay of the model's parameters, times the learning rate", at_least=0
-    )
+def get_config(learning_rate: float, **others: float) -> ConfigDict:
+    """The fields that all learners have, and `others` of `common_fields`."""
+    config = common_fields(weight_decay=0.0, **others)
+    config.learning_rate = field(learning_rate, "peak of the learner's step or points' factor", at_least=0)
     config.random_scaling = field(
-        "none",
-        "random factor of the point: none, exponential (of mean 1), uniform (in [0, 2])",
-        one_of=SCALINGS,
+        "none", "random factor of the point: exponential (of mean 1), uniform (in [0, 2])", one_of=SCALINGS
     )
-    config.importance_sampling = field(
-        True, "weight each gradient by (1 - F) / density at the factor that led to its point"
-    )
+    config.importance_sampling = field(True, "weigh a gradient by (1 - F) / density at its point's factor")
     return config
 
 
@@ -48,17 +39,11 @@ class OnlineState(NamedTuple):
 def to_optimizer(learner: Learner, config, context, scaled: bool = False) -> optax.GradientTransformation:
     """The optimizer whose change at x_n is s_n Delta_n, Delta_n being the learner's point.
 
-    Gradients are clipped and then weighed. A factor s drawn from the exponential distribution gives the
-    weight 1, from the uniform one 2 - s.
-
-    Args:
-        learner: from gradients to points, the first point being 0.
-        config: with the fields of `get_config`.
-        context: that of the run.
-        scaled: multiply points by the scheduled rate, where the learner has no use for it.
+    The first point is 0. Gradients are clipped and then weighed. A factor s drawn from the exponential
+    distribution gives the weight 1, from the uniform one 2 - s. With `scaled`, points are multiplied by the
+    scheduled rate, for learners that have no use for it.
     """
     weighs = config.importance_sampling and config.random_scaling == "uniform"
-    decay = decay_updates(context)
 
     def init(params) -> OnlineState:
         one = jnp.float32(1)
@@ -66,14 +51,12 @@ def to_optimizer(learner: Learner, config, context, scaled: bool = False) -> opt
         return OnlineState(learner.init(params), logged)
 
     def update(gradients, state: OnlineState, params, *, step, **extra_args):
-        del extra_args
         rate = context.schedule(step)
         weighed = jax.tree.map(lambda g: state.logged["importance_weight"] * g, gradients)
         point, inner_state = learner.update(weighed, state.learner, params, rate=rate)
         factor = draw(config.random_scaling, jax.random.fold_in(jax.random.wrap_key_data(context.key), step))
         length = factor * (rate if scaled else 1.0)
-        updates = jax.tree.map(lambda p: length * p, point)
-        updates, _ = decay.update(updates, (), params, step=step)
+        updates = context.decay_updates(jax.tree.map(lambda p: length * p, point), params, step)
         logged = {
             "point_norm": optax.tree.norm(point),
             "random_scaling": factor,
@@ -100,7 +83,6 @@ def stateful(
     """A learner from update(gradients, state, rate) -> point, state."""
 
     def with_rate(gradients, state, params=None, *, rate, **extra_args):
-        del params, extra_args
         return update(gradients, state, rate)
 
     return optax.GradientTransformationExtraArgs(init, with_rate)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from trainit.config import ConfigError, require
 
+OWN_FILE = "call it in a file of your own: optimizer=path/to/mine.py"
 LEARNING_RATE = 1e-3  # where the function has no default
 MASKS = {"mask", "weight_decay_mask"}  # parameters that say what decays: our mask
 REFUSED = {
@@ -64,10 +65,8 @@ class Wrapped:
         try:
             jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p, step=0), context.parameters)
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"optimizer={self._name} needs more than gradients and parameters: {error}; call it in a "
-                f"file of your own: optimizer=path/to/mine.py"
-            ) from None
+            needs = f"optimizer={self._name} needs more than gradients and parameters: {error}"
+            raise ConfigError(f"{needs}; {OWN_FILE}") from None
         return optimizer
 
     def _complete(self, fields: dict, config, context) -> optax.GradientTransformation:
@@ -75,14 +74,19 @@ class Wrapped:
             return context.descend(self._function(**fields))
         decays = "weight_decay" in self._parameters
         if decays:
-            fields = fields | {"weight_decay": context.weight_decay}
-            masks = MASKS & set(self._parameters)
-            fields |= dict.fromkeys(masks, context.decay_mask)
+            masks = dict.fromkeys(MASKS & set(self._parameters), context.decay_mask)
+            fields = fields | masks | {"weight_decay": context.weight_decay}
         optimizer = _at_the_runs_rate(
             lambda rate: self._function(learning_rate=rate, **fields), config.learning_rate, context.schedule
         )
-        own = () if decays else (decay_updates(context),)
-        return optax.chain(context.clip(), optimizer, *own)
+        if decays:
+            return optax.chain(context.clip(), optimizer)
+
+        def decay(updates, state, params, *, step, **extra_args):
+            return context.decay_updates(updates, params, step), state
+
+        own = optax.GradientTransformationExtraArgs(optax.init_empty_state, decay)
+        return optax.chain(context.clip(), optimizer, own)
 
 
 def load(name: str) -> Wrapped:
@@ -97,26 +101,12 @@ def load(name: str) -> Wrapped:
     is_function = callable(function) and not inspect.isclass(function)
     require(is_function, f"optimizer={name} is not a function that makes an optimizer")
     parameters = inspect.signature(function).parameters
-    require(
-        "learning_rate" in parameters or attribute.startswith("scale_by_"),
-        f"optimizer={name} takes no learning_rate and is no scale_by_...; call it in a file of your own: "
-        f"optimizer=path/to/mine.py",
-    )
-    needed = [
-        parameter.name
-        for parameter in parameters.values()
-        if parameter.default is parameter.empty and parameter.name != "learning_rate"
-    ]
-    require(
-        not needed,
-        f"optimizer={name} needs {', '.join(needed)}, which a config cannot give; call it in a file of your "
-        f"own: optimizer=path/to/mine.py",
-    )
+    is_complete = "learning_rate" in parameters or attribute.startswith("scale_by_")
+    require(is_complete, f"optimizer={name} takes no learning_rate and is no scale_by_...; {OWN_FILE}")
+    needed = [key for key, p in parameters.items() if p.default is p.empty and key != "learning_rate"]
+    message = f"optimizer={name} needs {', '.join(needed)}, which a config cannot give; {OWN_FILE}"
+    require(not needed, message)
     return Wrapped(name, function)
-
-
-def _is_inexact(leaf) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _is_simple(value) -> bool:
@@ -126,36 +116,16 @@ def _is_simple(value) -> bool:
 
 
 def _at_the_runs_rate(make: Callable, peak: float, schedule) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that `make(rate)` gives, made again in each step with the scheduled rate.
-
-    Args:
-        make: rate -> optimizer; the rate is traced.
-        peak: the rate with which the state is made.
-        schedule: step -> rate.
-    """
+    """The optimizer that `make(rate)` gives, made again in each step with the scheduled, traced rate."""
 
     def update(updates, state, params=None, *, step, **extra_args):
         rate = schedule(step)
         optimizer = optax.with_extra_args_support(make(rate))
         new = optimizer.update(updates, state, params, **extra_args)
         # Some divide by the rate, which a warm-up begins with 0: nothing is done then.
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new) if _is_inexact(leaf)]
-        good = (rate > 0) | jnp.all(jnp.array(finite))
+        numbers = [leaf for leaf in jax.tree.leaves(new) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        good = (rate > 0) | jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in numbers]))
         old = jax.tree.map(jnp.zeros_like, updates), state
         return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
     return optax.GradientTransformationExtraArgs(make(peak).init, update)
-
-
-def decay_updates(context) -> optax.GradientTransformationExtraArgs:
-    """Adds -rate * weight_decay * parameters to finished updates, where `decay_mask` says so."""
-
-    def update(updates, state, params=None, *, step, **extra_args):
-        del extra_args
-        shrink = context.schedule(step) * context.weight_decay
-        decayed = jax.tree.map(
-            lambda u, p, masked: u - shrink * p if masked else u, updates, params, context.decay_mask
-        )
-        return decayed, state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,5 +1,6 @@
 """Whole matrices of stacked layers, dealt out over the devices."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -11,19 +12,11 @@ from trainit.parallel.layout import logical_axes, matrix_spec, partition_spec
 
 
 def map_layers(path: str, mesh: Mesh | None, function: Callable, *stacks):
-    """function(matrix, ...) -> matrices, for each layer.
+    """function(matrix, ...) -> matrices, for each layer of a parameter's `stacks`; its results are stacked.
 
-    Each device has the whole matrices of one layer at a time; when all have done theirs, the next ones
-    follow. Replicas share the work as far as there are layers for them, and else do the same.
-
-    Args:
-        path: a stacked parameter that is no vector.
-        mesh: over whose devices the layers are dealt out; None: one device.
-        function: takes one layer's matrices, on one device; trees of them are nested as those of `stacks`.
-        stacks: trees of (layers, rows, columns), of the parameter or of squares that belong to it.
-
-    Returns:
-        The results, stacked.
+    These are trees of (layers, rows, columns), of the parameter or of squares that belong to it. Each device
+    has the whole matrices of one layer at a time; when all have done theirs, the next ones follow. Replicas
+    share the work as far as there are layers for them, and else do the same. Mesh None is one device.
     """
     if mesh is None:
         return jax.lax.map(lambda layer: function(*layer), stacks)
@@ -34,18 +27,13 @@ def map_layers(path: str, mesh: Mesh | None, function: Callable, *stacks):
     def local(stacks):
         return jax.tree.map(lambda y: y[None], function(*jax.tree.map(lambda x: x[0], stacks)))
 
-    each = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=PartitionSpec(owners),
-        out_specs=PartitionSpec(owners),
-        check_vma=False,  # replicas do the same
-    )
+    spec = PartitionSpec(owners)
+    each = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)  # for replicas
 
     def one_each(batch):
-        gathered = jax.tree.map(lambda x: _move(x, mesh, _layouts(path, mesh, x.shape, owners)), batch)
-        done = each(gathered)
-        return jax.tree.map(lambda y: _move(y, mesh, _layouts(path, mesh, y.shape, owners)[::-1]), done)
+        way = functools.partial(_layouts, path, mesh, owners)
+        done = each(jax.tree.map(lambda x: constrain(x, mesh, *way(x.shape)), batch))
+        return jax.tree.map(lambda y: constrain(y, mesh, *way(y.shape)[::-1]), done)
 
     def deal(x):
         padded = jnp.pad(x, ((0, rounds * devices - layers), (0, 0), (0, 0)))
@@ -70,7 +58,7 @@ def _owners(path: str, mesh: Mesh, layers: int) -> tuple[tuple[str, ...], int]:
     return tuple(owners), devices
 
 
-def _layouts(path: str, mesh: Mesh, shape: tuple[int, ...], owners: tuple[str, ...]) -> list[PartitionSpec]:
+def _layouts(path: str, mesh: Mesh, owners: tuple[str, ...], shape: tuple[int, ...]) -> list[PartitionSpec]:
     """Of as many matrices as devices: from each split over rows and columns to one whole on each device.
 
     One axis of the mesh moves at a time, which is an exchange among its devices; XLA would gather all
@@ -82,16 +70,12 @@ def _layouts(path: str, mesh: Mesh, shape: tuple[int, ...], owners: tuple[str, .
     return [split, PartitionSpec(rows, None, columns), PartitionSpec(held), PartitionSpec(owners)]
 
 
-def _move(x: jax.Array, mesh: Mesh, layouts: list[PartitionSpec]) -> jax.Array:
-    for layout in layouts:
-        x = constrain(x, mesh, layout)
-    return x
-
-
 def as_parameter(path: str, matrices: jax.Array, shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
     """A parameter's matrices in its own shape and layout."""
     return constrain(matrices.reshape(shape), mesh, partition_spec(logical_axes(path)))
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+def constrain(x: jax.Array, mesh: Mesh | None, *specs: PartitionSpec) -> jax.Array:
+    """x in each of these layouts, one after the other."""
+    shardings = [] if mesh is None else [NamedSharding(mesh, spec) for spec in specs]
+    return functools.reduce(jax.lax.with_sharding_constraint, shardings, x)

@@ -58,17 +58,13 @@ def choices() -> Mapping[str, Callable[[], ConfigDict]]:
 
 
 def get_config(name: str) -> ConfigDict:
-    """The optimizer's default config, with the name by which it is found again.
-
-    Raises:
-        ConfigError: its file fails, or does not declare what every optimizer has.
-    """
+    """The optimizer's default config and its name. ConfigError: its file fails or lacks a required field."""
     try:
         config = ConfigDict(load(name).get_config().copy_and_resolve_references())
         config.name = field(name, "the optimizer's name")
         # Files of the user's may set plain values.
         config.declare_rest(OPTIMIZER_FIELDS if name.startswith("optax.") else USUAL_FIELDS)
-        missing = {"learning_rate", "weight_decay"} - set(config)
+        missing = set(OPTIMIZER_FIELDS) - set(config)
     except Exception as error:
         raise ConfigError(f"optimizer={name}: get_config raises {type(error).__name__}: {error}") from None
     require(not missing, f"optimizer={name}: its get_config declares no {' and no '.join(sorted(missing))}")
@@ -76,15 +72,7 @@ def get_config(name: str) -> ConfigDict:
 
 
 def load(name: str) -> Definition:
-    """The optimizer with this name.
-
-    Args:
-        name: a file in this package or of a variant; WRAPPER+NAME; path/to/file.py; optax.NAME.
-
-    Raises:
-        KeyError: there is none.
-        ConfigError: there is, but it cannot be an optimizer.
-    """
+    """The optimizer with this name. KeyError: there is none; ConfigError: it cannot be made an optimizer."""
     if "+" in name:
         return _wrapped(name)
     if name.endswith(".py"):
@@ -102,26 +90,19 @@ def load(name: str) -> Definition:
 def _definition(module: Any, get_config: Callable | None = None, make: Callable | None = None) -> Definition:
     """What a module, or an object with the same attributes, declares."""
     declared = frozenset(getattr(module, "NEEDS", ()))
-    return Definition(
-        get_config or module.get_config,
-        make or module.make,
-        needs=getattr(module, "needs", lambda config: declared),
-        elementwise=getattr(module, "ELEMENTWISE", False),
-    )
+    needs = getattr(module, "needs", lambda config: declared)
+    elementwise = getattr(module, "ELEMENTWISE", False)
+    return Definition(get_config or module.get_config, make or module.make, needs, elementwise)
 
 
 def _wrapped(name: str) -> Definition:
     """WRAPPER+NAME: the other optimizer's definition, changed by the wrapper's module."""
     wrapper, _, base_name = name.partition("+")
     available = [module.name for module in pkgutil.iter_modules(wrappers.__path__)]
-    require(
-        wrapper in available,
-        f"optimizer={name}: unknown wrapper {wrapper!r}: there are {', '.join(available)}",
-    )
-    require(
-        "schedule_free" not in base_name.split("+"),
-        f"optimizer={name}: schedule_free averages what parameters do, and so must come first",
-    )
+    unknown = f"optimizer={name}: unknown wrapper {wrapper!r}: there are {', '.join(available)}"
+    require(wrapper in available, unknown)
+    late = f"optimizer={name}: schedule_free averages what parameters do, and so must come first"
+    require("schedule_free" not in base_name.split("+"), late)
     module, base = importlib.import_module(f"{wrappers.__name__}.{wrapper}"), load(base_name)
 
     def config_of_base(config: Config) -> Config:
@@ -129,12 +110,8 @@ def _wrapped(name: str) -> Definition:
         return Config(own | {"name": base_name})
 
     def make(config: Config, context: Context) -> optax.GradientTransformation:
-        base_config = config_of_base(config)
-
-        def make_base(context: Context) -> optax.GradientTransformationExtraArgs:
-            return optax.with_extra_args_support(base.make(base_config, context))
-
-        return module.wrap(config[wrapper], context, make_base)
+        make_base = functools.partial(base.make, config_of_base(config))
+        return module.wrap(config[wrapper], context, lambda c: optax.with_extra_args_support(make_base(c)))
 
     return Definition(
         get_config=lambda: module.get_config(get_config(base_name)),
@@ -145,12 +122,7 @@ def _wrapped(name: str) -> Definition:
 
 
 def own_files(config: Config, groups: Sequence[str]) -> list[Path]:
-    """The files outside the package that a run's optimizers are in.
-
-    Args:
-        config: the sub-config `optimizer`.
-        groups: the run's `parameter_groups`.
-    """
+    """The files outside the package that a run's optimizers are in, those of its `parameter_groups` too."""
     words = [config.name, *(word.removeprefix("optimizer=") for line in groups for word in str(line).split())]
     names = sorted({word.rpartition("+")[2] for word in words if word.endswith(".py")})
     return [Path(name).expanduser() for name in names]
@@ -164,14 +136,7 @@ def own_files_hash(config: Config, groups: Sequence[str]) -> str:
 
 
 def _load_file(path: str) -> ModuleType:
-    """A file outside the package as a module.
-
-    Args:
-        path: ends with .py; a relative one counts from the working directory.
-
-    Raises:
-        ConfigError: there is no such file, it fails, or it lacks one of the two functions.
-    """
+    """A file outside the package as a module. ConfigError: there is none, or it is no optimizer's."""
     file = Path(path).expanduser().absolute()
     require(file.is_file(), f"optimizer={path}: there is no such file in {file.parent}")
     return _execute(file, file.stat().st_mtime_ns)
@@ -180,7 +145,6 @@ def _load_file(path: str) -> ModuleType:
 @functools.lru_cache
 def _execute(file: Path, modified: int) -> ModuleType:
     """Executes a file once for each time of its last change."""
-    del modified
     spec = importlib.util.spec_from_file_location(str(file), file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

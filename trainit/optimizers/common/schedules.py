@@ -26,23 +26,24 @@ def build(config: Mapping, peak: float, sizes: BatchSizes) -> Schedule:
     From each step of `rewarm_at` on, as where a run continues with other data or a new optimizer, the rate
     begins at 0 again and is back on its way `rewarm` steps later (Ibrahim et al. 2024, arXiv 2403.08763).
 
-    Args:
-        config: the sub-config `schedule`, checked by `config.resolve`.
-        peak: `optimizer.learning_rate`.
-        sizes: the run's batch sizes, which say how long durations are; the last value stays after them.
-
-    Returns:
-        step (0-based, integer scalar) -> float32 scalar.
+    The config is the sub-config `schedule`, checked by `config.resolve`; `sizes` say how many steps durations
+    are. Steps count from 0, and after the run's last one its rate stays.
     """
-
-    starts = config["rewarm_at"]
+    shape, warmup, starts = _shape(config, sizes), sizes.duration(config["warmup"]), config["rewarm_at"]
     starts = [sizes.duration(at) for at in (starts if isinstance(starts, tuple | list) else (starts,))]
     rises = [sizes.duration(config["rewarm"], begin=at) for at in starts]
-    return _rewarm(_shape(config, peak, sizes), starts, rises)
+
+    def schedule(step):
+        rate = jnp.float32(peak) * shape(step) * jnp.minimum(1.0, step / max(warmup, 1) + (not warmup))
+        for start, rise in zip(starts, rises, strict=True):
+            rate *= jnp.where(step >= start, jnp.minimum(1.0, (step - start) / rise), 1.0)
+        return rate
+
+    return schedule
 
 
-def _shape(config: Mapping, peak: float, sizes: BatchSizes) -> Schedule:
-    """The rate without what `rewarm_at` does to it."""
+def _shape(config: Mapping, sizes: BatchSizes) -> Schedule:
+    """The rate after the warm-up, as a part of its peak."""
     steps, warmup = sizes.run_steps, sizes.duration(config["warmup"])
     decay = sizes.duration(config["decay"], last=True) if "decay" in config else 0
     match config["name"]:
@@ -56,13 +57,12 @@ def _shape(config: Mapping, peak: float, sizes: BatchSizes) -> Schedule:
         case "piecewise_linear":
             points = list(zip(map(sizes.duration, config["boundaries"]), config["values"], strict=True))
         case "cosine":
-            return _warm_up(_cosine(warmup, steps, config["cycles"], config["final"]), warmup, peak)
+            return _cosine(warmup, steps, config["cycles"], config["final"])
         case "inverse_sqrt" | "power":
             exponent = config["exponent"] if config["name"] == "power" else 0.5
-            shape = _power(exponent, warmup, steps, decay, config["final"])
-            return _warm_up(shape, warmup, peak)
+            return _power(exponent, warmup, steps, decay, config["final"])
     at, values = (jnp.array(column, jnp.float32) for column in zip(*points, strict=True))
-    return _warm_up(lambda step: jnp.interp(step, at, values), warmup, peak)
+    return lambda step: jnp.interp(step, at, values)
 
 
 def _cosine(warmup: int, steps: int, cycles: int, final: float) -> Schedule:
@@ -88,19 +88,3 @@ def _power(exponent: float, warmup: int, steps: int, decay: int, final: float) -
         return jnp.where(step > steps - decay, cooling, power(step)) if decay else power(step)
 
     return shape
-
-
-def _rewarm(schedule: Schedule, starts: list[int], rises: list[int]) -> Schedule:
-    def rewarmed(step):
-        rate = schedule(step)
-        for start, rise in zip(starts, rises, strict=True):
-            rate *= jnp.where(step >= start, jnp.minimum(1.0, (step - start) / rise), 1.0)
-        return rate
-
-    return rewarmed if starts else schedule
-
-
-def _warm_up(shape: Schedule, warmup: int, peak: float) -> Schedule:
-    return lambda step: (
-        jnp.float32(peak) * shape(step) * jnp.minimum(1.0, step / max(warmup, 1) + (not warmup))
-    )

@@ -7,16 +7,13 @@ import optax
 
 from trainit.config import ConfigDict, field
 from trainit.optimizers.common.moments import map_layers
-from trainit.optimizers.common.optax_adapter import decay_updates
 
 ELEMENTWISE = True
 
 
 def get_config(base: ConfigDict) -> ConfigDict:
     base.cautious = field(ConfigDict(), "settings of Cautious")
-    base.cautious.eps = field(
-        1.0, "added to the number of entries that stay, in the factor by which they grow", above=0
-    )
+    base.cautious.eps = field(1.0, "added to the number of entries that stay, in their factor", above=0)
     return base
 
 
@@ -25,7 +22,7 @@ def wrap(config, context, make_base) -> optax.GradientTransformation:
 
     The others grow by size / (their number + eps). Decay is decoupled and spared from that.
     """
-    base, decay = make_base(replace(context, weight_decay=0.0)), decay_updates(context)
+    base = make_base(replace(context, weight_decay=0.0))
 
     def keep(path, update, gradient):
         agrees = (update * gradient < 0).astype(update.dtype)
@@ -33,7 +30,6 @@ def wrap(config, context, make_base) -> optax.GradientTransformation:
 
     def update(gradients, state, params, *, step, **extra_args):
         updates, state = base.update(gradients, state, params, step=step, **extra_args)
-        updates, _ = decay.update(map_layers(keep, updates, gradients), (), params, step=step)
-        return updates, state
+        return context.decay_updates(map_layers(keep, updates, gradients), params, step), state
 
     return optax.GradientTransformationExtraArgs(base.init, update)

@@ -14,14 +14,10 @@ ELEMENTWISE = False  # an inner product of optax is a matrix product
 def get_config(base: ConfigDict) -> ConfigDict:
     base.learning_rate = field(1.0, "peak of the schedule: multiplies the learned scale", at_least=0)
     base.mechanic = field(ConfigDict(), "settings of Mechanic")
-    base.mechanic.decay = field(
-        0.01, "lambda: decay of the scale, in units of the ratio of gradient to parameter norm", at_least=0
-    )
+    base.mechanic.decay = field(0.01, "decay of the scale, times |gradient| / |parameters|", at_least=0)
     base.mechanic.eps = field(1e-8, "added to the divisor", above=0)
     base.mechanic.start = field(1e-6, "the scale at the beginning", above=0)
-    base.mechanic.num_betas = field(
-        6, "number of learners, with decays 0.9, 0.99, ..., whose scales are added", above=0
-    )
+    base.mechanic.num_betas = field(6, "learners with decays 0.9, 0.99, ..., whose scales are added", above=0)
     return base
 
 

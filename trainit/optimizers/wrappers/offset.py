@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.optax_adapter import decay_updates
+from trainit.optimizers.common.moments import add_mean
 
 ELEMENTWISE = True
 
@@ -23,18 +22,12 @@ def wrap(config, context, make_base) -> optax.GradientTransformation:
 
     So old rates are not in the mean. Decay is decoupled and spared from it.
     """
-    base = make_base(replace(context, weight_decay=0.0, schedule=lambda step: jnp.float32(1.0)))
-    decay = decay_updates(context)
-
-    def init(params):
-        return base.init(params), jax.tree.map(jnp.zeros_like, params)
+    unscaled = replace(context, weight_decay=0.0, schedule=lambda step: jnp.float32(1.0))
+    changes = optax.chain(make_base(unscaled), add_mean(config.beta))
 
     def update(gradients, state, params, *, step, **extra_args):
-        state, mean = state
-        change, state = base.update(gradients, state, params, step=step, **extra_args)
-        mean = optax.tree.update_moment(change, mean, config.beta, 1)
-        rate = context.schedule(step)
-        updates = jax.tree.map(lambda u, o: rate * (u + o), change, mean)
-        return decay.update(updates, (), params, step=step)[0], (state, mean)
+        updates, state = changes.update(gradients, state, params, step=step, **extra_args)
+        updates = optax.tree.scale(context.schedule(step), updates)
+        return context.decay_updates(updates, params, step), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(changes.init, update)

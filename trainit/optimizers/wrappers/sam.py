@@ -15,9 +15,7 @@ ELEMENTWISE = True
 
 def get_config(base: ConfigDict) -> ConfigDict:
     base.sam = field(ConfigDict(), "settings of SAM")
-    base.sam.rho = field(
-        0.05, "distance, over all parameters, to the point where the gradient is taken", above=0
-    )
+    base.sam.rho = field(0.05, "distance, over all parameters, to where the gradient is taken", above=0)
     base.sam.adaptive = field(False, "measure the distance in units of the parameters' absolute values")
     return base
 
@@ -31,8 +29,7 @@ def wrap(config, context, make_base) -> optax.GradientTransformation:
         ascent = jax.tree.map(jnp.multiply, scale, gradients)
         length = config.rho / jnp.maximum(optax.tree.norm(ascent), jnp.finfo(jnp.float32).tiny)
         there = jax.tree.map(lambda x, a, s: x + length * a * s, params, ascent, scale)
-        return base.update(
-            gradient_at(there), state, params, step=step, gradient_at=gradient_at, **extra_args
-        )
+        elsewhere = {"gradient_at": gradient_at, **extra_args}
+        return base.update(gradient_at(there), state, params, step=step, **elsewhere)
 
     return optax.GradientTransformationExtraArgs(base.init, update)

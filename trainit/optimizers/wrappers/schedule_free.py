@@ -9,7 +9,6 @@ import optax
 from trainit.config import ConfigDict, field
 
 MOMENTA = ("beta1", "b1", "momentum")  # which the average replaces
-
 ELEMENTWISE = True
 
 
@@ -18,9 +17,7 @@ def get_config(base: ConfigDict) -> ConfigDict:
         if momentum in base:
             base[momentum] = 0.0
     base.schedule_free = field(ConfigDict(), "settings of Schedule-Free")
-    base.schedule_free.beta = field(
-        0.9, "the average's share in the point where gradients are taken", at_least=0, below=1
-    )
+    base.schedule_free.beta = field(0.9, "average's share where gradients are taken", at_least=0, below=1)
     return base
 
 
@@ -46,8 +43,8 @@ def wrap(config, context, make_base) -> optax.GradientTransformation:
     base = make_base(context)
 
     def init(params) -> ScheduleFreeState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return ScheduleFreeState(base.init(params), zeros, jnp.float32(0), jnp.float32(config.beta))
+        ahead = optax.tree.zeros_like(params)
+        return ScheduleFreeState(base.init(params), ahead, jnp.float32(0), jnp.float32(config.beta))
 
     def update(gradients, state: ScheduleFreeState, params, *, step, **extra_args):
         y = state.training_point(params)

@@ -5,10 +5,10 @@ For the gradient g at update t, clipped by its global norm, and the parameters x
     m <- beta1 m + (1 - beta1) g                     v <- beta2 v + (1 - beta2) g^2
     x <- x - rate * (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay x)
 
-This file is a model for an optimizer of your own: `get_config` declares its fields, `make` returns an optax
-transformation. `context.descend` adds what all have in common: clipping, decay and the learning rate. A file
-in this folder is chosen by its name (`optimizer=adamw`), one elsewhere by its path (`optimizer=my/own.py`).
-`trainit/optimizers/__init__.py` lists what else a file may declare.
+This file is a model for an optimizer of your own. `get_config` declares its fields, `common_fields` those
+that others have too. `make` returns an optax transformation; `context.descend` adds what all have in common:
+clipping, decay and the learning rate. A file in this folder is chosen by its name (`optimizer=adamw`), one
+elsewhere by its path (`optimizer=my/own.py`). `trainit/optimizers/__init__.py` says what else it may declare.
 """
 
 import optax

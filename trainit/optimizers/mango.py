@@ -78,7 +78,7 @@ def make(config, context) -> optax.GradientTransformation:
 
 def _direction(name: str, config, context) -> optax.GradientTransformation:
     c = config[name]
-    flat = name in ("attention_bias", "scale", "bias")
+    power, flat = c.scale_power, name in ("attention_bias", "scale", "bias")
     for key, for_matrices in (("normalize", c.normalize.startswith("ns")), ("scale", c.scale == "op")):
         wrong = f"optimizer.{name}.{key}={c[key]} is for matrices, which {name} is not"
         require(not (flat and for_matrices), wrong)
@@ -89,7 +89,7 @@ def _direction(name: str, config, context) -> optax.GradientTransformation:
         return u / (size(path, u, c.normalize) + config.eps)
 
     def scaled(path, u, x):
-        return u * jnp.maximum(size(path, x, c.scale), config.scale_floor) ** c.scale_power
+        return u * jnp.maximum(size(path, x, c.scale), config.scale_floor) ** power
 
     normalize = optax.stateless(lambda updates, params: map_layers(normalized, updates))
     scale = optax.stateless(lambda updates, params: map_layers(scaled, updates, params))

@@ -174,7 +174,7 @@ def batches_of(corpus, hosts: int, states, count: int, shape, monkeypatch, first
         for t, record in enumerate(itertools.islice(reader.records(), count)):
             batches[t, :, mine] = record["tokens"]
             assert (record["lengths"] == shape[2]).all()
-        behind |= reader.states(first_row + count * shape[0] * shape[1])
+        behind |= reader.states_after[first_row + count * shape[0] * shape[1]]
     return batches, [list(behind[number]) for number in sorted(behind)]
 
 

@@ -9,6 +9,7 @@ Exit codes: 0 all is done, 75 stopped on request with everything kept, 2 wrong u
 
 import argparse
 import os
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from absl import logging
@@ -60,11 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
     except workers.StoppedError:
         _log_error("stopped on request; everything so far is kept, and the same command resumes from there")
         return STOPPED
-    except DatasetError as error:
-        _log_error(error)
-    except ConfigError:
-        raise
-    except (ValueError, OSError, workers.LostWorkerError) as error:
+    except BrokenProcessPool:
+        _log_error("a worker process died, killed from outside or for want of memory; --workers= takes fewer")
+    except (ValueError, OSError) as error:
+        if isinstance(error, ConfigError) and not isinstance(error, DatasetError):
+            raise  # wrong usage
         _log_error(error)
     return FAILED
 

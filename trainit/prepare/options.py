@@ -27,10 +27,8 @@ def check(args: argparse.Namespace):
         "give either --validation=FILES or --validation_fraction=, as in 0.001",
     )
     if args.train_tokenizer:
-        require(
-            args.tokenizer.startswith("sentencepiece:"),
-            "--train_tokenizer needs --tokenizer=sentencepiece:FILE",
-        )
+        trainable = args.tokenizer.startswith("sentencepiece:")
+        require(trainable, "--train_tokenizer needs --tokenizer=sentencepiece:FILE")
         require(not args.shard, "--train_tokenizer first, in a command without --shard")
 
 
@@ -54,12 +52,10 @@ def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list[list[Any]
     """The units of work, and each split's files with their sizes."""
     units: list[Unit] = []
     inputs: dict[str, list[list[Any]]] = {}
-    for split, patterns, flag in (
-        ("train", args.input, "input"),
-        ("validation", args.validation, "validation"),
-    ):
-        paths, names = files(patterns, flag)
-        sizes = [path.stat().st_size for path in paths]
+    found: dict[str, set[Path]] = {}
+    for split, flag in ("train", "input"), ("validation", "validation"):
+        paths, names = files(getattr(args, flag), flag)
+        found[split], sizes = set(paths), [path.stat().st_size for path in paths]
         inputs[split] = [list(pair) for pair in zip(names, sizes, strict=True)]
         begin, size = 0, 0
         for end, one in enumerate(sizes, start=1):
@@ -68,9 +64,6 @@ def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list[list[Any]
                 number = sum(unit.split == split for unit in units)
                 units.append(Unit(f"{split}-{number:05d}", tuple(paths[begin:end]), tuple(names[begin:end])))
                 begin, size = end, 0
-    twice = {path for unit in units if unit.split == "train" for path in unit.paths} & {
-        path for unit in units if unit.split == "validation" for path in unit.paths
-    }
-    if twice:
+    if twice := found["train"] & found["validation"]:
         raise ConfigError(f"{min(twice)} is in --input and in --validation")
     return units, inputs

@@ -6,7 +6,6 @@ in a row), which tasks may share: task i of n, counted from 1 as Grid Engine doe
 
 import argparse
 import json
-import signal
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -16,21 +15,17 @@ from tabulate import tabulate
 
 from trainit.cluster.process import DONE, FAILED
 from trainit.config import ConfigError
-from trainit.data import dataset as tokens
 from trainit.data import tokenizers
+from trainit.data.dataset import FORMAT, open_dataset
 from trainit.data.documents import reader
 from trainit.data.documents.reader import Position
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
 from trainit.files import write_atomically
-from trainit.prepare import options
-from trainit.prepare import workers as pipeline
+from trainit.prepare import options, workers
 from trainit.prepare.merge import join
 from trainit.prepare.verify import verify
-from trainit.prepare.writer import (
-    Recipe,
-    Unit,
-)
+from trainit.prepare.writer import Recipe
 
 SAMPLE_BYTES = 1 << 28  # of text, from the beginnings of all files, to train a tokenizer on
 SAMPLE_LINES = 1_000_000
@@ -63,28 +58,20 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
     tokenizer = tokenizers.find(args.tokenizer, "--tokenizer")
     logging.info("%-10s %s, vocabulary %d", "tokenizer", args.tokenizer, tokenizer.vocab_size)
     if not tokenizers.is_lossless(tokenizer):
-        logging.warning(
-            "%-10s %s does not decode to every text: it normalizes, or has no bytes to fall back on",
-            *("tokenizer", args.tokenizer),
-        )
+        why = "it normalizes, or has no bytes to fall back on"
+        logging.warning("%-10s %s does not decode to every text: %s", "tokenizer", args.tokenizer, why)
     return tokenizer
 
 
 def _source(args: argparse.Namespace, tokenizer: Tokenizer, inputs: dict) -> dict:
     """Everything that decides which tokens come out."""
-    recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
     about = {
         "name": tokenizer.name,
         "sha256": digest(tokenizer.serialize()),
         "end_of_text": tokenizer.end_of_text,
     }
-    return {
-        "format": tokens.FORMAT,
-        "tokenizer": about,
-        **recipe,
-        "unit_bytes": args.unit_bytes,
-        "input": inputs,
-    }
+    recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+    return {"format": FORMAT, "tokenizer": about, **recipe, "unit_bytes": args.unit_bytes, "input": inputs}
 
 
 def _claim(output: Path, source: dict) -> dict | None:
@@ -93,24 +80,21 @@ def _claim(output: Path, source: dict) -> dict | None:
     Raises:
         ConfigError: the folder was begun from another input or with other options.
     """
-    folder = output / "unfinished"
-    finished = output / "dataset.json"
+    finished, recipe = output / "dataset.json", output / "unfinished" / "recipe.json"
     info = json.loads(finished.read_bytes()) if finished.exists() else None
-    recipe = folder / "recipe.json"
     if info is None and not recipe.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        recipe.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(recipe, json.dumps(source, indent=1))
     previous = info.get("source", {}) if info else json.loads(recipe.read_bytes())
-    different = [key for key in source if previous.get(key) != source[key]]
-    if different:
-        first = different[0]
-        how = f"{first}={str(previous.get(first))[:80]}, not {str(source[first])[:80]}"
-        if first == "input":
-            how = "other input files, or other sizes of them"
-        raise ConfigError(
-            f"--output={output} holds a dataset made with {how}; give the same, remove the folder, or "
-            f"name another"
-        )
+    for key in source:
+        if previous.get(key) != source[key]:
+            how = f"{key}={str(previous.get(key))[:80]}, not {str(source[key])[:80]}"
+            if key == "input":
+                how = "other input files, or other sizes of them"
+            raise ConfigError(
+                f"--output={output} holds a dataset made with {how}; give the same, remove the folder, or "
+                f"name another"
+            )
     return info
 
 
@@ -118,19 +102,17 @@ def _table(info: dict) -> str:
     """Documents, tokens and UTF-8 bytes of each split and subset."""
     rows = [("split", "subset", "documents", "tokens", "bytes")]
     for name, split in info["splits"].items():
-        parts = [*split["subsets"].items()] if len(info["subsets"]) > 1 else []
-        for subset, counts in [*parts, ("all", split)]:
+        parts = split["subsets"] if len(info["subsets"]) > 1 else {}
+        for subset, counts in [*parts.items(), ("all", split)]:
             numbers = (f"{counts[key]:,}" for key in ("documents", "tokens", "bytes"))
             rows.append((name, subset or "(none)", *numbers))
     alignment = ("left", "left", "right", "right", "right")
     lines = [tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=alignment)]
-    broken = info["broken"]
     if info["duplicates"]:
         lines.append(f"{info['duplicates']:,} duplicates left out")
-    if broken["count"]:
-        lines.append(
-            f"{broken['count']:,} broken left out, listed in dataset.json, the first: {broken['list'][0]}"
-        )
+    if count := info["broken"]["count"]:
+        first = info["broken"]["list"][0]
+        lines.append(f"{count:,} broken left out, listed in dataset.json, the first: {first}")
     return "\n".join(lines)
 
 
@@ -146,46 +128,24 @@ def prepare(args: argparse.Namespace) -> int:
     """Does what the options say; returns the exit code."""
     options.check(args)
     if args.verify:
-        checked = verify(tokens.open_dataset(args.output))
-        print(f"{args.output}: {checked} files are as dataset.json says")
-        return 0
+        print(f"{args.output}: {verify(open_dataset(args.output))} files are as dataset.json says")
+        return DONE
     units, inputs = options.plan(args)
     tokenizer = _tokenizer(args)
     if not args.output:
-        return 0
+        return DONE
     source = _source(args, tokenizer, inputs)
     recipe = Recipe(**{field.name: source[field.name] for field in fields(Recipe)})
     info = _claim(args.output, source)
     if info:
         logging.info("%-10s %s is finished already", "done", args.output)
         return _finish(info)
-    folder = args.output / "unfinished"
     if not args.join:
         index, count = options.shard(args.shard) if args.shard else (0, 1)
         own_units = units[index::count]
-        _work(own_units, folder, tokenizer, recipe, args.workers)
+        workers.run(own_units, args.output / "unfinished", tokenizer, recipe, args.workers)
         if args.shard:
             logging.info("%-10s %d of %d units: shard %s", "done", len(own_units), len(units), args.shard)
-            return 0
-    splits = ("train", "validation")
+            return DONE
+    splits = "train", "validation"
     return _finish(join(args.output, units, splits, tokenizer, recipe.deduplicate, source))
-
-
-def _work(units: list[Unit], folder: Path, tokenizer: Tokenizer, recipe: Recipe, workers: int):
-    stop: list[int] = []
-
-    def note(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one is not polite
-
-    encoders = pipeline.Encoders(tokenizer, recipe, workers)
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    progress = pipeline.Progress(sum(path.stat().st_size for unit in units for path in unit.paths))
-    try:
-        pipeline.run(units, folder, tokenizer, recipe, encoders, progress, lambda: bool(stop))
-    finally:
-        progress.close()
-        encoders.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    logging.info("%-10s %s", "encoded", progress.speed())

@@ -9,10 +9,7 @@ from trainit.data.dataset import Dataset, DatasetError
 
 
 def verify(dataset: Dataset) -> int:
-    """Reads all shards and checks them against dataset.json.
-
-    Returns:
-        How many files were checked.
+    """Reads all shards and checks them against dataset.json. Returns how many files were checked.
 
     Raises:
         DatasetError: a file is damaged, was replaced, or has impossible content; the message names it.
@@ -48,12 +45,9 @@ def _verify_ids(path: Path, shard: dict, info: dict):
     if largest >= info["vocab_size"]:
         raise DatasetError(f"{path} has the id {largest}; the vocabulary has {info['vocab_size']}")
     ends = np.append(starts[1:], len(ids)) - 1
-    rises = len(starts) and starts[0] == 0 and (starts <= ends).all() and ends.max() < len(ids)
-    if (
-        not rises
-        or len(starts) != shard["documents"]
-        or (ids[ends] != info["tokenizer"]["end_of_text"]).any()
-    ):
+    right = 0 < len(starts) == shard["documents"] and starts[0] == 0
+    right = right and (starts <= ends).all() and ends.max() < len(ids)
+    if not right or (ids[ends] != info["tokenizer"]["end_of_text"]).any():
         raise DatasetError(f"{path.with_suffix('.documents')} does not say where the documents of {path} end")
     if len(numbers) != len(starts) or numbers.max() >= len(info["subsets"]):
         raise DatasetError(f"{path.with_suffix('.subsets')} does not name a subset for each document")

@@ -119,18 +119,12 @@ class GrowingFile:
     """A file that grows, its size and its hash. What it holds beyond `size` is cut off."""
 
     def __init__(self, path: Path, size: int = 0):
-        self.path, self.size, self.sha256 = path, size, hashlib.sha256()
-        self.file = path.open("r+b" if size else "wb")
-        left = size
-        while left:
-            content = self.file.read(min(left, 1 << 20))
-            if not content:
-                raise StateError(
-                    f"{path} is shorter than its journal says; remove its folder and start again"
-                )
-            self.sha256.update(content)
-            left -= len(content)
+        self.path, self.size = path, size
+        self.file = path.open("r+b" if size else "w+b")
+        if path.stat().st_size < size:
+            raise StateError(f"{path} is shorter than its journal says; remove its folder, start again")
         self.file.truncate(size)
+        self.sha256 = hashlib.file_digest(self.file, "sha256")
 
     def write(self, array: np.ndarray):
         content = np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
@@ -151,34 +145,21 @@ class SplitWriter:
     """The shards that a unit makes for one split."""
 
     def __init__(self, folder: Path, unit: Unit, split: str, dtype: str, recipe: Recipe, state: dict):
-        """
-        Args:
-            folder: the one to write in.
-            unit: the unit that the documents belong to.
-            split: the split that they are for.
-            dtype: type of the ids on the disk.
-            recipe: decides when a shard is full, and if documents are hashed.
-            state: what `state` returned when the files were last synced; empty: from the start.
-        """
+        """Continues from what `state()` returned when the files were last synced; empty: from the start."""
         self.folder, self.stem, self.dtype, self.recipe = folder, f"{split}-{unit.name[-5:]}", dtype, recipe
         self.shards = state.get("shards", [])
-        sizes = state.get("open")
-        self.files = self._open(sizes) if sizes else {}
-        self.hashes = None
-        if recipe.deduplicate:
-            path = folder / f"{unit.name}.{split}.hashes"
-            self.hashes = GrowingFile(path, state.get("hashes", 0))
+        self.files = self._open(state["open"]) if state.get("open") else {}
+        hashes = folder / f"{unit.name}.{split}.hashes"
+        self.hashes = GrowingFile(hashes, state.get("hashes", 0)) if recipe.deduplicate else None
 
     def _open(self, sizes: dict[str, int]) -> dict[str, GrowingFile]:
         shard = f"{self.stem}-{len(self.shards):05d}"
         return {part: GrowingFile(self.folder / f"{shard}.{part}", sizes[part]) for part in PARTS}
 
     def write(self, part: Part, subsets: np.ndarray):
-        """Appends a part. A shard is closed at the first document end past `recipe.shard_tokens`.
+        """Appends a part; `subsets` (n,) numbers its documents' subsets in the unit.
 
-        Args:
-            part: what to write.
-            subsets: (n,) the numbers of its documents' subsets in the unit.
+        A shard is closed at the first document end past `recipe.shard_tokens`.
         """
         ends = np.cumsum(part.lengths)
         starts = ends - part.lengths
@@ -193,29 +174,28 @@ class SplitWriter:
             full = (ends[begin:] + before >= self.recipe.shard_tokens) & part.last[begin:]
             closes = bool(full.any())
             stop = begin + int(full.argmax()) + 1 if closes else len(ends)
-            rows = slice(begin, stop)
+            first = begin + np.flatnonzero(part.first[begin:stop])
             tokens.write(part.ids[starts[begin] : ends[stop - 1]])
-            first = part.first[rows]
-            self.files["documents"].write((starts[rows] + before)[first].astype("<u8"))
-            self.files["subsets"].write(subsets[rows][first].astype("<u2"))
+            self.files["documents"].write((starts[first] + before).astype("<u8"))
+            self.files["subsets"].write(subsets[first].astype("<u2"))
             if closes:
                 self.close_shard()
             begin = stop
 
     def close_shard(self):
         """Ends the shard that is open, if one is."""
-        if self.files:
-            files, self.files = self.files, {}
-            for file in files.values():
-                file.close()
-            self.shards.append(
-                {
-                    "file": files["tokens"].path.name,
-                    "tokens": files["tokens"].size // np.dtype(self.dtype).itemsize,
-                    "documents": files["documents"].size // 8,
-                    "sha256": {part: file.sha256.hexdigest() for part, file in files.items()},
-                }
-            )
+        if not self.files:
+            return
+        files, self.files = self.files, {}
+        for file in files.values():
+            file.close()
+        description = {
+            "file": files["tokens"].path.name,
+            "tokens": files["tokens"].size // np.dtype(self.dtype).itemsize,
+            "documents": files["documents"].size // 8,
+            "sha256": {part: file.sha256.hexdigest() for part, file in files.items()},
+        }
+        self.shards.append(description)
 
     def state(self) -> dict:
         """What a journal must know, after everything before it is on the disk."""
@@ -257,10 +237,8 @@ class UnitWriter:
             BrokenInputError: it has something that cannot be read, and the recipe says to stop.
         """
         if encoded.broken and self.recipe.on_error == "stop":
-            raise BrokenInputError(
-                f"{encoded.broken[0]}; --on_error=skip leaves out what is broken, and lists it"
-            )
-        known = [*self.subsets, *(name for name in encoded.names if name not in self.subsets)]
+            raise BrokenInputError(f"{encoded.broken[0]}; --on_error=skip leaves out and lists the broken")
+        known = list(dict.fromkeys([*self.subsets, *encoded.names]))
         if len(known) > 1 << 16:
             raise BrokenInputError("more than 65,536 subsets: is --subset_field the right one?")
         self.subsets = known
@@ -275,8 +253,7 @@ class UnitWriter:
             counts += [[0, 0, 0] for _ in range(len(self.subsets) - len(counts))]
             subsets = numbers[part.subsets]
             for column, values in enumerate((part.first, part.lengths, part.bytes)):
-                sums = np.bincount(subsets, values, len(self.subsets))
-                for row, total in zip(counts, sums.tolist(), strict=False):
+                for row, total in zip(counts, np.bincount(subsets, values).tolist(), strict=False):
                     row[column] += round(total)
             if split not in self.splits:
                 self.splits[split] = self._split(split, {})
@@ -284,10 +261,9 @@ class UnitWriter:
         self.position = position
 
     def commit(self, done: bool = False):
-        """What is written so far will not be done again."""
-        if done:
-            for split in self.splits.values():
-                split.close_shard()
+        """Records what is written so far, which will not be done again. With `done` the unit is finished."""
+        for split in self.splits.values() if done else ():
+            split.close_shard()
         self.done = done
         journal = {
             "done": done,
@@ -298,6 +274,8 @@ class UnitWriter:
             "splits": {name: split.state() for name, split in self.splits.items()},
         }
         write_atomically(self.folder / f"{self.unit.name}.json", json.dumps(journal))
+        if done:
+            self.close()
 
     def close(self):
         self._lock.close()

@@ -5,6 +5,7 @@ Parquet files are compressed: a process keeps a few decompressed row groups, so 
 decompresses each group once, and reading at random decompresses a group for each row.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -33,11 +34,7 @@ class Chunks:
 
 
 def inspect_arrow(path: Path) -> list[Shard]:
-    """Returns what an Arrow file holds. Only the heads of its record batches are read.
-
-    Raises:
-        DatasetError: it is damaged or compressed, or has no such column of integers.
-    """
+    """Returns what an Arrow file holds. Only the heads of its record batches are read."""
     tokens, lengths, dtype = 0, set(), ""
     for column, ids in _arrow_batches(path):
         tokens, dtype = tokens + len(ids), ids.dtype.str
@@ -52,31 +49,30 @@ def open_arrow(path: Path) -> Chunks:
 
 
 def inspect_parquet(path: Path) -> list[Shard]:
-    """Returns what a parquet file holds, from its footer and its first row.
-
-    Raises:
-        DatasetError: it is damaged, or has no such column of integers.
-    """
-    with _ParquetFile(path) as file:
-        sizes, rows = file.group_sizes(), file.group_rows()
-        first = file.first_row() if sum(rows) else 0
-        lengths = {_row_length(*counts, first) for counts in zip(rows, sizes, strict=True)}
-        dtype = f"<u{_item_type(path, file.type).bit_width // 8}"
+    """Returns what a parquet file holds, from its footer and its first row."""
+    with _parquet(path) as file:
+        sizes = _group_sizes(file)
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        some = file.iter_batches(1, columns=[COLUMN], use_threads=False) if sum(rows) else ()
+        first = next((len(batch.column(0)[0].as_py() or ()) for batch in some), 0)  # length of the first row
+        dtype = f"<u{_item_type(path, file.schema_arrow.field(COLUMN).type).bit_width // 8}"
+    lengths = {_row_length(*counts, first) for counts in zip(rows, sizes, strict=True)}
     opener = functools.partial(open_parquet, path)
     return [Shard(path, "parquet", sum(sizes), _only(lengths), dtype, opener)]
 
 
 def open_parquet(path: Path) -> Chunks:
     """The ids of a parquet file: one array a row group, decompressed when it is needed."""
-    with _ParquetFile(path) as file:
-        sizes = file.group_sizes()
+    with _parquet(path) as file:
+        sizes = _group_sizes(file)
     return Chunks(sizes, lambda group: _row_group(path, group, sizes[group]))
 
 
 @functools.lru_cache(maxsize=ROW_GROUPS)
 def _row_group(path: Path, group: int, expected: int) -> np.ndarray:
-    with _ParquetFile(path) as file:
-        ids = np.concatenate([_ids(path, chunk) for chunk in file.read(group)])
+    with _parquet(path) as file:
+        column = file.read_row_group(group, columns=[COLUMN], use_threads=False).column(0)
+        ids = np.concatenate([_ids(path, chunk) for chunk in column.chunks])
     if len(ids) != expected:
         raise DatasetError(f"{path}: row group {group} has {len(ids)} ids, its head says {expected}")
     return ids
@@ -116,49 +112,26 @@ def _arrow_batches(path: Path) -> Iterator[tuple[Any, np.ndarray]]:
         raise DatasetError(f"{path} is damaged ({error}); copy or make it again") from None
 
 
-class _ParquetFile:
-    """A parquet file's column of ids."""
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """Opens a parquet file with a column of ids; damage that the block finds is reported by its name."""
+    pa = _pyarrow(path)
+    try:
+        with pa.parquet.ParquetFile(path, buffer_size=1 << 16) as file:
+            if COLUMN not in file.schema_arrow.names:
+                raise _no_column(path, file.schema_arrow.names)
+            _item_type(path, file.schema_arrow.field(COLUMN).type)
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{path} is damaged ({error}); copy or make it again") from None
 
-    def __init__(self, path: Path):
-        self._path, self._pa = path, _pyarrow(path)
-        self._file = self._guard(lambda: self._pa.parquet.ParquetFile(path, buffer_size=1 << 16))
-        if COLUMN not in self._file.schema_arrow.names:
-            raise _no_column(path, self._file.schema_arrow.names)
-        self.type = self._file.schema_arrow.field(COLUMN).type
-        _item_type(path, self.type)
-        schema, about = self._file.schema, self._file.metadata
-        (column,) = (i for i in range(len(schema)) if schema.column(i).path.split(".")[0] == COLUMN)
-        self._groups = [about.row_group(i) for i in range(about.num_row_groups)]
-        self._columns = [group.column(column) for group in self._groups]
 
-    def __enter__(self) -> "_ParquetFile":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-    def group_rows(self) -> list[int]:
-        return [group.num_rows for group in self._groups]
-
-    def group_sizes(self) -> list[int]:
-        """Ids of each row group. An empty row counts as a value, but not in the statistics."""
-        return [c.statistics.num_values if c.statistics else c.num_values for c in self._columns]
-
-    def first_row(self) -> int:
-        """The length of the first row."""
-        batches = self._file.iter_batches(1, columns=[COLUMN], use_threads=False)
-        return len(self._guard(lambda: next(batches)).column(0)[0].as_py() or ())
-
-    def read(self, group: int) -> list:
-        """A row group's column, as arrays."""
-        read = functools.partial(self._file.read_row_group, columns=[COLUMN], use_threads=False)
-        return self._guard(lambda: read(group).column(0).chunks)
-
-    def _guard(self, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except (self._pa.ArrowException, OSError) as error:
-            raise DatasetError(f"{self._path} is damaged ({error}); copy or make it again") from None
+def _group_sizes(file: Any) -> list[int]:
+    """Ids of each row group. An empty row counts as a value, but not in the statistics."""
+    schema, about = file.schema, file.metadata
+    (column,) = (i for i in range(len(schema)) if schema.column(i).path.split(".")[0] == COLUMN)
+    columns = [about.row_group(group).column(column) for group in range(about.num_row_groups)]
+    return [c.statistics.num_values if c.statistics else c.num_values for c in columns]
 
 
 def _ids(path: Path, column: Any) -> np.ndarray:

@@ -17,23 +17,16 @@ import json
 import re
 from pathlib import Path
 
-from trainit.data import dataset as tokens
 from trainit.data import tokenizers
-from trainit.data.dataset import Dataset, DatasetError, Split, dtype_of
-from trainit.data.formats import arrow as columns
-from trainit.data.formats import binary
+from trainit.data.dataset import Dataset, DatasetError, Split, dtype_of, open_dataset
+from trainit.data.formats import arrow, binary
 from trainit.data.formats.binary import Shard
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
 
 WORDS = {  # words in names, and their splits; a test split is read only if there is no validation split
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "eval": "validation",
-    "dev": "validation",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "eval", "dev"), "validation"),
     "test": "test",
 }
 
@@ -41,23 +34,20 @@ WORDS = {  # words in names, and their splits; a test split is read only if ther
 def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str = "") -> Dataset:
     """Opens the dataset at a path: a prepared one, or one that another program made.
 
-    Args:
-        path: a folder, a file, or the name of a Megatron pair of files without .bin and .idx.
-        tokenizer: for tokens of other programs: one of `tokenizers.KINDS`, or a tokenizer.
-        validation_path: where the validation split lies; empty: with the training data.
+    The path is a folder, a file, or the name of a Megatron pair of files without .bin and .idx. Tokens of
+    other programs need a tokenizer, or one of `tokenizers.KINDS`; if `validation_path` is empty, their
+    validation split lies with the training data.
 
     Raises:
         DatasetError: there is nothing, it cannot be read, or one of the arguments does not fit it.
     """
     files = find(Path(path))
     if not files:
-        dataset = tokens.open_dataset(Path(path))
+        dataset = open_dataset(Path(path))
         for field, value in (("tokenizer", tokenizer), ("validation_path", validation_path)):
             if value:
-                raise DatasetError(
-                    f"dataset.{field}={value!r}: the prepared dataset.path={path!r} has its own; leave it "
-                    f"empty"
-                )
+                why = f"the prepared dataset.path={path!r} has its own; leave it empty"
+                raise DatasetError(f"dataset.{field}={value!r}: {why}")
         return dataset
     found = _by_split(files, Path(path))
     if "train" not in found:
@@ -116,20 +106,15 @@ def _listed(folder: Path) -> list[Path]:
     """Returns the files of a folder, or those that are listed in the state file of `datasets`."""
     state = folder / "state.json"
     if not state.is_file():
-        return [
-            file
-            for file in sorted(folder.iterdir())
-            if file.suffix in INSPECT and not (file.suffix == ".arrow" and file.name.startswith("cache-"))
-        ]
+        files = [file for file in sorted(folder.iterdir()) if file.suffix in INSPECT]
+        return [file for file in files if not (file.suffix == ".arrow" and file.name.startswith("cache-"))]
     try:
         about = json.loads(state.read_bytes())
         files = [folder / file["filename"] for file in about["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{state} is damaged ({error}); copy or save the dataset again") from None
     if about.get("_indices_data_files"):
-        raise DatasetError(
-            f"{state} names indices in addition to the rows: save it again after dataset.flatten_indices()"
-        )
+        raise DatasetError(f"{state} names indices of rows: save it again after dataset.flatten_indices()")
     return files
 
 
@@ -140,13 +125,14 @@ def _by_split(files: list[Path], path: Path) -> dict[str, list[Path]]:
         name = str(file.relative_to(path) if path.is_dir() else file.name).lower()
         words = [WORDS[word] for word in re.findall("[a-z]+", name) if word in WORDS]
         found.setdefault(words[-1] if words else "", []).append(file)
-    if "" in found and "train" in found:
+    if "" not in found:
+        return found
+    if "train" in found:
         raise DatasetError(
             f"{found[''][0]} is for no split by its name, as {found['train'][0].name} is for train: rename "
             f"it or move it away"
         )
-    if "" in found:
-        found["train"] = found.pop("")
+    found["train"] = found.pop("")
     return found
 
 
@@ -170,7 +156,7 @@ def _validation(path: str, named: Tokenizer) -> Split:
         found = _by_split(files, Path(path))
         chosen = found.get("validation") or found.get("test") or found["train"]
         return _split("validation", _shards(chosen), named)
-    dataset = tokens.open_dataset(Path(path), "dataset.validation_path")
+    dataset = open_dataset(Path(path), "dataset.validation_path")
     theirs, ours = dataset.info["tokenizer"]["sha256"], digest(named.serialize())
     if theirs != ours or dataset.info["tokenizer"]["name"] != named.name:
         raise DatasetError(
@@ -183,23 +169,17 @@ def _validation(path: str, named: Tokenizer) -> Split:
 
 
 def _split(name: str, shards: list[Shard], named: Tokenizer) -> Split:
-    lengths = {shard.stored for shard in shards}
     for shard in shards:
         if shard.format == "nanoGPT" and named.vocab_size > 1 << 16:
             raise DatasetError(
                 f"{shard.path} has no header, so its ids are of 16 bits, but dataset.tokenizer has "
                 f"{named.vocab_size} ids, which need more"
             )
-    return Split(
-        name,
-        tuple(str(shard.path) for shard in shards),
-        tuple(shard.tokens for shard in shards),
-        dtype_of(named.vocab_size),
-        None,
-        stored=lengths.pop() if len(lengths) == 1 else 0,
-        below=named.vocab_size,
-        openers=tuple(shard.open for shard in shards),
-    )
+    lengths = {shard.stored for shard in shards}
+    paths, sizes = tuple(str(shard.path) for shard in shards), tuple(shard.tokens for shard in shards)
+    stored, openers = lengths.pop() if len(lengths) == 1 else 0, tuple(shard.open for shard in shards)
+    vocabulary, dtype = named.vocab_size, dtype_of(named.vocab_size)
+    return Split(name, paths, sizes, dtype, None, stored=stored, below=vocabulary, openers=openers)
 
 
 def _describe(split: Split) -> dict:
@@ -223,6 +203,6 @@ def _shards(files: list[Path]) -> list[Shard]:
 INSPECT = {
     ".bin": binary.inspect_bin,
     ".idx": binary.inspect_megatron,
-    ".arrow": columns.inspect_arrow,
-    ".parquet": columns.inspect_parquet,
+    ".arrow": arrow.inspect_arrow,
+    ".parquet": arrow.inspect_parquet,
 }

@@ -35,12 +35,7 @@ class Parts(grain.IterDataset):
     """A worker's part of each batch: the rows of its streams, and the streams' states after these rows."""
 
     def __init__(self, corpus: Corpus, states: dict[int, State], count: int):
-        """
-        Args:
-            corpus: what is read.
-            states: where each stream begins; those of a worker are every W-th of them.
-            count: rows of each stream in a batch.
-        """
+        """`states` says where each stream begins; `count` is the number of its rows in a batch."""
         super().__init__()
         self.corpus, self.states, self.count = corpus, states, count
 
@@ -88,14 +83,9 @@ class StreamReader:
         workers: int = 0,
         prefetch: int = 2,
     ):
-        """
-        Args:
-            corpus: what is read; its streams divide the rows of a batch.
-            shape: (micro-steps G, rows of a micro-step b, length L); a batch is G * b rows.
-            sharding: for arrays (G, b, ...); only the second axis may be split.
-            position: before the first batch; without states, streams start at their beginnings.
-            workers: processes that read; 0: a thread of this process.
-            prefetch: batches read ahead (by each worker).
+        """Arguments as those of `TrainingData.reader`; the corpus' streams divide the G * b rows of a batch.
+
+        Without worker processes a thread of this one reads. Each of them reads `prefetch` batches ahead.
         """
         micro_steps, rows, _ = shape
         self._corpus, self._shape, self._sharding, self._prefetch = corpus, shape, sharding, prefetch
@@ -108,16 +98,13 @@ class StreamReader:
         self._workers = min(workers, len(self._streams))
         begin: Sequence[Sequence[int]] = position.streams or [State()] * corpus.streams
         self._begin = {int(number): State(*begin[number]) for number in self._streams}
-        self._states_after = {position.rows: self._begin}  # the newest few
+        self.states_after = {position.rows: self._begin}  # by consumed rows: the newest few
         of_all = len(self._streams) * self._count
         if in_batch.size < of_all:
             logging.warning(
                 "data       this process reads %d of dataset.streams=%d for %d of their %d rows, and others "
                 "read them too; a multiple of processes * micro-steps spares that",
-                len(self._streams),
-                corpus.streams,
-                in_batch.size,
-                of_all,
+                *(len(self._streams), corpus.streams, in_batch.size, of_all),
             )
 
     def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
@@ -143,8 +130,8 @@ class StreamReader:
             for number in itertools.count(1):
                 states, tokens = self._assemble(arriving)
                 row = self._first_row + number * self._batch
-                self._states_after[row] = states
-                self._states_after.pop(row - 4 * self._batch, None)
+                self.states_after[row] = states
+                self.states_after.pop(row - 4 * self._batch, None)
                 lengths = np.full(self._of_row.shape, self._shape[2], np.int32)
                 yield {"tokens": tokens[self._of_row, self._in_stream], "lengths": lengths}
         finally:
@@ -163,14 +150,10 @@ class StreamReader:
             states |= {n: State(*state) for n, state in zip(streams, part["states"].tolist(), strict=True)}
         return states, tokens
 
-    def states(self, rows: int) -> dict[int, State]:
-        """Returns where each stream of this process is after `rows` consumed rows."""
-        return self._states_after[rows]
-
     def position(self, rows: int) -> DataPosition:
         """Returns the position after `rows` consumed rows, near those last read. A collective."""
         states: dict[str, list[int]] = {}
-        for text in sync.gather_text(json.dumps(self.states(rows))):
+        for text in sync.gather_text(json.dumps(self.states_after[rows])):
             states |= json.loads(text)
         return DataPosition(rows, [states[number] for number in sorted(states, key=int)])
 
@@ -195,9 +178,8 @@ def hold(corpus: Corpus, name: str, sequences: int) -> Held:
     enough = sequences * corpus.length + 1 if sequences else 1 << 62
     pieces, count, starts, of = [], 0, [], []
     subsets: dict[str, int] = {}
-    for _, subset, ids in itertools.chain.from_iterable(
-        documents(corpus, file, Position()) for file in range(len(corpus.paths))
-    ):
+    files = range(len(corpus.paths))
+    for _, subset, ids in (row for file in files for row in documents(corpus, file, Position())):
         pieces.append(ids)
         starts.append(count)
         of.append(subsets.setdefault(subset, len(subsets)))
@@ -206,10 +188,8 @@ def hold(corpus: Corpus, name: str, sequences: int) -> Held:
             break
     ids = np.concatenate([*pieces, np.empty(0, corpus.dtype)])[:enough]
     size = int(corpus.tokenizer.token_bytes()[ids].sum())
-    index = np.array(starts, np.int64), np.minimum(of, 0xFFFF).astype(np.uint16)
-    return Held(
-        name, ("memory",), (len(ids),), corpus.dtype, size, subsets=tuple(subsets), ids=ids, index=index
-    )
+    index, names = (np.array(starts, np.int64), np.minimum(of, 0xFFFF).astype(np.uint16)), tuple(subsets)
+    return Held(name, ("memory",), (len(ids),), corpus.dtype, size, subsets=names, ids=ids, index=index)
 
 
 @dataclass(frozen=True)
@@ -232,7 +212,7 @@ class StreamedData:
 
     @property
     def fingerprint(self) -> str:
-        """A text that is the same for files of the same names and sizes in the same order."""
+        """The same for files of the same names and sizes in the same order."""
         c = self.corpus
         name, content, end_of_text = c.tokenizer_file
         about = [*zip(c.names, c.sizes, strict=True), name, digest(content), end_of_text]
@@ -240,19 +220,14 @@ class StreamedData:
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
     def reader(
-        self,
-        shape: tuple[int, int, int],
-        layout: jax.sharding.NamedSharding,
-        position: DataPosition = START,
+        self, shape: tuple[int, int, int], layout: jax.sharding.NamedSharding, position: DataPosition = START
     ) -> StreamReader:
-        """Returns what reads this process's rows of the batches after `position`."""
         return StreamReader(self.corpus, shape, layout, position, self.workers, self.prefetch)
 
     def check_resume(self, before: Mapping[str, Any], position: DataPosition, step: int) -> None:
         """Checks nothing: streams continue from their own states."""
 
     def describe(self) -> str:
-        """Returns how much there is to train on, and how streams share it, for people."""
         c = self.corpus
         return (
             f"files: {len(c.paths)}, in groups: {len(c.groups)}, {sum(c.sizes) / 1e9:.3g} GB in {c.streams} "
@@ -269,14 +244,9 @@ def find_tokenizer(choice: str) -> Tokenizer:
 
 
 def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> StreamedData:
-    """Finds the files and tokenizes the validation sequences. The training files are not opened.
+    """Finds the files of a resolved config.dataset, and tokenizes the validation sequences.
 
-    Args:
-        config: the run's config.dataset, resolved.
-        tokenizer: the one that it names.
-        seed: decides the order.
-        length: L, targets of a sequence.
-        sequences: validation sequences; 0: all that there are.
+    The training files are not opened. Sequences have `length` targets; 0 validation sequences stand for all.
 
     Raises:
         DatasetError: files are missing or of other kinds, or the validation data cannot be read.

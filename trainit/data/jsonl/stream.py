@@ -109,22 +109,16 @@ def documents(
 ) -> Iterator[tuple[Position, str, np.ndarray]]:
     """Yields where each document's line begins, its subset, and its ids followed by the end-of-text id.
 
-    Args:
-        corpus: the one that the file belongs to.
-        file: number of the file.
-        start: where a line begins.
-        part: only lines whose number has this remainder
-        parts: by this divisor are parsed.
+    Reading starts at the line that begins at `start`. Of all lines, each `parts`-th is parsed: those whose
+    number has the remainder `part`.
 
     Raises:
-        BrokenInputError: a line or the file cannot be read, or its size has changed; the message names
-            file, line and reason.
+        BrokenInputError: a line or the file cannot be read, or its size has changed.
         OSError: the file is gone.
     """
     path, name = Path(corpus.paths[file]), corpus.names[file]
     fields = corpus.text_field, corpus.subset_field
-    size = path.stat().st_size
-    if size != corpus.sizes[file]:
+    if (size := path.stat().st_size) != corpus.sizes[file]:
         raise BrokenInputError(f"{name} has {size} bytes; when the run began it had {corpus.sizes[file]}")
     for batch in reader.read(path, name, fields, start):
         lines = batch.lines.split(b"\n")
@@ -192,9 +186,8 @@ class Stream:
         """Reads and shuffles the present window, unless that is done.
 
         Raises:
-            BrokenInputError: what it needs cannot be read, or is not what it was at the state.
+            BrokenInputError, OSError: what it needs cannot be read, or is not what it was at the state.
             DatasetError: the stream has no documents.
-            OSError: a file is gone.
         """
         if self._rows is not None:
             return
@@ -217,10 +210,8 @@ class Stream:
         begun = state.offset or state.line or state.token
         if begun and (place[:4] != state[:4] or state.token >= len(ids)):
             file = self._corpus.files(self._number // self._parts, state.epoch)[state.file]
-            raise BrokenInputError(
-                f"{self._corpus.names[file]} has changed: line {state.line + 1} is not what it was at the "
-                f"checkpoint"
-            )
+            name, line = self._corpus.names[file], state.line + 1
+            raise BrokenInputError(f"{name} has changed: line {line} is not what it was at the checkpoint")
 
     def take(self, count: int) -> np.ndarray:
         """Returns the next (count, L + 1) ids and moves `state` after them. Raises what `fill` raises."""

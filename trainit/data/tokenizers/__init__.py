@@ -7,27 +7,13 @@ from trainit.data.tokenizers.base import SPACE, ByteTokenizer, Tokenizer, digest
 from trainit.data.tokenizers.bpe import Gpt2Tokenizer, HuggingFaceTokenizer
 from trainit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
-__all__ = [
-    "KINDS",
-    "ByteTokenizer",
-    "SentencePieceTokenizer",
-    "Tokenizer",
-    "build",
-    "find",
-    "is_lossless",
-    "load",
-]
-
+CLASSES = ByteTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, HuggingFaceTokenizer
 # Text that a tokenizer easily changes: repeated spaces, a ligature, a combining accent, a lone surrogate.
 PROBE = f"A  b\n\t ﬁ e\N{COMBINING ACUTE ACCENT} Å\x00 {SPACE} \r\n  <|endoftext|> 😀\ud83d end "
 
 
 def find(choice: str, option: str = "dataset.tokenizer") -> Tokenizer:
-    """Returns the tokenizer that a user chose.
-
-    Args:
-        choice: one of KINDS.
-        option: with which it was chosen, for messages.
+    """Returns the tokenizer that a user chose with an option, one of KINDS.
 
     Raises:
         ValueError: it cannot be had; the message is one line and says why.
@@ -48,25 +34,17 @@ def find(choice: str, option: str = "dataset.tokenizer") -> Tokenizer:
 
 
 def build(name: str, content: bytes, end_of_text: int | None = None) -> Tokenizer:
-    """Returns a tokenizer from its kind and the content of its file.
+    """Returns a tokenizer from its `name` and what its `serialize` returned.
 
-    Args:
-        name: the kind, a tokenizer's `name`.
-        content: what the tokenizer's `serialize` returned.
-        end_of_text: its end-of-text id, where the file leaves a choice; None: the first that is known.
+    The end-of-text id counts where the file leaves a choice; None: the first that is known.
 
     Raises:
         ValueError: the kind is unknown, or the content is not of this kind.
     """
-    if name == ByteTokenizer.name:
-        return ByteTokenizer()
-    if name == HuggingFaceTokenizer.name:
-        return HuggingFaceTokenizer(content, end_of_text)
-    if name == Gpt2Tokenizer.name:
-        return Gpt2Tokenizer(content)
-    if name == SentencePieceTokenizer.name:
-        return SentencePieceTokenizer(content)
-    raise ValueError(f"unknown kind of tokenizer {name!r}; there are bytes, gpt2, sentencepiece, tokenizers")
+    kinds = {kind.name: kind for kind in CLASSES}
+    if name not in kinds:
+        raise ValueError(f"unknown kind of tokenizer {name!r}; there are {', '.join(kinds)}")
+    return kinds[name](content, end_of_text)
 
 
 def load(name: str, path: Path, sha256: str, end_of_text: int | None = None) -> Tokenizer:

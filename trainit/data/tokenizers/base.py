@@ -47,15 +47,13 @@ class Tokenizer(Protocol):
 def boundary(text: str, start: int) -> int:
     """Where the piece that begins at `start` ends, in a text that has more than PIECE characters left.
 
-    It is the last place within PIECE characters that no token reaches over; where there is none, as in
-    a run of 262,144 characters without a space, the piece is cut all the same, and up to two tokens
-    there may differ from those of the whole.
+    It is the last place within PIECE characters that no token reaches over. In a run of 262,144 characters
+    without a space there is none: the piece is cut all the same, and up to two tokens there may differ.
     """
     end = start + PIECE
     for pattern in _BOUNDARIES:
         for begin in (end - 4096, start):  # nearly always the end of the piece has one
-            ends = [match.end() for match in pattern.finditer(text, begin, end + 1)]
-            if ends:
+            if ends := [match.end() for match in pattern.finditer(text, begin, end + 1)]:
                 return ends[-1]
     return end
 
@@ -78,13 +76,14 @@ def to_bytes(text: str) -> bytes:
 class Vocabulary:
     """What tokenizers share whose ids each stand for certain bytes.
 
-    Subclasses set `table` (the bytes of each id), `byte_ids` (the id of each byte, or None) and
-    `end_of_text`, and encode pieces in `_encode_pieces`.
+    Subclasses set `table` (the bytes of each id), `byte_ids` (the id of each byte, or None), `end_of_text`
+    and `_content` (of their file), and encode pieces in `_encode_pieces`.
     """
 
     table: list[bytes]
     byte_ids: np.ndarray | None
     end_of_text: int
+    _content: bytes
     prefixed = False  # a space is put before every text
     by_bytes = SURROGATES  # characters, as in a regular expression, that are encoded as bytes
 
@@ -97,12 +96,10 @@ class Vocabulary:
         parts = [
             [part for i, piece in enumerate(pieces(text)) for part in self._parts(piece, i)] for text in texts
         ]
-        encoded = iter(
-            self._encode_pieces([part for text in parts for part in text if isinstance(part, str)])
-        )
+        encoded = iter(self._encode_pieces([part for of in parts for part in of if isinstance(part, str)]))
         result = []
-        for text in parts:
-            ids = [self._byte_ids(part) if isinstance(part, bytes) else next(encoded) for part in text]
+        for of_text in parts:
+            ids = [self._byte_ids(part) if isinstance(part, bytes) else next(encoded) for part in of_text]
             result.append(ids[0] if len(ids) == 1 else np.concatenate(ids))
         return result
 
@@ -136,6 +133,9 @@ class Vocabulary:
     def token_bytes(self) -> np.ndarray:
         return np.array([len(token) for token in self.table], np.int32)
 
+    def serialize(self) -> bytes:
+        return self._content
+
 
 def to_text(content: bytes) -> str:
     """What `to_bytes` made bytes of."""
@@ -156,10 +156,12 @@ def digest(content: bytes) -> str:
 
 
 class ByteTokenizer:
-    """Each UTF-8 byte is a token; 256 ends a text."""
+    """Each UTF-8 byte is a token; 256 ends a text. It has no file."""
 
-    name, end_of_text = "bytes", 256
-    vocab_size = 257
+    name, end_of_text, vocab_size = "bytes", 256, 257
+
+    def __init__(self, content: bytes = b"", end_of_text: int | None = None):
+        """Takes what all tokenizers are built from, and needs none of it."""
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(to_bytes(text), np.uint8).astype(np.int32) for text in texts]

@@ -25,7 +25,7 @@ class Gpt2Tokenizer(Vocabulary):
 
     name = "gpt2"
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, end_of_text: int | None = None):
         tiktoken = _needs("tiktoken", "gpt2")
         self._content = content
         lines = [line.split() for line in content.splitlines()]
@@ -33,11 +33,9 @@ class Gpt2Tokenizer(Vocabulary):
         self.table = [*sorted(ranks, key=lambda token: ranks[token]), b""]
         self.byte_ids = np.array([ranks[bytes([byte])] for byte in range(256)], np.int32)
         self.end_of_text = len(ranks)
+        special = {"<|endoftext|>": self.end_of_text}
         self._encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=GPT2_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": self.end_of_text},
+            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
 
     @classmethod
@@ -57,14 +55,10 @@ class Gpt2Tokenizer(Vocabulary):
             folder = Path(spec.origin).parent / "data"
         content = {name: (folder / name).read_bytes() for name in GPT2_FILES}
         for name, expected in GPT2_FILES.items():
-            if digest(content[name]) != expected:
-                raise ValueError(
-                    f"{folder / name} has SHA-256 {digest(content[name])}, GPT-2's has {expected}"
-                )
+            if (actual := digest(content[name])) != expected:
+                raise ValueError(f"{folder / name} has SHA-256 {actual}, GPT-2's has {expected}")
         byte = {character: i for i, character in enumerate(_byte_characters())}
-        tokens = [
-            bytes([byte[character]]) for character in sorted(byte, key=lambda c: (ord(c) > 255, ord(c)))
-        ]
+        tokens = [bytes([byte[c]]) for c in sorted(byte, key=lambda c: (ord(c) > 255, ord(c)))]
         for merge in content["vocab.bpe"].decode().splitlines()[1:]:
             tokens.append(bytes(byte[character] for character in merge if character != " "))
         return cls(b"".join(b"%b %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens)))
@@ -72,9 +66,6 @@ class Gpt2Tokenizer(Vocabulary):
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         encode = self._encoding.encode_to_numpy  # with nothing special in a text
         return [encode(t, allowed_special=set(), disallowed_special=()).astype(np.int32) for t in texts]
-
-    def serialize(self) -> bytes:
-        return self._content
 
 
 class HuggingFaceTokenizer(Vocabulary):
@@ -96,10 +87,9 @@ class HuggingFaceTokenizer(Vocabulary):
         t.encode_special_tokens = True  # what looks special in a text is text
         vocabulary = t.get_vocab(with_added_tokens=True)
         if end_of_text is None:
-            ends = [vocabulary[token] for token in self.ENDS if token in vocabulary]
-            if not ends:
-                raise ValueError(f"no end-of-text token: none of {', '.join(self.ENDS)}")
-            end_of_text = ends[0]
+            end_of_text = next((vocabulary[token] for token in self.ENDS if token in vocabulary), None)
+        if end_of_text is None:
+            raise ValueError(f"no end-of-text token: none of {', '.join(self.ENDS)}")
         self.end_of_text = end_of_text
         characters = {character: byte for byte, character in enumerate(_byte_characters())}
         byte_level = '"ByteLevel"' in json.dumps(about["decoder"])
@@ -107,7 +97,7 @@ class HuggingFaceTokenizer(Vocabulary):
             raise ValueError("it is neither byte-level nor has it byte_fallback: texts would not come back")
         self.table = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():
-            if byte_level and all(character in characters for character in token):
+            if byte_level and characters.keys() >= set(token):
                 self.table[i] = bytes(characters[character] for character in token)
             else:
                 is_byte = not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token)
@@ -115,19 +105,14 @@ class HuggingFaceTokenizer(Vocabulary):
         for added in about.get("added_tokens", ()):
             self.table[added["id"]] = b"" if added["special"] else added["content"].encode()
         self.table[self.end_of_text] = b""
-        single = [
-            vocabulary.get(character if byte_level else f"<0x{byte:02X}>")
-            for byte, character in enumerate(_byte_characters())
-        ]
+        names = characters if byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        single = [vocabulary.get(name) for name in names]
         self.prefixed = self.table[t.encode("a", add_special_tokens=False).ids[0]].startswith(b" ")
         self.byte_ids = None if None in single or self.prefixed else np.array(single, np.int32)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(one.ids, np.int32) for one in encoded]
-
-    def serialize(self) -> bytes:
-        return self._content
 
 
 def _byte_characters() -> list[str]:

@@ -17,10 +17,10 @@ class SentencePieceTokenizer(Vocabulary):
 
     name = "sentencepiece"
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, end_of_text: int | None = None):
         import sentencepiece
 
-        self._model = model
+        self._content = model
         try:
             self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -42,12 +42,8 @@ class SentencePieceTokenizer(Vocabulary):
     def train(cls, texts: Iterable[str], vocab_size: int, sample: int = 0) -> "SentencePieceTokenizer":
         """Byte-pair encoding in which every text is representable and decodes to itself.
 
-        Bytes are the fallback, nothing is normalized, and the newline is a token of its own.
-
-        Args:
-            texts: to learn from.
-            vocab_size: ids, special ones and 256 bytes included.
-            sample: at most this many lines are drawn from the texts; 0: all.
+        Bytes are the fallback, nothing is normalized, and the newline is a token of its own. `vocab_size`
+        includes special ids and 256 bytes. At most `sample` lines are drawn from the texts; 0: all.
 
         Raises:
             ValueError: what sentencepiece says, as when vocab_size does not fit the texts.
@@ -55,16 +51,11 @@ class SentencePieceTokenizer(Vocabulary):
         import sentencepiece
 
         model = io.BytesIO()
-        sampled: dict[str, Any] = (
-            {"input_sentence_size": sample, "shuffle_input_sentence": True} if sample else {}
-        )
+        sampled: Any = {"input_sentence_size": sample, "shuffle_input_sentence": True} if sample else {}
+        lines = (line for text in texts for line in text.splitlines(keepends=True))
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(
-                    line.encode("utf8", "replace")
-                    for text in texts
-                    for line in text.splitlines(keepends=True)
-                ),
+                sentence_iterator=(line.encode("utf8", "replace") for line in lines),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -89,6 +80,3 @@ class SentencePieceTokenizer(Vocabulary):
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]
-
-    def serialize(self) -> bytes:
-        return self._model

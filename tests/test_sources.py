@@ -93,7 +93,8 @@ def test_other_changes_than_those_to_come_are_refused(subset_dataset):
     old = make(subset_dataset, dataset__mixture="Alpha 1; 10: Gamma 1; 50%: Alpha 1").to_dict()
 
     def check(text, rows=15 * 16, step=15, **changes):
-        mixture.check_history(make(subset_dataset, dataset__mixture=text, **changes), old, rows, step)
+        sizes = config_lib.batch_sizes(make(subset_dataset, dataset__mixture=text, **changes))
+        mixture.check_history(text, sizes, old, rows, step)
 
     check("Alpha 1; 10: Gamma 1; 50%: Alpha 1")
     check("Alpha 1; 10: Gamma 1; 30: Alpha 1, Gamma 2")  # it is still to come

@@ -15,20 +15,20 @@ whole, and sequence i is then the i-th that was stored.
 
 import bisect
 import functools
-import hashlib
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from trainit.config import ConfigError
 from trainit.data import tokenizers
 from trainit.data.tokenizers import Tokenizer
+from trainit.data.tokenizers.base import digest
 
 FORMAT = 2
 
@@ -45,11 +45,7 @@ def dtype_of(vocab_size: int) -> str:
 def pieces(ends: Sequence[int] | np.ndarray, begin: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Yields where tokens [begin, stop) of concatenated parts lie, as (part, first, last) within each part.
 
-    Args:
-        ends: where each part ends in the concatenation. It is searched by bisection, so that a mapped file is
-            not read as a whole.
-        begin: first token.
-        stop: the token after the last one.
+    `ends` says where each part ends. It is searched by bisection: a mapped file is not read as a whole.
     """
     part = bisect.bisect_right(ends, begin)  # type: ignore[arg-type]  # an array is sequence enough
     while begin < stop:
@@ -58,6 +54,21 @@ def pieces(ends: Sequence[int] | np.ndarray, begin: int, stop: int) -> Iterator[
         if begin < last:  # else the part is empty
             yield part, begin - start, last - start
         begin, part = last, part + 1
+
+
+def by_value(numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields each of the different numbers of an array (n,), and the indices at which it stands."""
+    for number in np.unique(numbers).tolist():
+        yield number, np.flatnonzero(numbers == number)
+
+
+class PickledFields:
+    """A dataclass that is pickled without what it caches: each process makes that itself."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class MappedIds:
@@ -74,8 +85,8 @@ class MappedIds:
     def windows(self, starts: np.ndarray, size: int) -> np.ndarray:
         """Returns (n, size): the ids from each start on.
 
-        The system learns all places first. It then reads them together, and only what is needed. Without
-        that, each read waits for the one before, and reads ahead in vain.
+        The system learns all places first, to read them together. Without that, each read waits for the one
+        before, and reads ahead in vain.
         """
         width, file = self._ids.itemsize, self._file.fileno()
         for start in starts.tolist() if hasattr(os, "posix_fadvise") else ():  # macOS lacks it
@@ -84,8 +95,8 @@ class MappedIds:
 
 
 @dataclass(frozen=True)
-class Split:
-    """The tokens of one split. Cheap to pickle: files are mapped on first use, in each process."""
+class Split(PickledFields):
+    """The tokens of one split. Its files are mapped on first use."""
 
     name: str
     paths: tuple[str, ...]
@@ -111,10 +122,6 @@ class Split:
             return self.tokens // self.stored
         return -(-(self.tokens - 1) // length)
 
-    def __getstate__(self) -> dict[str, Any]:
-        opened = ("_shards", "_ends", "_documents")
-        return {name: value for name, value in self.__dict__.items() if name not in opened}
-
     @functools.cached_property
     def _shards(self) -> list:
         if self.openers:
@@ -137,8 +144,7 @@ class Split:
         filled = 0
         for shard, first, last in pieces(self._ends, begin, begin + len(row)):
             piece = self._shards[shard][first:last]
-            if self.below and piece.max() >= self.below:
-                raise self._out_of_vocabulary(shard, first, piece)
+            self._check(shard, [first], piece[None])
             row[filled : filled + len(piece)] = piece
             filled += len(piece)
 
@@ -164,50 +170,37 @@ class Split:
         return numbers
 
     def read(self, sequences: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Copies sequences out of the mapped files.
+        """Copies sequences of `length` targets; a negative number stands for a row without tokens.
 
-        Args:
-            sequences: (n,) numbers of sequences; a negative one stands for a row without tokens.
-            length: targets of a sequence.
-
-        Returns:
-            ids (n, length + 1) in the dataset's own small type, zero after the end of the data, and
-            int32 (n,): how many targets each row has, at most `length`.
-
-        Raises:
-            DatasetError: an id is not in the vocabulary; checked only if `below` is set.
+        Returns ids (n, length + 1) of `dtype`, zero after the end of the data, and how many targets each row
+        has, int32 (n,). Raises DatasetError if an id is not below `below`.
         """
         ids = np.zeros((len(sequences), length + 1), self.dtype)
         first = np.asarray(sequences, np.int64) * (length + self.is_stored(length))
         last = np.where(first < 0, first, np.minimum(first + length + 1, self.tokens))
         ends = np.array(self._ends)
         shards = np.searchsorted(ends, np.maximum(first, 0), side="right")
-
-        # Rows that lie in one mapped shard are read together.
-        remaining = (first < 0) | (first + length >= ends[shards])
-        for shard in set(shards.tolist()):
-            rows = np.flatnonzero((shards == shard) & ~remaining)
-            if len(rows) and isinstance(self._shards[shard], MappedIds):
-                start = self._ends[shard] - self.sizes[shard]
-                windows = self._shards[shard].windows(first[rows] - start, length + 1)
-                if self.below and windows.max() >= self.below:
-                    wrong = np.argmax(windows.max(1) >= self.below)
-                    self.copy(ids[0], int(first[rows[wrong]]))  # raises the error, which names the place
-                ids[rows] = windows
+        inside = (first >= 0) & (first + length < ends[shards])
+        for shard, rows in by_value(np.where(inside, shards, -1)):
+            if shard >= 0 and isinstance(self._shards[shard], MappedIds):
+                # Rows that lie in one mapped shard are read together.
+                starts = first[rows] - (self._ends[shard] - self.sizes[shard])
+                ids[rows] = windows = self._shards[shard].windows(starts, length + 1)
+                self._check(shard, starts, windows)
             else:
-                remaining[rows] = True
-
-        # The others cross shards, end with the data, or lie in compressed files.
-        for row in np.flatnonzero(remaining).tolist():
-            self.copy(ids[row, : last[row] - first[row]], int(first[row]))
+                # The others cross shards, end with the data, or lie in compressed files.
+                for row in rows.tolist():
+                    self.copy(ids[row, : last[row] - first[row]], int(first[row]))
         return ids, np.maximum(last - first - 1, 0).astype(np.int32)
 
-    def _out_of_vocabulary(self, shard: int, at: int, piece: np.ndarray) -> DatasetError:
-        wrong = int(np.argmax(piece >= self.below))
-        return DatasetError(
-            f"{self.paths[shard]}: token {at + wrong} is the id {piece[wrong]}, but dataset.tokenizer has "
-            f"{self.below} ids: name the tokenizer that these tokens were made with"
-        )
+    def _check(self, shard: int, starts: Sequence[int] | np.ndarray, windows: np.ndarray) -> None:
+        """Checks ids (n, size), read from these places of a shard on."""
+        if self.below and windows.max() >= self.below:
+            row, at = np.argwhere(windows >= self.below)[0]
+            raise DatasetError(
+                f"{self.paths[shard]}: token {starts[row] + at} is the id {windows[row, at]}, but "
+                f"dataset.tokenizer has {self.below} ids: name the tokenizer that these tokens were made with"
+            )
 
 
 @dataclass(frozen=True)
@@ -234,10 +227,8 @@ class Dataset:
             return f"{format}, read as one stream"
         if self.splits["train"].is_stored(length):
             return f"{format}, sequences of {stored} tokens read whole"
-        return (
-            f"{format}, sequences of {stored} tokens read as one stream; model.context_length={stored - 1} "
-            f"would read them whole"
-        )
+        better = f"model.context_length={stored - 1} would read them whole"
+        return f"{format}, sequences of {stored} tokens read as one stream; {better}"
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -246,9 +237,8 @@ class Dataset:
             return self.named
         about = self.info["tokenizer"]
         try:
-            return tokenizers.load(
-                about["name"], self.folder / about["file"], about["sha256"], about["end_of_text"]
-            )
+            file = self.folder / about["file"]
+            return tokenizers.load(about["name"], file, about["sha256"], about["end_of_text"])
         except (OSError, ValueError, KeyError) as error:
             raise DatasetError(f"the tokenizer of dataset.path={str(self.folder)!r}: {error}") from None
 
@@ -261,48 +251,37 @@ class Dataset:
         content = {key: self.info[key] for key in ("format", "tokenizer", "vocab_size", "dtype", "splits")}
         if self.part_fingerprints:
             content["parts"] = self.part_fingerprints
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(json.dumps(content, sort_keys=True).encode())[:16]
 
 
 def open_dataset(folder: Path, option: str = "dataset.path") -> Dataset:
-    """Reads `dataset.json` and checks that every shard is complete.
+    """Opens the dataset that messages call `option`=`folder`.
 
-    Args:
-        folder: the dataset's.
-        option: the option that named the folder, for messages.
-
-    Raises:
-        DatasetError: missing, unfinished, of an unknown format, or damaged.
+    Raises DatasetError if it is missing, unfinished, of an unknown format, or a file has not its size.
     """
+    named, about = f"{option}={str(folder)!r}", folder / "dataset.json"
     if not folder.is_dir():
-        raise DatasetError(
-            f"{option}={str(folder)!r} does not exist; prepare it, or try the demo text with "
-            f"--config.dataset.path=demo"
-        )
+        demo = "prepare it, or try the demo text with --config.dataset.path=demo"
+        raise DatasetError(f"{named} does not exist; {demo}")
     try:
-        info = json.loads((folder / "dataset.json").read_bytes())
+        info = json.loads(about.read_bytes())
         if info["format"] != FORMAT:
-            raise DatasetError(
-                f"{option}={str(folder)!r} has format {info['format']}, this Trainit reads {FORMAT}"
-            )
+            raise DatasetError(f"{named} has format {info['format']}, this Trainit reads {FORMAT}")
         splits = {name: _open_split(folder, name, info) for name in info["splits"]}
     except FileNotFoundError:
         raise DatasetError(
-            f"{option}={str(folder)!r} has neither dataset.json nor tokens that others prepared: it is "
-            f"unfinished; prepare it again"
+            f"{named} has neither dataset.json nor tokens that others prepared: it is unfinished; prepare it "
+            f"again"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            f"{folder / 'dataset.json'} is damaged ({error}); prepare the dataset again"
-        ) from None
+        raise DatasetError(f"{about} is damaged ({error}); prepare the dataset again") from None
     return Dataset(folder, info, splits)
 
 
 def _open_split(folder: Path, name: str, info: dict) -> Split:
     split = info["splits"][name]
-    paths = [folder / shard["file"] for shard in split["shards"]]
-    sizes = [shard["tokens"] for shard in split["shards"]]
-    for path, shard in zip(paths, split["shards"], strict=True):
+    for shard in split["shards"]:
+        path = folder / shard["file"]
         for file, expected in (
             (path, shard["tokens"] * np.dtype(info["dtype"]).itemsize),
             (path.with_suffix(".documents"), 8 * shard["documents"]),
@@ -310,14 +289,8 @@ def _open_split(folder: Path, name: str, info: dict) -> Split:
         ):
             actual = file.stat().st_size if file.exists() else "no"
             if actual != expected:
-                raise DatasetError(
-                    f"{file} has {actual} bytes instead of {expected}; copy or prepare the dataset again"
-                )
-    return Split(
-        name,
-        tuple(map(str, paths)),
-        tuple(sizes),
-        info["dtype"],
-        split["bytes"],
-        subsets=tuple(info["subsets"]),
-    )
+                wrong = f"{file} has {actual} bytes instead of {expected}"
+                raise DatasetError(f"{wrong}; copy or prepare the dataset again")
+    paths = tuple(str(folder / shard["file"]) for shard in split["shards"])
+    sizes = tuple(shard["tokens"] for shard in split["shards"])
+    return Split(name, paths, sizes, info["dtype"], split["bytes"], subsets=tuple(info["subsets"]))

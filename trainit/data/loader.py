@@ -21,6 +21,8 @@ from trainit.data import order
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered
 
+Shape = tuple[int, int, int]  # of a global batch: micro-steps G, rows of a micro-step b, length L
+
 
 class DataPosition(NamedTuple):
     """How far a run is in its training data."""
@@ -63,13 +65,12 @@ def has_same_order(meta: Mapping[str, Any]) -> bool:
 class BatchSource:
     """What Grain reads. Record j is this process's rows of the j-th global batch after row `first_row`.
 
-    A record is {"tokens": (G, rows, L + 1) ids in the dataset's small type, "lengths": (G, rows) int32, how
-    many targets of each row count}, and, if with_subsets, "subsets": (G, rows, L) uint16.
+    A record is as `batches` describes them, with ids in the dataset's small type.
     """
 
     source: Ordered | Mixture
     first_row: int
-    shape: tuple[int, int, int]  # of the global batch: micro-steps G, rows of one b, L
+    shape: Shape  # of the global batch
     rows: slice  # those of each micro-step that this process reads
     batches: int
     with_subsets: bool = False
@@ -94,7 +95,7 @@ class BatchSource:
 
 def batches(
     source: Ordered | Mixture,
-    shape: tuple[int, int, int],
+    shape: Shape,
     sharding: jax.sharding.NamedSharding,
     first_row: int = 0,
     count: int = 1 << 40,
@@ -102,24 +103,12 @@ def batches(
     prefetch: int = 2,
     with_subsets: bool = False,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields global batches on the devices. A thread or worker processes read ahead.
+    """Yields `count` global batches on the devices, from row `first_row` of the source on.
 
-    Args:
-        source: the endless order of rows.
-        shape: (micro-steps G, rows of a micro-step b, length L); a batch is G * b rows.
-        sharding: for arrays (G, b, ...); only the second axis may be split.
-        first_row: rows consumed before the first batch.
-        count: number of batches.
-        workers: processes that read; 0: a thread of this process.
-        prefetch: batches read ahead (by each worker).
-        with_subsets: adds the subset of each target; only for `Ordered` sources.
-
-    Yields:
-        {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32, and perhaps "subsets": (G, b, L) uint16},
-        global arrays.
-
-    Raises:
-        RuntimeError: a worker process died.
+    A batch is {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32, how many targets of each row count} and
+    perhaps "subsets": (G, b, L) uint16, of each target; only `Ordered` sources have these. `sharding` may
+    split the second axis only. Each of `workers` processes, or a thread for 0, reads `prefetch` batches
+    ahead. Raises RuntimeError if a worker died.
     """
     own_rows = local_rows(shape, sharding)
     rows_read = BatchSource(source, first_row, shape, own_rows, count, with_subsets)
@@ -134,7 +123,7 @@ def batches(
     yield from on_devices(reader, own_rows, shape, sharding)
 
 
-def local_rows(shape: tuple[int, int, int], sharding: jax.sharding.NamedSharding) -> slice:
+def local_rows(shape: Shape, sharding: jax.sharding.NamedSharding) -> slice:
     """Returns the rows of each micro-step that this process reads: from its devices' first to their last."""
     micro_steps, rows, _ = shape
     local = sharding.addressable_devices_indices_map((micro_steps, rows)).values()
@@ -145,18 +134,17 @@ def local_rows(shape: tuple[int, int, int], sharding: jax.sharding.NamedSharding
 def on_devices(
     records: Iterable[dict[str, np.ndarray]],
     own_rows: slice,
-    shape: tuple[int, int, int],
+    shape: Shape,
     sharding: jax.sharding.NamedSharding,
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields global arrays (G, b, ...) made of records of this process's rows, arrays (G, rows, ...)."""
-    _, rows, _ = shape
 
     def place(local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[1].indices(rows)
+            start, stop, _ = index[1].indices(shape[1])
             return local[:, start - own_rows.start : stop - own_rows.start]
 
-        return jax.make_array_from_callback((local.shape[0], rows, *local.shape[2:]), sharding, part)
+        return jax.make_array_from_callback((*shape[:2], *local.shape[2:]), sharding, part)
 
     for record in records:
         yield {name: place(local) for name, local in record.items()}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainit.data.dataset import Split
+from trainit.data.dataset import Split, by_value
 from trainit.data.subsets import Subset
 
 VERSION = 2  # of the shuffles. Checkpoints record it, since a position has no meaning in another order.
@@ -34,15 +34,9 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
-    """Returns where positions go in a permutation of [0, size).
+    """Returns where positions (n,) go in a permutation of [0, size), as int64 (n,); size is at most 2^62.
 
-    Args:
-        positions: integers (n,) in [0, size).
-        size: at most 2^62.
-        key: integers that select the permutation, taken modulo 2^64.
-
-    Returns:
-        int64 (n,).
+    The integers `key`, taken modulo 2^64, select the permutation.
     """
     # All numbers of the key make one state, and from there SplitMix64 makes a key for each round.
     state = np.zeros(1, np.uint64)
@@ -85,8 +79,7 @@ def _permute_by_chunks(positions: np.ndarray, size: int, *key: int) -> np.ndarra
     """Returns what `permute` returns. It is faster if following calls have neighbouring positions."""
     result = np.empty(len(positions), np.int64)
     numbers, inside = np.divmod(positions, CHUNK)
-    for number in set(numbers.tolist()):
-        rows = numbers == number
+    for number, rows in by_value(numbers):
         result[rows] = _chunk(number, size, *key)[inside[rows]]
     return result
 
@@ -100,8 +93,7 @@ class Shuffled:
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         epochs, result = np.divmod(positions, self.sequences)
-        for epoch in set(epochs.tolist()):
-            rows = epochs == epoch
+        for epoch, rows in by_value(epochs):
             result[rows] = _permute_by_chunks(result[rows], self.sequences, self.seed, epoch)
         return result
 
@@ -132,14 +124,12 @@ class Blocks:
         result = np.empty(len(positions), np.int64)
         epochs, inside = np.divmod(positions, self.sequences)
         turns, inside = np.divmod(inside, self.block)
-        for epoch, turn in set(zip(epochs.tolist(), turns.tolist(), strict=True)):
-            rows = (epochs == epoch) & (turns == turn)
+        for all_turns, rows in by_value(epochs * (whole + 1) + turns):
+            epoch, turn = divmod(all_turns, whole + 1)
             number, size = turn, rest
             if turn < whole:
-                number, size = (
-                    int(_permute_by_chunks(np.array([turn]), whole, self.seed, epoch)[0]),
-                    self.block,
-                )
+                number = int(_permute_by_chunks(np.array([turn]), whole, self.seed, epoch)[0])
+                size = self.block
             inner = _permute_by_chunks(inside[rows], size, self.seed, epoch, number)
             result[rows] = number * self.block + inner
         return result
@@ -178,19 +168,7 @@ class Ordered:
 
 
 def make(name: str, sequences: int, block: int, seed: int) -> Order:
-    """Returns the order that `dataset.order` names.
-
-    Args:
-        name: shuffled, blocks or sequential.
-        sequences: number of sequences.
-        block: sequences in a block, for `blocks`.
-        seed: decides the shuffles.
-    """
-    match name:
-        case "shuffled":
-            return Shuffled(sequences, seed)
-        case "blocks":
-            return Blocks(sequences, min(block, sequences), seed)
-        case "sequential":
-            return Sequential(sequences)
-    raise ValueError(f"there is no order {name!r}")
+    """Returns the order that `dataset.order` names: shuffled, sequential, or blocks of `block` sequences."""
+    if name == "blocks":
+        return Blocks(sequences, min(block, sequences), seed)
+    return Shuffled(sequences, seed) if name == "shuffled" else Sequential(sequences)

@@ -13,16 +13,15 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from trainit.data.dataset import DatasetError, Split, pieces
+from trainit.data.dataset import DatasetError, PickledFields, Split, pieces
 
 
 @dataclass(frozen=True)
-class Subset:
-    """The tokens of one subset; as `Split`, it is cheap to pickle."""
+class Subset(PickledFields):
+    """The tokens of one subset."""
 
     split: Split
     index: str  # path of the index, without its suffix
@@ -35,9 +34,6 @@ class Subset:
     def sequences(self, length: int) -> int:
         """How many sequences of `length` targets cover the subset."""
         return -(-(self.tokens - 1) // length)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_index"}
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
@@ -63,34 +59,28 @@ class Subset:
 def open_subsets(split: Split, numbers: Iterable[int], folder: Path) -> dict[int, Subset]:
     """The subsets with these numbers, their indexes made in one pass where they are missing.
 
-    Of processes that come at the same time one makes them, and the others wait for it.
-
-    Raises:
-        DatasetError: one has fewer than two tokens in the split.
-        OSError: the folder cannot be written.
+    Of processes that come at the same time one makes them, and the others wait for it. Raises DatasetError if
+    a subset has fewer than two tokens, OSError if the folder cannot be written.
     """
     indexes = {number: folder / f"{split.name}-{number}" for number in numbers}
-    if indexes and any(not _part(index, "ends").exists() for index in indexes.values()):
+    if _missing(indexes):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            missing = {n: index for n, index in indexes.items() if not _part(index, "ends").exists()}
-            _make_indexes(split, missing)
+            _make_indexes(split, _missing(indexes))
     found = {}
     for number, index in indexes.items():
-        ends = _part(index, "ends")
+        ends = index.with_suffix(".ends")
         tokens = int(np.memmap(ends, "<u8", "r")[-1]) if ends.stat().st_size else 0
         if tokens < 2:
-            raise DatasetError(
-                f"the subset {split.subsets[number]!r} of split {split.name} has {tokens} tokens; leave it "
-                f"out of the mixture"
-            )
+            few = f"the subset {split.subsets[number]!r} of split {split.name} has {tokens} tokens"
+            raise DatasetError(f"{few}; leave it out of the mixture")
         found[number] = Subset(split, str(index), tokens)
     return found
 
 
-def _part(index: Path, part: str) -> Path:
-    return index.with_name(f"{index.name}.{part}")
+def _missing(indexes: dict[int, Path]) -> dict[int, Path]:
+    return {n: index for n, index in indexes.items() if not index.with_suffix(".ends").exists()}
 
 
 def _make_indexes(split: Split, indexes: dict[int, Path]) -> None:
@@ -98,7 +88,7 @@ def _make_indexes(split: Split, indexes: dict[int, Path]) -> None:
     totals, offset = dict.fromkeys(indexes, 0), 0
     with contextlib.ExitStack() as stack:
         files = {
-            (number, part): stack.enter_context(_part(index, f"{part}-unfinished").open("wb"))
+            (number, part): stack.enter_context(index.with_suffix(f".{part}-unfinished").open("wb"))
             for number, index in indexes.items()
             for part in ("starts", "ends")
         }
@@ -113,4 +103,4 @@ def _make_indexes(split: Split, indexes: dict[int, Path]) -> None:
             offset += size
     for index in indexes.values():
         for part in ("starts", "ends"):
-            _part(index, f"{part}-unfinished").rename(_part(index, part))
+            index.with_suffix(f".{part}-unfinished").rename(index.with_suffix(f".{part}"))

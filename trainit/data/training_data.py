@@ -1,7 +1,6 @@
-"""What a run trains on: the interface that training uses, and prepared data, which implement it.
+"""What a run trains on: the interface that training uses, and its form for tokens that lie on the disk.
 
-A run trains on tokens that lie on the disk (`PreparedData`: one dataset in some order, or a mixture), or on
-JSON lines that are tokenized while it trains (`jsonl.dataset.StreamedData`). Both are a `TrainingData`, and
+JSON lines that are tokenized while a run trains (`jsonl.dataset.StreamedData`) have the same interface, and
 nothing outside of trainit/data has to know which of them it has.
 """
 
@@ -16,39 +15,31 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from trainit.config import Config, ConfigError
+from trainit.config import BatchSizes, Config, ConfigError, batch_sizes
 from trainit.data import loader, mixture, order
 from trainit.data.dataset import Dataset, Split
 from trainit.data.formats import detect
 from trainit.data.jsonl import dataset as jsonl
-from trainit.data.loader import START, DataPosition
+from trainit.data.loader import START, DataPosition, Shape
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered, Spaced
 from trainit.data.subsets import Subset
 from trainit.data.tokenizers import Tokenizer
 from trainit.logs import quantity
 
-Shape = tuple[int, int, int]  # of a global batch: micro-steps G, rows of a micro-step B, length L
-
 
 class BatchReader(Protocol):
     """Reads one process's share of batch after batch, from a position on."""
 
     def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
-        """Yields the next `count` batches: {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32}.
+        """Yields the next `count` global batches: {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32}.
 
-        They are global arrays; `lengths` says how many targets of each row count.
-
-        Raises:
-            DatasetError, BrokenInputError, OSError: the data cannot be read.
-            RuntimeError: a worker process died.
+        Raises DatasetError, BrokenInputError or OSError if the data cannot be read, RuntimeError if a worker
+        process died.
         """
 
     def position(self, rows: int) -> DataPosition:
-        """Returns the position after `rows` consumed rows, which must be near those last read.
-
-        All processes call it together.
-        """
+        """Returns the position after `rows` consumed rows, near those last read. All processes call it."""
 
 
 class TrainingData(Protocol):
@@ -80,39 +71,31 @@ class TrainingData(Protocol):
     def reader(
         self, shape: Shape, layout: jax.sharding.NamedSharding, position: DataPosition = START
     ) -> BatchReader:
-        """Returns what reads this process's rows of the batches after `position`.
+        """Returns what reads this process's rows of batches of this shape, after `position`.
 
-        Args:
-            shape: a global batch's. It may differ from that of the batches before.
-            layout: for arrays (G, b, ...); only the second axis may be split.
-            position: how much of the data is consumed.
+        The batches before may have had another shape. `layout` may split the second axis only.
         """
 
     def check_resume(self, before: Mapping[str, Any], position: DataPosition, step: int) -> None:
-        """Checks that this data continues as the data of a checkpoint would have.
+        """Checks that this data continues, at `position` and `step`, as that of a checkpoint would have.
 
-        Args:
-            before: the checkpoint's config, as nested dicts.
-            position: that the run continues at.
-            step: that the run continues at.
-
-        Raises:
-            ConfigError: batches that are already trained on would have been others.
+        `before` is the checkpoint's config, as nested dicts. Raises ConfigError if batches that are already
+        trained on would have been others.
         """
 
 
+@dataclasses.dataclass(frozen=True)
 class PreparedReader:
-    """Reads batches of prepared data; a `BatchReader`."""
+    """Reads batches of prepared data from a row on; a `BatchReader`."""
 
-    def __init__(
-        self, source: Ordered | Mixture, shape: Shape, layout: Any, first_row: int, options: dict[str, Any]
-    ):
-        self._source, self._shape, self._layout, self._first_row = source, shape, layout, first_row
-        self._options = options
+    data: "PreparedData"
+    shape: Shape
+    layout: jax.sharding.NamedSharding
+    first_row: int
 
     def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
-        position = self._first_row, count
-        return loader.batches(self._source, self._shape, self._layout, *position, **self._options)
+        rows, d = self.data.rows, self.data.config.dataset
+        return loader.batches(rows, self.shape, self.layout, self.first_row, count, d.workers, d.prefetch)
 
     def position(self, rows: int) -> DataPosition:
         return DataPosition(rows)
@@ -120,15 +103,10 @@ class PreparedReader:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """Training data that lie on the disk as token ids; a `TrainingData`.
+    """Token ids on the disk, as one dataset in some order or a mixture; a `TrainingData`."""
 
-    Args:
-        config: the run's, resolved.
-        dataset: that it names, with its parts where the config has a mixture.
-    """
-
-    config: Config
-    dataset: Dataset
+    config: Config  # the run's, resolved
+    dataset: Dataset  # with its parts, if the config has a mixture
 
     @property
     def source(self) -> str:
@@ -151,6 +129,10 @@ class PreparedData:
         return self.dataset.fingerprint
 
     @functools.cached_property
+    def batch_sizes(self) -> BatchSizes:
+        return batch_sizes(self.config)
+
+    @functools.cached_property
     def rows(self) -> Ordered | Mixture:
         """The endless order of training sequences."""
         c, d = self.config, self.config.dataset
@@ -164,7 +146,7 @@ class PreparedData:
             return ordered(self.dataset.splits["train"], c.seed)
         stages = [
             mixture.stage(start, [weights.get(name, Fraction(0)) for name in self.dataset.parts])
-            for start, weights in mixture.stages(d.mixture, c)
+            for start, weights in mixture.stages(d.mixture, self.batch_sizes)
         ]
         # A part's seed depends on its name, so that its order stays when other parts come or go.
         parts = [
@@ -180,18 +162,17 @@ class PreparedData:
     def reader(
         self, shape: Shape, layout: jax.sharding.NamedSharding, position: DataPosition = START
     ) -> PreparedReader:
-        d = self.config.dataset
-        options = {"workers": d.workers, "prefetch": d.prefetch}
-        return PreparedReader(self.rows, shape, layout, position.rows, options)
+        return PreparedReader(self, shape, layout, position.rows)
 
     def check_resume(self, before: Mapping[str, Any], position: DataPosition, step: int) -> None:
-        mixture.check_history(self.config, before, position.rows, step)
+        text = self.config.dataset.mixture
+        mixture.check_history(text, self.batch_sizes, before, position.rows, step)
 
 
 def abstract_batch(
     dtype: np.dtype, shape: Shape, layout: jax.sharding.NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, types and shardings of the batches that `reader(shape, layout)` of such ids reads."""
+    """Returns shapes, types and shardings of the batches that a `reader` of such ids gives."""
     micro_steps, rows, length = shape
     return {
         "tokens": jax.ShapeDtypeStruct((micro_steps, rows, length + 1), dtype, sharding=layout),
@@ -200,20 +181,11 @@ def abstract_batch(
 
 
 def validation_batches(
-    split: Split,
-    sequences: int,
-    shape: Shape,
-    layout: jax.sharding.NamedSharding,
-    with_subsets: bool = False,
+    split: Split, sequences: int, shape: Shape, layout: jax.sharding.NamedSharding, with_subsets: bool = False
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields batches of always the same validation sequences, evenly spaced over the split.
+    """Yields batches of always the same sequences, evenly spaced over the split; 0 sequences are all.
 
-    Args:
-        split: to read.
-        sequences: how many; 0: all that there are. The last batch is filled up with rows of length 0.
-        shape: (1, rows, L) of a batch.
-        layout: for arrays (1, rows, ...).
-        with_subsets: adds each target's subset to the batches, see `loader.batches`.
+    The shape is (1, rows, L); the last batch is filled up with rows of length 0. See `loader.batches`.
     """
     available = split.sequences(shape[2])
     chosen = min(sequences or available, available)
@@ -226,14 +198,9 @@ def read(
 ) -> tuple[Config, TrainingData]:
     """Opens the data that a config names, and completes the config with what the data decide.
 
-    Args:
-        config: the run's, a ConfigDict that is not yet resolved.
-        path: where the data lie: `dataset.path`, or what it stands for.
-        resolve: is called with the config, the vocabulary's size and the end-of-text id.
-        cache: folder in which the indexes of subsets are kept.
-
-    Raises:
-        ConfigError, DatasetError: config or data cannot work.
+    The data lie at `path`, which is `dataset.path` or what that stands for. `resolve` is called with the
+    unresolved config, the vocabulary's size and the end-of-text id. The folder `cache` keeps the indexes of
+    subsets. Raises ConfigError (or DatasetError, which is one) if config or data cannot work.
     """
     d = config.dataset
     if "streams" in d:

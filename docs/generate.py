@@ -432,6 +432,7 @@ TOPICS = {
     "model": "Model and loss",
     "optimizers": "Optimizers",
     "references": "Optimizers",
+    "experiments": "Sweeps and comparisons",
     "tools": "Tools",
 }
 

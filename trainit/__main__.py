@@ -69,8 +69,9 @@ def command_parser(name: str) -> cli.Parser:
 
 
 def _module(name: str):
-    path = {"train": "main", "prepare": "prepare.command"}
-    path |= {"fields": "tools.fields", "completion": "tools.completion"}
+    path = {"train": "main", "prepare": "prepare.command", "fields": "tools.fields"}
+    path |= {"completion": "tools.completion"}
+    path |= {name: f"experiments.{name}.command" for name in ("compare", "sweep")}
     return importlib.import_module(f"trainit.{path.get(name, f'tools.{name}.command')}")
 
 

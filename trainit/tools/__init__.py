@@ -1,1 +1,1 @@
-"""Commands that do not train."""
+"""Commands about one run, its machine or the command line."""

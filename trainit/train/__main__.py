@@ -2,5 +2,7 @@
 
 import sys
 
-sys.stderr.write("trainit: error: trainit.train is no command; run trainit train --config=configs/debug.py\n")
+sys.stderr.write(
+    "trainit: error: trainit.train is no command; run trainit train --config=FILE, e.g. configs/debug.py\n"
+)
 sys.exit(2)

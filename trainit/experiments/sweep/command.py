@@ -18,7 +18,7 @@ from trainit.cluster.process import DONE, FAILED, STOPPED
 from trainit.config import ConfigError
 
 if TYPE_CHECKING:
-    from trainit.tools.sweep.spec import Sweep
+    from trainit.experiments.sweep.spec import Sweep
 
 DESCRIPTION = "Starts many runs from one file, and compares them. The same command resumes it after a stop."
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the sweep to its end, and prints the comparison; returns the exit code."""
-    from trainit.tools.sweep import greedy, launch, spec
+    from trainit.experiments.sweep import greedy, launch, spec
 
     logs.log_to_terminal(lead=True)
     try:
@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _report(sweep: "Sweep", folders: list[Path]) -> None:
     """Prints the comparison and writes its picture and page, if any run has left metrics."""
-    from trainit.tools.compare.report import compare
-    from trainit.tools.compare.runs import find, group
+    from trainit.experiments.compare.report import compare
+    from trainit.experiments.compare.runs import find, group
 
     runs = find(folder for folder in folders if (folder / "metrics.jsonl").exists())
     if runs:

@@ -16,8 +16,8 @@ from absl import logging
 
 from trainit.cluster.process import STOPPED
 from trainit.config import ConfigError, require
-from trainit.tools.compare.runs import read
-from trainit.tools.sweep.spec import Job, Sweep
+from trainit.experiments.compare.runs import read
+from trainit.experiments.sweep.spec import Job, Sweep
 
 LAUNCH = {"sbatch": Path("launch/slurm.sh"), "qsub": Path("launch/sge.sh")}
 

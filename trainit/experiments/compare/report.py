@@ -10,8 +10,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from trainit.config import ConfigError
-from trainit.tools.compare.runs import Method, Run, group
-from trainit.tools.compare.statistics import COSTS, NEAR, Estimate, Row, at_edge, nearly_best, table
+from trainit.experiments.compare.runs import Method, Run, group
+from trainit.experiments.compare.statistics import COSTS, NEAR, Estimate, Row, at_edge, nearly_best, table
 
 CAPTIONS = {
     "one": "Loss of the run: thin lines are the training batches, the dashed line is the validation set.",
@@ -94,7 +94,7 @@ def compare(
         return text
 
     try:  # matplotlib is an optional dependency and slow to import
-        from trainit.tools.compare import figures
+        from trainit.experiments.compare import figures
     except ImportError as error:
         raise ConfigError(f"pictures need {error.name}: pip install 'trainit[demo]'") from None
     panels = figures.panels(rows, methods, base)

@@ -13,8 +13,8 @@ from processes import ROOT, start
 from test_compare import write
 
 from trainit.config import ConfigError, flatten
-from trainit.tools.sweep import greedy, spec
-from trainit.tools.sweep import launch as starting
+from trainit.experiments.sweep import greedy, spec
+from trainit.experiments.sweep import launch as starting
 
 RATE = "optimizer.learning_rate"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from trainit.tools.compare.runs import Method, Run, Seed, Setting
+from trainit.experiments.compare.runs import Method, Run, Seed, Setting
 
 LEVEL = 0.95  # of all intervals
 COSTS = ("step", "tokens", "flops", "seconds")  # units of the cost of reaching a loss

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainit import cli
 from trainit.config import ConfigError, require
-from trainit.tools.compare.runs import RATE
+from trainit.experiments.compare.runs import RATE
 
 EXTENSIONS = 4  # learning rates that are tried beyond an end of the grid, at most
 KEYS = {
@@ -26,7 +26,7 @@ KEYS = {
     "extend": bool,  # while a variant's best learning rate is the last of its grid, try one beyond
     "baseline": str,  # the variant that the others are compared with; default: the first
     "target": float,  # validation loss to reach; default: what all runs of the baseline reach
-    "greedy": dict,  # see trainit.tools.sweep.greedy
+    "greedy": dict,  # see trainit.experiments.sweep.greedy
 }
 VARIANT_KEYS = ("groups", "fields", "grid", "random")
 

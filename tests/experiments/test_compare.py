@@ -13,8 +13,8 @@ from processes import ROOT
 from scipy import stats
 
 from trainit.config import ConfigError
-from trainit.tools.compare import report, runs, statistics
-from trainit.tools.compare.report import compare
+from trainit.experiments.compare import report, runs, statistics
+from trainit.experiments.compare.report import compare
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

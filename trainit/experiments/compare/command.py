@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the comparison; returns the exit code."""
-    from trainit.tools.compare.report import compare
-    from trainit.tools.compare.runs import find
+    from trainit.experiments.compare.report import compare
+    from trainit.experiments.compare.runs import find
 
     try:
         seeds = {int(seed) for seed in arguments.tuning_seeds.split(",") if seed}

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from trainit.tools.compare import statistics
-from trainit.tools.compare.runs import Method, Run
-from trainit.tools.compare.statistics import Row
+from trainit.experiments.compare import statistics
+from trainit.experiments.compare.runs import Method, Run
+from trainit.experiments.compare.statistics import Row
 
 LABELS = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training"}
 LOSS = "validation loss (nats per token)"

@@ -16,10 +16,10 @@ from pathlib import Path
 from absl import logging
 
 from trainit.config import field, require
-from trainit.tools.compare import statistics
-from trainit.tools.compare.runs import RATE, read
-from trainit.tools.sweep.launch import finished
-from trainit.tools.sweep.spec import Job, Sweep, describe, with_groups
+from trainit.experiments.compare import statistics
+from trainit.experiments.compare.runs import RATE, read
+from trainit.experiments.sweep.launch import finished
+from trainit.experiments.sweep.spec import Job, Sweep, describe, with_groups
 
 FIELDS = {
     "boundaries": field((), "steps at which segments start and end, from 0 to the last: [0, 200, 400]"),

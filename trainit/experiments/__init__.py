@@ -1,0 +1,1 @@
+"""Many runs: sweeps that start them, comparisons that judge them."""

@@ -15,6 +15,7 @@ from trainit.prepare.writer import HASH, PARTS, GrowingFile, StateError, Unit, r
 
 HASHES_AT_ONCE = 1 << 22  # that are sorted in memory
 LISTED = 10_000  # of what was broken, in dataset.json
+COUNTS = ("documents", "tokens", "bytes")  # of a split, or of a subset in it
 
 
 def join(
@@ -81,8 +82,7 @@ def _join_split(
 ) -> dict:
     """Moves the shards of a split into the dataset; returns what dataset.json says about it."""
     shards: list[dict] = []
-    names = ("documents", "tokens", "bytes")
-    counts = np.zeros((len(subsets), len(names)), np.int64)
+    counts = np.zeros((len(subsets), len(COUNTS)), np.int64)
     for unit, journal in journals.items():
         if split not in journal["splits"]:
             continue
@@ -96,9 +96,9 @@ def _join_split(
             gone = gone[len(own) :] - shard["documents"]
             _place(output, shard, number, own, tokenizer, counts)
             shards += [shard] if shard["documents"] else []
-    total = dict(zip(names, counts.sum(0).tolist(), strict=True))
+    total = dict(zip(COUNTS, counts.sum(0).tolist(), strict=True))
     rows = zip(subsets, counts.tolist(), strict=True)
-    by_subset = {name: dict(zip(names, row, strict=True)) for name, row in rows if row[0]}
+    by_subset = {name: dict(zip(COUNTS, row, strict=True)) for name, row in rows if row[0]}
     return {**total, "subsets": by_subset, "shards": shards}
 
 

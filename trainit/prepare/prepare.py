@@ -23,7 +23,7 @@ from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
 from trainit.files import write_atomically
 from trainit.prepare import options, workers
-from trainit.prepare.merge import join
+from trainit.prepare.merge import COUNTS, join
 from trainit.prepare.verify import verify
 from trainit.prepare.writer import Recipe
 
@@ -65,11 +65,8 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
 
 def _source(args: argparse.Namespace, tokenizer: Tokenizer, inputs: dict) -> dict:
     """Everything that decides which tokens come out."""
-    about = {
-        "name": tokenizer.name,
-        "sha256": digest(tokenizer.serialize()),
-        "end_of_text": tokenizer.end_of_text,
-    }
+    content, end = digest(tokenizer.serialize()), tokenizer.end_of_text
+    about = {"name": tokenizer.name, "sha256": content, "end_of_text": end}
     recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
     return {"format": FORMAT, "tokenizer": about, **recipe, "unit_bytes": args.unit_bytes, "input": inputs}
 
@@ -98,28 +95,22 @@ def _claim(output: Path, source: dict) -> dict | None:
     return info
 
 
-def _table(info: dict) -> str:
-    """Documents, tokens and UTF-8 bytes of each split and subset."""
-    rows = [("split", "subset", "documents", "tokens", "bytes")]
+def _finish(info: dict) -> int:
+    """Prints documents, tokens and UTF-8 bytes of each split and subset; returns the exit code."""
+    rows = [("split", "subset", *COUNTS)]
     for name, split in info["splits"].items():
         parts = split["subsets"] if len(info["subsets"]) > 1 else {}
         for subset, counts in [*parts.items(), ("all", split)]:
-            numbers = (f"{counts[key]:,}" for key in ("documents", "tokens", "bytes"))
-            rows.append((name, subset or "(none)", *numbers))
+            rows.append((name, subset or "(none)", *(f"{counts[key]:,}" for key in COUNTS)))
     alignment = ("left", "left", "right", "right", "right")
-    lines = [tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=alignment)]
+    print(tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=alignment))
+    # What is not among them.
     if info["duplicates"]:
-        lines.append(f"{info['duplicates']:,} duplicates left out")
+        print(f"{info['duplicates']:,} duplicates left out")
     if count := info["broken"]["count"]:
         first = info["broken"]["list"][0]
-        lines.append(f"{count:,} broken left out, listed in dataset.json, the first: {first}")
-    return "\n".join(lines)
-
-
-def _finish(info: dict) -> int:
-    print(_table(info))
-    damaged = info["broken"]["damaged_files"]
-    if damaged:
+        print(f"{count:,} broken left out, listed in dataset.json, the first: {first}")
+    if damaged := info["broken"]["damaged_files"]:
         logging.error("trainit: error: %d files are damaged or truncated: their rest is missing", damaged)
     return FAILED if damaged else DONE
 
@@ -130,16 +121,17 @@ def prepare(args: argparse.Namespace) -> int:
     if args.verify:
         print(f"{args.output}: {verify(open_dataset(args.output))} files are as dataset.json says")
         return DONE
+    # What is to be done, and with which tokenizer.
     units, inputs = options.plan(args)
     tokenizer = _tokenizer(args)
     if not args.output:
         return DONE
     source = _source(args, tokenizer, inputs)
     recipe = Recipe(**{field.name: source[field.name] for field in fields(Recipe)})
-    info = _claim(args.output, source)
-    if info:
+    if info := _claim(args.output, source):
         logging.info("%-10s %s is finished already", "done", args.output)
         return _finish(info)
+    # The units' work, which shards share, and what makes a dataset of it.
     if not args.join:
         index, count = options.shard(args.shard) if args.shard else (0, 1)
         own_units = units[index::count]

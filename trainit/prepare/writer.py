@@ -224,10 +224,10 @@ class UnitWriter:
         self.subsets: list[str] = journal.get("subsets", [])
         self.counts: dict[str, list[list[int]]] = journal.get("counts", {})
         self.broken: dict = journal.get("broken", {"count": 0, "damaged_files": 0, "list": []})
-        self.splits = {} if self.done else {name: self._split(name, journal) for name in self.counts}
+        states = {} if self.done else journal.get("splits", {})
+        self.splits = {name: self._split(name, state) for name, state in states.items()}
 
-    def _split(self, name: str, journal: dict) -> SplitWriter:
-        state = journal.get("splits", {}).get(name, {})
+    def _split(self, name: str, state: dict) -> SplitWriter:
         return SplitWriter(self.folder, self.unit, name, self.dtype, self.recipe, state)
 
     def write(self, position: Position, encoded: Encoded):
@@ -242,11 +242,10 @@ class UnitWriter:
         if len(known) > 1 << 16:
             raise BrokenInputError("more than 65,536 subsets: is --subset_field the right one?")
         self.subsets = known
-        for broken in encoded.broken:
-            self.broken["count"] += 1
-            self.broken["damaged_files"] += broken.damaged
-            if len(self.broken["list"]) < LISTED:
-                self.broken["list"].append([broken.file, broken.line, broken.reason])
+        self.broken["count"] += len(encoded.broken)
+        self.broken["damaged_files"] += sum(broken.damaged for broken in encoded.broken)
+        left = max(LISTED - len(self.broken["list"]), 0)
+        self.broken["list"] += [[broken.file, broken.line, broken.reason] for broken in encoded.broken[:left]]
         numbers = np.array([self.subsets.index(name) for name in encoded.names], np.int64)
         for split, part in encoded.parts.items():
             counts = self.counts.setdefault(split, [])

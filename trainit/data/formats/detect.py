@@ -68,7 +68,7 @@ def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str =
         "tokenizer": {"name": named.name, "sha256": digest(named.serialize())},
         "vocab_size": named.vocab_size,
         "dtype": dtype_of(named.vocab_size),
-        "splits": {name: _describe(split) for name, split in splits.items()},
+        "splits": {name: {"stored": split.stored, "files": _files(split)} for name, split in splits.items()},
     }
     return Dataset(Path(path), info, splits, named)
 
@@ -182,11 +182,10 @@ def _split(name: str, shards: list[Shard], named: Tokenizer) -> Split:
     return Split(name, paths, sizes, dtype, None, stored=stored, below=vocabulary, openers=openers)
 
 
-def _describe(split: Split) -> dict:
-    """Returns what the fingerprint contains about a split, in addition to format and tokenizer."""
-    shards = zip(split.paths, split.sizes, strict=True)
-    files = [[Path(path).name, Path(path).stat().st_size, size] for path, size in shards]
-    return {"stored": split.stored, "files": files}
+def _files(split: Split) -> list[list]:
+    """Returns name, bytes and tokens of each file, for the fingerprint."""
+    shards = zip(map(Path, split.paths), split.sizes, strict=True)
+    return [[path.name, path.stat().st_size, tokens] for path, tokens in shards]
 
 
 def _shards(files: list[Path]) -> list[Shard]:

@@ -78,12 +78,7 @@ class Corpus:
     def files(self, group: int, epoch: int) -> list[int]:
         """Returns the files of a group in the order of an epoch."""
         files = self.groups[group]
-        return [files[i] for i in shuffled(len(files), self.seed, group, epoch)]
-
-
-def shuffled(count: int, *numbers: int) -> np.ndarray:
-    """Returns a permutation of `count` numbers that depends on some other numbers."""
-    return permute(np.arange(count), count, *numbers)
+        return [files[i] for i in permute(np.arange(len(files)), len(files), self.seed, group, epoch)]
 
 
 def deal(sizes: Sequence[int], streams: int) -> list[list[int]]:
@@ -109,7 +104,7 @@ def documents(
 ) -> Iterator[tuple[Position, str, np.ndarray]]:
     """Yields where each document's line begins, its subset, and its ids followed by the end-of-text id.
 
-    Reading starts at the line that begins at `start`. Of all lines, each `parts`-th is parsed: those whose
+    Reading starts at the line that begins at `start`. Only every `parts`-th line is parsed, those whose
     number has the remainder `part`.
 
     Raises:
@@ -137,11 +132,9 @@ def _encode(corpus: Corpus, batch: Batch, fields: tuple[str, str]) -> list[tuple
     documents, encoded, without_ids = reader.encode(documents, corpus.tokenizer, batch.file)
     if broken or without_ids:
         raise BrokenInputError(str(min([*broken, *without_ids], key=lambda b: b.line)))
-    end = corpus.tokenizer.end_of_text
-    return [
-        (document.line, document.subset, np.append(ids, end).astype(corpus.dtype))
-        for document, ids in zip(documents, encoded, strict=True)
-    ]
+    end, dtype = corpus.tokenizer.end_of_text, corpus.dtype
+    ended = [np.append(ids, end).astype(dtype) for ids in encoded]
+    return [(document.line, document.subset, ids) for document, ids in zip(documents, ended, strict=True)]
 
 
 class Stream:
@@ -197,7 +190,8 @@ class Stream:
         self._check()
         tokens = np.concatenate([ids for _, ids in self._ahead])[state.token : state.token + needed]
         sequences = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
-        self._rows = sequences[shuffled(window, self._corpus.seed, self._number, state.window)]
+        order = permute(np.arange(window), window, self._corpus.seed, self._number, state.window)
+        self._rows = sequences[order]
         at = state.token + needed - 1  # the last token is the next window's first
         while at >= len(self._ahead[0][1]):
             size = len(self._ahead.popleft()[1])

@@ -9,10 +9,12 @@ Times are medians over repetitions on this machine as it is; what counts is the 
 """
 
 import argparse
+import os
+from collections.abc import Iterable
 
 from trainit import cli
 from trainit.cluster.process import DONE, tune_process
-from trainit.config import require
+from trainit.config import Config, require
 
 DESCRIPTION = "Measures the loader, the train step, saves, and what processes, optimizers and logits cost."
 PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
@@ -22,47 +24,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
     cli.add_config_arguments(parser)
     add = parser.add_argument_group("what is measured").add_argument
-    add(
-        "--only",
-        default="loader,step,save",
-        help=f"some of {', '.join(PARTS)}; or prepare alone",
-    )
+    count, steps = cli.number(int, 1), cli.number(int, 3)
+    add("--only", default="loader,step,save", help=f"some of {', '.join(PARTS)}; or prepare alone")
     add("--sweep", action="store_true", help="try other settings of the step that change no result")
     add("--suite", choices=("cpu", "gpu"), help="compare other programs on the same work; needs no config")
     add("--corpus", default="", help="files of documents to prepare, for --only=prepare")
-    add("--tokens", type=cli.number(int, 1), default=1 << 27, help="tokens of the loader's synthetic dataset")
-    add("--rounds", type=cli.number(int, 1), default=3, help="turns of each of the things that are compared")
-    add("--steps", type=cli.number(int, 3), default=20, help="train steps that are timed")
+    add("--tokens", type=count, default=1 << 27, help="tokens of the loader's synthetic dataset")
+    add("--rounds", type=count, default=3, help="turns of each of the things that are compared")
+    add("--steps", type=steps, default=20, help="train steps that are timed")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints; returns the exit code."""
-    only = arguments.only.split(",")
+    only, steps, rounds = arguments.only.split(","), arguments.steps, arguments.rounds
     unknown = sorted(set(only) - {*PARTS, "prepare"})
     require(not unknown, f"--only={','.join(unknown)}: there are {', '.join(PARTS)}, prepare")
     # What needs no config, and compares programs that are started without our settings.
     if arguments.suite:
         from trainit.tools.benchmark import suite
 
-        return suite.measure(arguments.suite, arguments.rounds)
+        return suite.measure(arguments.suite, rounds)
     if "prepare" in only:
         alone = only == ["prepare"] and arguments.corpus
         require(bool(alone), "--only=prepare stands alone and needs --corpus=FILES")
         from trainit.tools.benchmark import preparing
 
-        preparing.measure(arguments.corpus, arguments.rounds)
-        return DONE
+        return _print("prepare", preparing.measure(arguments.corpus, rounds))
 
     # As the command that trains.
     tune_process()
     from trainit import logs
-    from trainit.tools.benchmark import measures, step
+    from trainit.tools.benchmark import loader, overheads, step
 
     logs.log_to_terminal(lead=True)
     config, dataset = cli.read(cli.load_config(arguments), arguments)
-    config = measures.take_devices(config, arguments.debug)
+    config = _take_devices(config, arguments.debug)
     if arguments.sweep:
-        step.sweep(config, dataset, arguments.steps)
-    else:
-        measures.measure(only, config, dataset, arguments)
+        return _print("sweep", step.sweep(config, dataset, steps))
+    given = [f"--config.{name}={'True' if text is None else text}" for name, text in arguments.overrides]
+    same_config = [f"--config={arguments.config}", *given, *["--debug"] * arguments.debug]
+    measurements = {
+        "loader": lambda: loader.measure(arguments.tokens),
+        "step": lambda: step.measure(config, dataset, steps),
+        "save": lambda: overheads.measure_save(config),
+        "processes": lambda: overheads.measure_processes(steps, same_config),
+        "optimizer": lambda: overheads.measure_optimizer(config, dataset, steps),
+        "loss": lambda: overheads.measure_loss(config, rounds),
+    }
+    for name in PARTS:
+        if name in only:
+            _print(name, measurements[name]())
     return DONE
+
+
+def _print(name: str, lines: Iterable[str]) -> int:
+    """Prints what a measurement finds, as soon as it is found; returns the exit code."""
+    for line in lines:
+        print(f"{name:7} {line}", flush=True)
+    return DONE
+
+
+def _take_devices(config: Config, debug: bool) -> Config:
+    """Starts JAX as a run in one process would, and prints the devices. Returns the config for these devices.
+
+    With `debug`, its mesh may shrink to the devices.
+    """
+    import jax
+
+    from trainit.cluster import devices
+    from trainit.cluster.place import Place
+    from trainit.parallel.mesh import run_shape
+
+    devices.configure(config.platform, config.cpu_devices, cli.cache())
+    devices.initialize(config.platform, Place("alone"))
+    kind, cores = jax.devices()[0].device_kind, os.cpu_count()
+    print(f"{jax.device_count()} × {kind}, {cores} cores, JAX {jax.__version__}", flush=True)
+    sizes = run_shape(config, jax.devices(), shrink_to_fit=debug).sizes
+    return Config({**config.to_dict(), "mesh": sizes})

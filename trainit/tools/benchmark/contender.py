@@ -20,17 +20,15 @@ import numpy as np
 from trainit.cluster.process import tune_process
 
 _NAMES = ("num_blocks", "dim", "num_heads", "context_length", "vocab_size", "batch")
-SHAPES = {
-    name: dict(zip(_NAMES, sizes, strict=True))
-    for name, sizes in {
-        "S": (6, 384, 6, 256, 8192, 16),
-        "M": (12, 768, 12, 1024, 50304, 4),
-        "124M": (12, 768, 12, 1024, 50304, 32),
-        "350M": (24, 1024, 16, 1024, 50304, 16),
-        "1.3B": (24, 2048, 16, 1024, 50304, 8),
-        "7B": (32, 4096, 32, 1024, 50304, 4),
-    }.items()
+_SIZES = {
+    "S": (6, 384, 6, 256, 8192, 16),
+    "M": (12, 768, 12, 1024, 50304, 4),
+    "124M": (12, 768, 12, 1024, 50304, 32),
+    "350M": (24, 1024, 16, 1024, 50304, 16),
+    "1.3B": (24, 2048, 16, 1024, 50304, 8),
+    "7B": (32, 4096, 32, 1024, 50304, 4),
 }
+SHAPES = {name: dict(zip(_NAMES, sizes, strict=True)) for name, sizes in _SIZES.items()}
 MATMUL = 4096  # rows and columns of the square product whose rate is the yardstick
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.1, 1.0
 
@@ -53,17 +51,13 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
     from trainit.train import step
 
     devices.configure("", 1, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
-    on_cpu = jax.devices()[0].platform == "cpu"
+    on_cpu, dim = jax.devices()[0].platform == "cpu", shape["dim"]
     config = config_lib.defaults()
-    config.update(
-        batch_size=shape["batch"], precision=precision, clip_norm=CLIP_NORM, device_batch_size=0, steps=1000
-    )
-    config.logits_mib = 64.0 if on_cpu else 1024.0
+    config.update(batch_size=shape["batch"], precision=precision, clip_norm=CLIP_NORM, steps=1000)
+    config.update(device_batch_size=0, logits_mib=64.0 if on_cpu else 1024.0)
     config.model = config_lib.model(**{name: size for name, size in shape.items() if name != "batch"})
-    config.model.remat = (
-        "dots" if on_cpu or shape["dim"] == 2048 else "block" if shape["dim"] > 2048 else "none"
-    )
-    config.model.scan_layers = on_cpu or shape["dim"] > 1024
+    config.model.remat = "dots" if on_cpu or dim == 2048 else "block" if dim > 2048 else "none"
+    config.model.scan_layers = on_cpu or dim > 1024
     config.optimizer = optimizers.choices()["adamw"]()
     config = config_lib.resolve(config, shape["vocab_size"])
     mesh = make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[:1])
@@ -128,9 +122,8 @@ def flax(shape: dict, precision: str) -> Callable[[], float]:
             return self.head(self.norm(x))
 
     graph, params = nnx.split(Model(nnx.Rngs(0)))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM), optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    )
+    adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), adamw)
     state = [params, optimizer.init(params)]
     tokens = jnp.asarray(ids(shape))
 
@@ -158,20 +151,11 @@ def torch(shape: dict, precision: str, compiled: bool = False) -> Callable[[], f
     from transformers import GPT2Config, GPT2LMHeadModel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = GPT2Config(
-        vocab_size=shape["vocab_size"],
-        n_positions=shape["context_length"],
-        n_embd=shape["dim"],
-        n_layer=shape["num_blocks"],
-        n_head=shape["num_heads"],
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    model = GPT2LMHeadModel(config).to(device)
+    D, H, V, L = (shape[name] for name in ("dim", "num_heads", "vocab_size", "context_length"))
+    sizes = {"vocab_size": V, "n_positions": L, "n_embd": D, "n_layer": shape["num_blocks"], "n_head": H}
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    options = {"tie_word_embeddings": False, "use_cache": False, "attn_implementation": "sdpa"}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **options)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     run = torch.compile(model) if compiled else model
     tokens = torch.from_numpy(ids(shape).astype(np.int64)).to(device)

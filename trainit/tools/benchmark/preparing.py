@@ -4,17 +4,17 @@ import glob
 import json
 import os
 import re
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any
 
+import numpy as np
 import zstandard
 
 from trainit.config import ConfigError
@@ -28,124 +28,95 @@ BATCH_CHARACTERS = 1 << 24  # of text in a call of the bare tokenizer, whose lis
 VOCAB_SIZE = 32_000
 
 
-def measure(corpus: str, rounds: int):
-    """Prints the speed of preparing with gpt2's tokenizer and with one of sentencepiece.
+def measure(corpus: str, rounds: int) -> Iterator[str]:
+    """Yields the speed of preparing with gpt2's tokenizer and with one of sentencepiece.
 
-    Args:
-        corpus: a file of documents, or several as a glob.
-        rounds: how often the bare tokenizer and preparing take turns; medians count.
-
-    Raises:
-        ConfigError: there is no such corpus, it cannot be prepared, or a package is missing.
+    The corpus is a file of documents, or several as a glob. Bare tokenizer and preparing take turns.
     """
     try:
-        for line in _report(corpus, rounds):
-            print(f"prepare {line}", flush=True)
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from None
-
-
-def _report(corpus: str, rounds: int) -> Iterator[str]:
-    """Yields the lines of the report as they are known."""
-    paths = sorted(Path(path) for path in glob.glob(corpus))  # noqa: PTH207
-    texts = [
-        document.text
-        for path in paths
-        for batch in reader.read(path, path.name, FIELDS, Position())
-        for document in reader.parse(batch, FIELDS)[0]
-    ]
-    if not texts:
-        raise ValueError(f"--corpus={corpus!r}: there are no documents")
-    cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        paths = sorted(glob.glob(corpus))  # noqa: PTH207
+        texts = [
+            document.text
+            for path in map(Path, paths)
+            for batch in reader.read(path, path.name, FIELDS, Position())
+            for document in reader.parse(batch, FIELDS)[0]
+        ]
+        if not texts:
+            raise ValueError(f"--corpus={corpus!r}: there are no documents")
+        cores = len(os.sched_getaffinity(0))
         gpt2: Any = tokenizers.find("gpt2")
-        bare = lambda batch: gpt2._encoding.encode_ordinary_batch(batch, num_threads=cores)  # noqa: E731
-        yield from _compare("gpt2", "encode_ordinary_batch", texts, paths, bare, rounds, folder)
+        bare = partial(gpt2._encoding.encode_ordinary_batch, num_threads=cores)
+        yield from _compare("encode_ordinary_batch", bare, "gpt2", texts, paths, rounds)
 
         # sentencepiece gets a part of the text, on which its model is trained as well.
         part = next(_batches(texts, SLOW_CHARACTERS))
         vocab_size = min(VOCAB_SIZE, 512 + sum(map(len, part)) // 1000)
         model = tokenizers.SentencePieceTokenizer.train(part[:1000], vocab_size, sample=100_000)
-        (folder / "bare.model").write_bytes(model.serialize())
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
-        (folder / "part.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
-        bare = lambda batch: model._processor.encode(batch, num_threads=cores)  # noqa: E731
-        choice, paths = f"sentencepiece:{folder}/bare.model", [folder / "part.jsonl.zst"]
-        yield from _compare(choice, "sentencepiece", part, paths, bare, rounds, folder)
-
-
-class _Turn(NamedTuple):
-    """One turn of the bare tokenizer and of preparing."""
-
-    bare: float  # seconds of the bare tokenizer
-    bare_cpu: float  # its seconds of CPU
-    command: float  # seconds of preparing, from the start of the command to its end
-    command_cpu: float
-    rate: float  # MB/s that preparing reports of its encoding
-    peak: int  # bytes of all processes of preparing
+        bare = partial(model._processor.encode, num_threads=cores)
+        with tempfile.TemporaryDirectory() as folder:
+            model_path, part_path = Path(folder, "bare.model"), Path(folder, "part.jsonl.zst")
+            model_path.write_bytes(model.serialize())
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
+            part_path.write_bytes(zstandard.compress(lines.encode()))
+            choice = f"sentencepiece:{model_path}"
+            yield from _compare("sentencepiece", bare, choice, part, [str(part_path)], rounds)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
 
 
 def _compare(
-    choice: str,
-    name: str,
-    texts: list[str],
-    paths: list[Path],
-    bare: Callable[[list[str]], list],
-    rounds: int,
-    folder: Path,
+    name: str, bare: Callable[[list[str]], list], choice: str, texts: list[str], paths: list[str], rounds: int
 ) -> Iterator[str]:
-    """Yields the lines about one tokenizer.
-
-    Args:
-        choice: the tokenizer as preparing takes it.
-        name: the bare one's.
-        texts: the documents.
-        paths: their files.
-        bare: encodes a batch of texts.
-        rounds: number of turns.
-        folder: for what is prepared.
-    """
-    (folder / "val.jsonl").write_text('{"text": "validation"}\n')
-    command = [sys.executable, "-m", "trainit", "prepare", f"--validation={folder}/val.jsonl"]
-    command += [f"--tokenizer={choice}", *(f"--input={glob.escape(str(path))}" for path in paths)]
+    """Yields the lines about a tokenizer: its bare function on texts, and `choice` on the files of these."""
+    inputs = [f"--input={glob.escape(path)}" for path in paths]
+    command = [sys.executable, "-m", "trainit", "prepare", f"--tokenizer={choice}", *inputs]
     turns = []
-    for index in range(rounds):
-        start, cpu = time.perf_counter(), time.process_time()
+    for _ in range(rounds):
+        start = _clocks()
         for batch in _batches(texts):
             bare(batch)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        turns.append(_Turn(seconds, cpu, *_prepare([*command, f"--output={folder}/{name}{index}"])))
+        middle = _clocks()
+        rate, peak = _prepare(command)
+        bare_seconds, bare_cpu, _ = middle - start
+        seconds, _, cpu = _clocks() - middle
+        turns.append((bare_seconds, bare_cpu, seconds, cpu, rate, peak))
 
+    bare_seconds, bare_cpu, seconds, cpu, rate, peak = np.array(turns).T
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    rate = statistics.median(turn.rate for turn in turns)
-    bare_rate = megabytes / statistics.median(turn.bare for turn in turns)
-    encoding = statistics.median(turn.rate * turn.bare / megabytes for turn in turns)
-    whole = statistics.median(turn.bare / turn.command for turn in turns)
-    work = statistics.median(turn.bare_cpu / turn.command_cpu for turn in turns)
+    shares = rate * bare_seconds / megabytes, bare_seconds / seconds, bare_cpu / cpu
+    encoding, whole, work = map(median, shares)
     yield (
-        f"{encoding:7.1%} of the speed of bare {name}: {rate:.1f} MB/s of {bare_rate:.1f} "
-        f"({megabytes:.0f} MB, medians of {rounds} turns)"
+        f"{encoding:7.1%} of the speed of bare {name}: {median(rate):.1f} MB/s of "
+        f"{megabytes / median(bare_seconds):.1f} ({megabytes:.0f} MB, medians of {rounds} turns)"
     )
     yield f"{whole:7.1%} with the start of the command and everything that it does at its end"
     yield f"{work:7.1%} by seconds of CPU, which other processes disturb less"
-    yield f"{max(turn.peak for turn in turns) / 1e6:7.0f} MB  peak memory of all its processes"
+    yield f"{max(peak) / 1e6:7.0f} MB  peak memory of all its processes"
 
 
-def _prepare(command: list[str]) -> tuple[float, float, float, int]:
-    """Runs a command that prepares; returns its part of a `_Turn`."""
-    start, cpu = time.perf_counter(), _cpu_of_children()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    peak = [0]
-    watch = threading.Thread(target=_watch, args=(process, peak))
-    watch.start()
-    output = process.communicate()[1]
-    seconds, cpu = time.perf_counter() - start, _cpu_of_children() - cpu
-    watch.join()
+def _clocks() -> np.ndarray:
+    """Returns the seconds of the clock, of this process's CPU, and of the CPU of its ended children."""
+    times = os.times()
+    return np.array([time.perf_counter(), time.process_time(), times.children_user + times.children_system])
+
+
+def _prepare(command: list[str]) -> tuple[float, int]:
+    """Prepares a dataset and removes it. Returns the MB/s that are reported, and the bytes of memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        validation = Path(folder, "val.jsonl")
+        validation.write_text('{"text": "validation"}\n')
+        command = [*command, f"--validation={validation}", f"--output={folder}/dataset"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        peak, output = 0, None
+        while output is None:
+            try:
+                output = process.communicate(timeout=0.2)[1]
+            except subprocess.TimeoutExpired:
+                peak = max(peak, _memory(process.pid))
     encoded = re.search(r"^encoded +([\d.]+) MB/s", output, re.M)
     if process.returncode or not encoded:
         raise ValueError(f"preparing failed: {output.strip().splitlines()[-1]}")
-    return seconds, cpu, float(encoded[1]), peak[0]
+    return float(encoded[1]), peak
 
 
 def _batches(texts: list[str], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
@@ -161,24 +132,13 @@ def _batches(texts: list[str], characters: int = BATCH_CHARACTERS) -> Iterator[l
         yield batch
 
 
-def _cpu_of_children() -> float:
-    """Returns the seconds of CPU of all processes that this one has started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def _watch(process: subprocess.Popen, peak: list[int]):
-    """Writes to peak[0] the most bytes that a process and its children have; shared pages count once."""
-    while process.poll() is None:
-        children = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
-        )
-        total = 0
-        for pid in [process.pid, *map(int, children.stdout.split())]:
-            try:
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            except OSError:
-                continue  # it has ended
-            total += sum(1024 * int(kib) for kib in re.findall(r"^Pss: +(\d+)", rollup, re.M))
-        peak[0] = max(peak[0], total)
-        time.sleep(0.2)
+def _memory(process: int) -> int:
+    """Returns the bytes that a process and its children have; pages that they share count once."""
+    total = 0
+    try:
+        for file in Path(f"/proc/{process}/task").glob("*/children"):
+            total += sum(map(_memory, map(int, file.read_text().split())))
+        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+    except OSError:
+        return total  # it has ended
+    return total + sum(1024 * int(kib) for kib in re.findall(r"^Pss: +(\d+)", rollup, re.M))

@@ -16,30 +16,21 @@ from trainit.train.state import TrainState
 PARTS = ("attention", "mlp", "head", "embedding", "optimizer")  # named scopes of model and step
 LABELS = {"mlp": "MLP", "head": "head and loss"}
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
+_PART = re.compile(rf"\b({'|'.join(PARTS)})\b")
 _COMMUNICATION = re.compile(rf"({'|'.join(hlo.KINDS)})\b")
 # Instructions that only run others, whose own times are in the profile, too.
 _CONTROL = re.compile(r"(while|call|conditional|async-(start|update|done))\b")
 
 
 def instructions(text: str) -> dict[str, str]:
-    """Returns the part that each instruction of a compiled program belongs to, or "".
-
-    Args:
-        text: HLO, in which instructions have the scopes that they come from.
-    """
-    found = {}
-    for name, scopes in _INSTRUCTION.findall(text):
-        named = re.findall(rf"\b({'|'.join(PARTS)})\b", scopes)
-        found[name] = named[0] if named else ""
-    return found
+    """Returns the part that each instruction of a compiled program (HLO) belongs to, or ""."""
+    return {name: (_PART.findall(scopes) or [""])[0] for name, scopes in _INSTRUCTION.findall(text)}
 
 
 def shares(events: Iterable[tuple[str, float]], parts: Mapping[str, str]) -> dict[str, float]:
     """Returns each part's share of the time of all instructions that ran, largest first.
 
-    Args:
-        events: names and durations of what ran; names that are no instruction of the program do not count.
-        parts: from `instructions`.
+    Events are names and durations of what ran; names that are not among `instructions` do not count.
     """
     times: defaultdict[str, float] = defaultdict(float)
     for name, duration in events:
@@ -58,24 +49,15 @@ def profile(run: Callable[[], object]) -> list[tuple[str, float]]:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
         file = next(Path(folder).rglob("*.xplane.pb"))
-        planes = jax.profiler.ProfileData.from_file(str(file)).planes
-        planes = [plane for plane in planes if plane.name.startswith(("/device:", "/host:CPU"))]
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
         devices = [plane for plane in planes if plane.name.startswith("/device:")]
-        return [
-            (event.name, event.duration_ns)
-            for plane in devices or planes
-            for line in plane.lines
-            for event in line.events
-        ]
+        cpus = [plane for plane in planes if plane.name.startswith("/host:CPU")]
+        lines = [line for plane in devices or cpus for line in plane.lines]
+        return [(event.name, event.duration_ns) for line in lines for event in line.events]
 
 
 def report(compiled: jax.stages.Compiled, run: Callable[[], object]) -> str:
-    """Returns "attention 31%, MLP 40%, ...": shares of the time of all instructions.
-
-    Args:
-        compiled: the step.
-        run: runs it once.
-    """
+    """Returns "attention 31%, MLP 40%, ...": shares of the time of a compiled step, which `run` runs once."""
     found = shares(profile(run), instructions(compiled.as_text() or ""))
     return ", ".join(f"{LABELS.get(part, part)} {share:.0%}" for part, share in found.items())
 
@@ -83,15 +65,9 @@ def report(compiled: jax.stages.Compiled, run: Callable[[], object]) -> str:
 def memory(state: TrainState, compiled: Any, forward: Any) -> dict[str, float]:
     """Returns the GiB on a device, by what they are for.
 
-    Args:
-        state: a run's; its leaves are sharded.
-        compiled: the step, a `jax.stages.Compiled`.
-        forward: the same batch's forward pass and loss alone, compiled.
-
-    Returns:
-        "parameters", "optimizer" (its state) and "gradients" (as large as parameters) are exact.
-        "temporaries" are those that the forward pass needs by itself. "activations" are the rest of the
-        step's peak: what is kept for the backward pass, and its own temporaries.
+    "parameters", "optimizer" (its state) and "gradients" (as large as parameters) are exact. "temporaries"
+    are those that the compiled forward pass and loss of the batch need by themselves. "activations" are the
+    rest of the compiled step's peak: what is kept for the backward pass, and its own temporaries.
     """
     parameters, temporary = device_bytes(state.params), compiled.memory_analysis().temp_size_in_bytes
     workspace = min(forward.memory_analysis().temp_size_in_bytes, temporary)

@@ -2,23 +2,23 @@
 
 import statistics
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
 from trainit.cluster import hardware
-from trainit.config import Config
+from trainit.config import Config, ConfigDict
 from trainit.data.training_data import TrainingData
 from trainit.parallel.layout import batch_sharding
-from trainit.parallel.mesh import RunShape, run_shape
+from trainit.parallel.mesh import run_shape
 from trainit.tools.benchmark import profile
 from trainit.tools.plan import hlo
+from trainit.tools.timing import WARMUP, in_turn
 from trainit.train import metrics, step
 
-WARMUP = 2  # steps before those that are timed
 # What --sweep tries, one field after the other, starting from the config's settings and continuing with the
 # fastest. None of them changes what a run computes.
 SETTINGS = {
@@ -29,84 +29,62 @@ SETTINGS = {
 }
 
 
-def build(config: Config) -> tuple[step.CompiledSteps, RunShape]:
-    """Returns the step of a config on all devices, and the run's shape."""
-    shape = run_shape(config, jax.devices())
-    return step.build(config, shape), shape
-
-
-class _Bench:
-    """A compiled step with its state and its batches."""
+class Bench:
+    """A config's train step, compiled for all devices, with its state and its batches."""
 
     def __init__(self, config: Config, dataset: TrainingData):
-        self.config = config
-        self.steps, self.shape = build(config)
+        self.shape = run_shape(config, jax.devices())
+        self.steps = step.build(config, self.shape)
         layout = batch_sharding(self.shape.mesh)
-        self._batches = dataset.reader(self.shape.batch_at(0), layout).batches()
+        self.batches = dataset.reader(self.shape.batch_at(0), layout).batches()
         self.state = jax.block_until_ready(self.steps.init())
+        self.waits: list[float] = []  # seconds that each step has waited for data
         start = time.perf_counter()
-        self.lowered = self.steps.train.lower(self.state, next(self._batches))
+        self.lowered = self.steps.train.lower(self.state, next(self.batches))
         self.compiled = self.lowered.compile()
         self.compile_seconds = time.perf_counter() - start
 
-    def run(self) -> tuple[dict, float]:
-        """Runs a step until it has finished; returns its metrics and the seconds it waited for data."""
+    def run(self) -> dict:
+        """Starts a step on the next batch; returns its metrics."""
         start = time.perf_counter()
-        batch = next(self._batches)
-        waited = time.perf_counter() - start
+        batch = next(self.batches)
+        self.waits.append(time.perf_counter() - start)
         self.state, result = self.compiled(self.state, batch)
-        return jax.block_until_ready(result), waited
-
-    def times(self, count: int) -> tuple[list[float], list[float]]:
-        """Returns the seconds of `count` steps, and the seconds each has waited for data."""
-        times, waits = [], []
-        for _ in range(count + WARMUP):
-            start = time.perf_counter()
-            waits.append(self.run()[1])
-            times.append(time.perf_counter() - start)
-        return times[WARMUP:], waits[WARMUP:]
-
-    def forward(self) -> jax.stages.Compiled:
-        """Compiles the forward pass and loss of one micro-step."""
-        micro_step = jax.tree.map(lambda x: x[:1], next(self._batches))
-        token_bytes = jnp.zeros(self.config.model.vocab_size)
-        return self.steps.evaluate.lower(self.state.params, micro_step, token_bytes, 1).compile()
+        return result
 
 
-def measure(config: Config, dataset: TrainingData, count: int):
-    """Prints compile time, time of `count` steps, tokens/s, MFU, memory, exchanges, and shares of time."""
-    bench = _Bench(config, dataset)
-    times, waits = bench.times(count)
-    median = statistics.median(times)
+def measure(config: Config, dataset: TrainingData, count: int) -> Iterator[str]:
+    """Yields compile time, time of `count` steps, tokens/s, MFU, memory, exchanges, and shares of time."""
+    bench = Bench(config, dataset)
+    [times] = in_turn([bench.run], count)
+    median, waited = statistics.median(times), sum(bench.waits[WARMUP:])
     tokens = config.batch_size * config.model.context_length
     flops = metrics.flops_per_token(config.model) * tokens / median
-    lines = [
-        f"{bench.compile_seconds:7.1f} s  to compile, or to read what was compiled before",
-        f"{1e3 * median:7.1f} ms  median of {len(times)}; {1e3 * min(times):.1f} to {1e3 * max(times):.1f}",
+    yield f"{bench.compile_seconds:7.1f} s  to compile, or to read what was compiled before"
+    yield f"{1e3 * median:7.1f} ms  median of {count}; {1e3 * min(times):.1f} to {1e3 * max(times):.1f}"
+    yield (
         f"{tokens / median:7.0f} tokens/s  {flops / 1e12:.3f} TFLOP/s; a token counts as 6 * weights in "
-        f"products + 12 * layers * length * width",
-    ]
-    peak = hardware.peak_flops(jax.devices()[0].device_kind)
-    if peak:
+        f"products + 12 * layers * length * width"
+    )
+    if peak := hardware.peak_flops(jax.devices()[0].device_kind):
         mfu = flops / peak / jax.device_count()
-        lines.append(f"{mfu:7.1%} MFU  of {peak / 1e12:.0f} dense bfloat16 TFLOP/s a device (data sheet)")
-    lines.append(f"{sum(waits) / sum(times):7.2%} of the time spent waiting for data")
+        yield f"{mfu:7.1%} MFU  of {peak / 1e12:.0f} dense bfloat16 TFLOP/s a device (data sheet)"
+    yield f"{waited / sum(times):7.2%} of the time spent waiting for data"
 
-    sizes = profile.memory(bench.state, bench.compiled, bench.forward())
+    # Memory, also that of the forward pass and loss of one micro-step; exchanges; a profile.
+    micro_step = jax.tree.map(lambda x: x[:1], next(bench.batches))
+    token_bytes = jnp.zeros(config.model.vocab_size)
+    forward = bench.steps.evaluate.lower(bench.state.params, micro_step, token_bytes, 1).compile()
+    sizes = profile.memory(bench.state, bench.compiled, forward)
     kinds = ", ".join(f"{name} {size:.3f}" for name, size in sizes.items())
-    lines.append(f"{sum(sizes.values()):7.3f} GiB  on a device at most: {kinds}")
-
+    yield f"{sum(sizes.values()):7.3f} GiB  on a device at most: {kinds}"
     exchanged = hlo.total(hlo.read(hlo.compile_with_text(bench.lowered)[1], bench.shape.sizes))
     for (kind, axes), size in sorted(exchanged.items(), key=lambda item: -item[1]):
-        over = " × ".join(axes)
-        lines.append(f"exchanged: {kind} over {over}: {size / 2**20:.5g} MiB a device and step")
-
-    lines.append(f"time: {profile.report(bench.compiled, lambda: bench.run()[0])}")
-    print("\n".join(f"step    {line}" for line in lines), flush=True)
+        yield f"exchanged: {kind} over {' × '.join(axes)}: {size / 2**20:.5g} MiB a device and step"
+    yield f"time: {profile.report(bench.compiled, bench.run)}"
 
 
-@dataclass(frozen=True)
-class _Trial:
+class _Trial(NamedTuple):
     """The step with some settings changed."""
 
     changes: dict
@@ -117,43 +95,36 @@ class _Trial:
     def __str__(self) -> str:
         changes = " ".join(f"{name.removeprefix('model.')}={value}" for name, value in self.changes.items())
         return (
-            f"sweep   {1e3 * self.seconds:8.1f} ms  {self.bytes / 2**30:7.3f} GiB  "
+            f"{1e3 * self.seconds:8.1f} ms  {self.bytes / 2**30:7.3f} GiB  "
             f"{self.compile_seconds:5.1f} s to compile  {changes or 'as the config has it'}"
         )
 
 
-def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _Trial | None:
-    """Times and prints the step with these fields changed; returns None, and prints why, if it cannot run."""
-    changed = config.to_dict()
-    for field, value in changes.items():
-        *path, name = field.split(".")
-        part = changed
-        for key in path:
-            part = part[key]
-        part[name] = value
+def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _Trial | str:
+    """Times the step with these fields changed; returns why it cannot run if it cannot."""
+    changed = ConfigDict(config.to_dict())
+    changed.update_from_flattened_dict(changes)
     try:
-        bench = _Bench(Config(changed), dataset)
-        seconds = statistics.median(bench.times(count)[0])
+        bench = Bench(Config(changed), dataset)
+        [times] = in_turn([bench.run], count)
     except (ValueError, JaxRuntimeError) as error:
-        print(f"sweep   {changes} cannot be: {str(error).splitlines()[0][:150]}", flush=True)
-        return None
+        return f"{changes} cannot be: {str(error).splitlines()[0][:150]}"
     memory: Any = bench.compiled.memory_analysis()
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    trial = _Trial(changes, seconds, size, bench.compile_seconds)
-    print(trial, flush=True)
-    return trial
+    return _Trial(changes, statistics.median(times), size, bench.compile_seconds)
 
 
-def sweep(config: Config, dataset: TrainingData, count: int):
-    """Tries other settings that change neither batch nor result; prints each, and the best of them."""
-    trials = [trial for trial in [_try(config, dataset, {}, count)] if trial]
-    for field, values in SETTINGS.items():
-        fastest = min(trials, key=lambda trial: trial.seconds, default=None)
+def sweep(config: Config, dataset: TrainingData, count: int) -> Iterator[str]:
+    """Tries other settings that change neither batch nor result; yields each, and the best of them."""
+    trials: list[_Trial] = []
+    for field, values in (("", ("as the config has it",)), *SETTINGS.items()):
+        fastest = min(trials, key=lambda trial: trial.seconds).changes if trials else {}
         for value in values:
-            if field == "device_batch_size" and value > config.batch_size:
+            if field == "device_batch_size" and int(value) > config.batch_size:
                 continue  # the same program as without a bound
-            trial = _try(config, dataset, (fastest.changes if fastest else {}) | {field: value}, count)
-            trials += [trial] if trial else []
+            trial = _try(config, dataset, {**fastest, field: value} if field else {}, count)
+            yield str(trial)
+            trials += [trial] if isinstance(trial, _Trial) else []
     if trials:
-        print(f"fastest of all:\n{min(trials, key=lambda trial: trial.seconds)}")
-        print(f"smallest of all:\n{min(trials, key=lambda trial: trial.bytes)}", flush=True)
+        yield from ("fastest of all:", str(min(trials, key=lambda trial: trial.seconds)))
+        yield from ("smallest of all:", str(min(trials, key=lambda trial: trial.bytes)))

@@ -6,11 +6,11 @@ same state and its memory free of the others. Compiled programs are not kept bet
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from statistics import median
 
 from tabulate import tabulate
 
@@ -44,15 +44,11 @@ def flops(shape: str) -> float:
 
 def _run(name: str, shape: str, precision: str, steps: int) -> dict:
     """Runs a program once; returns what it prints, or {"error": its last line}."""
-    module = [sys.executable, "-m", "trainit.tools.benchmark.contender"]
+    command = [sys.executable, "-m", "trainit.tools.benchmark.contender", name, shape, precision, str(steps)]
     with tempfile.TemporaryDirectory() as cache:
-        process = subprocess.run(
-            [*module, name, shape, precision, str(steps), str(time.time())],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache},
-            check=False,
-        )
+        env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
+        command.append(str(time.time()))
+        process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if process.returncode:
         return {"error": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
     return json.loads(process.stdout.splitlines()[-1])
@@ -60,42 +56,34 @@ def _run(name: str, shape: str, precision: str, steps: int) -> dict:
 
 def _row(name: str, shape: str, runs: list[dict], rate: float) -> list[str]:
     """Returns a program's row of the table: medians over the rounds, the maximum of the memory."""
-    failed = [run["error"] for run in runs if "error" in run]
-    if failed:
+    if failed := [run["error"] for run in runs if "error" in run]:
         return [name, failed[0][:100], "", "", ""]
-    seconds = [second for run in runs for second in run["seconds"]]
-    median, first = statistics.median(seconds), statistics.median(run["first"] for run in runs)
-    return [
-        name,
-        f"{median:.3f} ({min(seconds):.3f} to {max(seconds):.3f})",
-        f"{flops(shape) / median / rate:.0%}",
-        f"{first:.1f} s",
-        f"{max(run['peak'] for run in runs) / 1e9:.2f} GB",
-    ]
+    seconds, first = _seconds(runs), median(run["first"] for run in runs)
+    step = f"{median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
+    share, peak = flops(shape) / median(seconds) / rate, max(run["peak"] for run in runs)
+    return [name, step, f"{share:.0%}", f"{first:.1f} s", f"{peak / 1e9:.2f} GB"]
+
+
+def _seconds(runs: list[dict]) -> list[float]:
+    return [second for run in runs for second in run["seconds"]]
 
 
 def measure(name: str, rounds: int) -> int:
     """Prints the tables of a suite; returns the exit code.
 
-    Raises:
-        ConfigError: the matrix product that gives the scale cannot be measured here.
+    Raises ConfigError if the matrix product that gives the scale cannot be measured here.
     """
     for shape, precision, steps, programs in SUITES[name]:
-        runs: dict[str, list[dict]] = {program: [] for program in programs}
-        for _ in range(rounds):
-            for program in programs:
-                if program == "matmul":  # in float32 on a CPU, for every precision
-                    runs[program].append(_run(program, shape, "float32" if name == "cpu" else precision, 5))
-                else:
-                    runs[program].append(_run(program, shape, precision, steps))
+        work = dict.fromkeys(programs, (precision, steps))
+        work["matmul"] = ("float32" if name == "cpu" else precision, 5)  # on a CPU, the same for all
+        turns = [{program: _run(program, shape, *work[program]) for program in work} for _ in range(rounds)]
+        runs = {program: [turn[program] for turn in turns] for program in work}
         products = runs.pop("matmul")
         if failed := [run["error"] for run in products if "error" in run]:
             raise ConfigError(f"--suite={name}: the product fails: {failed[0]}")
-        seconds = statistics.median(second for run in products for second in run["seconds"])
-        rate = 2 * MATMUL**3 / seconds
+        rate = 2 * MATMUL**3 / median(_seconds(products))
         rows = [_row(program, shape, own, rate) for program, own in runs.items()]
         print(f"\n{shape}, {precision}: {MATMUL}³ product at {rate / 1e9:.0f} GFLOP/s")
-        alignment = ["left"] + ["right"] * (len(HEADER) - 1)
-        table = tabulate(rows, HEADER, tablefmt="github", colalign=alignment, disable_numparse=True)
-        print(table, flush=True)
+        alignment = ("left", *["right"] * (len(HEADER) - 1))
+        print(tabulate(rows, HEADER, "github", colalign=alignment, disable_numparse=True), flush=True)
     return 0

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainit import config as config_lib
+from trainit.config import MESH_AXES
 from trainit.data import loader
 from trainit.data.dataset import Split
 from trainit.data.order import Ordered, Shuffled
@@ -46,18 +46,9 @@ def measure(tokens: int) -> Iterator[str]:
         cold, one_by_one = (_cold_rate(file.name, tokens, together) for together in (True, False))
     os.sched_setaffinity(0, cores)
     yield f"{own / 1e6:7.1f} M tokens/s  through Grain to the device; one core, batches of {BATCH * LENGTH}"
-    yield (
-        f"{own / crops:7.2f} times the speed of random crops from a memmap, stacked as int64 "
-        f"({crops / 1e6:.1f} M tokens/s)"
-    )
-    yield (
-        f"{cold / 1e6:7.1f} M tokens/s  read from the disk; {cold / one_by_one:.1f} times the speed of one "
-        f"row after another"
-    )
-    yield (
-        f"{millionth:7.1f} ms  to the first batch of a resume at step 1,000,000; {first:.1f} at step 0 "
-        f"(medians of 7)"
-    )
+    yield f"{own / crops:7.2f} times the speed of random crops from a memmap ({crops / 1e6:.1f} M tokens/s)"
+    yield f"{cold / 1e6:7.1f} M tokens/s  read from the disk; {cold / one_by_one:.1f} times those row by row"
+    yield f"{millionth:7.1f} ms  to the first batch of a resume at step 1,000,000; {first:.1f} at step 0"
 
     with tempfile.NamedTemporaryFile(suffix=".tokens") as file:
         os.truncate(file.name, 2 * HUGE)  # a hole, which takes no space
@@ -83,7 +74,7 @@ def _shuffled(path: str, tokens: int) -> Ordered:
 
 def _batches(path: str, tokens: int, first_row: int = 0) -> Iterator[dict[str, jax.Array]]:
     """Yields shuffled batches of a file of uint16 ids, on one device."""
-    mesh = make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
+    mesh = make_mesh(dict.fromkeys(MESH_AXES, 1), jax.local_devices()[:1])
     return loader.batches(_shuffled(path, tokens), (1, BATCH, LENGTH), batch_sharding(mesh), first_row)
 
 

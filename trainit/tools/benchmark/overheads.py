@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from trainit import config as config_lib
 from trainit import optimizers
 from trainit.cluster import rendezvous
 from trainit.cluster.monitor import JobMonitor
-from trainit.config import Config, ConfigError
+from trainit.config import MESH_AXES, Config, ConfigError
 from trainit.data.training_data import TrainingData
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.layers import Head
@@ -50,10 +49,7 @@ def measure_save(config: Config) -> Iterator[str]:
     block, total = map(median, zip(*later, strict=True))
     share = median(block / total for block, total in later)
     yield f"{total_bytes(state) / 2**30:7.3f} GiB; the first blocks {first:.3f} s of {first_total:.3f} s"
-    yield (
-        f"{share:7.1%} of the time that a later one takes is blocked: {block:.3f} s of {total:.3f} s "
-        f"(medians of {len(later)})"
-    )
+    yield f"{share:7.1%} of the time of a later one is blocked: {block:.3f} s of {total:.3f} s"
 
 
 def _step_seconds(processes: int, steps: int, flags: list[str]) -> list[float]:
@@ -117,7 +113,7 @@ def measure_optimizer(config: Config, dataset: TrainingData, steps: int) -> Iter
 
 def measure_loss(config: Config, rounds: int) -> Iterator[str]:
     """Yields the time and memory of GPT-2's head and loss with gradients, against optax's on all logits."""
-    mesh = make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.local_devices()[:1])
+    mesh = make_mesh(dict.fromkeys(MESH_AXES, 1), jax.local_devices()[:1])
     own = CrossEntropy(Parallel(mesh), config.logits_mib)
 
     def plain(head, x_BLD, targets_BL, mask_BL):
@@ -134,9 +130,6 @@ def measure_loss(config: Config, rounds: int) -> Iterator[str]:
         for loss in (own.sums, plain)
     ]
     chunks, whole = map(median, in_turn([partial(function, *arguments) for function in compiled], rounds))
-    yield (
-        f"{chunks / whole:7.2f} of the time of optax's loss on all logits, with gradients: "
-        f"{chunks:.3f} s against {whole:.3f} s (medians of {rounds}, in turn)"
-    )
+    yield f"{chunks / whole:7.2f} of the time of optax's, with gradients: {chunks:.3f} s, not {whole:.3f} s"
     less, more = (function.memory_analysis().temp_size_in_bytes / 2**20 for function in compiled)
     yield f"{less:7.0f} MiB  of temporaries, against {more:.0f}; logits_mib={config.logits_mib:g}"

@@ -1,8 +1,9 @@
 """Measures the real train step on the real loader, also with other settings."""
 
-import statistics
+import math
 import time
 from collections.abc import Iterator
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -57,19 +58,18 @@ def measure(config: Config, dataset: TrainingData, count: int) -> Iterator[str]:
     """Yields compile time, time of `count` steps, tokens/s, MFU, memory, exchanges, and shares of time."""
     bench = Bench(config, dataset)
     [times] = in_turn([bench.run], count)
-    median, waited = statistics.median(times), sum(bench.waits[WARMUP:])
-    tokens = config.batch_size * config.model.context_length
-    flops = metrics.flops_per_token(config.model) * tokens / median
+    seconds, tokens = median(times), config.batch_size * config.model.context_length
+    flops = metrics.flops_per_token(config.model) * tokens / seconds
     yield f"{bench.compile_seconds:7.1f} s  to compile, or to read what was compiled before"
-    yield f"{1e3 * median:7.1f} ms  median of {count}; {1e3 * min(times):.1f} to {1e3 * max(times):.1f}"
+    yield f"{1e3 * seconds:7.1f} ms  median of {count}; {1e3 * min(times):.1f} to {1e3 * max(times):.1f}"
     yield (
-        f"{tokens / median:7.0f} tokens/s  {flops / 1e12:.3f} TFLOP/s; a token counts as 6 * weights in "
+        f"{tokens / seconds:7.0f} tokens/s  {flops / 1e12:.3f} TFLOP/s; a token counts as 6 * weights in "
         f"products + 12 * layers * length * width"
     )
     if peak := hardware.peak_flops(jax.devices()[0].device_kind):
         mfu = flops / peak / jax.device_count()
         yield f"{mfu:7.1%} MFU  of {peak / 1e12:.0f} dense bfloat16 TFLOP/s a device (data sheet)"
-    yield f"{waited / sum(times):7.2%} of the time spent waiting for data"
+    yield f"{sum(bench.waits[WARMUP:]) / sum(times):7.2%} of the time spent waiting for data"
 
     # Memory, also that of the forward pass and loss of one micro-step; exchanges; a profile.
     micro_step = jax.tree.map(lambda x: x[:1], next(bench.batches))
@@ -85,46 +85,40 @@ def measure(config: Config, dataset: TrainingData, count: int) -> Iterator[str]:
 
 
 class _Trial(NamedTuple):
-    """The step with some settings changed."""
+    """The step with some settings changed, and the line about it."""
 
     changes: dict
-    seconds: float  # of a step
-    bytes: int  # on a device: state and temporaries
-    compile_seconds: float
-
-    def __str__(self) -> str:
-        changes = " ".join(f"{name.removeprefix('model.')}={value}" for name, value in self.changes.items())
-        return (
-            f"{1e3 * self.seconds:8.1f} ms  {self.bytes / 2**30:7.3f} GiB  "
-            f"{self.compile_seconds:5.1f} s to compile  {changes or 'as the config has it'}"
-        )
+    line: str
+    seconds: float = math.inf  # of a step; inf: it cannot run
+    bytes: float = math.inf  # on a device: state and temporaries
 
 
-def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _Trial | str:
-    """Times the step with these fields changed; returns why it cannot run if it cannot."""
+def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _Trial:
+    """Times the step with these fields changed."""
     changed = ConfigDict(config.to_dict())
     changed.update_from_flattened_dict(changes)
     try:
         bench = Bench(Config(changed), dataset)
         [times] = in_turn([bench.run], count)
     except (ValueError, JaxRuntimeError) as error:
-        return f"{changes} cannot be: {str(error).splitlines()[0][:150]}"
+        return _Trial(changes, f"{changes} cannot be: {str(error).splitlines()[0][:150]}")
     memory: Any = bench.compiled.memory_analysis()
-    size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return _Trial(changes, statistics.median(times), size, bench.compile_seconds)
+    seconds, size = median(times), memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    fields = " ".join(f"{name.removeprefix('model.')}={value}" for name, value in changes.items())
+    line = f"{1e3 * seconds:8.1f} ms  {size / 2**30:7.3f} GiB  {bench.compile_seconds:5.1f} s to compile  "
+    return _Trial(changes, line + (fields or "as the config has it"), seconds, size)
 
 
 def sweep(config: Config, dataset: TrainingData, count: int) -> Iterator[str]:
     """Tries other settings that change neither batch nor result; yields each, and the best of them."""
-    trials: list[_Trial] = []
-    for field, values in (("", ("as the config has it",)), *SETTINGS.items()):
-        fastest = min(trials, key=lambda trial: trial.seconds).changes if trials else {}
+    trials = [_try(config, dataset, {}, count)]
+    yield trials[0].line
+    for field, values in SETTINGS.items():
+        fastest = min(trials, key=lambda trial: trial.seconds)
         for value in values:
-            if field == "device_batch_size" and int(value) > config.batch_size:
+            if field == "device_batch_size" and value > config.batch_size:
                 continue  # the same program as without a bound
-            trial = _try(config, dataset, {**fastest, field: value} if field else {}, count)
-            yield str(trial)
-            trials += [trial] if isinstance(trial, _Trial) else []
-    if trials:
-        yield from ("fastest of all:", str(min(trials, key=lambda trial: trial.seconds)))
-        yield from ("smallest of all:", str(min(trials, key=lambda trial: trial.bytes)))
+            trials.append(_try(config, dataset, {**fastest.changes, field: value}, count))
+            yield trials[-1].line
+    yield from ("fastest of all:", min(trials, key=lambda trial: trial.seconds).line)
+    yield from ("smallest of all:", min(trials, key=lambda trial: trial.bytes).line)

@@ -21,14 +21,9 @@ from trainit.train import metrics
 
 # (shape, precision, steps after the first, programs)
 SUITES: dict[str, list[tuple[str, str, int, tuple[str, ...]]]] = {
-    "cpu": [
-        (shape, precision, steps, tuple(CONTENDERS))
-        for precision in ("float32", "bfloat16")
-        for shape, steps in (("S", 4), ("M", 1))
-    ],
+    "cpu": [(s, p, n, tuple(CONTENDERS)) for p in ("float32", "bfloat16") for s, n in (("S", 4), ("M", 1))],
     "gpu": [
-        (shape, "bfloat16", 20, ("matmul", "trainit", "torch_compile"))
-        for shape in ("124M", "350M", "1.3B", "7B")
+        (s, "bfloat16", 20, ("matmul", "trainit", "torch_compile")) for s in ("124M", "350M", "1.3B", "7B")
     ],
 }
 HEADER = ["program", "seconds a step", "of the product's rate", "first step after", "peak memory"]

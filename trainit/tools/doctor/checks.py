@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import jax
 
@@ -26,7 +26,6 @@ from trainit.tools.doctor import environment
 from trainit.tools.doctor.network import check_all_reduces
 from trainit.tools.doctor.report import FAIL, OK, Result, group_processes, name_failures
 
-T = TypeVar("T")
 DATA_SECONDS = 1.0  # for which the loader is timed
 
 
@@ -52,10 +51,9 @@ def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tupl
         seconds = arguments.wait_seconds
         _, coordinator = rendezvous.meet_others(place, config.platform, {}, seconds, lambda: "")
         devices.initialize(config.platform, place, coordinator)
-    except rendezvous.MeetingError as error:
-        return [*results, Result("processes", FAIL, str(error))], False
-    except SetupError as error:
-        return [*results, Result("devices", FAIL, str(error))], False
+    except (rendezvous.MeetingError, SetupError) as error:
+        name = "devices" if isinstance(error, SetupError) else "processes"
+        return [*results, Result(name, FAIL, str(error))], False
 
     hosts = sync.gather_text(socket.gethostname())
     processes = [f"process {index} ({host})" for index, host in enumerate(hosts)]
@@ -138,7 +136,7 @@ def _data_rate(dataset: TrainingData, shape: RunShape) -> float:
     return own_tokens * timing.rate(batches, DATA_SECONDS)
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
+def _attempt(work: Callable[[], object]) -> tuple[Any, str]:
     """Returns the result and "", or None and the error, so that no process misses the next collective."""
     try:
         return work(), ""

@@ -20,12 +20,11 @@ def configure(platform: str, cpu_devices: int, cache: Path, place: Place | None 
     """Chooses the devices and their settings, which it returns for the log. Call it before any use of JAX.
 
     The platform is "cpu", "cuda", ..., or "" for the best one. In the cache, later starts find compiled
-    programs; JAX_COMPILATION_CACHE_DIR overrides it. Without a place, the process is alone. Raises SetupError
-    if TRAINIT_SETTINGS has a value that means nothing.
+    programs; JAX_COMPILATION_CACHE_DIR overrides it. Without a place, the process is alone.
     """
     place = place or Place("alone")
-    job_devices = hardware.detect(platform, os.environ, place.num_processes, place.hosts)
-    settings = xla_flags.apply(job_devices, os.environ)
+    found = hardware.detect(platform, os.environ, place.num_processes, place.hosts)
+    settings = xla_flags.apply(found, os.environ)
     if platform:
         jax.config.update("jax_platforms", platform)
     jax.config.update("jax_num_cpu_devices", cpu_devices)

@@ -116,8 +116,8 @@ def detect(
     if not names:
         return JobDevices()
     count = min(len(names), len(visible.split(","))) if visible else len(names)
-    kinds = sorted(set(names))
-    return JobDevices(kinds[0] if len(kinds) == 1 else "several kinds", max(count, processes), hosts)
+    kind = names[0] if len(set(names)) == 1 else "several kinds"
+    return JobDevices(kind, max(count, processes), hosts)
 
 
 def ask_nvidia_smi(environment: Mapping[str, str]) -> dict[str, str]:
@@ -125,9 +125,7 @@ def ask_nvidia_smi(environment: Mapping[str, str]) -> dict[str, str]:
     if shutil.which("nvidia-smi", path=environment.get("PATH")) is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader"]
-    answer = subprocess.run(
-        query, capture_output=True, text=True, timeout=60, check=False, env=dict(environment)
-    )
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False, env=environment)
     lines = [line.partition(",") for line in answer.stdout.splitlines() if line.startswith("GPU-")]
     return {uuid.strip(): name.strip() for uuid, _, name in lines}
 

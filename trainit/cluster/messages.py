@@ -21,16 +21,10 @@ def encode(message: dict) -> bytes:
 
 
 def receive(connection: socket.socket) -> dict:
-    """Waits for one message, and reads not a byte more: what follows belongs to whoever reads next.
-
-    Raises ValueError if the connection was closed, or what came is not JSON.
-    """
-    line = b""
-    while not line.endswith(b"\n"):
-        if not (byte := connection.recv(1)):
-            raise ValueError("the connection was closed")
-        line += byte
-    return json.loads(line)
+    """Waits for one message; ValueError if the connection was closed, or what came is not JSON."""
+    # Without a buffer, not a byte more is read: what follows belongs to whoever reads next.
+    with connection.makefile("rb", buffering=0) as stream:
+        return json.loads(stream.readline())
 
 
 @dataclass
@@ -73,10 +67,9 @@ class Peers(list[Peer]):
 
     def connect(self, peers: Iterable[Peer]):
         """Takes over connections, which do not block from now on."""
-        connected = list(peers)
-        for peer in connected:
+        self.extend(peers)
+        for peer in self:
             peer.connection.setblocking(False)
-        self[:] = connected
 
     def send(self, message: dict):
         """Sends to all of them. If one is lost, its reader notices."""
@@ -86,10 +79,7 @@ class Peers(list[Peer]):
                     peer.connection.send(encode(message))
 
     def drain(self, close_first: bool, seconds: float):
-        """Lets messages arrive before this process ends: waits until the others have closed their ends.
-
-        Process 0 closes its own end of each connection first.
-        """
+        """Lets messages arrive before this process ends: waits until the others have closed their ends."""
         until = time.monotonic() + seconds
         for peer in self:
             with contextlib.suppress(OSError, ValueError):

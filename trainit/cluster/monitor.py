@@ -1,14 +1,6 @@
 """Watches the processes of one job: that all are alive and make progress, and when all of them should stop.
 
-Each process holds a connection to process 0, the lead, from before JAX starts until it leaves. A thread of
-its own exchanges signs of life there, whatever the main thread does: compile, wait for data, save. Nothing
-of this is a collective.
-
-What does SIGTERM do while a process compiles? The monitor's thread reads it at once (`SignalInbox`) and asks
-all processes to stop. If no process has done a step yet, there is nothing to save: all exit within seconds,
-in the midst of compiling, with the code for "start me again". Later, say while the step for another batch
-size compiles, the process that compiles finishes that, the others wait for it at their next `stop_reason`,
-and all stop there together and save. A second SIGINT (Ctrl-C) ends a process at once, unsaved.
+docs/explanation/faults.md, "How it works", describes it. Nothing of this is a collective.
 """
 
 import selectors
@@ -32,10 +24,7 @@ class JobMonitor:
     """This process's thread that watches the job. `watchdog` and `agreement` are parts of it for callers."""
 
     def __init__(self, process: int, count: int, leave: Callable[[int], None], silence_seconds: float):
-        """Starts the thread, which calls `leave` to end this process with an exit code.
-
-        To be made before anything slow, so that no signal ends a process that starts.
-        """
+        """Starts the thread, which calls `leave` with an exit code. To be made before anything slow."""
         self._process, self._leave = process, leave
         self._inbox, self._peers, self.watchdog = SignalInbox(), Peers(), Watchdog()
         self._heartbeats = Heartbeats(process, self._peers, silence_seconds)

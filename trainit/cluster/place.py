@@ -34,16 +34,13 @@ def find_own_place(arguments: argparse.Namespace) -> Place:
     if arguments.num_processes:
         place = Place("flags", "", arguments.num_processes, arguments.process_id)
         if place.process_id >= place.num_processes:
-            number, count = place.process_id, place.num_processes
-            raise SetupError(f"--process_id={number} must be below --num_processes={count}")
+            given = f"--process_id={place.process_id}"
+            raise SetupError(f"{given} must be below --num_processes={place.num_processes}")
     return dataclasses.replace(place, coordinator=arguments.coordinator or place.coordinator)
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
-    """This process's place: from a launch script, Slurm's srun, Grid Engine, Open MPI, or alone.
-
-    Raises SetupError if the allocation is for several processes, but this one was started without the others.
-    """
+    """This process's place; SetupError if the allocation is for several, but it was started alone."""
     # Launch scripts come first: they run inside of Slurm, Grid Engine or Open MPI and know more.
     if "TRAINIT_NUM_PROCESSES" in environment:
         return _from_launch_script(environment)
@@ -66,8 +63,8 @@ def check_coordinator(place: Place):
     """Raises SetupError unless all hosts of the job can reach the coordinator's address."""
     host, _, _ = place.coordinator.rpartition(":")
     if not host:
-        count = place.num_processes
-        raise SetupError(f"{place.source}: there are {count} processes; add --coordinator=HOST:PORT")
+        found = f"{place.source}: there are {place.num_processes} processes"
+        raise SetupError(f"{found}; add --coordinator=HOST:PORT")
     try:
         address = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)[0][4][0]
     except OSError as error:
@@ -143,10 +140,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _local_devices(environment: Mapping[str, str], processes: int, local_id: int) -> tuple[int, ...] | None:
-    """This process's share of the GPUs that CUDA_VISIBLE_DEVICES names, as indices; None: all of them.
-
-    They are split evenly among the `processes` of this host, of which it is the one with the local id.
-    """
+    """This process's even share of the GPUs in CUDA_VISIBLE_DEVICES, as indices; None: all of them."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     count = len(visible.split(",")) if visible else 0
     if processes == 1 or count <= 1:  # one process on this host, or each was given a GPU of its own

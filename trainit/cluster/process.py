@@ -30,10 +30,7 @@ STOPPED = 75  # stopped on request, with everything saved
 # Settings of glibc's malloc, which it reads only when a process starts. Large arrays of the host are put in
 # huge pages and are given back to the system when they are freed. Without them, a step of GPT-2 at width
 # 384 takes 3 to 8 % longer on a CPU, and a process keeps 60 to 80 MB more (both measured).
-TUNABLES = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in {"hugetlb": 1, "mmap_threshold": 8 << 20, "trim_threshold": 32 << 20}.items()
-)
+TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8388608:glibc.malloc.trim_threshold=33554432"
 
 
 def tune_process():
@@ -59,10 +56,7 @@ def collect_garbage_rarely():
 
 
 def release_free_memory():
-    """Gives memory that is free in this process back to the system, if the C library can do that.
-
-    A compiler leaves some hundred MB of it, which would count as the run's until its end.
-    """
+    """Gives free memory back to the system, if the C library can: a compiler leaves some hundred MB."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
@@ -117,10 +111,9 @@ class SignalInbox:
 def delay_abort():
     """Delays JAX's abort() by six seconds, in which the monitor can report which process was lost.
 
-    JAX calls abort() when it loses process 0, often before the monitor has reported which process died.
-    SIGABRT is number 6, so installing C's sleep as its handler delays the abort by six seconds. A handler
-    in Python would not do: it would run in the main thread, which waits inside of a collective. JAX's guide
-    to fault tolerance says that no setting changes this for process 0; when one does, this may go.
+    JAX calls abort() when it loses process 0. SIGABRT is number 6, so C's sleep as its handler takes six
+    seconds. A handler in Python would run in the main thread, which waits inside of a collective. May go when
+    JAX has a setting for this; its guide to fault tolerance says that none changes it for process 0.
     """
     libc = ctypes.CDLL(None)
     libc.signal(int(signal.SIGABRT), libc.sleep)
@@ -129,8 +122,7 @@ def delay_abort():
 def coordination_client() -> Any:
     """The client of JAX's coordination service, whose barrier has no public name as of JAX 0.12.
 
-    The public barriers are collectives on devices, which give up after a time of their own, e.g. while
-    another process still compiles.
+    The public barriers are collectives, which give up after a time of their own, e.g. while another compiles.
     """
     from jax._src import distributed
 
@@ -175,10 +167,7 @@ class Exit:
 
 
 def exit_process(code: int, together: bool = False) -> NoReturn:
-    """Ends this process with an exit code, without waiting minutes for other processes that are lost.
-
-    If all leave `together`, and none is lost, they wait for each other.
-    """
+    """Ends this process at once, or, if all leave `together` and none is lost, when the others end, too."""
     import jax
 
     if together and jax.process_count() > 1:

@@ -28,16 +28,13 @@ class Stopped(Exception):  # noqa: N818, it is no error
 def meet_others(
     place: Place, platform: str, about: dict[str, str], seconds: float, stop_requested: Callable[[], str]
 ) -> tuple[list[Peer], str]:
-    """What `meet` returns for the process at `place`: nobody and "", if it is alone.
-
-    Raises SetupError, too, if the address of process 0 is missing or cannot be reached.
-    """
+    """`meet` for the process at `place`: nobody and "" if it is alone. SetupError for a bad coordinator."""
     if place.num_processes == 1:
         return [], ""
     check_coordinator(place)
     gpus = visible_gpus(os.environ, place) if platform != "cpu" else []
-    process, count, address = place.process_id, place.num_processes, place.coordinator
-    return meet(process, count, address, about, gpus, seconds, stop_requested)
+    own = place.process_id, place.num_processes, place.coordinator
+    return meet(*own, about, gpus, seconds, stop_requested)
 
 
 def meet(
@@ -56,16 +53,14 @@ def meet(
 
     Returns all others on process 0, and process 0 on these, as connected peers; and an address for JAX's
     coordination service, on process 0's host. If some are missing or differ, all that have come raise
-    MeetingError. If one that has come was asked to stop, all raise Stopped: those that have come, after the
-    last one has, or after STOP_SECONDS.
+    MeetingError. If one was asked to stop, they raise Stopped, once all have come or after STOP_SECONDS.
     """
     host, _, port = address.rpartition(":")
     own = {"process": process, "count": count, "host": socket.gethostname(), "pid": os.getpid()}
     own |= {"about": about, "gpus": gpus, "stop": ""}
-    until = time.monotonic() + seconds
     if process == 0:
-        return _Lead(host, int(port), own, stop_requested).gather(until, seconds)
-    return _call(host, int(port), own, until, seconds, stop_requested)
+        return _Lead(host, int(port), own, stop_requested).gather(seconds)
+    return _call(host, int(port), own, seconds, stop_requested)
 
 
 class _Lead:
@@ -79,16 +74,14 @@ class _Lead:
         try:
             self._listener = _listen(port)
         except OSError as error:
-            raise MeetingError(
-                f"process 0 cannot listen on {host}:{port}: {error.strerror}; give --coordinator=HOST:PORT "
-                f"another port"
-            ) from None
+            trouble = f"process 0 cannot listen on {host}:{port}: {error.strerror}"
+            raise MeetingError(f"{trouble}; give --coordinator=HOST:PORT another port") from None
         self._listener.settimeout(0.2)
 
-    def gather(self, until: float, seconds: float) -> tuple[list[Peer], str]:
+    def gather(self, seconds: float) -> tuple[list[Peer], str]:
         """The others' connections and an address for JAX; see `meet`."""
         try:
-            if stop := self._wait_for_all(until, seconds) or self._stop_reason():
+            if stop := self._wait_for_all(seconds) or self._stop_reason():
                 self._answer({"stopped": stop})
                 raise Stopped
             _check_gpus(self._members.values())
@@ -102,9 +95,10 @@ class _Lead:
         others = sorted(self._members.items())[1:]
         return [Peer(i, m["host"], m["pid"], self._connections[i]) for i, m in others], coordinator
 
-    def _wait_for_all(self, until: float, seconds: float) -> str:
+    def _wait_for_all(self, seconds: float) -> str:
         """Lets processes in until all have come; returns why to stop instead, or ""."""
         count, news, stop = self._members[0]["count"], time.monotonic(), ""
+        until = news + seconds
         while len(self._members) < count:
             # Those that have not come yet get some time to come and learn that the run is to stop.
             if not stop and (stop := self._stop_reason()):
@@ -125,8 +119,7 @@ class _Lead:
 
     def _stop_reason(self) -> str:
         """Why a process that has come wants the run to stop, or ""."""
-        wanted = (member["stop"] for member in self._members.values() if member["stop"])
-        return self._stop_requested() or next(wanted, "")
+        return self._stop_requested() or next(filter(None, (m["stop"] for m in self._members.values())), "")
 
     def _let_in(self):
         """Lets one process in, if one calls. Connections that do not talk as processes do are closed."""
@@ -166,12 +159,12 @@ class _Lead:
 
 
 def _call(
-    host: str, port: int, own: dict, until: float, seconds: float, stop_requested: Callable[[], str]
+    host: str, port: int, own: dict, seconds: float, stop_requested: Callable[[], str]
 ) -> tuple[list[Peer], str]:
     """The part of all others: calls process 0 and waits for its answer."""
     # Process 0 may not listen yet. If this process is asked to stop meanwhile, it still calls, since the
     # others wait for it; but not for long.
-    trouble = "no answer"
+    until, trouble = time.monotonic() + seconds, "no answer"
     while time.monotonic() < until:
         if not own["stop"] and (reason := stop_requested()):
             own["stop"], until = reason, min(until, time.monotonic() + STOP_SECONDS)
@@ -236,6 +229,5 @@ def _listen(port: int) -> socket.socket:
 
 def free_port() -> int:
     """A port of this host that nobody uses now."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]

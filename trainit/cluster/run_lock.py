@@ -1,5 +1,6 @@
 """The run's folder: made, writable, and held by one job at a time."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -40,28 +41,19 @@ class RunLock:
         """`job` is the scheduler's name of this one; `lost` is called when another has taken the folder."""
         self._lost, self._released = lost, threading.Event()
         self._path: Path | None = None
-        self._own = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": _start_of(os.getpid()),
-            "namespace": _namespace(),
-            "job": job,
-            "since": time.strftime("%F %T %z"),
-            "id": secrets.token_hex(8),
-        }
+        self._own: dict = {"job": job, "since": time.strftime("%F %T %z"), "id": secrets.token_hex(8)}
+        self._own |= {"host": socket.gethostname(), "namespace": _namespace()}
+        self._own |= {"pid": os.getpid(), "started": _start_of(os.getpid())}
 
     def take(self, folder: Path):
         """Takes the folder, at once if no job holds it; ConfigError if one does and is alive."""
-        path = folder / "lock.json"
-        text = json.dumps(self._own)
+        path, text = folder / "lock.json", json.dumps(self._own)
         while True:
             # Exclusive creation decides between two that come to a free folder at once.
-            try:
-                with path.open("x") as file:
-                    file.write(text)
+            with contextlib.suppress(FileExistsError), path.open("x") as file:
+                file.write(text)
                 break
-            except FileExistsError:
-                holder = _read(path)
+            holder = _read(path)
             if _is_alive(path, holder):
                 raise ConfigError(_held(folder, holder))
             if not path.exists():
@@ -81,14 +73,13 @@ class RunLock:
     def _hold(self, path: Path):
         """Touches the lock now and then, and notices if another job has taken it over."""
         while not self._released.wait(BEAT_SECONDS):
-            try:
+            # If the file system fails for a moment, that is no reason to end the run.
+            with contextlib.suppress(OSError):
                 holder = _read(path)
                 if holder.get("id") == self._own["id"]:
                     os.utime(path)
-            except OSError:  # the file system fails for a moment, which is no reason to end the run
-                continue
-            if holder.get("id") != self._own["id"] and not self._released.is_set():
-                self._lost(f"--workdir={path.parent} was taken over by {_describe(holder)}")
+                elif not self._released.is_set():
+                    self._lost(f"--workdir={path.parent} was taken over by {_describe(holder)}")
 
     def release(self):
         """Lets other jobs in. Nothing may be written here any more."""

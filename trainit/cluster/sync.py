@@ -16,32 +16,23 @@ def is_lead() -> bool:
 
 
 def barrier(name: str, seconds: float):
-    """Waits until all processes have called this; each name can be used once. An error after `seconds`.
-
-    It is no collective on devices, whose patience is their own.
-    """
+    """Waits until all processes have called this; each name can be used once. An error after `seconds`."""
     if jax.process_count() > 1:
         coordination_client().wait_at_barrier(name, timeout_in_ms=int(1000 * seconds))
 
 
 def agree(number: int) -> int:
     """Process 0's number on every process."""
-    if jax.process_count() == 1:
-        return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def gather(number: int) -> list[int]:
     """The numbers of all processes, in their order."""
-    if jax.process_count() == 1:
-        return [number]
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
 def gather_text(text: str) -> list[str]:
     """The texts of all processes, in their order."""
-    if jax.process_count() == 1:
-        return [text]
     # Arrays must have the same shape everywhere, so all are padded with zeros to the longest text.
     own = text.encode()
     padded = np.zeros(max(gather(len(own))), np.uint8)

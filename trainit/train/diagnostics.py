@@ -5,7 +5,6 @@ update that it makes of it, and d_n = x_n - x_{n-1}. What is kept from step to s
 as the parameters are.
 """
 
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -17,7 +16,8 @@ from trainit.config import Config, require
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import device_bytes, inner_product, path_name
 
-NOISE_DECAY = 0.99  # of the means whose ratio is the noise scale
+NOISE = "noise/trace", "noise/gradient_square"  # means of both are kept; their ratio is the noise scale
+NOISE_DECAY = 0.99  # of these means
 # Metrics whose sum over the measured steps is reported too.
 SUMMED = "moved/dot_grad", "moved/dot_grad_unscaled", "moved/dot_last_grad", "loss/difference"
 
@@ -39,17 +39,12 @@ def check(config: Config, parameters: dict, micro_steps: int):
     """Raises ConfigError if something that the config asks for cannot be measured on these parameters."""
     if not config.every_steps:
         return
-    require(
-        not config.noise_scale or micro_steps > 1,
-        f"diagnostics.noise_scale=True compares the gradients of several micro-steps, but a step has "
-        f"{micro_steps}; lower device_batch_size",
-    )
+    alone = "diagnostics.noise_scale=True compares the gradients of several micro-steps, but a step has"
+    require(not config.noise_scale or micro_steps > 1, f"{alone} {micro_steps}; lower device_batch_size")
     if config.spectra:
         paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(parameters)]
-        require(
-            any(_is_chosen(config, path) for path in paths),
-            f"diagnostics.spectra={config.spectra!r} is no matrix's path; paths are {', '.join(paths)}",
-        )
+        wrong = f"diagnostics.spectra={config.spectra!r} is no matrix's path"
+        require(any(_is_chosen(config, path) for path in paths), f"{wrong}; paths are {', '.join(paths)}")
 
 
 def is_due(config: Config, step: int | jax.Array) -> bool | jax.Array:
@@ -59,8 +54,7 @@ def is_due(config: Config, step: int | jax.Array) -> bool | jax.Array:
 
 def _copies(config: Config) -> list[str]:
     """The names of what is kept that is as large as the parameters."""
-    asked = config.last_gradient, config.past_gradients, config.last_parameters
-    return list(itertools.compress(("last_gradient", "past_gradients", "last_parameters"), asked))
+    return [name for name in ("last_gradient", "past_gradients", "last_parameters") if config[name]]
 
 
 def init(config: Config, params: dict) -> dict:
@@ -70,32 +64,27 @@ def init(config: Config, params: dict) -> dict:
     zeros = jax.tree.map(jnp.zeros_like, params)
     first = {"last_gradient": zeros, "past_gradients": zeros, "last_parameters": params}
     state = {name: first[name] for name in _copies(config)}
-    names = [*SUMMED, *(("noise/trace", "noise/gradient_square") if config.noise_scale else ())]
-    return state | {"sums": {name: jnp.float32(0) for name in names}}
+    return state | {"sums": {name: jnp.float32(0) for name in SUMMED + NOISE * config.noise_scale}}
 
 
 def describe(config: Config, abstract: dict) -> str:
     """When diagnostics are measured, and the device memory of what `init` gives; "" if they are off."""
     if not config.every_steps:
         return ""
-    copies = ", ".join(_copies(config)) or "no copies"
-    size = device_bytes(abstract) / 2**20
-    return f"every {config.every_steps} steps; keeps {copies}: {size:.1f} MiB on each device"
+    kept = f"{', '.join(_copies(config)) or 'no copies'}: {device_bytes(abstract) / 2**20:.1f} MiB"
+    return f"every {config.every_steps} steps; keeps {kept} on each device"
 
 
 def measure(
     config: Config, state: dict, now: Now, step: jax.Array, good: jax.Array
 ) -> tuple[dict[str, jax.Array], dict]:
-    """The metrics of a step, from 1 on, and what is kept for the next one.
-
-    Between measurements the metrics are 0. Unless everything is finite (`good`), the old state is kept.
-    """
+    """The metrics of a step, 0 between measurements, and what is kept: the old state if it was not `good`."""
 
     def measured() -> tuple[dict, dict]:
         values = _measure(config, state, now)
         sums = state["sums"] | {name: state["sums"][name] + values[name] for name in SUMMED if name in values}
         if config.noise_scale:
-            for name in ("noise/trace", "noise/gradient_square"):
+            for name in NOISE:
                 sums[name] = NOISE_DECAY * sums[name] + (1 - NOISE_DECAY) * values[name]
             values["noise/scale"] = sums["noise/trace"] / sums["noise/gradient_square"]
         values |= {f"{name}_sum": sums[name] for name in SUMMED if name in values}
@@ -120,9 +109,8 @@ def _measure(config: Config, state: dict, now: Now) -> dict[str, jax.Array]:
         for name, tree in (("params", now.params), ("grads", now.gradients), ("updates", now.updates)):
             values |= {f"{name}/{norm}": value for norm, value in _norms(tree, config.norms_by).items()}
         for name in [name for name in values if name.startswith("updates/l2")]:
-            of_params = values[name.replace("updates", "params", 1)]  # 0 of biases at the start
-            ratio = values[name] / jnp.where(of_params > 0, of_params, jnp.inf)
-            values[name.replace("l2", "ratio", 1)] = ratio
+            own = values[name.replace("updates", "params", 1)]  # 0 of biases at the start
+            values[name.replace("l2", "ratio", 1)] = values[name] / jnp.where(own > 0, own, jnp.inf)
     g, last_g = now.gradients, state.get("last_gradient")
     for name, past in (("last", last_g), ("past", state.get("past_gradients"))):
         if past is not None:
@@ -139,11 +127,9 @@ def _measure(config: Config, state: dict, now: Now) -> dict[str, jax.Array]:
 
 
 def _moved(last: dict, last_gradient: dict | None, now: Now) -> dict[str, jax.Array]:
-    """Inner products and cosines of d_n with gradients and updates.
-
-    "Unscaled" is the d_n without the random factor by which the optimizer has multiplied it.
-    """
+    """Inner products and cosines of d_n with gradients and updates."""
     moved = jax.tree.map(jnp.subtract, now.params, last)
+    # "Unscaled" is without the random factor by which the optimizer has multiplied d_n.
     scale = 1.0 if now.factor is None else 1 / now.factor
     values = {
         "params/cos_last": _cosine(now.params, last),
@@ -170,8 +156,7 @@ def _norms(tree: dict, groupings: tuple[str, ...]) -> dict[str, jax.Array]:
     """{"l2": ..., "l1/matrix": ..., "max/layer_0": ...}: l1, l2, and max, the largest absolute value."""
     groups: dict[str, list] = {}
     for name, layers in _layers(tree):
-        axes = tuple(range(1, layers.ndim))
-        size = jnp.abs(layers)
+        axes, size = tuple(range(1, layers.ndim)), jnp.abs(layers)
         parts = jnp.sum(size * size, axes), jnp.sum(size, axes), jnp.max(size, axes)
         for group, chosen in _groups(name, len(layers), groupings):
             groups.setdefault(group, []).append([part[chosen] for part in parts])

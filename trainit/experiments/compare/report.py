@@ -75,16 +75,14 @@ def compare(
     page: Path | None = None,
     command: str = "",
 ) -> str:
-    """Compares runs, draws a PNG and writes a page if asked to, and returns the text for the terminal.
+    """Compares runs, draws a PNG and writes a page, if asked to; returns the text for the terminal.
 
-    Defaults of the baseline are the first method, and of the target what every run of the baseline reaches.
     The command is printed on the page. Without the baseline or matplotlib raises ConfigError.
     """
     methods = group(runs, tuning_seeds)
     base = next((method for method in methods if baseline in ("", method.name)), None)
     if base is None:
-        names = ", ".join(repr(method.name) for method in methods)
-        raise ConfigError(f"--baseline={baseline}: there are {names}")
+        raise ConfigError(f"--baseline={baseline}: there are {', '.join(repr(m.name) for m in methods)}")
     target = max(base.best.finals.values()) if target is None else target
     rows = table(methods, base, target)
     parts = _tables(rows, base, target)
@@ -212,8 +210,8 @@ def _page(
 ) -> str:
     """Returns the page. The command is what made it; pictures are <svg> texts by the names of CAPTIONS."""
     title, command = html.escape(title), html.escape(command)
-    machines = {f"{run.facts['devices']}, {run.facts['versions']}" for run in runs if run.facts}
-    devices = "; ".join(sorted(machines)) or "unknown devices"
+    machines = sorted({f"{run.facts['devices']}, {run.facts['versions']}" for run in runs if run.facts})
+    devices = html.escape("; ".join(machines) or "unknown devices")
     figures = "".join(
         f"<figure>{svg}<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
         for name, svg in pictures.items()
@@ -223,7 +221,7 @@ def _page(
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
-<p>{len(runs)} runs on {html.escape(devices)}. Made by <code>{command}</code></p>
+<p>{len(runs)} runs on {devices}. Made by <code>{command}</code></p>
 {first}<h2>Pictures</h2><div class="figures">{figures}</div>
 {"".join(rest)}{failed and f"<h2>Not finished</h2><ul>{failed}</ul>"}</body></html>
 """

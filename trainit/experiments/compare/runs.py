@@ -51,10 +51,8 @@ class Run:
         return self.records[-1]["valid/loss"] if self.finished else math.inf
 
     def seconds(self) -> list[float]:
-        """Returns the training time until each record: without start, compilation, validation and saving.
-
-        A step whose time was not measured or not logged counts as the run's median.
-        """
+        """Returns the training time until each record: without start, compilation, validation and saving."""
+        # A step whose time was not measured or not logged counts as the run's median.
         times = [record.get("time/step_seconds") for record in self.records]
         usual = statistics.median(filter(None, times)) if any(times) else math.nan
         steps = [0, *(record["step"] for record in self.records)]
@@ -63,10 +61,7 @@ class Run:
         return list(itertools.accumulate(spent))
 
     def curve(self, *metrics: str) -> tuple[list[float], ...]:
-        """Returns these metrics of the records that have all of them, finite, each as a list.
-
-        There are also "seconds", see above, and "flops", see `trainit.train.metrics.flops_per_token`.
-        """
+        """Returns these metrics of the records that have all, finite; also "flops", and "seconds" above."""
         flops = self.facts.get("flops_per_token", math.nan)
         known = {"seconds": self.seconds, "flops": lambda: [flops * r["tokens"] for r in self.records]}
         columns = [known[m]() if m in known else [r.get(m) for r in self.records] for m in metrics]

@@ -43,15 +43,12 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def difference(a: Mapping[Seed, float], b: Mapping[Seed, float]) -> Estimate:
-    """Returns the mean of `a` minus the mean of `b`, by seed: paired if the seeds are equal, else Welch's.
-
-    Runs of the same seed start with the same parameters and see the same batches, so that what they have in
-    common cancels in the difference of pairs.
-    """
+    """Returns the mean of `a` minus the mean of `b`, by seed: paired if the seeds are equal, else Welch's."""
     groups = list(a.values()), list(b.values())
     center = statistics.fmean(groups[0]) - statistics.fmean(groups[1])
     if min(map(len, groups)) < 2 or not math.isfinite(center):
         return Estimate(center)
+    # Runs of the same seed start alike and see the same batches: in pairs, what they have in common cancels.
     if a.keys() == b.keys():
         return mean([a[seed] - b[seed] for seed in a])
     parts = [statistics.variance(group) / len(group) for group in groups]
@@ -60,24 +57,20 @@ def difference(a: Mapping[Seed, float], b: Mapping[Seed, float]) -> Estimate:
 
 
 def speed_up(baseline: Mapping[Seed, float], costs: Mapping[Seed, float]) -> Estimate:
-    """Returns how many times lower the costs are than the baseline's: a ratio of geometric means over seeds.
-
-    Its interval and p are those of the difference of logarithms.
-    """
+    """Returns how many times the baseline's costs are these: a ratio of geometric means over seeds."""
+    # Its interval and p are those of the difference of logarithms.
     logs = [{seed: math.log(value) for seed, value in group.items()} for group in (baseline, costs)]
     gap = difference(*logs)
     return Estimate(math.exp(gap.value), math.exp(gap.low), math.exp(gap.high), gap.p)
 
 
 def cost(run: Run, target: float, unit: str) -> float | None:
-    """Returns what a run has spent when its validation loss first reaches the target; None if it never does.
-
-    Between two validations the loss is interpolated linearly. The unit is one of COSTS.
-    """
+    """Returns what a run has spent when its validation loss first reaches the target; None: it never does."""
     at, losses = run.curve(unit, "valid/loss")
     i = next((i for i, loss in enumerate(losses) if loss <= target), None)
     if not i:
         return None if i is None else at[0]
+    # Between two validations the loss is interpolated linearly.
     return float(np.interp(target, (losses[i], losses[i - 1]), (at[i], at[i - 1])))
 
 
@@ -133,10 +126,7 @@ class Span:
 
 
 def nearly_best(method: Method) -> Span | None:
-    """Returns the rates whose loss is within NEAR of the best; None if fewer than two rates were tried.
-
-    Between two rates the loss is interpolated linearly over the logarithm of the rate.
-    """
+    """Returns the rates whose loss is within NEAR of the best; None if fewer than two rates were tried."""
     tried = [(s.rate, s.tuned_loss) for s in method.settings if s.rate > 0]
     if len(tried) < 2:
         return None
@@ -145,6 +135,7 @@ def nearly_best(method: Method) -> Span | None:
 
     def edge(outwards: Sequence[tuple[float, float]]) -> tuple[float, bool]:
         """Returns the last good rate of these, and whether it is the last that was tried."""
+        # Between two rates the loss is interpolated linearly over the logarithm of the rate.
         for (rate, loss), (next_rate, next_loss) in itertools.pairwise(outwards):
             if next_loss > limit:
                 return math.exp(np.interp(limit, (loss, next_loss), np.log((rate, next_rate)))), False
@@ -162,11 +153,9 @@ def at_edge(method: Method) -> bool:
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Returns the exponential mean with decay 1 - 1/window, corrected for its start."""
-    decay, total, result = 1 - 1 / window, 0.0, []
-    for count, value in enumerate(values, start=1):
-        total = decay * total + (1 - decay) * value
-        result.append(total / (1 - decay**count))
-    return result
+    decay = 1 - 1 / window
+    means = itertools.accumulate(values, lambda mean, value: decay * mean + (1 - decay) * value, initial=0.0)
+    return [mean / (1 - decay**count) for count, mean in enumerate(means) if count]
 
 
 def band(runs: Sequence[Run], x: str, y: str) -> tuple[list[float], list[Estimate]]:

@@ -73,8 +73,7 @@ def _report(sweep: "Sweep", folders: list[Path]) -> None:
     from trainit.experiments.compare.report import compare
     from trainit.experiments.compare.runs import find, group
 
-    runs = find(folder for folder in folders if (folder / "metrics.jsonl").exists())
-    if runs:
+    if runs := find(folder for folder in folders if (folder / "metrics.jsonl").exists()):
         methods, folder = group(runs, sweep.tuning_seeds), sweep.output / sweep.baseline
         of_baseline = (m for m in methods for s in m.settings for r in s.runs if folder in r.path.parents)
         base, command = next(of_baseline, methods[0]), shlex.join(["trainit", *sys.argv[1:]])

@@ -57,10 +57,7 @@ def candidates(rate: float, is_first: bool, g: dict) -> list[float]:
 
 
 def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[float]:
-    """Runs all segments; returns the rates at the boundaries, or raises ConfigError if all runs of one fail.
-
-    `run` starts runs and returns when they have ended.
-    """
+    """Runs all segments by `run`; returns the rates at the boundaries. ConfigError if all of one fail."""
     g = check(sweep)
     at, rates, source = g["boundaries"], [0.0], None
     for end in range(1, len(at)):
@@ -69,8 +66,8 @@ def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[float]:
         jobs = {rate: _job(sweep, at[: end + 1], [*rates, rate], source) for rate in tried}
         if todo := [job for job in jobs.values() if not finished(job)]:
             run(todo)
-        losses = {rate: _loss(job, g["window"]) for rate, job in jobs.items()}
-        losses = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+        ends = {rate: _loss(job, g["window"]) for rate, job in jobs.items()}
+        losses = {rate: loss for rate, loss in ends.items() if math.isfinite(loss)}
         require(bool(losses), f"greedy: no run of steps {at[end - 1]} to {at[end]} has finished")
 
         # Keep the checkpoints of the best one only.
@@ -94,10 +91,7 @@ def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[float]:
 
 
 def _job(sweep: Sweep, at: Sequence[int], rates: Sequence[float], source: Path | None) -> Job:
-    """Returns the run of the last of these segments, whose schedule has all rates until its end.
-
-    The source is the folder of the run that it continues; None for the first segment.
-    """
+    """Returns the run of the last of these segments; the source is the folder of the run before it."""
     begin, end = at[-2], at[-1]
     changes = {"steps": end, "schedule.boundaries": tuple(at), "schedule.values": tuple(rates), RATE: 1.0}
     changes |= {"checkpoint.save_steps": 0, "log.every_steps": 1}

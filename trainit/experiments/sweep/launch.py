@@ -104,14 +104,11 @@ class LocalRunner:
 
 
 def run_array(given: tuple[str, str], output: Path, jobs: Sequence[Job]):
-    """Runs jobs as one array job, waits until it has ended, and logs which have failed.
-
-    Given are the scheduler, a key of LAUNCH, and its options. All hosts see the output folder.
-    """
+    """Runs jobs as an array job of (scheduler, its options), waits for its end, and logs which failed."""
     scheduler, options = given
     script = LAUNCH[scheduler]
     require(script.is_file(), f"{script} is not here: submit from the folder that contains launch/")
-    # Task i of the array reads its arguments from the file named i.
+    # Task i of the array reads its arguments from the file named i, on whichever host it runs.
     folder = output.absolute() / "array"
     folder.mkdir(parents=True, exist_ok=True)
     for task, job in enumerate(jobs, start=1):

@@ -53,11 +53,8 @@ Losses = Callable[[Job], float | None]
 
 def describe(changes: Point) -> str:
     """Returns "learning_rate=0.001,beta1=0.9", the name of a folder."""
-
-    def text(value: Any) -> str:
-        return f"{value:.6g}" if isinstance(value, float) else str(value).replace("/", "_")
-
-    return ",".join(f"{name.rpartition('.')[2]}={text(value)}" for name, value in changes)
+    texts = ((name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in changes)
+    return ",".join(f"{name.rpartition('.')[2]}={text.replace('/', '_')}" for name, text in texts)
 
 
 @dataclass(frozen=True)
@@ -174,8 +171,7 @@ def _sweep(asked: dict, output: Path) -> Sweep:
         require(whole, f"{key}={seeds} must be different whole numbers")
     both = sorted(set(sweep.seeds) & set(sweep.tuning_seeds))
     require(not both, f"{both} are in seeds and in tuning_seeds; what chose a rate must not judge it")
-    chosen = not sweep.extend or bool(sweep.tuning_seeds)
-    require(chosen, "extend needs tuning_seeds: by them the best rate is chosen")
+    require(bool(not sweep.extend or sweep.tuning_seeds), "extend needs tuning_seeds: they choose the rate")
     require(sweep.baseline in names, f"baseline={sweep.baseline!r}; there are {', '.join(names)}")
     return sweep
 
@@ -183,8 +179,7 @@ def _sweep(asked: dict, output: Path) -> Sweep:
 def _variant(asked: dict, name: str, own: dict) -> Variant:
     """Returns a variant: what all runs have, and its own."""
     unknown = sorted(set(own) - set(VARIANT_KEYS))
-    may = ", ".join(VARIANT_KEYS)
-    require(not unknown, f"variant {name} has {', '.join(unknown)}; it may have {may}")
+    require(not unknown, f"variant {name} has {', '.join(unknown)}; it may have {', '.join(VARIANT_KEYS)}")
     config = with_groups(asked["config"], own.get("groups", ""))
     fields, grid, ranges = ({**asked.get(k, {}), **own.get(k, {})} for k in ("fields", "grid", "random"))
     for key, values in grid.items():

@@ -35,10 +35,7 @@ def configure(platform: str, cpu_devices: int, cache: Path, place: Place | None 
 
 
 def initialize(platform: str, place: Place, coordinator: str = ""):
-    """Makes this process's devices part of the job's; `coordinator` is where JAX's processes meet.
-
-    Raises SetupError if this host has no such platform, or other devices than the scheduler promised.
-    """
+    """Makes this process's devices part of the job's. SetupError: no such platform, or not as many GPUs."""
     if place.num_processes > 1:
         _connect(place, coordinator)
     try:
@@ -55,7 +52,7 @@ def initialize(platform: str, place: Place, coordinator: str = ""):
 
 
 def _connect(place: Place, coordinator: str):
-    """Starts JAX's coordination service and connects to it; returns when all processes have."""
+    """Connects to JAX's coordination service, which process 0 starts; returns when all processes have."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's preemption service would take SIGTERM away from cluster/monitor.py.
     jax.config.update("jax_enable_preemption_service", False)

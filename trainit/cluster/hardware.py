@@ -99,18 +99,15 @@ class JobDevices:
 def detect(
     platform: str, environment: Mapping[str, str], processes: int, hosts: int, folder: Path = DRIVER_FOLDER
 ) -> JobDevices:
-    """The devices of this job, without JAX, from the driver's folder; nvidia-smi may take seconds.
-
-    Other hosts are taken to be like this one. With the platform "cpu", GPUs do not count.
-    """
+    """The devices of this job, found without JAX; other hosts are taken to be like this one."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if platform == "cpu" or (visible is not None and visible.strip() in ("", "-1", "NoDevFiles")):
         return JobDevices()
     files = [path.read_text() for path in sorted(folder.glob("*/information"))]
     lines = [line.partition(":") for text in files for line in text.splitlines()]
     names = [value.strip() for name, _, value in lines if name == "Model"]
-    # The driver lists all GPUs of the machine. If they differ, some may be other jobs'; nvidia-smi leaves
-    # those out.
+    # The driver lists all GPUs of the machine. If they differ, some may be other jobs'; nvidia-smi, which may
+    # take seconds, leaves those out.
     if len(set(names)) != 1:
         names = list(ask_nvidia_smi(environment).values())
     if not names:
@@ -131,10 +128,8 @@ def ask_nvidia_smi(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def visible_gpus(environment: Mapping[str, str], place: Place) -> list[str]:
-    """Worldwide unique names of the NVIDIA GPUs that this process will use, in no particular order.
-
-    Processes compare names, not indices: in containers and control groups each may have a GPU 0 of its own.
-    """
+    """Worldwide unique names of the NVIDIA GPUs that this process will use, in no particular order."""
+    # Processes compare names, not indices: in containers and control groups each may have its own GPU 0.
     installed = list(ask_nvidia_smi(environment))
     visible = installed
     if "CUDA_VISIBLE_DEVICES" in environment:

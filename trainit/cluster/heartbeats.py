@@ -34,10 +34,8 @@ class Heartbeats:
         return True
 
     def send(self, polls: int, doing: str, seconds: float):
-        """Sends a sign of life to process 0; process 0 sends all others the names of those that are late.
-
-        It says how far this process is, what it does now, and for how long it has made no progress.
-        """
+        """Sends a sign of life to process 0; process 0 sends all others the names of those that are late."""
+        # How far this process is, what it does now, and for how long it has made no progress.
         own: dict[str, Any] = {"polls": polls, "doing": doing, "seconds": round(seconds)}
         if self._process:
             self._peers.send({"status": own})

@@ -30,12 +30,11 @@ class Place:
 
 def find_own_place(arguments: argparse.Namespace) -> Place:
     """This process's place, from its flags or else from its environment; SetupError if it has none."""
-    place = find_place(os.environ)
-    if arguments.num_processes:
-        place = Place("flags", "", arguments.num_processes, arguments.process_id)
-        if place.process_id >= place.num_processes:
-            given = f"--process_id={place.process_id}"
-            raise SetupError(f"{given} must be below --num_processes={place.num_processes}")
+    place, count, process = find_place(os.environ), arguments.num_processes, arguments.process_id
+    if count:
+        if process >= count:
+            raise SetupError(f"--process_id={process} must be below --num_processes={count}")
+        place = Place("flags", "", count, process)
     return dataclasses.replace(place, coordinator=arguments.coordinator or place.coordinator)
 
 

@@ -120,10 +120,8 @@ def delay_abort():
 
 
 def coordination_client() -> Any:
-    """The client of JAX's coordination service, whose barrier has no public name as of JAX 0.12.
-
-    The public barriers are collectives, which give up after a time of their own, e.g. while another compiles.
-    """
+    """The client of JAX's coordination service, whose barrier has no public name as of JAX 0.12."""
+    # The public barriers are collectives, which give up after a time of their own, while another compiles.
     from jax._src import distributed
 
     return distributed.global_state.client

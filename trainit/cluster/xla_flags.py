@@ -74,10 +74,7 @@ SETTINGS = (
 
 
 def apply(devices: JobDevices, environment: MutableMapping[str, str]) -> str:
-    """Sets what these devices need and the user has not set. Call it before JAX touches a device.
-
-    Returns what was set and what was left, for the log. SetupError: TRAINIT_SETTINGS is neither "off" nor "".
-    """
+    """Sets what these devices need and the user has not set, before JAX starts; returns text for the log."""
     switch = environment.get("TRAINIT_SETTINGS", "")
     if switch not in ("", "off"):
         raise SetupError(f"TRAINIT_SETTINGS={switch!r} must be 'off', or not set")

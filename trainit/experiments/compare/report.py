@@ -185,8 +185,7 @@ def _cost(row: Row, baseline: Method) -> dict[str, str]:
 
 def _rates(row: Row) -> dict[str, str]:
     """Returns nothing where a single rate was tried."""
-    span = nearly_best(row.method)
-    if span is None:
+    if (span := nearly_best(row.method)) is None:
         return {}
     return {
         "method": row.method.name,

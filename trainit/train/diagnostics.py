@@ -5,6 +5,7 @@ update that it makes of it, and d_n = x_n - x_{n-1}. What is kept from step to s
 as the parameters are.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -54,7 +55,8 @@ def is_due(config: Config, step: int | jax.Array) -> bool | jax.Array:
 
 def _copies(config: Config) -> list[str]:
     """The names of what is kept that is as large as the parameters."""
-    return [name for name in ("last_gradient", "past_gradients", "last_parameters") if config[name]]
+    asked = config.last_gradient, config.past_gradients, config.last_parameters
+    return list(itertools.compress(("last_gradient", "past_gradients", "last_parameters"), asked))
 
 
 def init(config: Config, params: dict) -> dict:

@@ -32,7 +32,7 @@ def scale():
         traced.append((x.shape, x.dtype.name))
         return state * x
 
-    program = CompiledFunction("scale", jax.jit(function))
+    program = CompiledFunction("scale", function)
     program.traced = traced
     return program
 
@@ -49,7 +49,7 @@ def test_each_shape_and_type_is_compiled_once(scale, told):
 
 def test_trees_of_one_key_are_told_apart():
     """Leaves alone do not say what a batch is: {a: x} and {b: x} have the same."""
-    program = CompiledFunction("tree", jax.jit(lambda state, x: state * x.get("a", 0) + x.get("b", 0)))
+    program = CompiledFunction("tree", lambda state, x: state * x.get("a", 0) + x.get("b", 0))
     assert program(STATE, {"a": np.float32(3)}) == 6
     assert program(STATE, {"b": np.float32(3)}) == 3
 
@@ -95,7 +95,7 @@ def test_an_error_of_compiling_is_raised_where_it_is_called():
     def function(state, x):
         raise RuntimeError(f"cannot do {x.shape}")
 
-    program = CompiledFunction("broken", jax.jit(function))
+    program = CompiledFunction("broken", function)
     program.compile_ahead(STATE, np.ones(3, np.float32))
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"cannot do \(3,\)"):
@@ -104,8 +104,7 @@ def test_an_error_of_compiling_is_raised_where_it_is_called():
 
 def test_static_arguments(told):
     """They belong to what is compiled, and are not given to it."""
-    power = jax.jit(lambda state, x, n: state * x**n, static_argnums=2)
-    program = CompiledFunction("power", power, static=(2,))
+    program = CompiledFunction("power", lambda state, x, n: state * x**n, static_argnums=(2,))
     x = np.arange(3, dtype=np.float32)
     for n in (2, 3, 2):
         np.testing.assert_array_equal(program(STATE, x, n), 2 * x**n)
@@ -120,8 +119,8 @@ def test_hits_and_misses_of_the_cache(told, keep_compiled, tmp_path):
     def tell(folder: Path | None) -> str:
         jax.clear_caches()
         keep_compiled(folder)
-        function = jax.jit(lambda state, x: state * jnp.sin(x))
-        assert CompiledFunction("cached", function)(STATE, x).shape == (7,)
+        program = CompiledFunction("cached", lambda state, x: state * jnp.sin(x))
+        assert program(STATE, x).shape == (7,)
         return re.fullmatch(r"program    cached: [\d.]+ s, (.*)", told.pop())[1]
 
     assert tell(tmp_path) == f"compiled, was not in the cache {tmp_path}"

@@ -18,18 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import flags
 
 from trainit.cluster.process import USAGE
-from trainit.config import (
-    Config,
-    ConfigDict,
-    ConfigError,
-    check_fields,
-    field,
-    require,
-    resolve,
-    shrink,
-    walk,
-)
-from trainit.config.schema import unknown_field
+from trainit.config import Config, ConfigDict, ConfigError, check_fields, field, require, resolve, shrink
+from trainit.config.schema import unknown_field, walk
 
 if TYPE_CHECKING:
     from trainit.data.training_data import TrainingData

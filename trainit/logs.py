@@ -23,8 +23,7 @@ class _Terminal(std_logging.Handler):
 
 def log_to_terminal(lead: bool):
     """Prints the messages of the lead process, and of other processes only the warnings."""
-    terminal = _Terminal(std_logging.INFO if lead else std_logging.WARNING)
-    std_logging.getLogger().handlers = [terminal]
+    std_logging.getLogger().handlers = [_Terminal(std_logging.INFO if lead else std_logging.WARNING)]
     logging.set_verbosity(logging.INFO)
 
 

@@ -61,7 +61,7 @@ def draw(seed: int, scale: float = 1.0, offset: float = 0.0):
 def minimized(logits_BLV, targets_BL, mask_BL):
     """Of logits, which a head that is the identity leaves as they are."""
     head = Head(jnp.eye(logits_BLV.shape[-1]), None, 0.0)
-    return CrossEntropy(Parallel(one_mesh())).sums(head, logits_BLV, targets_BL, mask_BL)
+    return CrossEntropy(Parallel(one_mesh())).sums(head, logits_BLV, targets_BL, mask_BL, None)
 
 
 def cross_entropy(logits_BLV, targets_BL, mask_BL):
@@ -194,7 +194,7 @@ def test_chunks_on_a_mesh_equal_numpy(name, sizes):
     loss = CrossEntropy(Parallel(one_mesh(**sizes)), logits_mib=0.01, z_loss=HEADS[name].get("z_loss", 0.0))
 
     def tripled(head, x_BLD):
-        objective, sums = loss.sums(head, x_BLD, *arguments[2:])
+        objective, sums = loss.sums(head, x_BLD, *arguments[2:], None)
         return 3 * objective, (objective, sums)
 
     (d_head, dx_BLD), (objective, sums) = jax.jit(jax.grad(tripled, argnums=(0, 1), has_aux=True))(
@@ -225,7 +225,7 @@ def test_a_scale_keeps_small_float16_gradients(sizes):
     x, kernel = np.asarray(x_BLD, np.float64), np.asarray(kernel_DV, np.float64)
     _, d = numpy_sums(x @ kernel + bias_V, targets_BL, mask_BL)
     expected = [np.delete(np.einsum("bld,blv->dv", x, d), 5, axis=1), d @ kernel.T]
-    head = head.replace(kernel_DV.astype(jnp.float32), jnp.asarray(bias_V))
+    head = Head(kernel_DV.astype(jnp.float32), jnp.asarray(bias_V), head.softcap)
     loss = CrossEntropy(Parallel(one_mesh(**sizes)), logits_mib=0.01)
 
     def errors(scale):

@@ -38,24 +38,22 @@ class BatchSizes:
         counts = [min(end, steps) - max(start, step) for start, end in zip(self.starts, ends, strict=True)]
         return [(size, count) for size, count in zip(self.sizes, counts, strict=True) if count > 0]
 
-    def duration(
-        self, value: int | float | str, field: str = "duration", begin: int = 0, last: bool = False
-    ) -> int:
+    def duration(self, value: float | str, name: str = "duration", begin: int = 0, last: bool = False) -> int:
         """A duration in steps: 500, "10%" of the run, or "2e9 tokens", until as many have been trained on.
 
-        It begins at the step `begin`, or ends with the run if it is the `last` one. Errors name `field`.
+        It begins at the step `begin`, or ends with the run if it is the `last` one. Errors begin with `name`.
         """
         match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|tokens)?\s*", str(value))
         if match is None:
-            raise ConfigError(f"{field}={value!r} is not a duration: write 500, '10%' or '2e9 tokens'")
+            raise ConfigError(f"{name}={value!r} is not a duration: write 500, '10%' or '2e9 tokens'")
         number, unit = float(match[1]), match[2]
-        require(number < 1e18, f"{field}={value!r} is too long")
+        require(number < 1e18, f"{name}={value!r} is too long")
         if unit == "tokens":
             stages = self.stages(0, self.run_steps)[::-1] if last else self.stages(begin, _NEVER)
             return round(_steps(number / self.context_length, stages))
         if unit == "%":
             return round(number * (self.run_steps / 100))
-        require(number == int(number), f"{field}={value!r} is not a whole number of steps")
+        require(number == int(number), f"{name}={value!r} is not a whole number of steps")
         return round(number)
 
 

@@ -18,13 +18,7 @@ from typing import Any
 import ml_collections
 
 DURATION = (int, float, str)  # 500 steps, "10%" of all steps, or "2e9 tokens"
-TYPE_NAMES = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    tuple: "a tuple",
-}
+IN_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple"}
 
 
 class ConfigError(ValueError):
@@ -72,7 +66,7 @@ class Field:
         """The types in words, such as "a whole number or a tuple"."""
         if set(DURATION) <= set(self.types):
             return "a duration" + " or several" * (tuple in self.types)
-        return " or ".join(TYPE_NAMES.get(t, t.__name__) for t in self.types)
+        return " or ".join(IN_WORDS.get(t, t.__name__) for t in self.types)
 
     def check(self, name: str, value: Any) -> None:
         """Raises ConfigError, with the dotted name, unless type and bounds allow `value`, each of a tuple."""
@@ -90,7 +84,7 @@ class Field:
                 require(allowed, f"{name}={value} {must}")
 
     def _has_type(self, value: Any) -> bool:
-        if not set(self.types) <= set(TYPE_NAMES):
+        if not set(self.types) <= set(IN_WORDS):
             return True  # a value of an optimizer file of the user's own
         if isinstance(value, bool):
             return bool in self.types

@@ -33,9 +33,8 @@ def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
     inputs = (queries, keys, keys, parallel.spec("batch", "length"), parallel.spec("batch", "kv_heads"))
 
     def attend(*arrays, rate: float) -> jax.Array:
-        return parallel.shard_map_if_needed(functools.partial(kernels[name], rate=rate), inputs, queries)(
-            *arrays
-        )
+        kernel = functools.partial(kernels[name], rate=rate)
+        return parallel.shard_map_if_needed(kernel, inputs, queries)(*arrays)
 
     return attend
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from trainit.model.layers import Head
-from trainit.parallel.collectives import Parallel, gather, scatter_sum, sum_over
+from trainit.parallel.collectives import MaybeArray, Parallel, gather, scatter_sum, sum_over
 from trainit.parallel.mesh import chunk_size
 
 
@@ -44,9 +44,7 @@ class CrossEntropy:
         outputs = self.parallel.spec("batch", "length")
         return self._shard_map(on_device, outputs, head, x_BLD, None, targets_BL)
 
-    def sums(
-        self, head: Head, x_BLD, targets_BL, mask_BL, scale: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def sums(self, head: Head, x_BLD, targets_BL, mask_BL, scale: MaybeArray) -> tuple[jax.Array, dict]:
         """The sum to minimize, to be differentiated by head and x, and the parts that it consists of.
 
         These are sums over the mask's positions: "loss", "correct", "count" and, with a z-loss, "z_loss". The
@@ -69,7 +67,7 @@ class CrossEntropy:
 
             # Then they are summed: the head's over positions, dx over the parts of the vocabulary.
             d_bias = sum_over(d_head.bias_V, self.parallel.axes("batch", "length"))
-            d_head = d_head.replace(self.parallel.sum_gradient(d_head.kernel_DV, 0), d_bias)
+            d_head = Head(self.parallel.sum_gradient(d_head.kernel_DV, 0), d_bias, head.softcap)
             dx_BLD = scatter_sum(join(dx_nRD), self.parallel.sequence_axes, 1)
             return join(tokens), d_head, dx_BLD
 
@@ -77,20 +75,21 @@ class CrossEntropy:
         outputs = (self.parallel.spec("batch", "length"), self._head_spec(head), residual)
         return self._shard_map(on_device, outputs, head, x_BLD, scale, targets_BL, mask_BL)
 
-    def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array) -> tuple[jax.Array, dict]:
-        """What `sums` returns without scale, from what `per_token` returns."""
+    def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array, scale) -> tuple[jax.Array, dict]:
+        """What `sums` returns, from what `per_token` returns."""
 
         def over(value_BL) -> jax.Array:
             return jnp.sum(jnp.where(mask_BL, value_BL, 0.0))
 
         sums = {"loss": over(tokens["loss"]), "correct": over(tokens["correct"]), "count": over(1.0)}
-        if not self.z_loss:
-            return sums["loss"], sums
-        sums["z_loss"] = self.z_loss * over(tokens["log_total"] ** 2)
-        return sums["loss"] + sums["z_loss"], sums
+        objective = sums["loss"]
+        if self.z_loss:
+            sums["z_loss"] = self.z_loss * over(tokens["log_total"] ** 2)
+            objective = objective + sums["z_loss"]
+        return objective if scale is None else objective * scale, sums
 
     def _head_spec(self, head: Head) -> Head:
-        return head.replace(self.parallel.spec("embed", "vocab"), self.parallel.spec("vocab"))
+        return Head(self.parallel.spec("embed", "vocab"), self.parallel.spec("vocab"), head.softcap)
 
     def _shard_map(self, function: Callable, outputs, head: Head, x_BLD, scale, *arrays_BL):
         """function(head, x, scale, arrays (B, L)) on each device's parts, but with D and L whole."""
@@ -99,10 +98,9 @@ class CrossEntropy:
             # The kernel is gathered here, once for all chunks and in the compute type.
             kernel_DV = gather(head.kernel_DV.astype(x_BLD.dtype), self.parallel.axes("embed"), 0)
             x_BLD = gather(x_BLD, self.parallel.sequence_axes, 1)
-            return function(head.replace(kernel_DV, head.bias_V), x_BLD, scale, *arrays_BL)
+            return function(Head(kernel_DV, head.bias_V, head.softcap), x_BLD, scale, *arrays_BL)
 
-        p = self.parallel
-        tokens = p.spec("batch", "length")
+        p, tokens = self.parallel, self.parallel.spec("batch", "length")
         specs = (p.spec("batch", "residual_length"), PartitionSpec(), *[tokens] * len(arrays_BL))
         mapped = p.shard_map(on_device, (self._head_spec(head), *specs), outputs)
         return mapped(head, x_BLD, scale, *arrays_BL)
@@ -165,30 +163,24 @@ class CrossEntropy:
         bias_V = None if total.bias_V is None else total.bias_V + jnp.sum(d_RV, axis=0)
         d_RV = d_RV.astype(x_RD.dtype)
         product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-        total = total.replace(total.kernel_DV + product(x_RD.T, d_RV), bias_V)
+        total = Head(total.kernel_DV + product(x_RD.T, d_RV), bias_V, head.softcap)
         return total, (tokens, product(d_RV, head.kernel_DV.T))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(loss: CrossEntropy, head, x_BLD, targets_BL, mask_BL, scale):
-    return _scaled(loss.add_up(loss.per_token(head, x_BLD, targets_BL), mask_BL), scale)
-
-
-def _scaled(sums: tuple[jax.Array, dict], scale) -> tuple[jax.Array, dict]:
-    objective, parts = sums
-    return (objective if scale is None else objective * scale), parts
+    return loss.add_up(loss.per_token(head, x_BLD, targets_BL), mask_BL, scale)
 
 
 def _forward(loss: CrossEntropy, head, x_BLD, targets_BL, mask_BL, scale):
     """The sums, and the gradients, which are computed here already: the backward pass has no logits."""
     tokens, d_head, dx_BLD = loss.with_gradient(head, x_BLD, targets_BL, mask_BL, scale)
-    return _scaled(loss.add_up(tokens, mask_BL), scale), (d_head, dx_BLD.astype(x_BLD.dtype))
+    return loss.add_up(tokens, mask_BL, scale), (d_head, dx_BLD.astype(x_BLD.dtype))
 
 
 def _backward(loss: CrossEntropy, gradients, cotangents):
-    d_head, dx_BLD = gradients
-    # Those of the parts are 0. With a scale, which the gradients already have, this one is 1.
-    cotangent = cotangents[0]
+    # Cotangents of the parts are 0. With a scale, which the gradients already have, the first one is 1.
+    (d_head, dx_BLD), (cotangent, _) = gradients, cotangents
     d_head = jax.tree.map(lambda d: d * cotangent, d_head)
     return d_head, (dx_BLD * cotangent).astype(dx_BLD.dtype), None, None, None
 

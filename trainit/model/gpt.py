@@ -26,7 +26,7 @@ from trainit.config import Config
 from trainit.model.attention import dropout, plain
 from trainit.model.layers import INIT_STD, Documents, Embedding, Head, Linear, Norm, find_documents, rope
 from trainit.model.precision import PARTS, PartPrecision
-from trainit.parallel.collectives import ONE_DEVICE, Parallel
+from trainit.parallel.collectives import ONE_DEVICE, MaybeArray, Parallel
 from trainit.parallel.embedding import vocab_parallel_embedding
 from trainit.parallel.matmul import PRODUCT, column_parallel, row_parallel
 
@@ -86,8 +86,7 @@ class MLP(nnx.Module):
         self.down = Linear((c.mlp_dim,), (c.dim,), c.use_bias, residual_std, rngs)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
-        linears = (self.up,) if self.gate is None else (self.up, self.gate)
-        weights = (linear.weights for linear in linears)
+        weights = (linear.weights for linear in (self.up, self.gate) if linear is not None)
         h_BLF, *gate_BLF = column_parallel(self.parallel, x_BLD, *weights, float8=self.float8)
         match self.c.activation:
             case "gelu":
@@ -144,9 +143,8 @@ class Network(nnx.Module):
         learned = c.positions == "learned"
         self.position_embedding = Embedding(c.context_length, c.dim, rngs) if learned else None
         # All layers are created at once, each with a key of its own, and their parameters are stacked.
-        self.blocks = nnx.vmap(lambda key: Block(c, attend, parallel, nnx.Rngs(params=key), parts))(
-            jax.random.split(rngs.params(), c.num_blocks)
-        )
+        keys = jax.random.split(rngs.params(), c.num_blocks)
+        self.blocks = nnx.vmap(lambda key: Block(c, attend, parallel, nnx.Rngs(params=key), parts))(keys)
         self.final_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
         head = (c.dim,), (c.vocab_size,), c.head_bias, INIT_STD, rngs
         self.head = None if c.tied_embeddings else Linear(*head)
@@ -208,18 +206,16 @@ class GPT:
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
     def hidden(
-        self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row=0
+        self, params: dict, tokens_BL: jax.Array, key: MaybeArray = None, first_row=0
     ) -> tuple[jax.Array, Head]:
         """The last hidden states (B, L, D) in the head's type, and the head that makes logits of them.
 
         The key is for this step's dropout (None: no dropout), whose masks depend on the place of each row,
         counted from `first_row`, in the global batch.
         """
-        return nnx.merge(self._graph, parameters)(tokens_BL.astype(jnp.int32), key, first_row)
+        return nnx.merge(self._graph, params)(tokens_BL.astype(jnp.int32), key, first_row)
 
-    def __call__(
-        self, parameters: dict, tokens_BL: jax.Array, key: jax.Array | None = None, first_row=0
-    ) -> jax.Array:
+    def __call__(self, params: dict, tokens_BL: jax.Array, key: MaybeArray = None, first_row=0) -> jax.Array:
         """Float32 logits (B, L, V) of the next token, all in memory; arguments as for `hidden`."""
-        x_BLD, head = self.hidden(parameters, tokens_BL, key, first_row)
+        x_BLD, head = self.hidden(params, tokens_BL, key, first_row)
         return self._parallel.constrain(head(x_BLD), "batch", "length", "vocab")

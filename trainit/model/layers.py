@@ -48,8 +48,7 @@ class Embedding(nnx.Module):
     """A table (rows, D). `parallel/embedding.py` looks rows up in it."""
 
     def __init__(self, rows: int, dim: int, rngs: nnx.Rngs):
-        std = jax.nn.initializers.normal(INIT_STD)
-        self.embedding = nnx.Param(std(rngs.params(), (rows, dim)))
+        self.embedding = nnx.Param(jax.nn.initializers.normal(INIT_STD)(rngs.params(), (rows, dim)))
 
 
 @jax.tree_util.register_dataclass
@@ -60,10 +59,6 @@ class Head:
     kernel_DV: jax.Array
     bias_V: jax.Array | None
     softcap: float = field(metadata={"static": True})  # logits pass through cap * tanh(logits / cap); 0: none
-
-    def replace(self, kernel_DV, bias_V) -> "Head":
-        """The same head with another kernel and bias."""
-        return Head(kernel_DV, bias_V, self.softcap)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) -> float32 logits (..., V)."""

@@ -20,9 +20,7 @@ class PartPrecision:
     float8: bool = False  # whether activations and kernels are multiplied in float8
 
 
-def part_precisions(
-    own_of: Mapping[str, str], precision: str, device: jax.Device
-) -> dict[str, PartPrecision]:
+def part_precisions(own_of: Mapping[str, str], default: str, device: jax.Device) -> dict[str, PartPrecision]:
     """The precision of each part, from its own ("": the model's, in which float8 parts have activations).
 
     Raises ConfigError if the device has no float8, and is no CPU, which emulates it.
@@ -34,5 +32,5 @@ def part_precisions(
         f"{' and '.join(in_float8)}: it needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, "
         f"Hopper), not {device.device_kind}; leave it empty",
     )
-    types = {part: jnp.dtype(compute_type(own, precision)) for part, own in own_of.items()}
+    types = {part: jnp.dtype(compute_type(own, default)) for part, own in own_of.items()}
     return {part: PartPrecision(types[part], own == "float8") for part, own in own_of.items()}

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trainit.parallel.layout import mesh_axes
 
 Axes = tuple[str, ...]  # of the mesh
+MaybeArray = jax.Array | None
 
 
 def gather(x: jax.Array, axes: Axes, dimension: int) -> jax.Array:
@@ -44,15 +45,16 @@ class Parallel:
     mesh: Mesh | None = None  # None: one device
     accumulate_locally: bool = False  # inside `sum_over_replicas`: nothing is exchanged over data
 
-    def axes(self, *logical: str | None) -> Axes:
-        """The mesh axes of more than one device over which arrays with these logical axes are split."""
-        taken, shape = "data" if self.accumulate_locally else "", self.mesh.shape if self.mesh else {}
-        return tuple(axis for axis in mesh_axes(*logical) if shape.get(axis, 1) > 1 and axis != taken)
+    def axes(self, *logical: str | None, but: Axes = ()) -> Axes:
+        """The mesh axes of more than one device, except `but`, over which these logical axes are split."""
+        shape = self.mesh.shape if self.mesh else {}
+        taken = (*but, "data") if self.accumulate_locally else but
+        return tuple(axis for axis in mesh_axes(*logical) if shape.get(axis, 1) > 1 and axis not in taken)
 
     @property
     def sequence_axes(self) -> Axes:
         """The mesh axes that split the length of the residual stream, but not of attention's inputs."""
-        return tuple(axis for axis in self.axes("residual_length") if axis not in self.axes("length"))
+        return self.axes("residual_length", but=self.axes("length"))
 
     def spec(self, *logical: str | None) -> PartitionSpec:
         """How an array with these logical axes is split, one for each dimension."""
@@ -91,8 +93,7 @@ class Parallel:
     def sum_gradient(self, gradient: jax.Array, dimension: int) -> jax.Array:
         """Inside shard_map: sums a kernel's gradient over all positions; fsdp splits it along a dimension."""
         fsdp = self.axes("embed")
-        rest = tuple(axis for axis in self.axes("batch", "length") if axis not in fsdp)
-        return sum_over(scatter_sum(gradient, fsdp, dimension), rest)
+        return sum_over(scatter_sum(gradient, fsdp, dimension), self.axes("batch", "length", but=fsdp))
 
     def sum_over_replicas(self, function: Callable, batch: Any, *shared: Any) -> Any:
         """function(batch, *shared) of each replica's part of the batch, summed over the replicas at the end.

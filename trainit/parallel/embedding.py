@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from trainit.parallel.collectives import Parallel, exchange, gather, scatter_sum, sum_over
-
-MaybeArray = jax.Array | None
+from trainit.parallel.collectives import MaybeArray, Parallel, exchange, gather, scatter_sum, sum_over
 
 
 def _specs(p: Parallel) -> tuple:
@@ -79,16 +77,14 @@ def _embed_backward(p: Parallel, dtype: DTypeLike, arrays: tuple, dx_BLD: jax.Ar
             at = _positions(p, position, dx.shape[1])
             terms = jnp.sum(dx, 0, dtype=jnp.float32) if at.ndim == 1 else dx.astype(jnp.float32)
             d_position = jnp.zeros(position_table.shape, jnp.float32).at[at].add(terms)
-            others = tuple(a for a in p.axes("batch", "residual_length") if a not in p.axes("embed"))
-            d_position = sum_over(d_position, others)
+            d_position = sum_over(d_position, p.axes("batch", "residual_length", but=p.axes("embed")))
 
         # The gradient of the table, from the whole length of those tokens whose rows this device has.
         dx = gather(dx, p.sequence_axes, 1)
         ids, present = _local_ids(p, gather(tokens, p.axes("embed"), 0), len(table))
         terms = jnp.where(present[..., None], dx.astype(jnp.float32), 0)
         d_table = jnp.zeros(table.shape, jnp.float32).at[ids].add(terms)
-        others = tuple(axis for axis in p.axes("batch", "length") if axis not in p.axes("embed"))
-        return sum_over(d_table, others), d_position
+        return sum_over(d_table, p.axes("batch", "length", but=p.axes("embed"))), d_position
 
     inputs = (*_specs(p), p.spec("batch", "residual_length"))
     tokens_BL, table_VD, position_LD, position_BL = arrays

@@ -4,9 +4,8 @@ A parameter's dimensions have names, its logical axes: an attention kernel has (
 "head_size"). `RULES` says over which axes of the mesh each of them is split. `PARAMETERS` also names each
 parameter's kind, by which decay masks, Muon and the logs per kind choose. A new parameter needs a row there.
 
-This file turns the two tables into shardings of parameters, gradients, optimizer state and batches. The code
-that exchanges data follows them: `matmul.py` in the blocks (its docstring says where a kernel is gathered),
-`embedding.py` for tokens, `model/cross_entropy.py` for the head.
+The two tables are turned into shardings here. The code that exchanges data follows them: `matmul.py` in the
+blocks (it says where a kernel is gathered), `embedding.py` for tokens, `model/cross_entropy.py` for the head.
 """
 
 import math

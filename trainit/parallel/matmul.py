@@ -27,17 +27,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from trainit.parallel.collectives import Parallel, gather, scatter_sum, sum_over
+from trainit.parallel.collectives import MaybeArray, Parallel, gather, scatter_sum, sum_over
 from trainit.parallel.cpu_workarounds import computed_after, sum_outer_products
 from trainit.parallel.float8 import BACKWARD, FORWARD, Factor, dot, factor
 
 PRODUCT = "product"  # the checkpoint name of what remat may keep: results of matrix products, attention's too
-Weights = tuple[jax.Array, jax.Array | None]  # a kernel and its bias
+Weights = tuple[jax.Array, MaybeArray]  # a kernel and its bias
+Arrays = tuple[jax.Array, ...]
 
 
-def column_parallel(
-    parallel: Parallel, x_BLD: jax.Array, *weights: Weights, float8: bool = False
-) -> tuple[jax.Array, ...]:
+def column_parallel(parallel: Parallel, x_BLD: jax.Array, *weights: Weights, float8: bool = False) -> Arrays:
     """x @ kernel + bias for kernels (D, F, ...) whose F is split over tensor (Megatron-LM).
 
     x has its length split like the residual stream's; results (B, L, F, ...) have it whole. Weights are
@@ -47,7 +46,7 @@ def column_parallel(
 
 
 def row_parallel(
-    parallel: Parallel, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, float8: bool = False
+    parallel: Parallel, x: jax.Array, kernel: jax.Array, bias: MaybeArray, float8: bool = False
 ) -> jax.Array:
     """x (B, L, F, ...) @ kernel (F, ..., D) + bias, where F is split over tensor (Megatron-LM): (B, L, D).
 
@@ -80,10 +79,8 @@ def _row_specs(p: Parallel, kernel: jax.Array) -> tuple:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _column_parallel(
-    p: Parallel, float8: bool, x_BLD: jax.Array, weights: tuple[Weights, ...]
-) -> tuple[jax.Array, ...]:
-    def on_device(x_blD: jax.Array, weights: tuple[Weights, ...]) -> tuple[jax.Array, ...]:
+def _column_parallel(p: Parallel, float8: bool, x_BLD: jax.Array, weights: tuple[Weights, ...]) -> Arrays:
+    def on_device(x_blD: jax.Array, weights: tuple[Weights, ...]) -> Arrays:
         # The length is gathered once for all kernels.
         dtype = FORWARD if float8 else x_blD.dtype
         x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype, p.axes("batch", "length"))
@@ -94,11 +91,10 @@ def _column_parallel(
 
         return tuple(product(*pair) for pair in weights)
 
-    specs = _column_specs(p, weights), p.spec(*WIDE)
-    return p.shard_map_if_needed(on_device, *specs)(x_BLD, weights)
+    return p.shard_map_if_needed(on_device, _column_specs(p, weights), p.spec(*WIDE))(x_BLD, weights)
 
 
-def _column_parallel_backward(p: Parallel, float8: bool, saved: tuple, dys: tuple) -> tuple:
+def _column_backward(p: Parallel, float8: bool, saved: tuple, dys: tuple) -> tuple:
     def on_device(x_blD: jax.Array, weights: tuple[Weights, ...], dys: tuple) -> tuple:
         # The length of x was not kept whole: it is gathered again.
         dtype, backward = (FORWARD, BACKWARD) if float8 else (x_blD.dtype,) * 2
@@ -108,7 +104,7 @@ def _column_parallel_backward(p: Parallel, float8: bool, saved: tuple, dys: tupl
             axes = tuple(range(2, dy.values.ndim)), tuple(range(1, kernel.ndim))
             return dot(dy, _gather_kernel(p, kernel, dtype, 0), axes, x_blD.dtype)
 
-        def to_weights(bias: jax.Array | None, dy: jax.Array, dy_factor: Factor) -> Weights:
+        def to_weights(bias: MaybeArray, dy: jax.Array, dy_factor: Factor) -> Weights:
             product = dot(x_bLD, dy_factor, ((0, 1), (0, 1)), jnp.float32)
             d_bias = None if bias is None else jnp.sum(dy, (0, 1), dtype=jnp.float32)
             return p.sum_gradient(product, 0), sum_over(d_bias, p.axes("batch", "length"))
@@ -128,16 +124,13 @@ def _column_parallel_backward(p: Parallel, float8: bool, saved: tuple, dys: tupl
 # The forward passes are the plain functions, which JAX can also differentiate forwards, as Hessian-vector
 # products need.
 _column_parallel.defvjp(
-    lambda p, float8, x_BLD, weights: (_column_parallel.fun(p, float8, x_BLD, weights), (x_BLD, weights)),
-    _column_parallel_backward,
+    lambda p, float8, *args: (_column_parallel.fun(p, float8, *args), args), _column_backward
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _row_parallel(
-    p: Parallel, float8: bool, x: jax.Array, kernel: jax.Array, bias: jax.Array | None
-) -> jax.Array:
-    def on_device(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _row_parallel(p: Parallel, float8: bool, x: jax.Array, kernel: jax.Array, bias: MaybeArray) -> jax.Array:
+    def on_device(x: jax.Array, kernel: jax.Array, bias: MaybeArray) -> jax.Array:
         dtype, inputs = FORWARD if float8 else x.dtype, kernel.ndim - 1
         x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))
         axes = tuple(range(2, x.ndim)), tuple(range(inputs))
@@ -146,12 +139,11 @@ def _row_parallel(
         y_blD = scatter_sum(y_bLD, p.sequence_axes, 1)
         return y_blD if bias is None else y_blD + bias.astype(y_blD.dtype)
 
-    specs = _row_specs(p, kernel), p.spec(*RESIDUAL)
-    return p.shard_map_if_needed(on_device, *specs)(x, kernel, bias)
+    return p.shard_map_if_needed(on_device, _row_specs(p, kernel), p.spec(*RESIDUAL))(x, kernel, bias)
 
 
-def _row_parallel_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.Array) -> tuple:
-    def on_device(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dy_blD: jax.Array) -> tuple:
+def _row_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.Array) -> tuple:
+    def on_device(x: jax.Array, kernel: jax.Array, bias: MaybeArray, dy_blD: jax.Array) -> tuple:
         dtype, backward = (FORWARD, BACKWARD) if float8 else (x.dtype,) * 2
         d_bias = None if bias is None else jnp.sum(dy_blD, (0, 1), dtype=jnp.float32)
         dy_bLD = factor(gather(dy_blD, p.sequence_axes, 1), backward, p.axes("batch", "length"))
@@ -168,6 +160,4 @@ def _row_parallel_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.
     return p.shard_map_if_needed(on_device, (*specs, p.spec(*RESIDUAL)), specs)(*saved, dy_BLD)
 
 
-_row_parallel.defvjp(
-    lambda p, float8, *arrays: (_row_parallel.fun(p, float8, *arrays), arrays), _row_parallel_backward
-)
+_row_parallel.defvjp(lambda p, float8, *args: (_row_parallel.fun(p, float8, *args), args), _row_backward)

@@ -83,9 +83,8 @@ def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
     # cuDNN's attention kernel needs bfloat16 units, which came with compute capability 8 (Ampere).
     ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
-    platform = "cuda" if ampere else device.platform
     precision = compute_type(config.precision_of["attention"], config.precision)
-    attention = choose_attention(config.model, platform, precision)
+    attention = choose_attention(config.model, "cuda" if ampere else device.platform, precision)
 
     # Chunks of logits for the first batch size; others have their own if they have other micro-steps.
     share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])

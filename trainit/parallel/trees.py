@@ -20,8 +20,7 @@ def total_bytes(tree: Any) -> int:
 
 def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of arrays, or of shapes with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def path_name(path: tuple) -> str:

@@ -2,7 +2,5 @@
 
 import sys
 
-sys.stderr.write(
-    "trainit: error: trainit.train is no command; run trainit train --config=FILE, e.g. configs/debug.py\n"
-)
+sys.stderr.write("trainit: error: trainit.train is no command; run trainit train --config=FILE\n")
 sys.exit(2)

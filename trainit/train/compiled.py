@@ -2,7 +2,9 @@
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 from absl import logging
@@ -21,10 +23,10 @@ class CompiledFunction:
     take longer, or do not find it in the cache, and gloo's collectives wait at most 30 s for the others.
     """
 
-    def __init__(self, name: str, jitted: jax.stages.Wrapped, static: tuple[int, ...] = ()):
-        """`static` has the indices of the static arguments of `jitted`, as jax.jit was given them."""
-        self._name, self._static = name, static
-        self.lower = jitted.lower
+    def __init__(self, name: str, function: Callable, out_shardings: Any = None, **options: Any):
+        """Takes the options of jax.jit; `static_argnums` is a tuple."""
+        self._name, self._static = name, options.get("static_argnums", ())
+        self.lower = jax.jit(function, out_shardings=out_shardings, **options).lower
         self._compiled: dict[tuple, Future] = {}
         self._compiled_by_all: set[tuple] = set()
 
@@ -47,8 +49,7 @@ class CompiledFunction:
         return function
 
     def __call__(self, *args):
-        function = self.compiled(*args)
-        return function(*(arg for index, arg in enumerate(args) if index not in self._static))
+        return self.compiled(*args)(*(arg for index, arg in enumerate(args) if index not in self._static))
 
     def _compile(self, args: tuple) -> jax.stages.Compiled:
         begun, _events.seen = time.monotonic(), set()

@@ -75,8 +75,7 @@ def _metrics(sums: list[dict], names: list[str]) -> dict[str, float]:
     if not names:
         return result
 
-    columns = (totals[name].tolist() for name in ("loss", "count", "bytes"))
-    rows = list(zip(names, *columns, strict=True))
+    rows = list(zip(names, *(totals[name].tolist() for name in ("loss", "count", "bytes")), strict=True))
     losses = {name: loss / count for name, loss, count, _ in rows if count}
     bits = {name: loss / math.log(2) / bytes_ for name, loss, count, bytes_ in rows if count and bytes_}
     result |= {f"valid/loss/{name}": value for name, value in losses.items()}

@@ -42,8 +42,7 @@ class BatchFeed:
         """Reads on from this position, with the batch size of the current step."""
         # The reader gets just as many batches as have this size. None are left after the last step.
         sizes = self.shape.batch_sizes
-        stages = sizes.stages(self.step, sizes.run_steps) or [(sizes.sizes[-1], 0)]
-        size, count = stages[0]
+        size, count = (sizes.stages(self.step, sizes.run_steps) or [(sizes.sizes[-1], 0)])[0]
         layout = batch_sharding(self.shape.device_mesh)
         self._reader = self.data.reader(self.shape.batch_of(size), layout, position)
         self._batches = self._reader.batches(count)

@@ -78,20 +78,18 @@ class LossAndGradient:
 
         return _sum_over_micro_steps(micro_step, batch, self._no_sums)
 
-    def _accumulate(self, parallel: Parallel, batch, params, step, sampling_key, scale, count):
+    def _accumulate(self, p: Parallel, batch, params, step, sampling_key, scale, count):
         """What `gradient` returns, from these rows, with `count` targets in the whole batch."""
         # Each sequence's mean loss is scaled, not the batch's: a scale that fits then fits any batch size.
         factor = None if scale is None else scale / self.config.model.context_length
         with_square = wants_squares(self.config)
 
         def lay_out(grads):
-            return jax.tree.map(lambda g, s: parallel.constrain_to(g, s.spec), grads, self.layout)
+            return jax.tree.map(lambda g, s: p.constrain_to(g, s.spec), grads, self.layout)
 
         def micro_step(index, micro_batch):
             def share_of_loss(params):
-                total, sums = self._micro_loss(
-                    parallel, params, step, index, micro_batch, sampling_key, factor
-                )
+                total, sums = self._micro_loss(p, params, step, index, micro_batch, sampling_key, factor)
                 return total / count if factor is None else total, sums
 
             grads, sums = jax.grad(share_of_loss, has_aux=True)(params)

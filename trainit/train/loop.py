@@ -111,14 +111,14 @@ class Job:
 
     def open(self):
         """Opens the run's files, and starts to read its data."""
-        c, start = self.config, self.start
+        c, start, is_lead = self.config, self.start, sync.is_lead()
         skipped = int(start.state.skipped_in_a_row)
         if skipped >= c.max_skipped:
             raise NonFiniteError(
                 f"the run ended at step {start.step} after {skipped} steps in a row "
                 f"that were not finite; raise max_skipped={c.max_skipped}, or load_path an earlier checkpoint"
             )
-        if sync.is_lead():
+        if is_lead:
             files.write_json(self.workdir / "config.json", c.to_dict())
             files.write_json(self.workdir / "run.json", metrics.facts(c.model, self._steps.abstract_state))
 
@@ -128,11 +128,9 @@ class Job:
 
         # Lines of metrics.jsonl that this job is going to write again are dropped.
         is_resumed, is_postponed = start.saved_step is not None, start.postponed is not None
-        keep_through = start.step - is_postponed if is_resumed else -1
+        last_kept = start.step - is_postponed if is_resumed else -1
         with self.timer.part("trackers"):
-            self.logger = RunLogger(
-                sync.is_lead(), self.workdir, c.to_dict(), start.step, keep_through, start.wandb_id
-            )
+            self.logger = RunLogger(is_lead, self.workdir, c.to_dict(), start.step, last_kept, start.wandb_id)
         self.recorder = StepRecorder(c, shape, self.feed, self.logger, meter, monitor, start.postponed)
         self.saves = SaveRetry(self._checkpoints, monitor, self._checkpoint_meta, start.saved_step)
 

@@ -25,9 +25,8 @@ def after(state: dict[str, jax.Array], good: jax.Array) -> tuple[dict[str, jax.A
         return state, jnp.bool(False)
     scale, count = state["scale"], state["good_steps"] + 1
     grows = count == GROWTH_STEPS
-    new = jnp.where(
-        good, jnp.where(grows, jnp.minimum(2 * scale, CEILING), scale), jnp.maximum(scale / 2, FLOOR)
-    )
+    raised = jnp.where(grows, jnp.minimum(2 * scale, CEILING), scale)
+    new = jnp.where(good, raised, jnp.maximum(scale / 2, FLOOR))
     return {"scale": new, "good_steps": jnp.where(good & ~grows, count, 0)}, ~good & (scale > FLOOR)
 
 

@@ -1,7 +1,6 @@
 """The train step and the eval step of a run, compiled for its mesh."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -80,18 +79,14 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     train_step = TrainStep(config, loss_and_gradient, optimizer, schedule).train_step
     eval_step = functools.partial(_eval_step, model, cross_entropy)
 
-    def compiled(name: str, function: Callable, out_shardings, **options) -> CompiledFunction:
-        jitted = jax.jit(function, out_shardings=out_shardings, **options)
-        return CompiledFunction(name, jitted, options.get("static_argnums", ()))
-
     replicated = replicated_sharding(mesh)
     return CompiledSteps(
         abstract_state=abstract_state,
-        init=compiled("init", init, layout),
-        begin_diagnostics=compiled("begin_diagnostics", begin_diagnostics, layout.diagnostics),
-        begin_loss_scale=compiled("begin_loss_scale", begin_loss_scale, layout.loss_scale),
-        train=compiled("train", train_step, (layout, replicated), donate_argnums=0),
-        evaluate=compiled("evaluate", eval_step, replicated, static_argnums=(3,)),
+        init=CompiledFunction("init", init, layout),
+        begin_diagnostics=CompiledFunction("begin_diagnostics", begin_diagnostics, layout.diagnostics),
+        begin_loss_scale=CompiledFunction("begin_loss_scale", begin_loss_scale, layout.loss_scale),
+        train=CompiledFunction("train", train_step, (layout, replicated), donate_argnums=0),
+        evaluate=CompiledFunction("evaluate", eval_step, replicated, static_argnums=(3,)),
     )
 
 
@@ -232,8 +227,7 @@ def _eval_step(
     inputs_BL, targets_BL, mask_BL = inputs_and_targets(micro_batch)
     x_BLD, head = model.hidden(params, inputs_BL)
     tokens = cross_entropy.per_token(head, x_BLD, targets_BL)
-    is_split = "subsets" in micro_batch
-    subset_BL = micro_batch["subsets"] if is_split else jnp.zeros(targets_BL.shape, jnp.int32)
+    subset_BL = micro_batch["subsets"] if "subsets" in micro_batch else jnp.zeros(targets_BL.shape, jnp.int32)
     values = {"count": 1.0, "bytes": token_bytes_V[targets_BL]}
     values |= {name: tokens[name] for name in ("loss", "correct")}
 

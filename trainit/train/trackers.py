@@ -85,9 +85,7 @@ class Progress:
 class RunLogger:
     """Logs a run's metrics: to metrics.jsonl, W&B and as progress. Only on process 0 does it do anything."""
 
-    def __init__(
-        self, lead: bool, workdir: Path, config: Mapping, start: int, keep_through: int, wandb_id: str
-    ):
+    def __init__(self, lead: bool, workdir: Path, config: dict, start: int, keep_through: int, wandb_id: str):
         """Begins at step `start`, in metrics.jsonl after `keep_through`, in a new or continued W&B run."""
         self._lead = lead
         if not lead:
@@ -98,7 +96,7 @@ class RunLogger:
         if project:
             import wandb  # here, because it is slow to import and not installed everywhere
 
-            settings = {"project": project, "name": name, "id": wandb_id, "config": dict(config)}
+            settings = {"project": project, "name": name, "id": wandb_id, "config": config}
             self._wandb = wandb.init(**settings, resume="allow", dir=workdir)
             self._wandb.define_metric("step")
             self._wandb.define_metric("*", step_metric="step")

@@ -1,7 +1,6 @@
 """What commands share: --config with its overrides, where a process stands, errors of one line.
 
-Modules that take seconds to import, such as JAX, are imported inside functions, so that --help and wrong
-flags are answered at once.
+Modules that take seconds to import, such as JAX, are imported in functions: --help is answered at once.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def draw(seed: int, scale: float = 1.0, offset: float = 0.0):
 def minimized(logits_BLV, targets_BL, mask_BL):
     """Of logits, which a head that is the identity leaves as they are."""
     head = Head(jnp.eye(logits_BLV.shape[-1]), None, 0.0)
-    return CrossEntropy(Parallel(one_mesh())).sums(head, logits_BLV, targets_BL, mask_BL, None)
+    return CrossEntropy(Parallel(one_mesh())).sums(head, logits_BLV, targets_BL, mask_BL)
 
 
 def cross_entropy(logits_BLV, targets_BL, mask_BL):
@@ -194,7 +194,7 @@ def test_chunks_on_a_mesh_equal_numpy(name, sizes):
     loss = CrossEntropy(Parallel(one_mesh(**sizes)), logits_mib=0.01, z_loss=HEADS[name].get("z_loss", 0.0))
 
     def tripled(head, x_BLD):
-        objective, sums = loss.sums(head, x_BLD, *arguments[2:], None)
+        objective, sums = loss.sums(head, x_BLD, *arguments[2:])
         return 3 * objective, (objective, sums)
 
     (d_head, dx_BLD), (objective, sums) = jax.jit(jax.grad(tripled, argnums=(0, 1), has_aux=True))(

@@ -9,6 +9,7 @@ and its own part of the vocabulary. R counts a chunk's positions, n the chunks.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jax.sharding import PartitionSpec
 from trainit.model.layers import Head
 from trainit.parallel.collectives import MaybeArray, Parallel, gather, scatter_sum, sum_over
 from trainit.parallel.mesh import chunk_size
+
+Sums = tuple[jax.Array, dict[str, jax.Array]]  # what is minimized, and its parts
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class CrossEntropy:
         outputs = self.parallel.spec("batch", "length")
         return self._shard_map(on_device, outputs, head, x_BLD, None, targets_BL)
 
-    def sums(self, head: Head, x_BLD, targets_BL, mask_BL, scale: MaybeArray) -> tuple[jax.Array, dict]:
+    def sums(self, head: Head, x_BLD, targets_BL, mask_BL, scale: MaybeArray = None) -> Sums:
         """The sum to minimize, to be differentiated by head and x, and the parts that it consists of.
 
         These are sums over the mask's positions: "loss", "correct", "count" and, with a z-loss, "z_loss". The
@@ -75,7 +78,7 @@ class CrossEntropy:
         outputs = (self.parallel.spec("batch", "length"), self._head_spec(head), residual)
         return self._shard_map(on_device, outputs, head, x_BLD, scale, targets_BL, mask_BL)
 
-    def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array, scale) -> tuple[jax.Array, dict]:
+    def add_up(self, tokens: dict[str, jax.Array], mask_BL: jax.Array, scale) -> Sums:
         """What `sums` returns, from what `per_token` returns."""
 
         def over(value_BL) -> jax.Array:
@@ -89,7 +92,8 @@ class CrossEntropy:
         return objective if scale is None else objective * scale, sums
 
     def _head_spec(self, head: Head) -> Head:
-        return Head(self.parallel.spec("embed", "vocab"), self.parallel.spec("vocab"), head.softcap)
+        p: Any = self.parallel  # specs stand in the place of arrays
+        return Head(p.spec("embed", "vocab"), p.spec("vocab"), head.softcap)
 
     def _shard_map(self, function: Callable, outputs, head: Head, x_BLD, scale, *arrays_BL):
         """function(head, x, scale, arrays (B, L)) on each device's parts, but with D and L whole."""

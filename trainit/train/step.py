@@ -37,8 +37,7 @@ class CompiledSteps:
 
 def build(config: Config, shape: RunShape) -> CompiledSteps:
     """Makes the functions of a run. Raises ConfigError if the platform cannot do what the config asks for."""
-    # The model and its loss. There are two variants: gradients are summed over data in
-    # each micro-step, or once per step (`RunShape.accumulates_locally`).
+    # Model and loss, for gradients summed in each micro-step or once a step (`RunShape.accumulates_locally`).
     mesh = shape.device_mesh
     device = mesh.devices.flat[0]
     parts = part_precisions(config.precision_of, config.precision, device)
@@ -56,8 +55,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     optimizer_key = jax.random.key_data(named_key(config.seed, "optimizer"))
     optimizer = optimizers.of_run(config, schedule, parameters, optimizer_key, mesh)
 
-    # The state at the start. Each device computes its own shards: no array of the model's size exists in
-    # one place.
+    # The state at the start. Each device computes its own shards: no whole array exists in one place.
     begin_diagnostics = functools.partial(diagnostics.init, config.diagnostics)
     is_scaled = "float16" in (config.precision, *config.precision_of.values())
     begin_loss_scale = functools.partial(loss_scale.init, is_scaled)

@@ -76,6 +76,12 @@ class Resume:
             params = source.restore_params(step, self.steps.abstract_state.params)
             state = replace(new, params=params, diagnostics=self.steps.begin_diagnostics(params))
         else:
+            require(
+                step < self.config.steps,
+                f"checkpoint.load_path={c.load_path!r} is at step {step}, steps={self.config.steps}: nothing "
+                f"is left to do; raise steps, or take its parameters alone with "
+                f"checkpoint.overwrite_optimizer=True",
+            )
             logging.info("begin      from %s step %d", c.load_path, step)
             state = self._restore(source, step)
         step = int(jax.block_until_ready(state).step)
@@ -99,11 +105,6 @@ class Resume:
             step in available,
             f"checkpoint.load_path={c.load_path!r} has no checkpoint of load_step={c.load_step}; "
             f"there are {available or 'none'}",
-        )
-        require(
-            c.overwrite_optimizer or step < self.config.steps,
-            f"checkpoint.load_path={c.load_path!r} is at step {step}, steps={self.config.steps}: nothing is "
-            f"left to do; raise steps, or take its parameters alone with checkpoint.overwrite_optimizer=True",
         )
         return source, step
 

@@ -1,9 +1,12 @@
 """What a run trains on, as its config says: subsets and other datasets as parts of a mixture."""
 
+import dataclasses
+import itertools
 import pickle
 import shutil
 import signal
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -86,6 +89,18 @@ def test_weights_and_their_changes(subset_dataset, random_dataset, tmp_path):
     other = open_dataset(random_dataset).splits["train"].read(np.arange(240), LENGTH)[0]
     np.testing.assert_array_equal(ids[number == 2], other)
     assert dataset.fingerprint != open_dataset(subset_dataset).fingerprint
+
+
+def test_parts_of_close_seeds_have_independent_orders(subset_dataset):
+    """Names whose CRC-32 differ by one: of seed 1 and of seed 2 they must not have one order."""
+    names = "part73", "part1064901"
+    assert zlib.crc32(names[1].encode()) - zlib.crc32(names[0].encode()) == -1
+    dataset, text = open_dataset(subset_dataset), f"{names[0]} 1, {names[1]} 1"
+    dataset = dataclasses.replace(dataset, parts=dict.fromkeys(names, dataset.splits["train"]))
+    configs = [make(subset_dataset, dataset__mixture=text, seed=seed) for seed in (1, 2)]
+    one, other = (training_data.PreparedData(config, dataset).rows.sources for config in configs)
+    orders = [part.order(np.arange(40)) for part in (*one, *other)]
+    assert all((a != b).mean() > 0.5 for a, b in itertools.combinations(orders, 2))
 
 
 def test_other_changes_than_those_to_come_are_refused(subset_dataset):

@@ -121,6 +121,11 @@ def test_a_position_counts_only_in_its_order():
     assert loader.has_same_order(meta)
     assert loader.DataPosition.from_meta(meta, 32) == loader.DataPosition(7)
     assert loader.DataPosition.from_meta(meta, 16) == loader.DataPosition(14)
+    config["dataset"]["mixture"] = "web 1"
+    assert loader.has_same_order(meta)
+    assert not loader.has_same_order({**meta, "order": 2})  # the last version of which only mixtures differ
+    del config["dataset"]["mixture"]
+    assert loader.has_same_order({**meta, "order": 2})
     del meta["order"]
     assert not loader.has_same_order(meta)
     config["dataset"]["order"] = "sequential"

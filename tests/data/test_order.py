@@ -29,6 +29,17 @@ def test_epochs_and_seeds_differ(name):
         assert all((one != another).mean() > 0.9 for another in epochs[:i])
 
 
+@pytest.mark.parametrize("name", ["shuffled", "blocks"])
+def test_close_seeds_and_epochs_are_independent(name):
+    """Two permutations agree at about one position, also those of seed 1, epoch 2 and seed 2, epoch 1."""
+    pairs = list(itertools.product(range(8), range(8)))  # seed and epoch
+    made = {seed: order.make(name, 400, 20, seed) for seed in range(8)}
+    rows = np.array([made[seed](np.arange(epoch * 400, (epoch + 1) * 400)) for seed, epoch in pairs])
+    agreeing = [(rows[i] == rows[i + 1 :]).sum(axis=1) for i in range(len(rows))]
+    assert 0.9 < np.concatenate(agreeing).mean() < 1.1
+    assert np.concatenate(agreeing).max() < 50  # a block may come at the same place
+
+
 def test_sequential_is_the_disks_order():
     assert order.make("sequential", 5, 1, 0)(np.arange(12)).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
 

@@ -54,11 +54,12 @@ START = DataPosition()
 def has_same_order(meta: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's position means the same sequences now: its shuffles have the present version.
 
-    Data in the order of the disk has no shuffles.
+    Data in the order of the disk has no shuffles. Version 3 has changed those of mixtures only.
     """
     dataset = meta["config"]["dataset"]
     sequential = "streams" not in dataset and dataset["order"] == "sequential"
-    return sequential or meta.get("order", 1) == order.VERSION
+    oldest = order.VERSION if dataset.get("mixture") else 2
+    return sequential or meta.get("order", 1) >= oldest
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from trainit.data.dataset import Split, by_value
 from trainit.data.subsets import Subset
 
-VERSION = 2  # of the shuffles. Checkpoints record it, since a position has no meaning in another order.
+VERSION = 3  # of the shuffles. Checkpoints record it, since a position has no meaning in another order.
 CHUNK = 4096  # neighbouring positions that are permuted together
 ROUNDS = 10
 SMALL, ROUNDS_OF_SMALL = 1024, 40  # a small range needs more rounds until all permutations are equally likely
@@ -90,11 +90,12 @@ class Shuffled:
 
     sequences: int
     seed: int
+    part: tuple[int, ...] = ()  # numbers that tell the orders of a run apart
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         epochs, result = np.divmod(positions, self.sequences)
         for epoch, rows in by_value(epochs):
-            result[rows] = _permute_by_chunks(result[rows], self.sequences, self.seed, epoch)
+            result[rows] = _permute_by_chunks(result[rows], self.sequences, self.seed, *self.part, epoch)
         return result
 
 
@@ -118,6 +119,7 @@ class Blocks:
     sequences: int
     block: int  # sequences in a block
     seed: int
+    part: tuple[int, ...] = ()
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         whole, rest = divmod(self.sequences, self.block)
@@ -128,9 +130,9 @@ class Blocks:
             epoch, turn = divmod(all_turns, whole + 1)
             number, size = turn, rest
             if turn < whole:
-                number = int(_permute_by_chunks(np.array([turn]), whole, self.seed, epoch)[0])
+                number = int(_permute_by_chunks(np.array([turn]), whole, self.seed, *self.part, epoch)[0])
                 size = self.block
-            inner = _permute_by_chunks(inside[rows], size, self.seed, epoch, number)
+            inner = _permute_by_chunks(inside[rows], size, self.seed, *self.part, epoch, number)
             result[rows] = number * self.block + inner
         return result
 
@@ -167,8 +169,11 @@ class Ordered:
         return self.split.read_subsets(self.order(positions), length)
 
 
-def make(name: str, sequences: int, block: int, seed: int) -> Order:
-    """Returns the order that `dataset.order` names: shuffled, sequential, or blocks of `block` sequences."""
+def make(name: str, sequences: int, block: int, seed: int, *part: int) -> Order:
+    """Returns the order that `dataset.order` names: shuffled, sequential, or blocks of `block` sequences.
+
+    What tells a run's orders apart is not added to the seed, since the sum is another part's of another seed.
+    """
     if name == "blocks":
-        return Blocks(sequences, min(block, sequences), seed)
-    return Shuffled(sequences, seed) if name == "shuffled" else Sequential(sequences)
+        return Blocks(sequences, min(block, sequences), seed, part)
+    return Shuffled(sequences, seed, part) if name == "shuffled" else Sequential(sequences)

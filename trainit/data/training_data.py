@@ -139,21 +139,19 @@ class PreparedData:
         length = c.model.context_length
         block = max(d.block_tokens // length, 1)
 
-        def ordered(split: Split | Subset, seed: int) -> Ordered:
-            return Ordered(split, order.make(d.order, split.sequences(length), block, seed))
+        def ordered(split: Split | Subset, *part: int) -> Ordered:
+            return Ordered(split, order.make(d.order, split.sequences(length), block, c.seed, *part))
 
         if not d.mixture:
-            return ordered(self.dataset.splits["train"], c.seed)
+            return ordered(self.dataset.splits["train"])
         stages = [
             mixture.stage(start, [weights.get(name, Fraction(0)) for name in self.dataset.parts])
             for start, weights in mixture.stages(d.mixture, self.batch_sizes)
         ]
-        # A part's seed depends on its name, so that its order stays when other parts come or go.
-        parts = [
-            ordered(split, (c.seed + zlib.crc32(name.encode())) % 2**32)
-            for name, split in self.dataset.parts.items()
-        ]
-        return Mixture(tuple(parts), tuple(stages))
+        # A part's order depends on its name, so that it stays when other parts come or go.
+        parts = self.dataset.parts.items()
+        sources = (ordered(split, zlib.crc32(name.encode())) for name, split in parts)
+        return Mixture(tuple(sources), tuple(stages))
 
     def describe(self) -> str:
         layout = self.dataset.layout(self.config.model.context_length)

@@ -92,7 +92,7 @@ def test_weights_and_their_changes(subset_dataset, random_dataset, tmp_path):
 
 
 def test_parts_of_close_seeds_have_independent_orders(subset_dataset):
-    """Names whose CRC-32 differ by one: of seed 1 and of seed 2 they must not have one order."""
+    """The CRC-32 of the names differ by one, so that a sum with seed 1 and one with seed 2 are equal."""
     names = "part73", "part1064901"
     assert zlib.crc32(names[1].encode()) - zlib.crc32(names[0].encode()) == -1
     dataset, text = open_dataset(subset_dataset), f"{names[0]} 1, {names[1]} 1"

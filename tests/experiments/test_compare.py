@@ -1,5 +1,6 @@
 """How run folders are read and grouped, what is computed of them, and how it is shown."""
 
+import itertools
 import json
 import math
 import re
@@ -281,3 +282,48 @@ def test_schedules_tell_methods_apart_by_their_name_and_their_own_fields(tmp_pat
     write(tmp_path / "e", [5, 4], schedule=linear, name="sgdm")
     names = [method.name for method in runs.group(runs.find([tmp_path]))]
     assert names == ["adamw, schedule constant", "adamw", "adamw, final 0.1", "muon", "sgdm"]
+
+
+SHORT = {
+    "nothing": [],
+    "start": [{"step": 0, "tokens": 0, "valid/loss": 5.0}],
+    "no_validation": [{"step": 0, "tokens": 0}, {"step": 1, "tokens": 8, "train/loss": 5.0}],
+    "not_finite": [{"step": 1, "tokens": 8, "train/loss": math.nan, "valid/loss": math.nan}],
+    "infinite": [{"step": 1, "tokens": 8, "train/loss": math.inf, "valid/loss": math.inf}],
+    "a_step": [{"step": 1, "tokens": 8, "valid/loss": 4.5}],
+    "timed": [{"step": 1, "tokens": 8, "valid/loss": 4.5, "time/step_seconds": 0.2}],
+}
+
+
+@pytest.mark.parametrize("field", ["beta1", "learning_rate"])
+@pytest.mark.parametrize("pair", list(itertools.combinations_with_replacement(SHORT, 2)), ids="-".join)
+def test_short_runs(field, pair, tmp_path):
+    """Whatever two runs of one step have left, both are in the table, and only a number is a loss."""
+    for i, name in enumerate(pair):
+        write(tmp_path / str(i), [5.0, 4.0], steps=1, **{field: 0.1 + i})
+        lines = "".join(json.dumps(record) + "\n" for record in SHORT[name])
+        (tmp_path / str(i) / "metrics.jsonl").write_text(lines)
+    text = compare(runs.find([tmp_path]), output=tmp_path / "c.png")
+    reached = [name in ("a_step", "timed") for name in pair]
+    assert text.splitlines()[1].count("4.5000") == any(reached)
+    assert "nan" not in text
+    has_picture = (tmp_path / "c.png").exists()
+    assert has_picture != ("no picture: no run has" in text)
+    assert has_picture or not any(reached)
+
+
+def test_seconds_below_one_are_not_milli(tmp_path):
+    for i in range(2):
+        write(tmp_path / str(i), [5.0, 4.0], seconds=0.02, beta1=0.1 * i)
+    compare(runs.find([tmp_path]), page=tmp_path / "c.html")
+    ticks = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "c.html").read_text())
+    assert "0.2" in ticks
+    assert not [tick for tick in ticks if re.fullmatch(r"[\d.]+ ?m", tick)]
+
+
+def test_rates_that_agree_to_six_digits_are_two(tmp_path):
+    rates = [0.1, math.nextafter(0.1, 1)]
+    found = [write(tmp_path / str(i), [5.0, 4.0], learning_rate=rate) for i, rate in enumerate(rates)]
+    (method,) = runs.group(found)
+    assert [setting.rate for setting in method.settings] == rates
+    assert len({setting.name for setting in method.settings}) == 2

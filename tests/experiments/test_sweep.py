@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from processes import ROOT, start
 from test_compare import write
 
 from trainit.config import ConfigError, flatten
-from trainit.experiments.sweep import greedy, spec
+from trainit.experiments.sweep import command, greedy, spec
 from trainit.experiments.sweep import launch as starting
 
 RATE = "optimizer.learning_rate"
@@ -54,6 +55,29 @@ def test_grid_is_all_combinations(tmp_path):
         "--config.seed=4",
         f"--workdir={tmp_path}/out/b/learning_rate=0.5,clip_norm=1/seed_4",
     )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.1, math.nextafter(0.1, 1), 0.1000001],
+        ["a/b", "a_b", "a//b", "a_/b", "/a/b"],
+        [1, 1.5, "x", True, "1,2"],
+    ],
+)
+def test_other_values_have_other_folders(values, tmp_path):
+    jobs = sweep_file(tmp_path, grid={"optimizer.beta1": values}, seeds=[1]).wanted(lambda job: None)
+    assert [dict(job.changes)["optimizer.beta1"] for job in jobs] == values
+    assert len({job.folder for job in jobs}) == len(values)
+    assert {job.folder.parent.parent for job in jobs} == {tmp_path / "out"}
+
+
+def test_what_would_share_a_folder_is_refused(tmp_path):
+    """And what is meant twice is run once."""
+    sweep = sweep_file(tmp_path, grid={"a.x": ["1,y=2", "1"], "a.y": ["3", "2,y=3"]}, seeds=[1])
+    with pytest.raises(ConfigError, match=r"the folder .*x=1,y=2,y=3/seed_1: .*x=1,y=2 and .*x=1;"):
+        sweep.wanted(lambda job: None)
+    assert len(sweep_file(tmp_path, grid={RATE: [0.1, 0.1]}, seeds=[1]).wanted(lambda job: None)) == 1
 
 
 def test_random_search_draws_the_same_each_time(tmp_path):
@@ -293,6 +317,47 @@ def test_dry_run_prints_the_commands(real):
     assert len(lines) == 3
     assert all(line.startswith("trainit train --config=configs/debug.py --config.") for line in lines)
     assert not (real / "out").exists()
+
+
+def test_dry_run_shows_all_stages(tmp_path, capsys):
+    """Commands that can be given, and as comments those that wait for results."""
+    grid = {RATE: [0.1, 0.2]}
+    asked = {"grid": grid, "tuning_seeds": [1, 2], "seeds": [3, 4], "extend": True}
+    command.print_plan(sweep_file(tmp_path, **asked))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("trainit train ") for line in lines] == [True] * 4 + [False] * 3
+    for line, seed in zip(lines[4:6], (3, 4), strict=True):
+        assert line.startswith("# then: trainit train ")
+        assert f"{RATE}=BEST --config.seed={seed} " in line
+    assert lines[6].startswith("# then: further rates")
+    for job in (sweep := sweep_file(tmp_path, **asked | {"extend": False})).wanted(lambda job: None):
+        write(job.folder, [5.0, 3.0 + dict(job.changes)[RATE]])
+        starting.prepare(job)
+    command.print_plan(sweep)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.findall(r"rate=(\S+) --config.seed=(\d)", line) for line in lines] == [
+        [("0.1", "3")],
+        [("0.1", "4")],
+    ]
+
+
+def test_dry_run_of_a_greedy_search(tmp_path, capsys):
+    sweep, started, run = segments(
+        tmp_path, lambda steps, rate: 3 + rate, boundaries=[0, 10, 20, 30], first=[0.1, 0.2]
+    )
+    command.print_plan(sweep)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.findall(r"values=\S+ (\S+)\)'", line) for line in lines[:2]] == [["0.1"], ["0.2"]]
+    later = [f"# then: steps {at} to {at + 10}, from the best at {at}" for at in (10, 20)]
+    assert lines[2:] == later
+    run(greedy.plan(sweep)[0])
+    todo, after = greedy.plan(sweep)
+    assert [dict(job.changes)["rate"] for job in todo] == [0.0, 0.025, 0.05, 0.1, 0.2, 0.4]
+    assert after == ["steps 20 to 30, from the best at 20"]
+    assert len(list((tmp_path / "out").rglob("checkpoints"))) == 2  # a plan deletes nothing
+    greedy.search(sweep, run)
+    assert greedy.plan(sweep) == ([], [])
+    assert len(started) == len(set(started))
 
 
 @pytest.mark.parametrize(("name", "script"), [("sbatch", "launch/slurm.sh"), ("qsub", "launch/sge.sh")])

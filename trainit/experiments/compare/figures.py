@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
+from trainit import logs
 from trainit.experiments.compare import statistics
 from trainit.experiments.compare.runs import Method, Run
 from trainit.experiments.compare.statistics import Row
@@ -42,7 +42,7 @@ def draw_curves(axes: Axes, rows: Sequence[Row], x: str, colors: Colors):
         height = max(early) - min(ends)
         bottom = max(np.nanmin(lows + ends), min(ends) - 0.5 * height)
         axes.set_ylim(bottom - 0.05 * height, max(early) + 0.05 * height)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_formatter(lambda value, _: logs.quantity(value))
     axes.set_xlim(left=0)
     _label(axes, LABELS[x], LOSS)
 

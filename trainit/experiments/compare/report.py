@@ -96,7 +96,9 @@ def compare(
     except ImportError as error:
         raise ConfigError(f"pictures need {error.name}: pip install 'trainit[demo]'") from None
     panels = figures.panels(rows, methods, base)
-    if output:
+    if not panels:
+        text += "\nno picture: no run has a validation loss that is finite"
+    elif output:
         figures.draw(panels).savefig(output)
         text += f"\n{'curves' if len(runs) == 1 else 'picture'} in {output}"
     if page:

@@ -48,7 +48,8 @@ class Run:
     @property
     def final(self) -> float:
         """The validation loss of the last step; inf if the run is not finished or the loss not finite."""
-        return self.records[-1]["valid/loss"] if self.finished else math.inf
+        loss = self.records[-1]["valid/loss"] if self.finished else math.inf
+        return loss if math.isfinite(loss) else math.inf
 
     def seconds(self) -> list[float]:
         """Returns the training time until each record: without start, compilation, validation and saving."""
@@ -130,6 +131,11 @@ def find(paths: Iterable[Path]) -> list[Run]:
     return [read(folder) for folder in folders]
 
 
+def exact(value: float) -> str:
+    """Returns six digits, or as many as no other number shares."""
+    return text if float(text := f"{value:g}") == value else repr(value)
+
+
 def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Method]:
     """Groups runs into methods and settings, in the order of their first runs.
 
@@ -193,5 +199,5 @@ def _name(config: dict, fields: Sequence[str], usual: dict[str, str]) -> str:
     for name in fields:
         if name in config and usual.get(name) != str(value := config[name]):
             short = re.sub(r"^(optimizer|model|schedule|dataset)\.(?!name$)|\.name$", "", name)
-            parts.append(f"{short} {value:g}" if isinstance(value, float) else f"{short} {value}")
+            parts.append(f"{short} {exact(value) if isinstance(value, float) else value}")
     return ", ".join(parts)

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     example = "file with get_sweep(argument), e.g. configs/bench_optimizers.py:small"
     add("sweep", metavar="FILE[:ARGUMENT]", help=example)
     add("--output", type=Path, help="folder of its runs; by default runs/ and the file's name")
-    add("--dry_run", action="store_true", help="only print the commands of what is to be done")
+    add("--dry_run", action="store_true", help="only print the commands, and what follows their results")
     add = parser.add_mutually_exclusive_group().add_argument
     slurm, grid = (f"as an array job of {name}, with these options" for name in ("Slurm", "Grid Engine"))
     add("--sbatch", dest="array", metavar="OPTIONS", type=lambda given: ("sbatch", given), help=slurm)
@@ -47,8 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         for job in {job.variant: job for job in sweep.wanted(lambda job: None)}.values():
             cli.load_config(cli.train_parser("trainit train").parse(job.arguments))
         if arguments.dry_run:
-            todo = (job for job in sweep.wanted(launch.loss) if not launch.finished(job))
-            print(*(shlex.join(["trainit", "train", *job.arguments]) for job in todo), sep="\n")
+            print_plan(sweep)
             return DONE
         array = functools.partial(launch.run_array, arguments.array, sweep.output)
         start = array if arguments.array else launch.LocalRunner().run
@@ -66,6 +65,21 @@ def run(arguments: argparse.Namespace) -> int:
     for job in failed:
         print(f"failed  {job}: {launch.failure(job)}", file=sys.stderr)
     return FAILED if failed else DONE
+
+
+def print_plan(sweep: "Sweep") -> None:
+    """Prints the commands that can be given now, and as comments what follows their results."""
+    from trainit.experiments.sweep import greedy, launch
+
+    if sweep.greedy:
+        todo, after = greedy.plan(sweep)
+    else:
+        todo = [job for job in sweep.wanted(launch.loss) if not launch.finished(job)]
+        after = [shlex.join(["trainit", "train", *job.arguments]) for job in sweep.undecided(launch.loss)]
+        if sweep.extend and after:
+            after.append("further rates with the tuning seeds, if the best is at an end of its grid")
+    lines = [shlex.join(["trainit", "train", *job.arguments]) for job in todo]
+    print(*lines, *(f"# then: {line}" for line in after), sep="\n")
 
 
 def _report(sweep: "Sweep", folders: list[Path]) -> None:

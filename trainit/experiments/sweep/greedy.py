@@ -60,22 +60,13 @@ def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[float]:
     """Runs all segments by `run`; returns the rates at the boundaries. ConfigError if all of one fail."""
     g = check(sweep)
     at, rates, source = g["boundaries"], [0.0], None
-    for end in range(1, len(at)):
-        # Try all candidates from the best state so far.
-        tried = candidates(rates[-1], end == 1, g)
-        jobs = {rate: _job(sweep, at[: end + 1], [*rates, rate], source) for rate in tried}
+    while len(rates) < len(at):
+        jobs = _jobs(sweep, g, rates, source)
         if todo := [job for job in jobs.values() if not finished(job)]:
             run(todo)
-        ends = {rate: _loss(job, g["window"]) for rate, job in jobs.items()}
-        losses = {rate: loss for rate, loss in ends.items() if math.isfinite(loss)}
-        require(bool(losses), f"greedy: no run of steps {at[end - 1]} to {at[end]} has finished")
-
-        # Keep the checkpoints of the best one only.
-        best = max(rate for rate in losses if losses[rate] <= min(losses.values()) + g["epsilon"])
-        results = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
-        logging.info("steps %d to %d: rate %g of %s", at[end - 1], at[end], best, results)
+        best = _best(jobs, g)
         for rate, job in jobs.items():
-            if rate != best:
+            if rate != best:  # only the checkpoints of the best one are kept
                 shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
         rates.append(best)
         source = jobs[best].folder
@@ -88,6 +79,38 @@ def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[float]:
         *(file, at[-1], tuple(at), tuple(rates)),
     )
     return rates
+
+
+def plan(sweep: Sweep) -> tuple[list[Job], list[str]]:
+    """Returns the runs of the first segment that is not finished, and a line for each segment after it."""
+    g = check(sweep)
+    at, rates, source = g["boundaries"], [0.0], None
+    while len(rates) < len(at):
+        jobs = _jobs(sweep, g, rates, source)
+        if todo := [job for job in jobs.values() if not finished(job)]:
+            after = itertools.pairwise(at[len(rates) :])
+            return todo, [f"steps {begin} to {end}, from the best at {begin}" for begin, end in after]
+        rates.append(_best(jobs, g))
+        source = jobs[rates[-1]].folder
+    return [], []
+
+
+def _jobs(sweep: Sweep, g: dict, rates: list[float], source: Path | None) -> dict[float, Job]:
+    """Returns by rate the runs that try the segment after these rates, from the best state so far."""
+    tried, at = candidates(rates[-1], len(rates) == 1, g), g["boundaries"][: len(rates) + 1]
+    return {rate: _job(sweep, at, [*rates, rate], source) for rate in tried}
+
+
+def _best(jobs: dict[float, Job], g: dict) -> float:
+    """Returns the best rate of a segment's runs; ConfigError if none has finished."""
+    segment = next(iter(jobs.values())).variant
+    ends = {rate: _loss(job, g["window"]) for rate, job in jobs.items()}
+    losses = {rate: loss for rate, loss in ends.items() if math.isfinite(loss)}
+    require(bool(losses), f"greedy: no run of {segment} has finished")
+    best = max(rate for rate in losses if losses[rate] <= min(losses.values()) + g["epsilon"])
+    results = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
+    logging.info("%s: rate %g of %s", segment, best, results)
+    return best
 
 
 def _job(sweep: Sweep, at: Sequence[int], rates: Sequence[float], source: Path | None) -> Job:

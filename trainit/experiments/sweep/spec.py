@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from trainit import cli
 from trainit.config import ConfigError, require
-from trainit.experiments.compare.runs import RATE
+from trainit.experiments.compare.runs import RATE, exact
 
 EXTENSIONS = 4  # learning rates that are tried beyond an end of the grid, at most
 KEYS = {
@@ -52,9 +53,15 @@ Losses = Callable[[Job], float | None]
 
 
 def describe(changes: Point) -> str:
-    """Returns "learning_rate=0.001,beta1=0.9", the name of a folder."""
-    texts = ((name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in changes)
-    return ",".join(f"{name.rpartition('.')[2]}={text.replace('/', '_')}" for name, text in texts)
+    """Returns "learning_rate=0.001,beta1=0.9", the name of a folder, which no other values have."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return exact(value)
+        path = str(value)
+        return path.replace("/", "_") + f"-{zlib.crc32(path.encode()):08x}" * ("/" in path)
+
+    return ",".join(f"{name.rpartition('.')[2]}={text(value)}" for name, value in changes)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,23 @@ class Sweep:
                 tuning, points = self._tune(variant, losses)
                 jobs += tuning
             jobs += [job for point in points for job in self._jobs(variant, point, self.seeds)]
-        return jobs
+
+        # The same run may be meant twice, but a folder has one run.
+        by_folder: dict[Path, Job] = {}
+        for job in jobs:
+            other = by_folder.setdefault(job.folder, job)
+            pairs = zip(other.arguments, job.arguments, strict=True)
+            changes = "; ".join(f"{a} and {b}" for a, b in pairs if a != b)
+            require(
+                not changes, f"two runs would have the folder {job.folder}: {changes}; make it two sweeps"
+            )
+        return list(by_folder.values())
+
+    def undecided(self, losses: Losses) -> list[Job]:
+        """Returns the runs of best settings that are not known yet, with BEST for their values."""
+        variants = (v for v in self.variants if self.tuning_seeds and not self._tune(v, losses)[1])
+        points = ((v, tuple((name, "BEST") for name, _ in v.points[0])) for v in variants)
+        return [job for variant, point in points for job in self._jobs(variant, point, self.seeds)]
 
     def _jobs(self, variant: Variant, point: Point, seeds: Sequence[int]) -> list[Job]:
         folder = self.output / variant.name / describe(point)

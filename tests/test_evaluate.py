@@ -11,7 +11,7 @@ from trainit.data.dataset import open_dataset
 from trainit.data.training_data import PreparedData
 from trainit.model.gpt import GPT
 from trainit.parallel.mesh import make_mesh, shape_on
-from trainit.train import step
+from trainit.train import evaluate, step
 from trainit.train.evaluate import Validation
 from trainit.train.startup_timer import StartupTimer
 
@@ -70,3 +70,18 @@ def test_metrics_of_each_subset(sequences, subset_dataset):
     assert result.keys() == expected.keys()
     for name, value in expected.items():
         assert result[name] == pytest.approx(value, rel=2e-6), name
+
+
+@pytest.mark.parametrize("others", [("b", "c"), ("unnamed", "c"), ("unnamed", "(unnamed)")])
+def test_documents_without_a_subset_keep_their_own_metrics(others):
+    """The macro mean is over all subsets, also where one has the name that those without one get."""
+    sums = {name: np.array([2.0, 5.0, 11.0, 23.0]) for name in ("loss", "correct")}
+    sums |= {name: np.array([1.0, 2.0, 4.0, 8.0]) for name in ("count", "bytes")}
+    metrics = evaluate._metrics([sums], ["a", "", *others])
+    values = sums["loss"] / sums["count"]
+    names = [name.removeprefix("valid/loss/") for name in metrics if name.startswith("valid/loss/")]
+    assert [names[0], *names[2:]] == ["a", *others]
+    assert names[1].strip("()") == "unnamed"
+    assert [metrics[f"valid/loss/{name}"] for name in names] == values.tolist()
+    assert metrics["valid/loss_macro"] == values.mean()
+    assert metrics["valid/bits_per_byte_macro"] == pytest.approx(values.mean() / np.log(2))

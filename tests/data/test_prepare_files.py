@@ -323,6 +323,19 @@ def test_a_dead_worker_is_an_error(corpus, tmp_path):
     assert "a worker process died" in output
 
 
+def test_a_subset_field_that_no_document_has_is_named(tmp_path, capsys):
+    rows = [{"raw.text": "a", "set": "x"}, {"raw.text": "b", "set": None}, {"raw.text": "c"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--input={tmp_path}/a.jsonl", "--tokenizer=bytes", "--text_field=raw.text", "--workers=1"]
+    flags += ["--validation_fraction=0.5"]
+    for field, names in (("set", ["x", ""]), ("sets", [""])):
+        output = tmp_path / field
+        assert trainit_command(["prepare", *flags, f"--subset_field={field}", f"--output={output}"]) == 0
+        assert json.loads((output / "dataset.json").read_text())["subsets"] == names
+        named = f"no document has a subset: --subset_field={field} is missing" in capsys.readouterr().out
+        assert named == (names == [""])
+
+
 def test_verify_names_what_is_torn(undisturbed, tmp_path, capsys):
     copy = shutil.copytree(undisturbed["plain"], tmp_path / "copy")
     assert trainit_command(["prepare", "--verify", f"--output={copy}"]) == 0

@@ -71,6 +71,43 @@ def test_all_documents_from_every_position(name, tmp_path, monkeypatch):
         assert [(d.text, d.line) for d in rest] == [(d.text, d.line) for d in documents[count:]]
 
 
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_names_with_dots_are_paths_or_keys(format, nested, tmp_path):
+    """As json_normalize names the columns of a table; what is null or NaN there is no subset."""
+    path, subsets = tmp_path / f"a.{format}", ["x", "None", None, "", "unnamed"]
+    rows = [{"raw.text": f"text {i}", "meta.pile_set_name": subset} for i, subset in enumerate(subsets)]
+    if nested:
+        rows = [
+            {"raw": {"text": text}, "meta": {"pile_set_name": set_}} for text, set_ in map(dict.values, rows)
+        ]
+    if format == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    documents = []
+    for batch in reader.read(path, path.name, ("raw.text", "meta.pile_set_name"), Position()):
+        found, broken = reader.parse(batch, ("raw.text", "meta.pile_set_name"))
+        documents += found
+        assert not broken
+    assert [d.text for d in documents] == [f"text {i}" for i in range(len(subsets))]
+    assert [d.subset for d in documents] == ["x", "None", "", "", "unnamed"]
+
+
+@pytest.mark.parametrize(
+    ("record", "text", "subset"),
+    [
+        ({"a": {"b.c": "t"}, "s": float("nan")}, "t", ""),  # as Python writes a table's gaps
+        ({"a.b": {"c": "t"}, "a": {"b": 1}, "s": 7}, "t", "7"),
+        ({"a.b.c": "t", "a": {"b": {"c": "nested"}}, "s": 0}, "t", "0"),  # the whole name comes first
+        ({"a": None, "a.b": {"c": "t"}}, "t", ""),
+    ],
+)
+def test_keys_with_dots_at_any_depth(record, text, subset):
+    batch = reader.Batch("a", Position(), 0, lines=json.dumps(record).encode())
+    assert reader.parse(batch, ("a.b.c", "s")) == ([reader.Document(text, subset, 1)], [])
+
+
 def test_a_text_file_is_one_document_in_the_pieces_of_its_text(tmp_path):
     path = tmp_path / "a.txt"
     text = "word été 😀\r\n" * 300_000

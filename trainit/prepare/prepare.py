@@ -105,6 +105,8 @@ def _finish(info: dict) -> int:
     alignment = ("left", "left", "right", "right", "right")
     print(tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=alignment))
     # What is not among them.
+    if info["subsets"] == [""] and (name := info["source"]["subset_field"]):
+        print(f"no document has a subset: --subset_field={name} is missing or null in all of them")
     if info["duplicates"]:
         print(f"{info['duplicates']:,} duplicates left out")
     if count := info["broken"]["count"]:

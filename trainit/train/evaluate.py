@@ -48,7 +48,7 @@ class Validation:
         patience = nullcontext() if self._is_compiled else watchdog.long_task("compiling the evaluation")
         self._is_compiled = True
         split, shape = self.data.validation, (1, *self.shape.batch_at(0)[1:])
-        names = [name or "unnamed" for name in split.subsets] if 1 < len(split.subsets) <= MAX_SUBSETS else []
+        names = list(split.subsets) if 1 < len(split.subsets) <= MAX_SUBSETS else []
         layout, sequences = batch_sharding(self.shape.device_mesh), self.config.eval.sequences
         sums: list[dict] = []
         with patience, self.timer.part("validation"):
@@ -75,6 +75,10 @@ def _metrics(sums: list[dict], names: list[str]) -> dict[str, float]:
     if not names:
         return result
 
+    unnamed = "unnamed"  # documents without a subset
+    while unnamed in names:
+        unnamed = f"({unnamed})"
+    names = [name or unnamed for name in names]
     rows = list(zip(names, *(totals[name].tolist() for name in ("loss", "count", "bytes")), strict=True))
     losses = {name: loss / count for name, loss, count, _ in rows if count}
     bits = {name: loss / math.log(2) / bytes_ for name, loss, count, bytes_ in rows if count and bytes_}

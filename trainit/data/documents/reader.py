@@ -207,26 +207,22 @@ def find_files(patterns: Sequence[str], option: str, suffixes: Sequence[str]) ->
 
 
 def _field(record: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        if not isinstance(record, dict) or part not in record:
-            raise ValueError(f"field {dotted} is missing")
-        record = record[part]
-    return record
+    """Returns what a dotted name leads to, None if nothing. Keys may have dots, as in flat tables."""
+    if not dotted or not isinstance(record, dict):
+        return None
+    if dotted in record:
+        return record[dotted]
+    dots = (i for i, letter in enumerate(dotted) if letter == ".")
+    found = (_field(record.get(dotted[:i]), dotted[i + 1 :]) for i in dots)
+    return next((value for value in found if value is not None), None)
 
 
-def _subset(record: Any, dotted: str) -> str:
-    """Returns a document's subset, or an empty text if it has none."""
-    try:
-        return str(_field(record, dotted)) if dotted else ""
-    except ValueError:
-        return ""
-
-
-def _document(record: dict[str, Any], fields: tuple[str, str], line: int) -> Document:
-    text = _field(record, fields[0])
+def _document(record: Any, fields: tuple[str, str], line: int) -> Document:
+    text, subset = (_field(record, name) for name in fields)
     if type(text) is not str:
-        raise ValueError(f"field {fields[0]} is not a text")
-    return Document(text, _subset(record, fields[1]), line)
+        raise ValueError(f"field {fields[0]} is {'missing' if text is None else 'not a text'}")
+    # A subset that is null, or the NaN that tables have for it, is none.
+    return Document(text, "" if subset is None or subset != subset else str(subset), line)
 
 
 def _read_text(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:

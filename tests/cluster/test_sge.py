@@ -23,7 +23,7 @@ pytestmark = pytest.mark.evidence(
 )
 
 HERE = Path(__file__).parent
-STEPS = 200  # more than its time limit lets a job do at once
+STEPS = 280  # more than its time limit lets a job do at once
 TWO_NODES = "-pe", "mpi_2_tasks_per_node", "4"
 
 
@@ -100,12 +100,12 @@ def submit(on_head, random_dataset, activate, tmp_path):
 
 def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
     """Stopped once by a signal, then as often as its time limit asks; one metrics file."""
-    job = submit(*TWO_NODES, "-l", "h_rt=100", steps=STEPS)
+    job = submit(*TWO_NODES, "-l", "h_rt=140", steps=STEPS)
     job.wait(lambda: job.step() >= 3)
     job.kill(3, signal.SIGUSR1)
     job.wait(lambda: job.starts() >= 2)
     job.wait(job.over, 1500)
-    assert "done       all 200 steps" in job.text(), job.text()
+    assert "done       all 280 steps" in job.text(), job.text()
     assert f"place      Grid Engine job {job.id}: process 0 of 4, coordinator n" in job.text()
     assert "process 3  n" in job.text()
     assert job.text().count("stopped    on SIGUSR1") == job.starts() - 1 >= 2

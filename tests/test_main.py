@@ -103,7 +103,7 @@ def test_damaged_datasets(random_dataset, tmp_path):
         [
             ("dataset.json", b"{", "dataset.json is damaged"),
             ("dataset.json", b"[]", "dataset.json is damaged"),
-            ("dataset.json", b'{"format": 2}', "dataset.json is damaged ('splits')"),
+            ("dataset.json", b'{"format": 3}', "dataset.json is damaged ('splits')"),
             ("tokenizer.model", b"another", "SHA-256"),
         ]
     ):

@@ -17,6 +17,7 @@ from trainit import config as config_lib
 from trainit.config import ConfigError
 from trainit.data import mixture, training_data
 from trainit.data.dataset import DatasetError, open_dataset
+from trainit.data.documents.targets import Targets
 
 LENGTH = 32
 
@@ -68,7 +69,7 @@ def test_subsets_of_targets_follow_the_index(subset_dataset):
         ]
     )
     sequences = np.append(np.arange(split.sequences(LENGTH)), -1)
-    numbers = split.read_subsets(sequences, LENGTH)
+    numbers, _ = Targets(split, dataset.tokenizer.token_bytes()).read(sequences, LENGTH)
     _, lengths = split.read(sequences, LENGTH)
     for i, row, n in zip(sequences, numbers, lengths, strict=True):
         np.testing.assert_array_equal(row[:n], of[i * LENGTH + 1 : i * LENGTH + 1 + n])

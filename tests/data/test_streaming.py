@@ -17,6 +17,7 @@ from trainit.data import loader
 from trainit.data.dataset import DatasetError
 from trainit.data.documents import reader as readers
 from trainit.data.documents.reader import BrokenInputError
+from trainit.data.documents.targets import Targets
 from trainit.data.jsonl import dataset as streaming
 from trainit.data.jsonl.stream import Corpus, State, Stream, deal
 from trainit.data.loader import DataPosition
@@ -340,8 +341,8 @@ def test_fingerprint_and_validation(folder):
     of = [i % 3 for i, text in enumerate(texts(600, 0)) for _ in range(len(text.encode()) + 1)]
     for sequence in (0, 7, everything.sequences(LENGTH) - 1):
         targets = of[sequence * LENGTH + 1 : sequence * LENGTH + LENGTH + 1]
-        numbers = everything.read_subsets(np.array([sequence]), LENGTH)[0, : len(targets)]
-        assert numbers.tolist() == targets
+        numbers, _ = Targets(everything, corpus.tokenizer.token_bytes()).read(np.array([sequence]), LENGTH)
+        assert numbers[0, : len(targets)].tolist() == targets
 
 
 @pytest.fixture(scope="module")

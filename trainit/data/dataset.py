@@ -5,6 +5,7 @@
     SPLIT-UNIT-00000.tokens        little-endian ids, uint16 or uint32, document after document,
                                    each ended by the end-of-text id
     SPLIT-UNIT-00000.documents     uint64: where in the shard each document starts
+    SPLIT-UNIT-00000.bytes         uint64: where in the shard's text, in UTF-8 bytes, each document ends
     SPLIT-UNIT-00000.subsets       uint16: the subset of each document, as a number among dataset.json's
 
 A split is the concatenation of its shards. With context length L, sequence i is tokens [i*L, i*L + L], so
@@ -30,7 +31,7 @@ from trainit.data import tokenizers
 from trainit.data.tokenizers import Tokenizer
 from trainit.data.tokenizers.base import digest
 
-FORMAT = 2
+FORMAT = 3
 
 
 class DatasetError(ConfigError):
@@ -123,51 +124,30 @@ class Split(PickledFields):
         return -(-(self.tokens - 1) // length)
 
     @functools.cached_property
-    def _shards(self) -> list:
+    def shards(self) -> list:
         if self.openers:
             return [open_shard() for open_shard in self.openers]
         return [MappedIds(path, self.dtype) for path in self.paths]
 
     @functools.cached_property
-    def _ends(self) -> list[int]:
+    def ends(self) -> list[int]:
         """Where each shard ends in the split."""
         return list(itertools.accumulate(self.sizes))
 
-    def documents(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns where in the shard each document starts, int64 (n,), and its subset, uint16 (n,)."""
+    def documents(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns where in the shard each document starts, its UTF-8 bytes, and its subset: integers (n,)."""
         path = Path(self.paths[shard])
-        starts = np.fromfile(path.with_suffix(".documents"), "<u8").astype(np.int64)
-        return starts, np.fromfile(path.with_suffix(".subsets"), "<u2")
+        starts, ends = (np.fromfile(path.with_suffix(f".{part}"), "<i8") for part in ("documents", "bytes"))
+        return starts, np.diff(ends, prepend=0), np.fromfile(path.with_suffix(".subsets"), "<u2")
 
     def copy(self, row: np.ndarray, begin: int) -> None:
         """Fills `row` with the split's tokens from `begin` on. Raises what `read` raises."""
         filled = 0
-        for shard, first, last in pieces(self._ends, begin, begin + len(row)):
-            piece = self._shards[shard][first:last]
+        for shard, first, last in pieces(self.ends, begin, begin + len(row)):
+            piece = self.shards[shard][first:last]
             self._check(shard, [first], piece[None])
             row[filled : filled + len(piece)] = piece
             filled += len(piece)
-
-    @functools.cached_property
-    def _documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [self.documents(shard) for shard in range(len(self.paths))]
-
-    def read_subsets(self, sequences: np.ndarray, length: int) -> np.ndarray:
-        """Returns uint16 (n, length): the subset of each target of `read`, 0 after the end.
-
-        The index of all documents stays in memory, so this is for validation.
-        """
-        numbers = np.zeros((len(sequences), length), np.uint16)
-        for row, sequence in zip(numbers, np.asarray(sequences).tolist(), strict=True):
-            if sequence < 0:
-                continue
-            begin, filled = sequence * length + 1, 0
-            for shard, first, last in pieces(self._ends, begin, min(begin + length, self.tokens)):
-                starts, subsets = self._documents[shard]
-                document = np.searchsorted(starts, np.arange(first, last), side="right") - 1
-                row[filled : filled + last - first] = subsets[document]
-                filled += last - first
-        return numbers
 
     def read(self, sequences: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Copies sequences of `length` targets; a negative number stands for a row without tokens.
@@ -178,14 +158,14 @@ class Split(PickledFields):
         ids = np.zeros((len(sequences), length + 1), self.dtype)
         first = np.asarray(sequences, np.int64) * (length + self.is_stored(length))
         last = np.where(first < 0, first, np.minimum(first + length + 1, self.tokens))
-        ends = np.array(self._ends)
+        ends = np.array(self.ends)
         shards = np.searchsorted(ends, np.maximum(first, 0), side="right")
         inside = (first >= 0) & (first + length < ends[shards])
         for shard, rows in by_value(np.where(inside, shards, -1)):
-            if shard >= 0 and isinstance(self._shards[shard], MappedIds):
+            if shard >= 0 and isinstance(self.shards[shard], MappedIds):
                 # Rows that lie in one mapped shard are read together.
-                starts = first[rows] - (self._ends[shard] - self.sizes[shard])
-                ids[rows] = windows = self._shards[shard].windows(starts, length + 1)
+                starts = first[rows] - (self.ends[shard] - self.sizes[shard])
+                ids[rows] = windows = self.shards[shard].windows(starts, length + 1)
                 self._check(shard, starts, windows)
             else:
                 # The others cross shards, end with the data, or lie in compressed files.
@@ -266,7 +246,8 @@ def open_dataset(folder: Path, option: str = "dataset.path") -> Dataset:
     try:
         info = json.loads(about.read_bytes())
         if info["format"] != FORMAT:
-            raise DatasetError(f"{named} has format {info['format']}, this Trainit reads {FORMAT}")
+            other = f"{named} has format {info['format']}, this Trainit reads {FORMAT}"
+            raise DatasetError(f"{other}: prepare it again")
         splits = {name: _open_split(folder, name, info) for name in info["splits"]}
     except FileNotFoundError:
         raise DatasetError(
@@ -285,6 +266,7 @@ def _open_split(folder: Path, name: str, info: dict) -> Split:
         for file, expected in (
             (path, shard["tokens"] * np.dtype(info["dtype"]).itemsize),
             (path.with_suffix(".documents"), 8 * shard["documents"]),
+            (path.with_suffix(".bytes"), 8 * shard["documents"]),
             (path.with_suffix(".subsets"), 2 * shard["documents"]),
         ):
             actual = file.stat().st_size if file.exists() else "no"

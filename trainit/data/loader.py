@@ -18,6 +18,7 @@ import numpy as np
 
 from trainit.cluster.process import end_with_parent
 from trainit.data import order
+from trainit.data.documents.targets import Targets
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered
 
@@ -74,7 +75,7 @@ class BatchSource:
     shape: Shape  # of the global batch
     rows: slice  # those of each micro-step that this process reads
     batches: int
-    with_subsets: bool = False
+    targets: Targets | None = None
 
     def __len__(self) -> int:
         return self.batches
@@ -88,9 +89,10 @@ class BatchSource:
             "tokens": ids.reshape(*in_batch.shape, length + 1),
             "lengths": lengths.reshape(in_batch.shape),
         }
-        if self.with_subsets:
+        if self.targets:
             assert isinstance(self.source, Ordered)  # a mixture is not for validation
-            batch["subsets"] = self.source.read_subsets(positions, length).reshape(*in_batch.shape, length)
+            about = self.targets.read(self.source.order(positions), length)
+            batch["subsets"], batch["bytes"] = (x.reshape(*in_batch.shape, length) for x in about)
         return batch
 
 
@@ -102,17 +104,17 @@ def batches(
     count: int = 1 << 40,
     workers: int = 0,
     prefetch: int = 2,
-    with_subsets: bool = False,
+    targets: Targets | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields `count` global batches on the devices, from row `first_row` of the source on.
 
-    A batch is {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32, how many targets of each row count} and
-    perhaps "subsets": (G, b, L) uint16, of each target; only `Ordered` sources have these. `sharding` may
-    split the second axis only. Each of `workers` processes, or a thread for 0, reads `prefetch` batches
-    ahead. Raises RuntimeError if a worker died.
+    A batch is {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32, how many targets of each row count}, and
+    with `targets` "subsets" and "bytes" of each target, (G, b, L); only `Ordered` sources have these.
+    `sharding` may split the second axis only. Each of `workers` processes, or a thread for 0, reads
+    `prefetch` batches ahead. Raises RuntimeError if a worker died.
     """
     own_rows = local_rows(shape, sharding)
-    rows_read = BatchSource(source, first_row, shape, own_rows, count, with_subsets)
+    rows_read = BatchSource(source, first_row, shape, own_rows, count, targets)
     reader = grain.MapDataset.source(rows_read).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     )

@@ -163,11 +163,6 @@ class Ordered:
         """Returns ids (n, length + 1) of `dtype`, and int32 (n,) how many targets each row has."""
         return self.split.read(self.order(positions), length)
 
-    def read_subsets(self, positions: np.ndarray, length: int) -> np.ndarray:
-        """Returns uint16 (n, length): the subset of each target."""
-        assert isinstance(self.split, Split)  # a subset has only one
-        return self.split.read_subsets(self.order(positions), length)
-
 
 def make(name: str, sequences: int, block: int, seed: int, *part: int) -> Order:
     """Returns the order that `dataset.order` names: shuffled, sequential, or blocks of `block` sequences.

@@ -93,7 +93,7 @@ def _make_indexes(split: Split, indexes: dict[int, Path]) -> None:
             for part in ("starts", "ends")
         }
         for shard, size in enumerate(split.sizes):
-            starts, of = split.documents(shard)
+            starts, _, of = split.documents(shard)
             lengths = np.diff(np.append(starts, size))
             for number in indexes:
                 own = of == number

@@ -18,6 +18,7 @@ import numpy as np
 from trainit.config import BatchSizes, Config, ConfigError, batch_sizes
 from trainit.data import loader, mixture, order
 from trainit.data.dataset import Dataset, Split
+from trainit.data.documents.targets import Targets
 from trainit.data.formats import detect
 from trainit.data.jsonl import dataset as jsonl
 from trainit.data.loader import START, DataPosition, Shape
@@ -179,7 +180,7 @@ def abstract_batch(
 
 
 def validation_batches(
-    split: Split, sequences: int, shape: Shape, layout: jax.sharding.NamedSharding, with_subsets: bool = False
+    split: Split, sequences: int, shape: Shape, layout: jax.sharding.NamedSharding, targets: Targets | None
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields batches of always the same sequences, evenly spaced over the split; 0 sequences are all.
 
@@ -188,7 +189,7 @@ def validation_batches(
     available = split.sequences(shape[2])
     chosen = min(sequences or available, available)
     rows = Ordered(split, Spaced(available, chosen))
-    return loader.batches(rows, shape, layout, count=-(-chosen // shape[1]), with_subsets=with_subsets)
+    return loader.batches(rows, shape, layout, count=-(-chosen // shape[1]), targets=targets)
 
 
 def read(

@@ -37,7 +37,7 @@ def join(
     journals = _read_journals(output, units)
     subsets = list(dict.fromkeys(name for journal in journals.values() for name in journal["subsets"]))
     dropped = _find_duplicates(output / "unfinished", journals) if deduplicate else {}
-    content = tokenizer.serialize()
+    content, dtype = tokenizer.serialize(), dtype_of(tokenizer.vocab_size)
     write_atomically(output / "tokenizer.model", content)
     broken = [journal["broken"] for journal in journals.values()]
     info = {
@@ -49,9 +49,9 @@ def join(
             "end_of_text": tokenizer.end_of_text,
         },
         "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype_of(tokenizer.vocab_size),
+        "dtype": dtype,
         "subsets": subsets,
-        "splits": {name: _join_split(output, name, journals, subsets, dropped, tokenizer) for name in splits},
+        "splits": {name: _join_split(output, name, journals, subsets, dropped, dtype) for name in splits},
         "duplicates": sum(len(drop) for drop in dropped.values()),
         "broken": {
             "count": sum(part["count"] for part in broken),
@@ -78,7 +78,7 @@ def _read_journals(output: Path, units: list[Unit]) -> dict[str, dict]:
 
 
 def _join_split(
-    output: Path, split: str, journals: dict, subsets: list[str], dropped: dict, tokenizer: Tokenizer
+    output: Path, split: str, journals: dict, subsets: list[str], dropped: dict, dtype: str
 ) -> dict:
     """Moves the shards of a split into the dataset; returns what dataset.json says about it."""
     shards: list[dict] = []
@@ -94,7 +94,7 @@ def _join_split(
         for shard in journal["splits"][split]["shards"]:
             own = gone[gone < shard["documents"]]
             gone = gone[len(own) :] - shard["documents"]
-            _place(output, shard, number, own, tokenizer, counts)
+            _place(output, shard, number, own, dtype, counts)
             shards += [shard] if shard["documents"] else []
     total = dict(zip(COUNTS, counts.sum(0).tolist(), strict=True))
     rows = zip(subsets, counts.tolist(), strict=True)
@@ -102,9 +102,7 @@ def _join_split(
     return {**total, "subsets": by_subset, "shards": shards}
 
 
-def _place(
-    output: Path, shard: dict, number: np.ndarray, gone: np.ndarray, tokenizer: Tokenizer, counts: np.ndarray
-):
+def _place(output: Path, shard: dict, number: np.ndarray, gone: np.ndarray, dtype: str, counts: np.ndarray):
     """Moves a shard into the dataset without the documents `gone`, which `shard` and `counts` then lack.
 
     `number` has the dataset's number of each subset of the shard's unit.
@@ -114,10 +112,10 @@ def _place(
     new = {part: output / f"{stem}.{part}" for part in PARTS}
     of_documents = number[np.fromfile(old["subsets"], "<u2")]
     if len(gone):
-        np.subtract.at(counts, of_documents[gone], _copy_without(old, new, gone, tokenizer, shard))
+        np.subtract.at(counts, of_documents[gone], _copy_without(old, new, gone, dtype, shard))
         of_documents = np.delete(of_documents, gone)
     else:
-        for part in ("tokens", "documents"):
+        for part in PARTS[:-1]:
             if old[part].exists():  # else a join that was stopped has moved it
                 old[part].replace(new[part])
     if len(of_documents):
@@ -125,24 +123,25 @@ def _place(
         shard["sha256"]["subsets"] = digest(of_documents.tobytes())
 
 
-def _copy_without(old: dict, new: dict, gone: np.ndarray, tokenizer: Tokenizer, shard: dict) -> list:
+def _copy_without(old: dict, new: dict, gone: np.ndarray, dtype: str, shard: dict) -> np.ndarray:
     """Copies a shard without some documents; returns [1, tokens, bytes] of each of these. Old files stay."""
-    ids, token_bytes = np.memmap(old["tokens"], dtype_of(tokenizer.vocab_size), "r"), tokenizer.token_bytes()
-    starts = np.fromfile(old["documents"], "<u8").astype(np.int64)
-    ends = np.append(starts[1:], len(ids))
-    removed = [ids[starts[document] : ends[document]] for document in gone.tolist()]
+    ids = np.memmap(old["tokens"], dtype, "r")
+    starts, text_ends = (np.fromfile(old[part], "<i8") for part in ("documents", "bytes"))
+    ends, sizes = np.append(starts[1:], len(ids)), np.diff(text_ends, prepend=0)
+    removed = np.stack([np.ones_like(gone), (ends - starts)[gone], sizes[gone]], axis=1)
     lengths = np.delete(ends - starts, gone)
     shard["tokens"], shard["documents"] = int(lengths.sum()), len(lengths)
     if len(lengths):  # else there is no such shard
-        copies = {part: GrowingFile(new[part]) for part in ("tokens", "documents")}
+        copies = {part: GrowingFile(new[part]) for part in PARTS[:-1]}
         for begin, end in zip(np.append(-1, gone) + 1, np.append(gone, len(starts)), strict=True):
             if begin < end:  # a run of documents that stay
                 copies["tokens"].write(ids[starts[begin] : ends[end - 1]])
         copies["documents"].write((np.cumsum(lengths) - lengths).astype("<u8"))
+        copies["bytes"].write(np.cumsum(np.delete(sizes, gone)).astype("<u8"))
         for part, copy in copies.items():
             copy.close()
             shard["sha256"][part] = copy.sha256.hexdigest()
-    return [[1, len(document), int(token_bytes[document].sum())] for document in removed]
+    return removed
 
 
 def _find_duplicates(folder: Path, journals: dict[str, dict]) -> dict[tuple[str, str], np.ndarray]:

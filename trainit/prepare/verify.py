@@ -42,6 +42,7 @@ def _verify_ids(path: Path, shard: dict, info: dict):
     largest = max(int(ids[i : i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
     starts = np.fromfile(path.with_suffix(".documents"), "<u8").astype(np.int64)
     numbers = np.fromfile(path.with_suffix(".subsets"), "<u2")
+    text_ends = np.fromfile(path.with_suffix(".bytes"), "<i8")
     if largest >= info["vocab_size"]:
         raise DatasetError(f"{path} has the id {largest}; the vocabulary has {info['vocab_size']}")
     ends = np.append(starts[1:], len(ids)) - 1
@@ -49,5 +50,7 @@ def _verify_ids(path: Path, shard: dict, info: dict):
     right = right and (starts <= ends).all() and ends.max() < len(ids)
     if not right or (ids[ends] != info["tokenizer"]["end_of_text"]).any():
         raise DatasetError(f"{path.with_suffix('.documents')} does not say where the documents of {path} end")
+    if len(text_ends) != len(starts) or (np.diff(text_ends, prepend=0) < 0).any():
+        raise DatasetError(f"{path.with_suffix('.bytes')} does not say how many bytes each document has")
     if len(numbers) != len(starts) or numbers.max() >= len(info["subsets"]):
         raise DatasetError(f"{path.with_suffix('.subsets')} does not name a subset for each document")

@@ -5,8 +5,8 @@ and every few seconds a journal records, atomically, how long they are and which
 stop of any kind, what they hold beyond the journal is cut off, and work continues from there:
 
     unfinished/UNIT.json            the journal
-    unfinished/SHARD.tokens, .documents, .subsets    as in trainit/data/dataset.py, but that subsets are
-                                    numbered by the unit
+    unfinished/SHARD.tokens, .documents, .bytes, .subsets    as in trainit/data/dataset.py, but that subsets
+                                    are numbered by the unit
     unfinished/UNIT.SPLIT.hashes    16 bytes for each document, where duplicates are to be found
 """
 
@@ -29,7 +29,7 @@ from trainit.files import write_atomically
 
 LISTED = 1000  # of what is broken in a unit; all is counted
 HASH = 16  # bytes of a document's hash: BLAKE2b
-PARTS = ("tokens", "documents", "subsets")  # the files of a shard
+PARTS = ("tokens", "documents", "bytes", "subsets")  # the files of a shard
 
 
 class StateError(ValueError):
@@ -148,6 +148,7 @@ class SplitWriter:
         """Continues from what `state()` returned when the files were last synced; empty: from the start."""
         self.folder, self.stem, self.dtype, self.recipe = folder, f"{split}-{unit.name[-5:]}", dtype, recipe
         self.shards = state.get("shards", [])
+        self.bytes = state.get("bytes", 0)  # UTF-8 bytes of text in the open shard
         self.files = self._open(state["open"]) if state.get("open") else {}
         hashes = folder / f"{unit.name}.{split}.hashes"
         self.hashes = GrowingFile(hashes, state.get("hashes", 0)) if recipe.deduplicate else None
@@ -161,7 +162,7 @@ class SplitWriter:
 
         A shard is closed at the first document end past `recipe.shard_tokens`.
         """
-        ends = np.cumsum(part.lengths)
+        ends, text_ends = np.cumsum(part.lengths), np.cumsum(part.bytes)
         starts = ends - part.lengths
         if self.hashes:
             self.hashes.write(part.hashes[part.first])
@@ -174,9 +175,12 @@ class SplitWriter:
             full = (ends[begin:] + before >= self.recipe.shard_tokens) & part.last[begin:]
             closes = bool(full.any())
             stop = begin + int(full.argmax()) + 1 if closes else len(ends)
-            first = begin + np.flatnonzero(part.first[begin:stop])
+            first, last = (begin + np.flatnonzero(of[begin:stop]) for of in (part.first, part.last))
+            text_before = self.bytes - int(text_ends[begin] - part.bytes[begin])
             tokens.write(part.ids[starts[begin] : ends[stop - 1]])
             self.files["documents"].write((starts[first] + before).astype("<u8"))
+            self.files["bytes"].write((text_ends[last] + text_before).astype("<u8"))
+            self.bytes = int(text_ends[stop - 1]) + text_before
             self.files["subsets"].write(subsets[first].astype("<u2"))
             if closes:
                 self.close_shard()
@@ -186,7 +190,7 @@ class SplitWriter:
         """Ends the shard that is open, if one is."""
         if not self.files:
             return
-        files, self.files = self.files, {}
+        files, self.files, self.bytes = self.files, {}, 0
         for file in files.values():
             file.close()
         description = {
@@ -204,6 +208,7 @@ class SplitWriter:
         return {
             "shards": self.shards,
             "open": {part: file.size for part, file in self.files.items()},
+            "bytes": self.bytes,
             "hashes": self.hashes.size if self.hashes else 0,
         }
 

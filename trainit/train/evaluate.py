@@ -11,6 +11,7 @@ from absl import logging
 
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
+from trainit.data.documents.targets import Targets
 from trainit.data.training_data import TrainingData, validation_batches
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
@@ -33,7 +34,9 @@ class Validation:
     timer: StartupTimer
 
     def __post_init__(self):
-        self._token_bytes = self.data.tokenizer.token_bytes()
+        self._token_bytes, split = self.data.tokenizer.token_bytes(), self.data.validation
+        # Of tokens that other programs made, the text is not known: they count as what their ids stand for.
+        self._targets = Targets(split, self._token_bytes) if split.bytes is not None else None
         self._is_compiled = False
 
     def __call__(self, step: int, params: dict) -> dict[str, float] | None:
@@ -52,7 +55,7 @@ class Validation:
         layout, sequences = batch_sharding(self.shape.device_mesh), self.config.eval.sequences
         sums: list[dict] = []
         with patience, self.timer.part("validation"):
-            for batch in validation_batches(split, sequences, shape, layout, with_subsets=bool(names)):
+            for batch in validation_batches(split, sequences, shape, layout, self._targets):
                 if self.monitor.stop_reason():
                     return None
                 sums.append(self.steps.evaluate(params, batch, self._token_bytes, len(names) or 1))

@@ -219,15 +219,16 @@ def _eval_step(
 ) -> dict:
     """Sums over one batch of a single micro-step: "loss", "correct", "count" and "bytes" of the targets.
 
-    Each is float32 (subsets,): one sum for each subset that batch["subsets"] numbers; without it, of all.
+    Each is float32 (subsets,): one sum for each subset that batch["subsets"] numbers; 1 stands for all. Where
+    a batch has no "bytes", those of ids count.
     """
     micro_batch = jax.tree.map(lambda x: x[0], batch)
     inputs_BL, targets_BL, mask_BL = inputs_and_targets(micro_batch)
     x_BLD, head = model.hidden(params, inputs_BL)
     tokens = cross_entropy.per_token(head, x_BLD, targets_BL)
-    subset_BL = micro_batch["subsets"] if "subsets" in micro_batch else jnp.zeros(targets_BL.shape, jnp.int32)
-    values = {"count": 1.0, "bytes": token_bytes_V[targets_BL]}
-    values |= {name: tokens[name] for name in ("loss", "correct")}
+    subset_BL = micro_batch["subsets"] if subsets > 1 else jnp.zeros(targets_BL.shape, jnp.int32)
+    bytes_BL = micro_batch["bytes"] if "bytes" in micro_batch else token_bytes_V[targets_BL]
+    values = {"count": 1.0, "bytes": bytes_BL, "loss": tokens["loss"], "correct": tokens["correct"]}
 
     def sums(k):
         counts_BL = mask_BL & (subset_BL == k)

@@ -84,14 +84,8 @@ def suffix(path: Path) -> str | None:
 def read(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
     """Yields the batches of a file from `start` on. If its end is damaged, the last batch's `broken` says so.
 
-    Args:
-        path: the file.
-        name: its name in messages.
-        fields: dotted names of the text and of the subset; parquet reads only these columns.
-        start: where to begin.
-
-    Raises:
-        OSError: the file cannot be opened or read.
+    Messages call the file `name`. `fields` are the dotted names of text and subset; parquet reads only these
+    columns. Raises OSError if the file cannot be opened or read.
     """
     reader = {".txt": _read_text, ".parquet": _read_parquet}.get(path.suffix, _read_lines)
     line = start.line
@@ -157,11 +151,7 @@ def parse(batch: Batch, fields: tuple[str, str]) -> tuple[list[Document], list[B
 def encode(
     documents: list[Document], tokenizer: Tokenizer, file: str
 ) -> tuple[list[Document], list[np.ndarray], list[Broken]]:
-    """Encodes documents of a file.
-
-    Returns:
-        The documents that have ids, the ids of each without the end-of-text id, and those that have none.
-    """
+    """Returns the documents that have ids, the ids of each without an end of text, and those without ids."""
     try:
         return documents, tokenizer.encode([document.text for document in documents]), []
     except ValueError:  # one of them has no ids: they are encoded one by one to find it
@@ -178,15 +168,9 @@ def encode(
 def find_files(patterns: Sequence[str], option: str, suffixes: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Returns the files that globs and folders name, each once, and their names below the common folder.
 
-    A file that is named by a link too is taken once, by the name that comes first.
-
-    Args:
-        patterns: globs, or folders that are searched at all depths.
-        option: which gave them, for messages.
-        suffixes: that names of files may end in.
-
-    Raises:
-        ValueError: a pattern names nothing, or something else; the message is one line.
+    A file that is named by a link too is taken once, by the name that comes first. Folders are searched at
+    all depths, for names with one of `suffixes`. Raises ValueError, with one line that names `option`, if a
+    pattern names nothing or something else.
     """
     kinds, paths = ", ".join(suffixes), []
     for pattern in patterns:

@@ -38,8 +38,7 @@ def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str =
     other programs need a tokenizer, or one of `tokenizers.KINDS`; if `validation_path` is empty, their
     validation split lies with the training data.
 
-    Raises:
-        DatasetError: there is nothing, it cannot be read, or one of the arguments does not fit it.
+    Raises DatasetError if there is nothing, it cannot be read, or one of the arguments does not fit it.
     """
     files = find(Path(path))
     if not files:
@@ -76,8 +75,7 @@ def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str =
 def find(path: Path) -> list[Path]:
     """Returns the files of other programs at a path, for Megatron the .idx; none for a prepared dataset.
 
-    Raises:
-        DatasetError: files of several formats, or of none that is known.
+    Raises DatasetError for files of several formats, or of none that is known.
     """
     pair = Path(f"{path}.idx")
     if not path.exists() and pair.is_file():

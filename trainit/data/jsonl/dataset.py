@@ -23,10 +23,11 @@ from trainit.cluster.process import end_with_parent
 from trainit.data import loader, tokenizers
 from trainit.data.dataset import DatasetError, Split
 from trainit.data.documents.reader import BrokenInputError, Position, find_files
+from trainit.data.documents.targets import Targets
 from trainit.data.jsonl.stream import Corpus, State, Stream, documents
 from trainit.data.loader import START, DataPosition
 from trainit.data.tokenizers import Tokenizer
-from trainit.data.tokenizers.base import digest
+from trainit.data.tokenizers.base import digest, to_bytes
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 
@@ -110,9 +111,7 @@ class StreamReader:
     def batches(self, count: int = 1 << 40) -> Iterator[dict[str, jax.Array]]:
         """The next `count` batches: {"tokens": (G, b, L + 1) ids, "lengths": (G, b) int32}, global arrays.
 
-        Raises:
-            BrokenInputError, DatasetError, OSError: as those of Stream.
-            RuntimeError: a worker process died.
+        Raises what `Stream.fill` raises, and RuntimeError if a worker process died.
         """
         records = itertools.islice(self.records(), count)
         return loader.on_devices(records, self._own_rows, self._shape, self._sharding)
@@ -162,34 +161,40 @@ class StreamReader:
 class Held(Split):
     """A split in memory."""
 
-    ids: Any = None  # (tokens,)
+    ids: Any = None  # of whole documents: more than `tokens`, if the last is cut
     index: Any = None  # what `documents` returns
 
     @property
-    def _shards(self) -> list[np.ndarray]:
+    def shards(self) -> list[np.ndarray]:
         return [self.ids]
 
-    def documents(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    def documents(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.index
 
 
 def hold(corpus: Corpus, name: str, sequences: int) -> Held:
     """Reads the first `sequences` sequences of a corpus into memory; 0: all."""
     enough = sequences * corpus.length + 1 if sequences else 1 << 62
-    pieces, count, starts, of = [], 0, [], []
+    pieces, count, rows = [], 0, []
     subsets: dict[str, int] = {}
     files = range(len(corpus.paths))
-    for _, subset, ids in (row for file in files for row in documents(corpus, file, Position())):
+    for _, document, ids in (row for file in files for row in documents(corpus, file, Position())):
+        number = min(subsets.setdefault(document.subset, len(subsets)), 0xFFFF)
+        rows.append((count, len(to_bytes(document.text)), number))
         pieces.append(ids)
-        starts.append(count)
-        of.append(subsets.setdefault(subset, len(subsets)))
         count += len(ids)
         if count >= enough:
             break
-    ids = np.concatenate([*pieces, np.empty(0, corpus.dtype)])[:enough]
-    size = int(corpus.tokenizer.token_bytes()[ids].sum())
-    index, names = (np.array(starts, np.int64), np.minimum(of, 0xFFFF).astype(np.uint16)), tuple(subsets)
-    return Held(name, ("memory",), (len(ids),), corpus.dtype, size, subsets=names, ids=ids, index=index)
+    ids, index = (
+        np.concatenate([*pieces, np.empty(0, corpus.dtype)]),
+        np.array(rows, np.int64).reshape(-1, 3).T,
+    )
+    tokens, size, names = (min(count, enough),), int(index[1].sum()), tuple(subsets)
+    held = Held(name, ("memory",), tokens, corpus.dtype, size, subsets=names, ids=ids, index=tuple(index))
+    if len(cut := corpus.tokenizer.token_bytes()[ids[enough:]]):
+        a, b = Targets(held, corpus.tokenizer.token_bytes()).share(0, len(rows) - 1)
+        held = replace(held, bytes=size - round(a * int(cut.sum()) + b * len(cut)))
+    return held
 
 
 @dataclass(frozen=True)
@@ -247,9 +252,7 @@ def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequen
     """Finds the files of a resolved config.dataset, and tokenizes the validation sequences.
 
     The training files are not opened. Sequences have `length` targets; 0 validation sequences stand for all.
-
-    Raises:
-        DatasetError: files are missing or of other kinds, or the validation data cannot be read.
+    Raises DatasetError if files are missing or of other kinds, or the validation data cannot be read.
     """
     about = tokenizer.name, tokenizer.serialize(), tokenizer.end_of_text
     corpora = {}

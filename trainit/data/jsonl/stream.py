@@ -26,7 +26,7 @@ import numpy as np
 from trainit.data import tokenizers
 from trainit.data.dataset import DatasetError, dtype_of
 from trainit.data.documents import reader
-from trainit.data.documents.reader import Batch, BrokenInputError, Position
+from trainit.data.documents.reader import Batch, BrokenInputError, Document, Position
 from trainit.data.order import permute
 from trainit.data.tokenizers import Tokenizer
 
@@ -101,15 +101,13 @@ def deal(sizes: Sequence[int], streams: int) -> list[list[int]]:
 
 def documents(
     corpus: Corpus, file: int, start: Position, part: int = 0, parts: int = 1
-) -> Iterator[tuple[Position, str, np.ndarray]]:
-    """Yields where each document's line begins, its subset, and its ids followed by the end-of-text id.
+) -> Iterator[tuple[Position, Document, np.ndarray]]:
+    """Yields where each document's line begins, the document, and its ids followed by the end-of-text id.
 
     Reading starts at the line that begins at `start`. Only every `parts`-th line is parsed, those whose
     number has the remainder `part`.
-
-    Raises:
-        BrokenInputError: a line or the file cannot be read, or its size has changed.
-        OSError: the file is gone.
+    Raises BrokenInputError if a line or the file cannot be read, or its size has changed; OSError if it is
+    gone.
     """
     path, name = Path(corpus.paths[file]), corpus.names[file]
     fields = corpus.text_field, corpus.subset_field
@@ -122,19 +120,20 @@ def documents(
         own[first::parts] = lines[first::parts]
         begins = list(itertools.accumulate((len(line) + 1 for line in lines), initial=0))
         before = batch.position.offset - len(batch.lines)
-        for line, subset, ids in _encode(corpus, replace(batch, lines=b"\n".join(own)), fields):
-            yield Position(0, before + begins[line - 1 - batch.line], line - 1), subset, ids
+        for document, ids in _encode(corpus, replace(batch, lines=b"\n".join(own)), fields):
+            line = document.line - 1
+            yield Position(0, before + begins[line - batch.line], line), document, ids
 
 
-def _encode(corpus: Corpus, batch: Batch, fields: tuple[str, str]) -> list[tuple[int, str, np.ndarray]]:
-    """Returns line, subset and ids of each document of a batch."""
+def _encode(corpus: Corpus, batch: Batch, fields: tuple[str, str]) -> list[tuple[Document, np.ndarray]]:
+    """Returns the documents of a batch and the ids of each."""
     documents, broken = reader.parse(batch, fields)
     documents, encoded, without_ids = reader.encode(documents, corpus.tokenizer, batch.file)
     if broken or without_ids:
         raise BrokenInputError(str(min([*broken, *without_ids], key=lambda b: b.line)))
     end, dtype = corpus.tokenizer.end_of_text, corpus.dtype
     ended = [np.append(ids, end).astype(dtype) for ids in encoded]
-    return [(document.line, document.subset, ids) for document, ids in zip(documents, ended, strict=True)]
+    return list(zip(documents, ended, strict=True))
 
 
 class Stream:
@@ -178,9 +177,8 @@ class Stream:
     def fill(self) -> None:
         """Reads and shuffles the present window, unless that is done.
 
-        Raises:
-            BrokenInputError, OSError: what it needs cannot be read, or is not what it was at the state.
-            DatasetError: the stream has no documents.
+        Raises BrokenInputError or OSError if what it needs cannot be read, or is not what it was at the
+        state, DatasetError if the stream has no documents.
         """
         if self._rows is not None:
             return

@@ -15,8 +15,7 @@ PROBE = f"A  b\n\t ﬁ e\N{COMBINING ACUTE ACCENT} Å\x00 {SPACE} \r\n  <|endoft
 def find(choice: str, option: str = "dataset.tokenizer") -> Tokenizer:
     """Returns the tokenizer that a user chose with an option, one of KINDS.
 
-    Raises:
-        ValueError: it cannot be had; the message is one line and says why.
+    Raises ValueError, with one line that says why, if it cannot be had.
     """
     kind, colon, path = choice.partition(":")
     try:
@@ -36,10 +35,8 @@ def find(choice: str, option: str = "dataset.tokenizer") -> Tokenizer:
 def build(name: str, content: bytes, end_of_text: int | None = None) -> Tokenizer:
     """Returns a tokenizer from its `name` and what its `serialize` returned.
 
-    The end-of-text id counts where the file leaves a choice; None: the first that is known.
-
-    Raises:
-        ValueError: the kind is unknown, or the content is not of this kind.
+    The end-of-text id counts where the file leaves a choice; None: the first that is known. Raises ValueError
+    if the kind is unknown, or the content is not of this kind.
     """
     kinds = {kind.name: kind for kind in CLASSES}
     if name not in kinds:
@@ -50,8 +47,7 @@ def build(name: str, content: bytes, end_of_text: int | None = None) -> Tokenize
 def load(name: str, path: Path, sha256: str, end_of_text: int | None = None) -> Tokenizer:
     """Returns the tokenizer that a dataset was made with; arguments as those of `build`.
 
-    Raises:
-        ValueError: the file is not the one whose hash the dataset names, or the kind is unknown.
+    Raises ValueError if the file has not the hash that the dataset names, or the kind is unknown.
     """
     content = path.read_bytes()
     if digest(content) != sha256:

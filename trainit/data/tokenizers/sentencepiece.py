@@ -58,6 +58,7 @@ class SentencePieceTokenizer(Vocabulary):
                 model_type="bpe",
                 vocab_size=vocab_size,
                 byte_fallback=True,
+                required_chars=SPACE,  # else a text without spaces makes a model that loses them
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,

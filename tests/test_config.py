@@ -2,7 +2,9 @@
 
 import copy
 import math
+import operator
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -335,6 +337,19 @@ def test_fields_check_types_bounds_and_names(changes, message):
         with pytest.raises(ConfigError, match=message) as error:
             check_fields(checked, own(), "own.")
         assert "\n" not in str(error.value)
+
+
+NAMES = [name for name, *_ in walk(make())]
+GROUPS_OF_FIELDS = sorted({name.rpartition(".")[0] for name in NAMES} - {""})
+
+
+@pytest.mark.parametrize("name", NAMES + GROUPS_OF_FIELDS)
+def test_none_is_refused_wherever_a_file_sets_it(name):
+    config = make()
+    group, _, key = name.rpartition(".")
+    (operator.attrgetter(group)(config) if group else config)[key] = None
+    with pytest.raises(ConfigError, match=rf"^{re.escape(name)}=None (must be|is none of) "):
+        resolve(config, 50257)
 
 
 def test_a_group_that_lacks_fields():

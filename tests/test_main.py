@@ -44,7 +44,7 @@ def error_of(*args) -> str:
         ((DEBUG, "--config.model.attention=cudnn"), ("model.attention=cudnn", "platform=cpu")),
         ((DEBUG, "--config.optimizer.name=sgdm"), ("optimizer.name=sgdm", "FILE:optimizer=sgdm")),
         ((DEBUG, "--config.optimizer.name=nope"), ("optimizer.name='nope'", "ada_ftrl, adafactor")),
-        ((DEBUG, "--config.platform=cuda"), ("platform='cuda' cannot be used here",)),
+        ((DEBUG, "--config.platform=cuda"), ("platform='cuda' cannot be used here: ", "backend")),
         # Of the optimizer all is known before a device is asked for.
         (
             (f"{DEBUG}:optimizer=muon", "--config.optimizer.ns_steps=0", CUDA),
@@ -59,7 +59,10 @@ def error_of(*args) -> str:
             (DEBUG, "--config.parameter_groups=('blocks/.* optimizer=sophia',)", CUDA),
             ("must have all parameters",),
         ),
-        ((DEBUG, "--config.checkpoint.load_path=runs/none"), ("load_path='runs/none'", "there are none")),
+        (
+            (DEBUG, "--config.checkpoint.load_path=runs/none"),
+            ("load_path='runs/none' has no checkpoint; ", "there are none in /", "/runs/none/checkpoints"),
+        ),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, tuple) else None,
 )
@@ -92,6 +95,23 @@ def test_a_config_file_that_raises(body, part, tmp_path):
     (tmp_path / "broken.py").write_text(f"def get_config(arg=''):\n    {body}\n")
     line = error_of(f"--config={tmp_path}/broken.py", f"--workdir={tmp_path}")
     assert f"broken.py raises {part}" in line
+    assert line.rstrip().endswith("(line 2)")
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ("def get_config(arg):\n    pass\n", "own.py: get_config returns a NoneType, not a config"),
+        ("def config(arg):\n    pass\n", "own.py raises KeyError: 'get_config'"),
+        (
+            "def get_config(arg):\n    f(\n",
+            "raises SyntaxError: '(' was never closed (own.py, line 2)",
+        ),
+    ],
+)
+def test_a_config_file_that_gives_no_config(body, part, tmp_path):
+    (tmp_path / "own.py").write_text(body)
+    assert part in error_of(f"--config={tmp_path}/own.py", f"--workdir={tmp_path}")
 
 
 def test_damaged_datasets(random_dataset, tmp_path):

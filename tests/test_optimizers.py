@@ -366,9 +366,11 @@ def test_a_file_of_ones_own_is_a_choice_like_others(own_file):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("1 / 0", r"bad.py raises ZeroDivisionError: division by zero"),
+        ("1 / 0", r"bad.py raises ZeroDivisionError: division by zero \(line 1\)$"),
         ("def get_config(): pass", "bad.py has no function make"),
         ("make = get_config = lambda: None", "bad.py: get_config raises AttributeError"),
+        ("make = 1\n\ndef get_config():\n  1 / 0", r"bad.py has no function make"),
+        (OWN + "\ndef get_config():\n  1 / 0\n", r"get_config raises ZeroDivisionError: .* \(line \d+\)$"),
         (OWN.replace('"weight_decay": 0.0', ""), "bad.py: its get_config declares no weight_decay"),
     ],
 )
@@ -382,6 +384,7 @@ def test_a_bad_file_is_one_line(source, message, own_file):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("lion", "unknown optimizer 'lion'; did you mean optax.lion?"),
         ("elsewhere/own.py", "elsewhere/own.py: there is no such file in .*elsewhere"),
         ("optax.lyon", "optimizer=optax.lyon: optax of this version has no lyon"),
         ("optax.nowhere.adam", "optax.nowhere of this version has no adam"),

@@ -18,7 +18,7 @@ from absl import flags
 
 from trainit.cluster.process import USAGE
 from trainit.config import Config, ConfigDict, ConfigError, check_fields, field, require, resolve, shrink
-from trainit.config.schema import unknown_field, walk
+from trainit.config.schema import describe_error, unknown_field, walk
 
 if TYPE_CHECKING:
     from trainit.data.training_data import TrainingData
@@ -172,16 +172,15 @@ def run_file(given: str, function: str, flag: str = "") -> Any:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{flag}{file} raises {type(error).__name__}: {error}") from None
+        raise ConfigError(f"{flag}{file} raises {describe_error(error, file)}") from None
 
 
 def load_config(arguments: argparse.Namespace) -> ConfigDict:
     """Runs the config file, checks what it sets, and sets the fields that the command line gives, once."""
     require(arguments.config, "--config=FILE is missing, for example --config=configs/debug.py")
     config = run_file(arguments.config, "get_config", "--config=")
-    if not isinstance(config, ConfigDict):
-        file = arguments.config.partition(":")[0]
-        raise ConfigError(f"--config={file}: get_config must return a config that began as config.defaults()")
+    returned = f"--config={arguments.config}: get_config returns a {type(config).__name__}"
+    require(isinstance(config, ConfigDict), f"{returned}, not a config that began as config.defaults()")
     check_fields(config, config)
     _set_fields(config, arguments.overrides)
     return config
@@ -195,9 +194,8 @@ def _set_fields(config: ConfigDict, overrides: Sequence[tuple[str, str | None]])
         if name not in fields:
             raise ConfigError(_no_field(name, config))
         value = fields[name].parse(f"config.{name}", text)
-        if isinstance(value, tuple) and isinstance(values.get(name), tuple):
-            value = values[name] + value
-        values[name] = value
+        together = isinstance(value, tuple) and isinstance(values.get(name), tuple)
+        values[name] = values[name] + value if together else value
     config.update_from_flattened_dict(values)
 
 

@@ -57,10 +57,10 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
     fields and the numbers on both sides.
     """
     config = config.copy_and_resolve_references()
-    lacking = "the config has no optimizer: config.optimizer = optimizers.choices()['adamw']()"
-    require(len(config.optimizer) > 0, lacking)
     # Each field by itself, then what several fields decide together.
     check_fields(config, config)
+    lacking = "the config has no optimizer: config.optimizer = optimizers.choices()['adamw']()"
+    require(len(config.optimizer) > 0, lacking)
     _resolve_model(config.model, tokenizer_vocab_size, end_of_text)
     check_mesh(config.mesh, config)
     _check_schedule(config)
@@ -135,8 +135,7 @@ def _check_diagnostics(d: ConfigDict) -> None:
 def _check_schedule(config: ConfigDict) -> None:
     """Checks that the schedule has its own fields, and that its parts fit into the run."""
     schedule, sizes = config.schedule, batch_sizes(config)
-    if schedule.name not in SCHEDULES:
-        raise ConfigError(f"schedule.name={schedule.name!r} is none of {names(map(repr, SCHEDULES))}")
+    require(schedule.name in SCHEDULES, f"{schedule.name=} is none of {names(map(repr, SCHEDULES))}")
     expected = SCHEDULES[schedule.name]()
     require(
         set(schedule) == set(expected),

@@ -10,6 +10,7 @@ Checks, the command line, `trainit fields` and the reference page all read what 
 import ast
 import difflib
 import re
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from operator import ge, gt, le, lt
@@ -29,6 +30,12 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def describe_error(error: Exception, file: str) -> str:
+    """The type and message of an error, and the last line of the file that led to it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{type(error).__name__}: {error}" + "".join(f" (line {line})" for line in lines[-1:])
 
 
 @dataclass
@@ -153,13 +160,13 @@ def check_fields(config: Mapping[str, Any], declared: ConfigDict, prefix: str = 
 
     `prefix`, such as "optimizer.", is what dotted names begin with, and `where` what messages begin with.
     """
-    for key in config:
-        if key not in declared.declared:
-            raise ConfigError(where + unknown_field(prefix + key, declared))
+    for key in (key for key in config if key not in declared.declared):
+        raise ConfigError(where + unknown_field(prefix + key, declared))
     lacking = names(set(declared.declared) - set(config))
     require(not lacking, f"{where}{prefix.rstrip('.') or 'config'} lacks the fields {lacking}")
     for key, known in declared.declared.items():
-        if isinstance(declared[key], ConfigDict):
+        if isinstance(known.default, ConfigDict):
+            require(hasattr(config[key], "items"), f"{where}{prefix}{key}={config[key]!r} must be a group")
             check_fields(config[key], declared[key], f"{prefix}{key}.", where)
         else:
             known.check(f"{where}{prefix}{key}", config[key])
@@ -200,7 +207,7 @@ def _parse_literal(text: str) -> Any:
     """A Python literal, or else the text itself."""
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError):
         return text
 
 

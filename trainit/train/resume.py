@@ -97,15 +97,12 @@ class Resume:
 
     def _find_to_load(self) -> tuple[CheckpointStore, int]:
         """Another run's checkpoints, and the step of the one that the config names."""
-        c = self.config.checkpoint
-        source = CheckpointStore(Path(c.load_path), read_only=True)
+        checkpoint = self.config.checkpoint
+        source = CheckpointStore(Path(checkpoint.load_path), read_only=True)
         available = source.steps()
-        step = max(available, default=-1) if c.load_step < 0 else c.load_step
-        require(
-            step in available,
-            f"checkpoint.load_path={c.load_path!r} has no checkpoint of load_step={c.load_step}; "
-            f"there are {available or 'none'}",
-        )
+        step = max(available, default=-1) if checkpoint.load_step < 0 else checkpoint.load_step
+        lacking = f"{checkpoint.load_path=} has no checkpoint" + f" of load_step={step}" * (step >= 0)
+        require(step in available, f"{lacking}; there are {available or 'none'} in {source.folder}")
         return source, step
 
     def _check(self, meta: dict, origin: str) -> DataPosition:

@@ -15,6 +15,7 @@ from typing import Any
 import optax
 
 from trainit.config import OPTIMIZER_FIELDS, USUAL_FIELDS, Config, ConfigDict, ConfigError, field, require
+from trainit.config.schema import describe_error
 from trainit.optimizers import wrappers
 from trainit.optimizers.common import optax_adapter
 from trainit.optimizers.common.context import Context
@@ -66,7 +67,8 @@ def get_config(name: str) -> ConfigDict:
         config.declare_rest(OPTIMIZER_FIELDS if name.startswith("optax.") else USUAL_FIELDS)
         missing = set(OPTIMIZER_FIELDS) - set(config)
     except Exception as error:
-        raise ConfigError(f"optimizer={name}: get_config raises {type(error).__name__}: {error}") from None
+        file = str(_absolute(name.rpartition("+")[2]))
+        raise ConfigError(f"optimizer={name}: get_config raises {describe_error(error, file)}") from None
     require(not missing, f"optimizer={name}: its get_config declares no {' and no '.join(sorted(missing))}")
     return config
 
@@ -80,6 +82,8 @@ def load(name: str) -> Definition:
     if name.startswith("optax."):
         return _definition(optax_adapter.load(name))
     if name not in list(_Choices()):
+        has_optax = callable(getattr(optax, name, None))
+        require(not has_optax, f"unknown optimizer {name!r}; did you mean optax.{name}?")
         raise KeyError(name)
     module = importlib.import_module(f"{PACKAGE}.{VARIANTS.get(name, name)}")
     if name in VARIANTS:
@@ -135,9 +139,13 @@ def own_files_hash(config: Config, groups: Sequence[str]) -> str:
     return hashlib.sha256(content).hexdigest()[:8] if files else ""
 
 
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
 def _load_file(path: str) -> ModuleType:
     """A file outside the package as a module. ConfigError: there is none, or it is no optimizer's."""
-    file = Path(path).expanduser().absolute()
+    file = _absolute(path)
     require(file.is_file(), f"optimizer={path}: there is no such file in {file.parent}")
     return _execute(file, file.stat().st_mtime_ns)
 
@@ -152,7 +160,7 @@ def _execute(file: Path, modified: int) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f"optimizer={file} raises {type(error).__name__}: {error}") from None
+        raise ConfigError(f"optimizer={file} raises {describe_error(error, str(file))}") from None
     for function in ("get_config", "make"):
         require(callable(getattr(module, function, None)), f"optimizer={file} has no function {function}")
     return module

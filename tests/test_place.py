@@ -1,9 +1,11 @@
 """Where a process stands: in each scheduler's environment, by flags, alone; what it leaves behind."""
 
+from argparse import Namespace
+
 import pytest
 from processes import ROOT, run_imported, start
 
-from trainit.cluster.place import Place, SetupError, check_coordinator, find_place
+from trainit.cluster.place import Place, SetupError, check_coordinator, find_own_place, find_place
 
 # What srun sets for the last task of two nodes with two tasks and two GPUs each; the values are made up.
 SLURM = {
@@ -48,6 +50,42 @@ def test_slurm_uneven_nodes_and_single_gpus():
 )
 def test_slurm_coordinator_is_the_first_host(nodes, host):
     assert find_place(SLURM | {"SLURM_STEP_NODELIST": nodes}).coordinator.split(":")[0] == host
+
+
+@pytest.mark.parametrize("name", SLURM)
+def test_slurm_with_a_variable_missing(name):
+    """As a container or `sudo` leaves it: the same place, or one line that names the variable."""
+    environment = {key: value for key, value in SLURM.items() if key != name}
+    if name == "SLURM_STEP_NUM_TASKS":
+        assert find_place(environment) == find_place(SLURM)
+    elif name in ("SLURM_STEP_NODELIST", "SLURM_PROCID"):  # not started by srun
+        assert find_place(environment).num_processes == 1
+    elif name != "CUDA_VISIBLE_DEVICES":
+        with pytest.raises(SetupError, match=f"'{name}' is missing; use launch/slurm.sh.*--coordinator"):
+            find_place(environment)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"SLURM_NODEID": "5"},
+        {"SLURM_PROCID": ""},
+        {"TRAINIT_NUM_PROCESSES": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "many"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"SGE_TASK_ID": "1"},
+    ],
+)
+def test_variables_that_cannot_be_read(wrong, monkeypatch):
+    environment = (SLURM if "SLURM" in next(iter(wrong)) else {}) | wrong
+    named = f"{next(iter(wrong))[:7]}|JOB_ID"
+    with pytest.raises(SetupError, match=rf"cannot be read: .*({named}).*; use launch/"):
+        find_place(environment)
+    # Flags say everything, so that nothing of it is needed.
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = Namespace(coordinator="n1:99", num_processes=2, process_id=1)
+    assert find_own_place(given) == Place("flags", "n1:99", 2, 1)
 
 
 def test_alone():

@@ -30,32 +30,41 @@ class Place:
 
 def find_own_place(arguments: argparse.Namespace) -> Place:
     """This process's place, from its flags or else from its environment; SetupError if it has none."""
-    place, count, process = find_place(os.environ), arguments.num_processes, arguments.process_id
-    if count:
-        if process >= count:
-            raise SetupError(f"--process_id={process} must be below --num_processes={count}")
-        place = Place("flags", "", count, process)
+    count, process = arguments.num_processes, arguments.process_id
+    if count and process >= count:
+        raise SetupError(f"--process_id={process} must be below --num_processes={count}")
+    place = Place("flags", "", count, process) if count else find_place(os.environ)
     return dataclasses.replace(place, coordinator=arguments.coordinator or place.coordinator)
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
-    """This process's place; SetupError if the allocation is for several, but it was started alone."""
+    """This process's place; SetupError if it is alone but should not be, or variables are wrong."""
+    try:
+        return _find(environment)
+    except SetupError:
+        raise
+    except (KeyError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        remedy = "use launch/slurm.sh or sge.sh, or set --num_processes, --process_id and --coordinator"
+        raise SetupError(f"the launcher's variables cannot be read: {what}; {remedy}") from None
+
+
+def _find(e: Mapping[str, str]) -> Place:
     # Launch scripts come first: they run inside of Slurm, Grid Engine or Open MPI and know more.
-    if "TRAINIT_NUM_PROCESSES" in environment:
-        return _from_launch_script(environment)
-    if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:  # started by srun
-        return _from_slurm(environment)
-    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        job, count = environment["SLURM_JOB_ID"], environment["SLURM_NTASKS"]
+    if "TRAINIT_NUM_PROCESSES" in e:
+        return _from_launch_script(e)
+    if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:  # started by srun
+        return _from_slurm(e)
+    if "SLURM_PROCID" in e and _number(e, "SLURM_NTASKS", 1) > 1:
         raise SetupError(
-            f"Slurm job {job} has SLURM_NTASKS={count}, but this process was started without srun and would "
-            f"train alone; use launch/slurm.sh, or put srun in front"
+            f"Slurm job {e['SLURM_JOB_ID']} has SLURM_NTASKS={e['SLURM_NTASKS']}, but this process was "
+            f"started without srun and would train alone; use launch/slurm.sh, or put srun in front"
         )
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return _from_open_mpi(environment)
-    if "SGE_TASK_ID" in environment:
-        return _from_grid_engine(environment)
-    return Place("alone, in a shell of a Slurm job" if "SLURM_JOB_ID" in environment else "alone")
+    if _number(e, "OMPI_COMM_WORLD_SIZE", 1) > 1:
+        return _from_open_mpi(e)
+    if "SGE_TASK_ID" in e:
+        return _from_grid_engine(e)
+    return Place("alone, in a shell of a Slurm job" if "SLURM_JOB_ID" in e else "alone")
 
 
 def check_coordinator(place: Place):
@@ -78,40 +87,51 @@ def check_coordinator(place: Place):
         )
 
 
+def _number(e: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = e[name] if default is None else e.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} is no whole number")
+    return int(text)
+
+
 def _from_launch_script(e: Mapping[str, str]) -> Place:
     """launch/local.sh and launch/sge.sh export all of it."""
-    count, on_host = int(e["TRAINIT_NUM_PROCESSES"]), int(e["TRAINIT_LOCAL_PROCESSES"])
+    count, on_host = _number(e, "TRAINIT_NUM_PROCESSES"), _number(e, "TRAINIT_LOCAL_PROCESSES")
     job, address = e.get("TRAINIT_JOB", "launch script"), e["TRAINIT_COORDINATOR"]
-    devices = _local_devices(e, on_host, int(e["TRAINIT_LOCAL_ID"]))
-    return Place(job, address, count, int(e["TRAINIT_PROCESS_ID"]), devices, hosts=-(-count // on_host))
+    devices = _local_devices(e, on_host, _number(e, "TRAINIT_LOCAL_ID"))
+    return Place(job, address, count, _number(e, "TRAINIT_PROCESS_ID"), devices, hosts=-(-count // on_host))
 
 
 def _from_slurm(e: Mapping[str, str]) -> Place:
     """srun sets SLURM_STEP_* for the job step that it starts; a step may be smaller than the job."""
     job = f"Slurm job {e['SLURM_JOB_ID']}"
-    count = int(e["SLURM_STEP_NUM_TASKS"])
-    on_host = _tasks_per_node(e["SLURM_STEP_TASKS_PER_NODE"])[int(e["SLURM_NODEID"])]
-    gpus = int(e.get("SLURM_GPUS_ON_NODE", 0)) // on_host
+    tasks, node = _tasks_per_node(e["SLURM_STEP_TASKS_PER_NODE"]), _number(e, "SLURM_NODEID")
+    if node >= len(tasks):
+        raise ValueError(f"SLURM_NODEID={node}, but SLURM_STEP_TASKS_PER_NODE has {len(tasks)} nodes")
+    count, on_host = _number(e, "SLURM_STEP_NUM_TASKS", sum(tasks)), tasks[node]
+    gpus = _number(e, "SLURM_GPUS_ON_NODE", 0) // on_host
     if count == 1:
         return Place(job, gpus=gpus)
     address = f"{_first_host(e['SLURM_STEP_NODELIST'])}:{_port(e['SLURM_JOB_ID'])}"
-    devices = _local_devices(e, on_host, int(e["SLURM_LOCALID"]))
-    return Place(job, address, count, int(e["SLURM_PROCID"]), devices, int(e["SLURM_STEP_NUM_NODES"]), gpus)
+    devices = _local_devices(e, on_host, _number(e, "SLURM_LOCALID"))
+    process, hosts = _number(e, "SLURM_PROCID"), _number(e, "SLURM_STEP_NUM_NODES")
+    return Place(job, address, count, process, devices, hosts, gpus)
 
 
 def _from_open_mpi(e: Mapping[str, str]) -> Place:
     """The first address of mpirun's own URI, where it sets one, is on the host of process 0."""
-    count, on_host = int(e["OMPI_COMM_WORLD_SIZE"]), int(e["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    count, on_host = _number(e, "OMPI_COMM_WORLD_SIZE"), _number(e, "OMPI_COMM_WORLD_LOCAL_SIZE")
     head = re.search(r"tcp://([^,:;]+)", e.get("OMPI_MCA_orte_hnp_uri", ""))
     address = f"{head[1]}:{_port(e['OMPI_MCA_orte_hnp_uri'])}" if head else ""
-    devices = _local_devices(e, on_host, int(e["OMPI_COMM_WORLD_LOCAL_RANK"]))
-    return Place("Open MPI", address, count, int(e["OMPI_COMM_WORLD_RANK"]), devices, -(-count // on_host))
+    devices = _local_devices(e, on_host, _number(e, "OMPI_COMM_WORLD_LOCAL_RANK"))
+    process = _number(e, "OMPI_COMM_WORLD_RANK")
+    return Place("Open MPI", address, count, process, devices, hosts=-(-count // on_host))
 
 
 def _from_grid_engine(e: Mapping[str, str]) -> Place:
     """Grid Engine itself starts one process only; launch/sge.sh starts the others."""
     is_batch = e.get("ENVIRONMENT") == "BATCH"
-    if is_batch and int(e.get("NHOSTS", 1)) > 1:
+    if is_batch and _number(e, "NHOSTS", 1) > 1:
         raise SetupError(
             f"Grid Engine job {e['JOB_ID']} has NHOSTS={e['NHOSTS']}, but this process was started "
             f"without launch/sge.sh and would train alone; submit launch/sge.sh, or ask for one host"
@@ -121,15 +141,12 @@ def _from_grid_engine(e: Mapping[str, str]) -> Place:
 
 def _port(job: str) -> int:
     """A port in the upper, rarely used, end of the range: the same for all processes of a job."""
-    match = re.match(r"\d+", job)
-    return 61440 + int(match[0] if match else 0) % 4096
+    return 61440 + int("".join(re.findall(r"^\d+", job)) or 0) % 4096
 
 
 def _first_host(nodelist: str) -> str:
     """'n[03-05,9],m1' -> 'n03'"""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
-    assert match is not None, nodelist
-    return match[1] + (match[2] or "")
+    return "".join(re.findall(r"^([^,\[]+)(?:\[(\d+))?", nodelist)[0])
 
 
 def _tasks_per_node(text: str) -> list[int]:

@@ -170,9 +170,10 @@ def end(process: subprocess.Popen, expect: int | None, timeout: float = 180) -> 
 def pid_of(launcher: subprocess.Popen, rank: int) -> int:
     """The process with this number among the children of launch/local.sh."""
     for child in subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split():
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if f"TRAINIT_PROCESS_ID={rank}".encode() in environment:
-            return int(child)
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            if f"TRAINIT_PROCESS_ID={rank}".encode() in environment:
+                return int(child)
     raise AssertionError(f"no process {rank}")
 
 

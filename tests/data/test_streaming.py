@@ -14,7 +14,7 @@ from processes import ROOT, exact, last_step, metrics, run, run_imported, start,
 
 from trainit.config import ConfigError, jsonl, resolve
 from trainit.data import loader
-from trainit.data.dataset import DatasetError
+from trainit.data.dataset import DatasetError, find_tokenizer
 from trainit.data.documents import reader as readers
 from trainit.data.documents.reader import BrokenInputError
 from trainit.data.documents.targets import Targets
@@ -296,7 +296,7 @@ def test_what_cannot_work_is_said_before_the_run(tmp_path):
     with pytest.raises(DatasetError, match=r"dataset.path: .*a.txt is no file that ends in one of .jsonl"):
         streaming.open_files(config, ByteTokenizer(), 0, LENGTH, 8)
     with pytest.raises(DatasetError, match=r"^dataset.tokenizer=gpt9: there are bytes, gpt2"):
-        streaming.find_tokenizer("gpt9")
+        find_tokenizer("gpt9")
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,14 @@ class Dataset:
         return digest(json.dumps(content, sort_keys=True).encode())[:16]
 
 
+def find_tokenizer(choice: str) -> Tokenizer:
+    """Returns the tokenizer that dataset.tokenizer names. Raises DatasetError if it is not available."""
+    try:
+        return tokenizers.find(choice)
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
+
+
 def open_dataset(folder: Path, option: str = "dataset.path") -> Dataset:
     """Opens the dataset that messages call `option`=`folder`.
 

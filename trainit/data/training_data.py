@@ -17,7 +17,7 @@ import numpy as np
 
 from trainit.config import BatchSizes, Config, ConfigError, batch_sizes
 from trainit.data import loader, mixture, order
-from trainit.data.dataset import Dataset, Split
+from trainit.data.dataset import Dataset, Split, find_tokenizer
 from trainit.data.documents.targets import Targets
 from trainit.data.formats import detect
 from trainit.data.jsonl import dataset as jsonl
@@ -203,7 +203,7 @@ def read(
     """
     d = config.dataset
     if "streams" in d:
-        tokenizer = jsonl.find_tokenizer(d.tokenizer)
+        tokenizer = find_tokenizer(d.tokenizer)
         resolved = resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
         length, sequences = resolved.model.context_length, resolved.eval.sequences
         streamed = jsonl.open_files(resolved.dataset, tokenizer, resolved.seed, length, sequences)

@@ -27,7 +27,8 @@ class Targets:
         """Returns a and b: a token of this document has a * (bytes of its id) + b bytes of the text."""
         if (shard, document) not in self._shares:
             starts, sizes, _ = self._documents(shard)
-            ids = self.split.shards[shard][slice(*[*starts[document : document + 2], None][:2])]
+            begin, *following = starts[document : document + 2].tolist()
+            ids = self.split.shards[shard][begin : following[0] if following else None]
             parts = (self.token_bytes[ids[i : i + AT_ONCE]] for i in range(0, len(ids), AT_ONCE))
             size, of_ids = int(sizes[document]), sum(int(part.sum()) for part in parts)
             self._shares[shard, document] = (size / of_ids, 0.0) if of_ids else (0.0, size / len(ids))

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from trainit.data import tokenizers
-from trainit.data.dataset import Dataset, DatasetError, Split, dtype_of, open_dataset
+from trainit.data.dataset import Dataset, DatasetError, Split, dtype_of, find_tokenizer, open_dataset
 from trainit.data.formats import arrow, binary
 from trainit.data.formats.binary import Shard
 from trainit.data.tokenizers import Tokenizer
@@ -142,10 +142,7 @@ def _tokenizer(choice: str | Tokenizer, file: Path) -> Tokenizer:
             f"{file} has no tokenizer with it: set dataset.tokenizer to what its tokens were made with, one "
             f"of {tokenizers.KINDS}"
         )
-    try:
-        return tokenizers.find(choice)
-    except ValueError as error:
-        raise DatasetError(str(error)) from None
+    return find_tokenizer(choice)
 
 
 def _validation(path: str, named: Tokenizer) -> Split:

@@ -20,7 +20,7 @@ from absl import logging
 
 from trainit.cluster import sync
 from trainit.cluster.process import end_with_parent
-from trainit.data import loader, tokenizers
+from trainit.data import loader
 from trainit.data.dataset import DatasetError, Split
 from trainit.data.documents.reader import BrokenInputError, Position, find_files
 from trainit.data.documents.targets import Targets
@@ -238,14 +238,6 @@ class StreamedData:
             f"files: {len(c.paths)}, in groups: {len(c.groups)}, {sum(c.sizes) / 1e9:.3g} GB in {c.streams} "
             f"streams with windows of {c.window} sequences"
         )
-
-
-def find_tokenizer(choice: str) -> Tokenizer:
-    """Returns the tokenizer that dataset.tokenizer names. Raises DatasetError if it is not available."""
-    try:
-        return tokenizers.find(choice)
-    except ValueError as error:
-        raise DatasetError(str(error)) from None
 
 
 def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> StreamedData:

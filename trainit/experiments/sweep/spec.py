@@ -109,7 +109,7 @@ class Sweep:
         by_folder: dict[Path, Job] = {}
         for job in jobs:
             other = by_folder.setdefault(job.folder, job)
-            pairs = zip(other.arguments, job.arguments, strict=True)
+            pairs = itertools.zip_longest(other.arguments, job.arguments)
             changes = "; ".join(f"{a} and {b}" for a, b in pairs if a != b)
             require(
                 not changes, f"two runs would have the folder {job.folder}: {changes}; make it two sweeps"

@@ -26,14 +26,14 @@ def calm(random_dataset, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def activate(tmp_path_factory) -> str:
-    """TRAINIT_ACTIVATE of jobs: Python as here, and steps of 0.4 s, which no machine is too fast for."""
+    """TRAINIT_ACTIVATE of jobs: Python as here, and steps of 2 s, so that any machine is quick enough."""
     folder = tmp_path_factory.mktemp("slow")
     (folder / "sitecustomize.py").write_text(
         "import time\n"
         "from trainit.data.dataset import Split\n"
         "read = Split.read\n"
         "def slowly(*args):\n"
-        "    time.sleep(0.4)\n"
+        "    time.sleep(2)\n"
         "    return read(*args)\n"
         "Split.read = slowly\n"
     )

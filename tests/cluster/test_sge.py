@@ -23,7 +23,7 @@ pytestmark = pytest.mark.evidence(
 )
 
 HERE = Path(__file__).parent
-STEPS = 280  # more than its time limit lets a job do at once
+STEPS = 64  # more than its time limit lets a job do at once
 TWO_NODES = "-pe", "mpi_2_tasks_per_node", "4"
 
 
@@ -105,7 +105,7 @@ def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
     job.kill(3, signal.SIGUSR1)
     job.wait(lambda: job.starts() >= 2)
     job.wait(job.over, 1500)
-    assert "done       all 280 steps" in job.text(), job.text()
+    assert "done       all 64 steps" in job.text(), job.text()
     assert f"place      Grid Engine job {job.id}: process 0 of 4, coordinator n" in job.text()
     assert "process 3  n" in job.text()
     assert job.text().count("stopped    on SIGUSR1") == job.starts() - 1 >= 2
@@ -115,14 +115,14 @@ def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
 
 def test_a_job_on_one_host_runs_again_until_it_is_done(submit, calm):
     """In a parallel environment of one host, without qrsh: exit code 99."""
-    job = submit("-pe", "omp", "2", "-l", "h_rt=600", "-r", "y", steps=40)
+    job = submit("-pe", "omp", "2", "-l", "h_rt=600", "-r", "y", steps=15)
     job.wait(lambda: job.step() >= 3)
     job.kill(0, signal.SIGTERM)
     job.wait(job.over)
-    assert "done       all 40 steps" in job.text(), job.text()
+    assert "done       all 15 steps" in job.text(), job.text()
     assert job.starts() == 2
     assert job.text().count(f"job {job.id}, start ") == 2  # the same job
-    assert_same_but_for_rounding(metrics(job.run), calm(40))
+    assert_same_but_for_rounding(metrics(job.run), calm(15))
 
 
 def test_a_deleted_job_saves_and_stays_deleted(on_head, submit):

@@ -112,8 +112,8 @@ def subset_dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def random_dataset(tmp_path_factory) -> Path:
     """A prepared dataset of bytes: words drawn from a seed, in four shards to train and one to validate."""
-    from trainit.data.tokenizers import ByteTokenizer
     from trainit.prepare.demo import write_dataset
+    from trainit.tokenizers import ByteTokenizer
 
     draw = np.random.default_rng(0)
     words = ["".join(chr(c) for c in draw.integers(97, 123, draw.integers(1, 8))) for _ in range(300)]

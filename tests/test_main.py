@@ -116,8 +116,8 @@ def test_a_config_file_that_gives_no_config(body, part, tmp_path):
 
 def test_damaged_datasets(random_dataset, tmp_path):
     """Whatever is wrong with the dataset or its tokenizer is known before training, not after."""
-    from trainit.data.tokenizers import ByteTokenizer
     from trainit.prepare.demo import write_dataset
+    from trainit.tokenizers import ByteTokenizer
 
     for number, (file, content, part) in enumerate(
         [

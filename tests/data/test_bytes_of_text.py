@@ -14,9 +14,9 @@ import tiny
 import tokenizers as hugging_face
 
 from trainit import config as config_lib
+from trainit import tokenizers
 from trainit.__main__ import main as trainit_command
 from trainit.cluster.monitor import JobMonitor
-from trainit.data import tokenizers
 from trainit.data.dataset import DatasetError, open_dataset
 from trainit.data.documents.targets import Targets
 from trainit.data.jsonl import dataset as jsonl

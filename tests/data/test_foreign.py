@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from processes import ROOT, metrics, run_imported
 
-from trainit.data import loader, tokenizers
+from trainit import tokenizers
+from trainit.data import loader
 from trainit.data.dataset import DatasetError
 from trainit.data.formats import arrow as columns
 from trainit.data.formats.detect import open_path
 from trainit.data.order import Ordered, Sequential
-from trainit.data.tokenizers.base import digest
+from trainit.tokenizers.base import digest
 
 VOCABULARY = 257  # of the tokenizer "bytes"
 LENGTH = 16  # of sequences, where a test does not say otherwise

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from processes import ROOT
 
-from trainit.data import tokenizers
+from trainit import tokenizers
 from trainit.data.dataset import open_dataset
 from trainit.prepare.demo import prepare_demo, write_dataset
 

@@ -18,9 +18,9 @@ from processes import ROOT
 from trainit.__main__ import main as trainit_command
 from trainit.data.dataset import DatasetError, open_dataset
 from trainit.data.documents import reader
-from trainit.data.tokenizers import SentencePieceTokenizer
 from trainit.prepare import merge
 from trainit.prepare.verify import verify
+from trainit.tokenizers import SentencePieceTokenizer
 
 WORDS = Path(reader.__file__).read_text().split(" ")
 SMALL = ["--shard_tokens=20000", "--unit_bytes=1"]

@@ -11,7 +11,7 @@ import zstandard
 
 from trainit.data.documents import decompress, reader
 from trainit.data.documents.reader import Position
-from trainit.data.tokenizers import base
+from trainit.tokenizers import base
 
 FIELDS = ("text", "meta.pile_set_name")
 

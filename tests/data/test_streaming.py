@@ -21,9 +21,9 @@ from trainit.data.documents.targets import Targets
 from trainit.data.jsonl import dataset as streaming
 from trainit.data.jsonl.stream import Corpus, State, Stream, deal
 from trainit.data.loader import DataPosition
-from trainit.data.tokenizers import ByteTokenizer
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh
+from trainit.tokenizers import ByteTokenizer
 
 END = 256
 LENGTH = 16

@@ -11,9 +11,9 @@ import sentencepiece
 import tiktoken
 import tokenizers as hugging_face
 
-from trainit.data import tokenizers
+from trainit import tokenizers
 from trainit.data.documents import reader
-from trainit.data.tokenizers import base
+from trainit.tokenizers import base
 
 AWKWARD = [
     "",

@@ -26,10 +26,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from trainit import tokenizers
 from trainit.config import ConfigError
-from trainit.data import tokenizers
-from trainit.data.tokenizers import Tokenizer
-from trainit.data.tokenizers.base import digest
+from trainit.tokenizers import Tokenizer
+from trainit.tokenizers.base import digest
 
 FORMAT = 3
 

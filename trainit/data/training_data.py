@@ -25,8 +25,8 @@ from trainit.data.loader import START, DataPosition, Shape
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered, Spaced
 from trainit.data.subsets import Subset
-from trainit.data.tokenizers import Tokenizer
 from trainit.logs import quantity
+from trainit.tokenizers import Tokenizer
 
 
 class BatchReader(Protocol):

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from absl import logging
 
-from trainit import logs
+from trainit import logs, tokenizers
 from trainit.cluster.process import FAILED, STOPPED
 from trainit.config import ConfigError
-from trainit.data import tokenizers
 from trainit.data.dataset import DatasetError
 from trainit.data.documents.reader import SUFFIXES
 from trainit.prepare import prepare, workers

@@ -13,9 +13,9 @@ from absl import logging
 
 from trainit.data.dataset import FORMAT, DatasetError, dtype_of
 from trainit.data.documents.reader import Batch, Document, Position
-from trainit.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from trainit.prepare.merge import join
 from trainit.prepare.writer import Recipe, Unit, UnitWriter, encode
+from trainit.tokenizers import SentencePieceTokenizer, Tokenizer
 
 DEMO_VOCAB_SIZE = 8192
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from trainit.data.dataset import FORMAT, dtype_of
-from trainit.data.tokenizers import Tokenizer
-from trainit.data.tokenizers.base import digest
 from trainit.files import write_atomically
 from trainit.prepare.writer import HASH, PARTS, GrowingFile, StateError, Unit, read_journal
+from trainit.tokenizers import Tokenizer
+from trainit.tokenizers.base import digest
 
 HASHES_AT_ONCE = 1 << 22  # that are sorted in memory
 LISTED = 10_000  # of what was broken, in dataset.json

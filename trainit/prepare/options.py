@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from trainit import tokenizers
 from trainit.config import ConfigError, require
-from trainit.data import tokenizers
 from trainit.data.documents import reader
 from trainit.prepare.writer import Unit
 

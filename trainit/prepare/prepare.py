@@ -13,19 +13,19 @@ from pathlib import Path
 from absl import logging
 from tabulate import tabulate
 
+from trainit import tokenizers
 from trainit.cluster.process import DONE, FAILED
 from trainit.config import ConfigError
-from trainit.data import tokenizers
 from trainit.data.dataset import FORMAT, open_dataset
 from trainit.data.documents import reader
 from trainit.data.documents.reader import Position
-from trainit.data.tokenizers import Tokenizer
-from trainit.data.tokenizers.base import digest
 from trainit.files import write_atomically
 from trainit.prepare import options, workers
 from trainit.prepare.merge import COUNTS, join
 from trainit.prepare.verify import verify
 from trainit.prepare.writer import Recipe
+from trainit.tokenizers import Tokenizer
+from trainit.tokenizers.base import digest
 
 SAMPLE_BYTES = 1 << 28  # of text, from the beginnings of all files, to train a tokenizer on
 SAMPLE_LINES = 1_000_000

@@ -15,13 +15,13 @@ from pathlib import Path
 import tqdm
 from absl import logging
 
+from trainit import tokenizers
 from trainit.cluster.process import end_with_parent
-from trainit.data import tokenizers
 from trainit.data.dataset import dtype_of
 from trainit.data.documents import reader
 from trainit.data.documents.reader import Batch, BrokenInputError, Position
-from trainit.data.tokenizers import Tokenizer
 from trainit.prepare.writer import Encoded, Recipe, StateError, Unit, UnitWriter, encode
+from trainit.tokenizers import Tokenizer
 
 COMMIT_SECONDS = 5.0  # at most this much work is done again after a kill
 LOG_SECONDS = 60.0  # between lines about the progress where there is no terminal

@@ -23,9 +23,9 @@ import numpy as np
 from trainit.data.dataset import dtype_of
 from trainit.data.documents.reader import Batch, Broken, BrokenInputError, Position, parse
 from trainit.data.documents.reader import encode as encode_documents
-from trainit.data.tokenizers import Tokenizer
-from trainit.data.tokenizers.base import to_bytes
 from trainit.files import write_atomically
+from trainit.tokenizers import Tokenizer
+from trainit.tokenizers.base import to_bytes
 
 LISTED = 1000  # of what is broken in a unit; all is counted
 HASH = 16  # bytes of a document's hash: BLAKE2b

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from trainit.data.documents.decompress import DamagedError, chunks
-from trainit.data.tokenizers import Tokenizer
-from trainit.data.tokenizers.base import PIECE, boundary
+from trainit.tokenizers import Tokenizer
+from trainit.tokenizers.base import PIECE, boundary
 
 BATCH = 1 << 20  # bytes of text
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")

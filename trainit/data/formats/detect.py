@@ -17,12 +17,12 @@ import json
 import re
 from pathlib import Path
 
-from trainit.data import tokenizers
+from trainit import tokenizers
 from trainit.data.dataset import Dataset, DatasetError, Split, dtype_of, find_tokenizer, open_dataset
 from trainit.data.formats import arrow, binary
 from trainit.data.formats.binary import Shard
-from trainit.data.tokenizers import Tokenizer
-from trainit.data.tokenizers.base import digest
+from trainit.tokenizers import Tokenizer
+from trainit.tokenizers.base import digest
 
 WORDS = {  # words in names, and their splits; a test split is read only if there is no validation split
     **dict.fromkeys(("train", "training"), "train"),

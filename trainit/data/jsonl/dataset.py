@@ -26,8 +26,8 @@ from trainit.data.documents.reader import BrokenInputError, Position, find_files
 from trainit.data.documents.targets import Targets
 from trainit.data.jsonl.stream import Corpus, State, Stream, documents
 from trainit.data.loader import START, DataPosition
-from trainit.data.tokenizers import Tokenizer
-from trainit.data.tokenizers.base import digest, to_bytes
+from trainit.tokenizers import Tokenizer
+from trainit.tokenizers.base import digest, to_bytes
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainit.data import tokenizers
+from trainit import tokenizers
 from trainit.data.dataset import DatasetError, dtype_of
 from trainit.data.documents import reader
 from trainit.data.documents.reader import Batch, BrokenInputError, Document, Position
 from trainit.data.order import permute
-from trainit.data.tokenizers import Tokenizer
+from trainit.tokenizers import Tokenizer
 
 EQUAL = 0.95  # groups of files count as equal if the smallest has at least this share of the largest
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from trainit import tokenizers
 from trainit.config import ConfigError
-from trainit.data import tokenizers
 from trainit.data.documents import reader
 from trainit.data.documents.reader import Position
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trainit.data.tokenizers.base import SPACE, SURROGATES, Vocabulary, piece_bytes
+from trainit.tokenizers.base import SPACE, SURROGATES, Vocabulary, piece_bytes
 
 
 class SentencePieceTokenizer(Vocabulary):

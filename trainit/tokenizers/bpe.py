@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainit.data.tokenizers.base import Vocabulary, digest, piece_bytes
+from trainit.tokenizers.base import Vocabulary, digest, piece_bytes
 
 # GPT-2's (Radford et al. 2019), with the possessive quantifiers that tiktoken writes.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from trainit.config.fields import TOKENIZERS as KINDS
-from trainit.data.tokenizers.base import SPACE, ByteTokenizer, Tokenizer, digest
-from trainit.data.tokenizers.bpe import Gpt2Tokenizer, HuggingFaceTokenizer
-from trainit.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from trainit.tokenizers.base import SPACE, ByteTokenizer, Tokenizer, digest
+from trainit.tokenizers.bpe import Gpt2Tokenizer, HuggingFaceTokenizer
+from trainit.tokenizers.sentencepiece import SentencePieceTokenizer
 
 CLASSES = ByteTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, HuggingFaceTokenizer
 # Text that a tokenizer easily changes: repeated spaces, a ligature, a combining accent, a lone surrogate.

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from typing import Any
 def write_atomically(path: Path, content: str | bytes):
     """Writes a file under another name, and renames it: what was there stays until then.
 
-    Of several processes on several hosts that write it, one wins. Nothing is left behind by an OSError.
+    One process at a time may write it. An OSError leaves nothing; what a kill leaves, the next call replaces.
     """
-    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with unfinished.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -185,6 +185,52 @@ def test_a_join_that_was_stopped_is_done_again(corpus, undisturbed, tmp_path, mo
     assert content(tmp_path / "out") == content(undisturbed["unique"])
 
 
+KILLED = """
+import os, signal, sys
+from trainit.__main__ import main
+from trainit.prepare import prepare
+join, (output, arguments) = prepare.join, (sys.argv[1], sys.argv[2:])
+
+def run(kill_at):
+    count = 0
+    def look(event, args):
+        nonlocal count
+        if event in ("open", "os.rename", "os.remove", "os.rmdir"):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    def watched(*args):
+        sys.addaudithook(look)
+        return join(*args)
+    prepare.join = watched
+    os._exit(main(["prepare", f"--output={output}-{kill_at}", *arguments]))
+
+kill_at, status = 0, 9
+while status == 9:
+    kill_at += 1
+    if not (process := os.fork()):
+        run(kill_at)
+    status = os.waitpid(process, 0)[1]
+print(kill_at)
+"""
+
+
+def test_a_join_that_was_killed_leaves_nothing(tmp_path):
+    """Killed before each of its operations on files; the same command makes the same folder."""
+    for name, seed in (("train", 0), ("val", 1)):
+        write(tmp_path / f"{name}.jsonl", documents(12, seed) * 2)
+    flags = [f"--input={tmp_path}/train.jsonl", f"--validation={tmp_path}/val.jsonl", "--deduplicate"]
+    flags += ["--tokenizer=bytes", "--workers=1", "--shard_tokens=9000"]
+    killed = [sys.executable, "-c", KILLED, f"{tmp_path}/out", *flags]
+    output = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    last = int(output.split()[-1])
+    assert last > 50
+    undisturbed = content(tmp_path / f"out-{last}")
+    for kill_at in range(1, last):
+        assert trainit_command(["prepare", f"--output={tmp_path}/out-{kill_at}", *flags]) == 0
+        assert content(tmp_path / f"out-{kill_at}") == undisturbed, kill_at
+
+
 @pytest.mark.evidence("preparing killed and stopped again and again: the same files, byte for byte")
 def test_kills_and_stops_change_nothing(corpus, undisturbed, tmp_path):
     """kill -9 at random moments, then SIGTERM, each followed by the same command again."""
@@ -279,6 +325,37 @@ def test_validation_by_hash(corpus, tmp_path):
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[:8], "big")
         assert number < 0.2 * 2**64
     check_counts(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        ('{"text": "some text"}', ["--validation_fraction=1e-9"], "split validation has no text to use"),
+        ('{"text": "some text"}', ["--validation=empty.jsonl"], "split validation has no text to use"),
+        ('{"text": "some text"}', ["--validation=blank.jsonl"], "split validation has no text to use"),
+        ('{"text": ""}\n\n', ["--validation=full.jsonl"], "split train has no text to use"),
+        ("", ["--validation_fraction=0.5"], "split train has no text to use"),
+    ],
+)
+def test_a_split_without_text_is_an_error(train, validation, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text(train)
+    for name, text in (("full", '{"text": "ab"}'), ("empty", ""), ("blank", '{"text": ""}\n{"text": ""}')):
+        Path(f"{name}.jsonl").write_text(text)
+    flags = ["--input=train.jsonl", *validation, "--tokenizer=bytes", "--workers=1", "--output=out"]
+    for _ in range(2):  # once finished, too
+        assert trainit_command(["prepare", *flags]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_size_is_refused(corpus, tmp_path, capsys):
+    flags = arguments(corpus, f"--tokenizer=sentencepiece:{tmp_path}/m.model", "--train_tokenizer")
+    assert trainit_command(["prepare", *flags, "--vocab_size=400"]) == 0
+    model = (tmp_path / "m.model").read_bytes()
+    assert trainit_command(["prepare", *flags, "--vocab_size=500"]) == 2
+    assert f"--vocab_size=500, but {tmp_path}/m.model has 400 ids" in capsys.readouterr().err
+    assert trainit_command(["prepare", *flags, "--vocab_size=400"]) == 0
+    assert (tmp_path / "m.model").read_bytes() == model
 
 
 def test_broken_input(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 
 import numpy as np
 import pyarrow
@@ -69,6 +70,43 @@ def test_all_documents_from_every_position(name, tmp_path, monkeypatch):
     for position, count in positions:
         rest, _, _ = read(tmp_path / name, position)
         assert [(d.text, d.line) for d in rest] == [(d.text, d.line) for d in documents[count:]]
+
+
+@pytest.mark.parametrize("last_line_ends", [True, False])
+def test_bytes_after_a_gz_cost_no_document(last_line_ends, tmp_path):
+    """All documents come before the damage is reported, as `gzip -dc` gives them; zeros are no damage."""
+    rows = records(3000)
+    content = as_lines(rows).rstrip() + b"\n" * last_line_ends
+    for name, tail in (
+        ("zeros", bytes(70_000)),
+        ("garbage", b"garbage"),
+        ("torn", gzip.compress(b"x" * 99)[:9]),
+    ):
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]) + tail)
+        documents, broken, _ = read(path)
+        assert [(d.text, d.subset) for d in documents] == rows
+        assert [b.line for b in broken] == [] if name == "zeros" else [2999 + last_line_ends]
+    path.write_bytes(bytes(100))
+    assert read(path)[1][0].damaged  # zeros alone are no gzip file
+
+
+def test_damage_inside_a_gz_keeps_what_precedes_it(tmp_path):
+    """Against zlib fed byte by byte, for damage at random places."""
+    content, draw = as_lines(records(200)), np.random.default_rng(3)
+    good = gzip.compress(content)
+    for place in draw.integers(100, len(good) - 8, 10).tolist():
+        torn = good[:place] + bytes([good[place] ^ 255]) + good[place + 1 :]
+        (tmp_path / "a.jsonl.gz").write_bytes(torn)
+        stream, pieces = zlib.decompressobj(31), []
+        with pytest.raises(zlib.error):
+            for i in range(len(torn)):
+                pieces.append(stream.decompress(torn[i : i + 1]))
+        lines = b"".join(pieces).split(b"\n")[:-1]
+        documents, broken, _ = read(tmp_path / "a.jsonl.gz")
+        (damage,) = (b for b in broken if b.damaged)
+        assert damage.line == len(lines)
+        assert len(documents) + len(broken) - 1 == sum(bool(line.strip()) for line in lines)
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])

@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,7 +73,7 @@ def prepare_demo(cache: Path) -> Path:
             logging.info("preparing the demo dataset in %s, once", folder)
             validation = {name for name in texts if int(name[:4]) % 20 == 0}
             train = [text for name, text in texts.items() if name not in validation]
-            unfinished = cache / f"demo-{key}.{os.getpid()}.tmp"
+            unfinished = cache / f"demo-{key}.tmp"  # may be left by a process that was killed
             write_dataset(
                 unfinished,
                 SentencePieceTokenizer.train(train, DEMO_VOCAB_SIZE),

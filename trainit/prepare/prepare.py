@@ -6,6 +6,9 @@ in a row), which tasks may share: task i of n, counted from 1 as Grid Engine doe
 
 import argparse
 import json
+import os
+import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +18,7 @@ from tabulate import tabulate
 
 from trainit import tokenizers
 from trainit.cluster.process import DONE, FAILED
-from trainit.config import ConfigError
+from trainit.config import ConfigError, require
 from trainit.data.dataset import FORMAT, open_dataset
 from trainit.data.documents import reader
 from trainit.data.documents.reader import Position
@@ -48,7 +51,7 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
     """Returns the tokenizer of --tokenizer. With --train_tokenizer it is trained first, unless it exists."""
     path = Path(args.tokenizer.partition(":")[2])
     if args.train_tokenizer and path.exists():
-        logging.info("%-10s %s is there already", "tokenizer", path)
+        logging.info("%-10s %s is used as it is; remove it to train it again", "tokenizer", path)
     elif args.train_tokenizer:
         logging.info("%-10s training %s with %d ids", "tokenizer", path, args.vocab_size)
         texts = _sample(options.files(args.input, "input")[0], (args.text_field, args.subset_field))
@@ -57,6 +60,11 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
         write_atomically(path, model.serialize())
     tokenizer = tokenizers.find(args.tokenizer, "--tokenizer")
     logging.info("%-10s %s, vocabulary %d", "tokenizer", args.tokenizer, tokenizer.vocab_size)
+    require(
+        tokenizer.vocab_size == args.vocab_size or not args.train_tokenizer,
+        f"--vocab_size={args.vocab_size}, but {path} has {tokenizer.vocab_size} ids already: remove it to "
+        f"train it again, give its number, or name another file",
+    )
     if not tokenizers.is_lossless(tokenizer):
         why = "it normalizes, or has no bytes to fall back on"
         logging.warning("%-10s %s does not decode to every text: %s", "tokenizer", args.tokenizer, why)
@@ -81,7 +89,11 @@ def _claim(output: Path, source: dict) -> dict | None:
     info = json.loads(finished.read_bytes()) if finished.exists() else None
     if info is None and not recipe.exists():
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(recipe, json.dumps(source, indent=1))
+        own = recipe.with_suffix(
+            f".{socket.gethostname()}.{os.getpid()}"
+        )  # others may begin at the same time
+        write_atomically(own, json.dumps(source, indent=1))
+        own.replace(recipe)
     previous = info.get("source", {}) if info else json.loads(recipe.read_bytes())
     for key in source:
         if previous.get(key) != source[key]:
@@ -92,6 +104,8 @@ def _claim(output: Path, source: dict) -> dict | None:
                 f"--output={output} holds a dataset made with {how}; give the same, remove the folder, or "
                 f"name another"
             )
+    if info:  # what a kill has left, after everything was done
+        shutil.rmtree(recipe.parent, ignore_errors=True)
     return info
 
 
@@ -114,7 +128,15 @@ def _finish(info: dict) -> int:
         print(f"{count:,} broken left out, listed in dataset.json, the first: {first}")
     if damaged := info["broken"]["damaged_files"]:
         logging.error("trainit: error: %d files are damaged or truncated: their rest is missing", damaged)
-    return FAILED if damaged else DONE
+    fraction = info["source"]["validation_fraction"]
+    flags = {
+        "train": "--input",
+        "validation": f"--validation_fraction={fraction}" if fraction else "--validation",
+    }
+    empty = [name for name, split in info["splits"].items() if split["tokens"] < 2 or not split["bytes"]]
+    for name in empty:
+        logging.error("trainit: error: the split %s has no text to use: change %s", name, flags[name])
+    return FAILED if damaged or empty else DONE
 
 
 def prepare(args: argparse.Namespace) -> int:

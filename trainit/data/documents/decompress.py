@@ -1,10 +1,10 @@
 """The content of compressed files, piece by piece, in bounded memory."""
 
-import gzip
+import contextlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -52,11 +52,27 @@ def _decompress_zst(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _decompress_gz(file: BinaryIO) -> Iterator[bytes]:
-    try:
-        with gzip.GzipFile(fileobj=file) as content:
-            while chunk := content.read(CHUNK):
+    """Decompresses member by member. What comes before damage, such as bytes after the end, is kept."""
+    member, padding = None, b""
+    while data := file.read(COMPRESSED):
+        while data := data if member else data.lstrip(padding):
+            member = member or zlib.decompressobj(zlib.MAX_WBITS | 16)
+            before = member.copy()
+            try:
+                chunk = member.decompress(data)
+            except zlib.error as error:
+                yield from _up_to_damage(before, data)
+                raise DamagedError(f"damaged gzip file ({error})") from None
+            if chunk:
                 yield chunk
-    except EOFError:
-        raise DamagedError("truncated gzip file") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DamagedError(f"damaged gzip file ({error})") from None
+            data = member.unused_data if member.eof else b""
+            member, padding = None if member.eof else member, b"\0"  # zeros may follow a member
+    if member:
+        raise DamagedError("truncated gzip file")
+
+
+def _up_to_damage(member: Any, data: bytes) -> Iterator[bytes]:
+    """Yields what comes out of damaged data before the first byte that is refused."""
+    with contextlib.suppress(zlib.error):
+        for i in range(len(data)):
+            yield member.decompress(data[i : i + 1])

@@ -122,12 +122,20 @@ def _read_lines(path: Path, name: str, fields: tuple[str, str], start: Position)
         except DamagedError as error:
             damage = error
         rest = b"".join(parts)
-        if damage:  # the rest after the last whole line is incomplete
+        if damage and not _is_whole(rest):  # the rest after the last whole line is incomplete
             rest = rest[: rest.rfind(b"\n") + 1]
         if rest:
             yield batch(rest)
         if damage:
             raise damage
+
+
+def _is_whole(lines: bytes) -> bool:
+    """Whether the last line is a whole record, though no end of line follows it."""
+    try:
+        return isinstance(json.loads(lines[lines.rfind(b"\n") + 1 :]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def parse(batch: Batch, fields: tuple[str, str]) -> tuple[list[Document], list[Broken]]:

@@ -223,7 +223,7 @@ def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "Tr
         shrink(config, [name for name, _ in arguments.overrides])
         if is_prepared and not Path(folder).is_dir() and not detect.find(Path(folder)):
             folder = "demo"
-            config.dataset.update(path=folder, mixture="", tokenizer="", validation_path="")
+            config.dataset.update(path=folder, mixture="", tokenizer="", validation_path="", end_of_text="")
     if folder == "demo" and is_prepared:
         try:
             folder = str(prepare_demo(cache()))

@@ -417,7 +417,7 @@ def test_the_readmes_commands_fit_their_formats(random_dataset, tmp_path, monkey
         "Arrow": lambda folder: dataset_dict(folder, draw(300), draw(50)),
     }
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tokenizers, "find", lambda choice: tokenizers.ByteTokenizer())
+    monkeypatch.setattr(tokenizers, "find", lambda choice, **more: tokenizers.ByteTokenizer())
     for fields, (format, write) in zip(commands, written.items(), strict=True):
         Path(fields["dataset.path"]).mkdir(parents=True)
         write(Path(fields["dataset.path"]))

@@ -122,6 +122,7 @@ def dataset(path: str) -> ConfigDict:
     d.path = field(path, "prepared dataset, or another program's tokens; 'demo': presidents' messages")
     d.validation_path = field("", "validation tokens of another program; empty: next to those to train on")
     d.tokenizer = field("", f"of another program's tokens: {TOKENIZERS}")
+    d.end_of_text = field("", "token that ends a text; empty: the one that the tokenizer's files name")
     d.mixture = field("", "weights of subsets and folders: 'Github 0.3, data/web 0.7; 50%: ...'; empty: all")
     d.order = field(
         "shuffled",

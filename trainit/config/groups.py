@@ -52,7 +52,7 @@ GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS, "diagnost
 FREE = re.compile(
     r"(max_minutes|stall_seconds|max_skipped|device_batch_size|logits_mib|platform|cpu_devices)$"
     r"|model\.(attention|remat|scan_layers)$"
-    r"|dataset\.(path|validation_path|subset_field|tokenizer|workers|prefetch)$"  # it has a fingerprint
+    r"|dataset\.(path|validation_path|subset_field|tokenizer|end_of_text|workers|prefetch)$"  # fingerprints
     r"|(mesh|eval|log|checkpoint|diagnostics|wandb)\."
 )
 

@@ -234,10 +234,10 @@ class Dataset:
         return digest(json.dumps(content, sort_keys=True).encode())[:16]
 
 
-def find_tokenizer(choice: str) -> Tokenizer:
-    """Returns the tokenizer that dataset.tokenizer names. Raises DatasetError if it is not available."""
+def find_tokenizer(choice: str, end_of_text: str = "") -> Tokenizer:
+    """Returns the tokenizer that fields of a dataset name. Raises DatasetError if it is not available."""
     try:
-        return tokenizers.find(choice)
+        return tokenizers.find(choice, end_of_text=end_of_text)
     except ValueError as error:
         raise DatasetError(str(error)) from None
 

@@ -203,7 +203,7 @@ def read(
     """
     d = config.dataset
     if "streams" in d:
-        tokenizer = find_tokenizer(d.tokenizer)
+        tokenizer = find_tokenizer(d.tokenizer, d.end_of_text)
         resolved = resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
         length, sequences = resolved.model.context_length, resolved.eval.sequences
         streamed = jsonl.open_files(resolved.dataset, tokenizer, resolved.seed, length, sequences)
@@ -211,7 +211,7 @@ def read(
         return resolved, streamed
 
     try:
-        dataset = detect.open_path(path, d.tokenizer, d.validation_path)
+        dataset = detect.open_path(path, d.tokenizer, d.validation_path, d.end_of_text)
     except OSError as error:
         raise ConfigError(f"dataset.path={d.path!r} cannot be used: {error}") from None
     for name in ("train", "validation"):

@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation", action="append", default=[], help="files to validate on, likewise")
     add("--validation_fraction", type=float, default=0.0, help="documents put aside for it, by their hash")
     add("--tokenizer", default="", help=f"one of {tokenizers.KINDS}")
+    add(
+        "--end_of_text",
+        default="",
+        help="token that ends a text; else the one that the tokenizer's files name",
+    )
     add("--output", type=Path, help="folder of the dataset")
     add("--text_field", default="text", help="dotted path of the text in JSON or parquet")
     add("--subset_field", default="meta.pile_set_name", help="dotted path of the subset's name")

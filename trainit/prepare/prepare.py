@@ -58,8 +58,9 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
         model = tokenizers.SentencePieceTokenizer.train(texts, args.vocab_size, SAMPLE_LINES)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, model.serialize())
-    tokenizer = tokenizers.find(args.tokenizer, "--tokenizer")
-    logging.info("%-10s %s, vocabulary %d", "tokenizer", args.tokenizer, tokenizer.vocab_size)
+    tokenizer = tokenizers.find(args.tokenizer, "--tokenizer", args.end_of_text)
+    about = f"{args.tokenizer}, vocabulary {tokenizer.vocab_size}, end of text {tokenizer.end_name}"
+    logging.info("%-10s %s", "tokenizer", about)
     require(
         tokenizer.vocab_size == args.vocab_size or not args.train_tokenizer,
         f"--vocab_size={args.vocab_size}, but {path} has {tokenizer.vocab_size} ids already: remove it to "
@@ -74,7 +75,7 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
 def _source(args: argparse.Namespace, tokenizer: Tokenizer, inputs: dict) -> dict:
     """Everything that decides which tokens come out."""
     content, end = digest(tokenizer.serialize()), tokenizer.end_of_text
-    about = {"name": tokenizer.name, "sha256": content, "end_of_text": end}
+    about = {"end_of_text": end, "name": tokenizer.name, "sha256": content}
     recipe = {field.name: getattr(args, field.name) for field in fields(Recipe)}
     return {"format": FORMAT, "tokenizer": about, **recipe, "unit_bytes": args.unit_bytes, "input": inputs}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trainit.config.fields import TOKENIZERS as KINDS
 from trainit.tokenizers.base import SPACE, ByteTokenizer, Tokenizer, digest
-from trainit.tokenizers.bpe import Gpt2Tokenizer, HuggingFaceTokenizer
+from trainit.tokenizers.bpe import Gpt2Tokenizer, HuggingFaceTokenizer, declared_end
 from trainit.tokenizers.sentencepiece import SentencePieceTokenizer
 
 CLASSES = ByteTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, HuggingFaceTokenizer
@@ -12,19 +12,24 @@ CLASSES = ByteTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, HuggingFaceToken
 PROBE = f"A  b\n\t ﬁ e\N{COMBINING ACUTE ACCENT} Å\x00 {SPACE} \r\n  <|endoftext|> 😀\ud83d end "
 
 
-def find(choice: str, option: str = "dataset.tokenizer") -> Tokenizer:
+def find(choice: str, option: str = "dataset.tokenizer", end_of_text: str = "") -> Tokenizer:
     """Returns the tokenizer that a user chose with an option, one of KINDS.
 
+    `end_of_text` names the token that ends a text; empty: the one that the tokenizer's files name.
     Raises ValueError, with one line that says why, if it cannot be had.
     """
     kind, colon, path = choice.partition(":")
     try:
-        if choice == "bytes":
-            return ByteTokenizer()
-        if kind == "gpt2" and bool(colon) == bool(path):
-            return Gpt2Tokenizer.find(Path(path) if path else None)
+        if choice == "bytes" or (kind == "gpt2" and bool(colon) == bool(path)):
+            own = Gpt2Tokenizer.find(Path(path) if path else None) if kind == "gpt2" else ByteTokenizer()
+            if end_of_text not in ("", own.end_name):
+                raise ValueError(
+                    f"{option.replace('tokenizer', 'end_of_text')}={end_of_text!r}: it has {own.end_name}"
+                )
+            return own
         if kind in ("sentencepiece", "tokenizers") and path:
-            return build(kind, Path(path).read_bytes())
+            declared = declared_end(Path(path).parent) if kind == "tokenizers" and not end_of_text else None
+            return build(kind, Path(path).read_bytes(), end_of_text or declared)
     except OSError as error:
         raise ValueError(f"{option}={choice}: {error.filename}: {error.strerror}") from None
     except ValueError as error:
@@ -32,11 +37,11 @@ def find(choice: str, option: str = "dataset.tokenizer") -> Tokenizer:
     raise ValueError(f"{option}={choice}: there are {KINDS}")
 
 
-def build(name: str, content: bytes, end_of_text: int | None = None) -> Tokenizer:
+def build(name: str, content: bytes, end_of_text: int | str | None = None) -> Tokenizer:
     """Returns a tokenizer from its `name` and what its `serialize` returned.
 
-    The end-of-text id counts where the file leaves a choice; None: the first that is known. Raises ValueError
-    if the kind is unknown, or the content is not of this kind.
+    The end of text, an id or a token, counts where the file leaves a choice; None: the one that is known.
+    Raises ValueError if the kind is unknown, the content is not of this kind, or there is no such token.
     """
     kinds = {kind.name: kind for kind in CLASSES}
     if name not in kinds:

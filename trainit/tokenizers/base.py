@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
 
     name: str  # the kind, by which `load` finds it again
     end_of_text: int  # the id that follows every document
+    end_name: str  # its token
 
     @property
     def vocab_size(self) -> int:
@@ -76,13 +77,16 @@ def to_bytes(text: str) -> bytes:
 class Vocabulary:
     """What tokenizers share whose ids each stand for certain bytes.
 
-    Subclasses set `table` (the bytes of each id), `byte_ids` (the id of each byte, or None), `end_of_text`
-    and `_content` (of their file), and encode pieces in `_encode_pieces`.
+    Subclasses set `table` (the bytes of each id), `byte_ids` (the id of each byte, -1 if it has none),
+    `end_of_text` and `_content` (of their file), and encode pieces in `_encode_pieces`. The ids in `names`
+    stand for no text: if a library reads a name in a text as such an id, it is encoded byte by byte.
     """
 
     table: list[bytes]
-    byte_ids: np.ndarray | None
+    byte_ids: np.ndarray
+    names: dict[int, bytes]
     end_of_text: int
+    end_name: str
     _content: bytes
     prefixed = False  # a space is put before every text
     by_bytes = SURROGATES  # characters, as in a regular expression, that are encoded as bytes
@@ -96,7 +100,8 @@ class Vocabulary:
         parts = [
             [part for i, piece in enumerate(pieces(text)) for part in self._parts(piece, i)] for text in texts
         ]
-        encoded = iter(self._encode_pieces([part for of in parts for part in of if isinstance(part, str)]))
+        texts = [part for of in parts for part in of if isinstance(part, str)]
+        encoded = map(self._spell, texts, self._encode_pieces(texts))
         result = []
         for of_text in parts:
             ids = [self._byte_ids(part) if isinstance(part, bytes) else next(encoded) for part in of_text]
@@ -122,9 +127,27 @@ class Vocabulary:
         return self.by_bytes is not SURROGATES and SPACE in piece
 
     def _byte_ids(self, part: bytes) -> np.ndarray:
-        if self.byte_ids is None:
+        ids = self.byte_ids[np.frombuffer(part, np.uint8)]
+        if self.prefixed or (ids < 0).any():
             raise ValueError("a lone surrogate, for which this tokenizer has no ids")
-        return self.byte_ids[np.frombuffer(part, np.uint8)]
+        return ids
+
+    def _literal(self, text: str, ids: np.ndarray) -> dict[int, bytes]:
+        """Returns which of the ids of a text come of a literal name in it, and that name."""
+        found = np.flatnonzero(np.isin(ids, list(self.names)))
+        return {at: self.names[ids[at]] for at in found.tolist()}
+
+    def _spell(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """Returns the ids of a text, with the bytes of a name in place of what it names."""
+        parts, begin = [], 0
+        for at, name in sorted(self._literal(text, ids).items()):
+            parts += [ids[begin:at], self.byte_ids[list(name)]]
+            if (parts[-1] < 0).any():
+                raise ValueError(
+                    f"{name.decode()!r}, a control token that this tokenizer cannot spell as text"
+                )
+            begin = at + 1
+        return np.concatenate([*parts, ids[begin:]]) if parts else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         text = to_text(b"".join([self.table[i] for i in ids]))
@@ -158,9 +181,9 @@ def digest(content: bytes) -> str:
 class ByteTokenizer:
     """Each UTF-8 byte is a token; 256 ends a text. It has no file."""
 
-    name, end_of_text, vocab_size = "bytes", 256, 257
+    name, end_of_text, end_name, vocab_size = "bytes", 256, "256", 257
 
-    def __init__(self, content: bytes = b"", end_of_text: int | None = None):
+    def __init__(self, content: bytes = b"", end_of_text: int | str | None = None):
         """Takes what all tokenizers are built from, and needs none of it."""
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:

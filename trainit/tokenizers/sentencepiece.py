@@ -17,7 +17,7 @@ class SentencePieceTokenizer(Vocabulary):
 
     name = "sentencepiece"
 
-    def __init__(self, model: bytes, end_of_text: int | None = None):
+    def __init__(self, model: bytes, end_of_text: int | str | None = None):
         import sentencepiece
 
         self._content = model
@@ -25,17 +25,24 @@ class SentencePieceTokenizer(Vocabulary):
             self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"not a sentencepiece model: {error}") from None
-        self.end_of_text = p.eos_id()
+        pieces = {p.id_to_piece(i): i for i in range(p.vocab_size())}
+        end_of_text = p.eos_id() if end_of_text is None else end_of_text
+        self.end_of_text = pieces.get(end_of_text, -1) if isinstance(end_of_text, str) else end_of_text
         if self.end_of_text < 0:
-            raise ValueError("the sentencepiece model has no end-of-sentence id, which ends each document")
-        self.table = [piece_bytes(p.id_to_piece(i), p.is_byte(i)) for i in range(p.vocab_size())]
-        self.byte_ids = None
+            why = "end-of-sentence id" if end_of_text == -1 else f"token {end_of_text!r}"
+            raise ValueError(f"the sentencepiece model has no {why}, which ends each document")
+        self.end_name = p.id_to_piece(self.end_of_text)
+        self.table = [piece_bytes(piece, p.is_byte(i)) for piece, i in pieces.items()]
+        single = {self.table[i][0]: i for i in range(p.vocab_size()) if p.is_byte(i)}
+        self.byte_ids = np.array([single.get(byte, -1) for byte in range(256)], np.int32)
         self.prefixed = p.id_to_piece(p.encode("a")[0]).startswith(SPACE)
-        if p.is_byte(p.piece_to_id("<0x00>")) and not self.prefixed:
-            self.byte_ids = np.array([p.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)], np.int32)
+        if (self.byte_ids >= 0).all() and not self.prefixed:
             self.by_bytes = SURROGATES + SPACE
+        # The library keeps control tokens apart from text, but the end of a text may be of another kind.
+        ends = [] if p.is_control(self.end_of_text) else [self.end_of_text]
+        self.names = {i: self.table[i] for i in ends}
         for i in range(p.vocab_size()):
-            if p.is_control(i) or p.is_unknown(i):
+            if p.is_control(i) or p.is_unknown(i) or i == self.end_of_text:
                 self.table[i] = b""
 
     @classmethod

@@ -28,7 +28,8 @@ def report(config: Config, steps: CompiledSteps, shape: RunShape, data: Training
         f"{c.model.dim}, attention {shape.attention}, precision "
         + ", ".join([c.precision, *(f"{part} {own}" for part, own in c.precision_of.items() if own)]),
         "dataset": f"{data.source}: {data.describe()} to train, {quantity(validation.tokens)} to validate",
-        "tokenizer": f"{data.tokenizer.name}, vocabulary {data.tokenizer.vocab_size}",
+        "tokenizer": f"{data.tokenizer.name}, vocabulary {data.tokenizer.vocab_size}, "
+        f"end of text {data.tokenizer.end_name}",
         "batch": _batch(shape),
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
         f"schedule {c.schedule.name}, state {c.optimizer_state}",

@@ -31,19 +31,22 @@ WORDS = {  # words in names, and their splits; a test split is read only if ther
 }
 
 
-def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str = "") -> Dataset:
+def open_path(
+    path: str, tokenizer: str | Tokenizer = "", validation_path: str = "", end_of_text: str = ""
+) -> Dataset:
     """Opens the dataset at a path: a prepared one, or one that another program made.
 
     The path is a folder, a file, or the name of a Megatron pair of files without .bin and .idx. Tokens of
-    other programs need a tokenizer, or one of `tokenizers.KINDS`; if `validation_path` is empty, their
-    validation split lies with the training data.
+    other programs need a tokenizer, or one of `tokenizers.KINDS`, of which `end_of_text` may name a token; if
+    `validation_path` is empty, their validation split lies with the training data.
 
     Raises DatasetError if there is nothing, it cannot be read, or one of the arguments does not fit it.
     """
     files = find(Path(path))
     if not files:
         dataset = open_dataset(Path(path))
-        for field, value in (("tokenizer", tokenizer), ("validation_path", validation_path)):
+        given = {"tokenizer": tokenizer, "validation_path": validation_path, "end_of_text": end_of_text}
+        for field, value in given.items():
             if value:
                 why = f"the prepared dataset.path={path!r} has its own; leave it empty"
                 raise DatasetError(f"dataset.{field}={value!r}: {why}")
@@ -51,7 +54,7 @@ def open_path(path: str, tokenizer: str | Tokenizer = "", validation_path: str =
     found = _by_split(files, Path(path))
     if "train" not in found:
         raise DatasetError(f"dataset.path={path!r} has files to validate only, such as {files[0].name}")
-    named, train = _tokenizer(tokenizer, files[0]), _shards(found["train"])
+    named, train = _tokenizer(tokenizer, files[0], end_of_text), _shards(found["train"])
     if validation_path:
         validation = _validation(validation_path, named)
     elif beside := found.get("validation") or found.get("test"):
@@ -134,7 +137,7 @@ def _by_split(files: list[Path], path: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _tokenizer(choice: str | Tokenizer, file: Path) -> Tokenizer:
+def _tokenizer(choice: str | Tokenizer, file: Path, end_of_text: str) -> Tokenizer:
     if not isinstance(choice, str):
         return choice
     if not choice:
@@ -142,7 +145,7 @@ def _tokenizer(choice: str | Tokenizer, file: Path) -> Tokenizer:
             f"{file} has no tokenizer with it: set dataset.tokenizer to what its tokens were made with, one "
             f"of {tokenizers.KINDS}"
         )
-    return find_tokenizer(choice)
+    return find_tokenizer(choice, end_of_text)
 
 
 def _validation(path: str, named: Tokenizer) -> Split:

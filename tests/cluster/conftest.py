@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, SMOOTH, metrics, run
+from processes import FAST, ROOT, SMOOTH, metrics, run
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,6 @@ def calm(random_dataset, tmp_path_factory):
             f"--config={ROOT}/tests/tiny.py",
             *(f"--config.dataset.path={random_dataset}", f"--workdir={workdir}", f"--config.steps={steps}"),
             *("--config.cpu_devices=4", "--config.mesh.data=1", SMOOTH),
-            XLA_FLAGS="",  # as in `activate`
         )
         return metrics(workdir)
 
@@ -37,7 +36,8 @@ def activate(tmp_path_factory) -> str:
         "    return read(*args)\n"
         "Split.read = slowly\n"
     )
-    return f"export XLA_FLAGS= PYTHONPATH={folder}:{ROOT} PATH={Path(sys.executable).parent}:$PATH"
+    path = f"PYTHONPATH={folder}:{ROOT} PATH={Path(sys.executable).parent}:$PATH"
+    return f"export XLA_FLAGS='{FAST}' {path}"
 
 
 @pytest.fixture

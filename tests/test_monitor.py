@@ -61,6 +61,17 @@ def test_before_the_first_step_both_leave_at_once(job):
     wait_for(lambda: codes == {0: [75], 1: [75]})
 
 
+def test_a_collective_that_fails_since_others_leave_is_no_failure(job, monkeypatch):
+    """The first to leave closes its sockets, on which the others' main threads may be waiting for data."""
+    (_, other), codes = job
+    monkeypatch.setattr(Peers, "drain", lambda *args, **kwargs: time.sleep(0.3))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    wait_for(lambda: other._over)
+    other.report_failure(RuntimeError("connection closed by peer"), 1, patience=0.01)
+    codes[1].append(1)  # what a main thread that goes on would leave with
+    assert codes[1] == [75, 1]
+
+
 def test_a_failure_ends_both_with_its_code(job, caplog):
     (_, other), codes = job
     other.report_failure(ValueError("no\nmore"), 2)

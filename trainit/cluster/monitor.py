@@ -33,6 +33,7 @@ class JobMonitor:
         self._deadline = float("inf")
         self._stacks: Path | None = None
         self._over = False  # from here on, a process that leaves is not lost
+        self._ending = False  # another thread ends this process, with the right code
         threading.Thread(target=self._run, name="monitor", daemon=True).start()
 
     # Called by the main thread.
@@ -70,11 +71,14 @@ class JobMonitor:
     def report_failure(self, error: Exception, code: int, patience: float = 0.0):
         """Reports to the others that this process ends on an error, and that all exit with this code.
 
-        Waits `patience` seconds before. If another process turns out to be lost meanwhile, of which the error
-        may be a consequence, the job ends for that reason instead, and this call does not return.
+        Waits `patience` seconds before. If the job turns out to end for another reason meanwhile, of which the
+        error may be a consequence, it ends with the code of that reason, and this call does not return.
         """
         if self._peers and not self._over:
             time.sleep(patience)
+        if self._ending:
+            time.sleep(2 * DRAIN_SECONDS)  # the thread that ends this process needs less
+        if self._peers and not self._over:
             text = f"{describe_process(self._process)} failed: {' '.join(str(error).split())[:500]}"
             self._peers.send({"lost": text, "code": code, "stacks": False})
             self._drain()
@@ -88,7 +92,7 @@ class JobMonitor:
 
     def end_job(self, text: str, code: int = FAILED, stacks: bool = False, first: bool = True):
         """Ends all processes, for a reason that this one has found first, or another one has reported."""
-        self._over = True
+        self._over = self._ending = True
         if self._process == 0 or first:
             self._peers.send({"lost": text, "code": code, "stacks": stacks})
         # One process prints the reason: the lead, or process 1 if the lead is what was lost.
@@ -185,6 +189,7 @@ class JobMonitor:
 
     def _leave_untrained(self, reason: str):
         """Ends this process with the code of a stopped run: there is nothing to save."""
+        self._ending = True
         text = "stopped    on %s, before the first step was done; run the same command to continue"
         logging.info(text, reason)
         self._drain()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.evidence(
 )
 
 HERE = Path(__file__).parent
-STEPS = 64  # more than its time limit lets a job do at once
+STEPS = 80  # more than its time limit lets a job do at once
 TWO_NODES = "-pe", "mpi_2_tasks_per_node", "4"
 
 
@@ -105,7 +105,7 @@ def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
     job.kill(3, signal.SIGUSR1)
     job.wait(lambda: job.starts() >= 2)
     job.wait(job.over, 1500)
-    assert "done       all 64 steps" in job.text(), job.text()
+    assert "done       all 80 steps" in job.text(), job.text()
     assert f"place      Grid Engine job {job.id}: process 0 of 4, coordinator n" in job.text()
     assert "process 3  n" in job.text()
     assert job.text().count("stopped    on SIGUSR1") == job.starts() - 1 >= 2

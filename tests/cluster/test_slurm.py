@@ -22,7 +22,7 @@ pytestmark = pytest.mark.evidence(
 )
 
 HERE = Path(__file__).parent
-STEPS = 64  # more than its time limit lets a job do at once
+STEPS = 80  # more than its time limit lets a job do at once
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ Checks, the command line, `trainit fields` and the reference page all read what 
 import ast
 import difflib
 import re
+import textwrap
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -35,7 +36,8 @@ def require(condition: bool, message: str) -> None:
 def describe_error(error: Exception, file: str) -> str:
     """The type and message of an error, and the last line of the file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{type(error).__name__}: {error}" + "".join(f" (line {line})" for line in lines[-1:])
+    message = textwrap.shorten(f"{type(error).__name__}: {error}", 500, placeholder=" ...")
+    return message + "".join(f" (line {line})" for line in lines[-1:])
 
 
 @dataclass

@@ -11,8 +11,8 @@ A file can declare two things about its updates:
 
     NEEDS = {"gradient_at"}   # they call gradient_at(params), which gives this batch's gradient elsewhere,
                               # or sampled_gradient_at(params, key), whose targets the model draws itself.
-                              # Both are keyword arguments of the update. Without NEEDS, to call one is an
-                              # error. Where it depends on fields: def needs(config) -> set.
+                              # Both are parameters of the update, as `step` may be. Without NEEDS, to call
+                              # one is an error. Where it depends on fields: def needs(config) -> set.
     ELEMENTWISE = True        # they have no matrix products. The train step then computes an update twice
                               # rather than keep it in memory. Without it, it never does.
 """

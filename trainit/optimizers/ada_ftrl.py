@@ -47,4 +47,4 @@ def make(config, context):
         point = jax.tree.map(lambda m, v: -rate * factor * m / jnp.maximum(eps + jnp.sqrt(v), tiny), mu, nu)
         return point, optax.ScaleByAdamState(state.count + 1, mu, nu)
 
-    return online.to_optimizer(online.stateful(scale_by_moments().init, update), config, context)
+    return online.to_optimizer(online.Learner(scale_by_moments().init, update), config, context)

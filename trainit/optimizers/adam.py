@@ -11,6 +11,7 @@ from trainit.optimizers.common.fields import common_fields
 from trainit.optimizers.common.moments import scale_by_moments
 
 ELEMENTWISE = True
+DECOUPLED = {"learning_rate": 1e-3, "weight_decay": 0.1, "decoupled": True}
 
 
 def get_config() -> ConfigDict:
@@ -25,23 +26,15 @@ def get_config() -> ConfigDict:
 
 
 def make(config, context) -> optax.GradientTransformation:
-    direction = scale_by_moments(
-        config.beta1,
-        config.beta2,
-        config.eps,
-        nesterov=config.nesterov,
-        debias_beta1=config.debias_beta1,
-        debias_beta2=config.debias_beta2,
-        use_momentum=config.use_momentum,
-        use_preconditioner=config.use_preconditioner,
-    )
-    return context.descend(direction, "decoupled" if config.decoupled else "coupled")
+    c = config
+    options = {"debias_beta1": c.debias_beta1, "debias_beta2": c.debias_beta2, "use_momentum": c.use_momentum}
+    options |= {"nesterov": c.nesterov, "use_preconditioner": c.use_preconditioner}
+    direction = scale_by_moments(c.beta1, c.beta2, c.eps, **options)
+    return context.descend(direction, "decoupled" if c.decoupled else "coupled")
 
 
 def get_nadam_config() -> ConfigDict:
-    return common_fields(
-        learning_rate=1e-3, weight_decay=0.1, decoupled=True, beta1=0.9, beta2=0.999, eps=1e-8
-    )
+    return common_fields(**DECOUPLED, beta1=0.9, beta2=0.999, eps=1e-8)
 
 
 def make_nadam(config, context) -> optax.GradientTransformation:
@@ -51,14 +44,13 @@ def make_nadam(config, context) -> optax.GradientTransformation:
 
 
 def get_rmsprop_config() -> ConfigDict:
-    config = common_fields(learning_rate=1e-3, weight_decay=0.1, decoupled=True, beta2=0.99, eps=1e-8)
+    config = common_fields(**DECOUPLED, beta2=0.99, eps=1e-8)
     config.debias_beta2 = field(True, "divide the mean square by 1 - beta2^t; False: as in the lecture")
     return config
 
 
 def make_rmsprop(config, context) -> optax.GradientTransformation:
     """RMSProp, the gradient over the root of its mean square: Hinton 2012, Coursera lecture 6e."""
-    direction = scale_by_moments(
-        beta2=config.beta2, eps=config.eps, debias_beta2=config.debias_beta2, use_momentum=False
-    )
+    options = {"debias_beta2": config.debias_beta2, "use_momentum": False}
+    direction = scale_by_moments(beta2=config.beta2, eps=config.eps, **options)
     return context.descend(direction, "decoupled" if config.decoupled else "coupled")

@@ -38,16 +38,15 @@ def make(config, context):
     keep, add = online.mean_weights(config)
 
     def init(params) -> BlackboxState:
-        zero = jnp.float32(0)
-        return BlackboxState(magnitude.init(zero), zero, optax.tree.zeros_like(params))
+        return BlackboxState(magnitude.init(jnp.float32(0)), jnp.float32(0), optax.tree.zeros_like(params))
 
     def update(gradients, state: BlackboxState, rate):
         w, z = online.unit(state.leader), state.length
         pull = config.regularization * z
         along = inner_product(gradients, w) + pull
-        length, of_magnitude = magnitude.update(along, state.magnitude, rate=rate)
+        length, of_magnitude = magnitude.update(along, state.magnitude, rate)
         leader = jax.tree.map(lambda m, g, w: keep * m - add * (g + pull * w), state.leader, gradients, w)
         point = jax.tree.map(lambda u: length * u, online.unit(leader))
         return point, BlackboxState(of_magnitude, length, leader)
 
-    return online.to_optimizer(online.stateful(init, update), config, context, scaled=True)
+    return online.to_optimizer(online.Learner(init, update), config, context, scaled=True)

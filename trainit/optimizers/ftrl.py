@@ -24,4 +24,4 @@ def make(config, context):
         total = jax.tree.map(lambda s, g: config.discount * s + g, total, gradients)
         return online.project(jax.tree.map(lambda s: -rate * s, total), config.radius), total
 
-    return online.to_optimizer(online.stateful(optax.tree.zeros_like, update), config, context)
+    return online.to_optimizer(online.Learner(optax.tree.zeros_like, update), config, context)

@@ -54,4 +54,4 @@ def make(config, context):
         point = jax.tree.map(lambda y, h: y - lean * h, leader, hint)
         return point, HintState(trust, curvature, squares, total, hint)
 
-    return online.to_optimizer(online.stateful(init, update), config, context, scaled=True)
+    return online.to_optimizer(online.Learner(init, update), config, context, scaled=True)

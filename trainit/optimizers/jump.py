@@ -42,23 +42,20 @@ def make(config, context) -> optax.GradientTransformation:
     def init(params) -> JumpState:
         return JumpState(jnp.zeros((), jnp.int32), adam.init(params), adam.init(jnp.float32(0)))
 
-    def reset_if(condition, state):
-        return jax.tree.map(lambda leaf: jnp.where(condition, jnp.zeros_like(leaf), leaf), state)
+    def choose(condition, a, b):
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
 
     def update(gradients, state: JumpState, params=None):
+        new = optax.tree.zeros_like(state)
         turn = state.count % (config.normal_steps + config.jump_steps)
         is_normal = turn < config.normal_steps
-        direction, normal = adam.update(gradients, reset_if(turn == 0, state.normal))
+        direction, normal = adam.update(gradients, choose(turn == 0, new.normal, state.normal))
         direction, _ = decay.update(direction, decay.init(params), params)
         length = jnp.maximum(optax.tree.norm(params), jnp.finfo(jnp.float32).tiny)
         along = inner_product(gradients, params) / length
-        grow, jump = adam.update(along, reset_if(turn == config.normal_steps, state.jump))
-
-        def choose(a, b):
-            return jax.tree.map(lambda a, b: jnp.where(is_normal, a, b), a, b)
-
+        grow, jump = adam.update(along, choose(turn == config.normal_steps, new.jump, state.jump))
         jumped = jax.tree.map(lambda x: config.jump_rate * grow * (x / length), params)
-        new = JumpState(state.count + 1, choose(normal, state.normal), choose(state.jump, jump))
-        return choose(direction, jumped), new
+        new_normal, new_jump = choose(is_normal, (normal, state.jump), (state.normal, jump))
+        return choose(is_normal, direction, jumped), JumpState(state.count + 1, new_normal, new_jump)
 
     return context.descend(optax.GradientTransformation(init, update), decay="own")

@@ -44,10 +44,9 @@ def bettor(eps: float, lipschitz: float) -> online.Learner:
         point = jax.tree.map(lambda s, w: -s / (count + 1) * (eps + w), total, reward)
         return point, BettorState(count, total, reward, point)
 
-    return online.stateful(init, update)
+    return online.Learner(init, update)
 
 
 def make(config, context):
     """The learning rate multiplies the point: 1 leaves it as it is."""
-    learner = bettor(config.eps, config.lipschitz)
-    return online.to_optimizer(learner, config, context, scaled=True)
+    return online.to_optimizer(bettor(config.eps, config.lipschitz), config, context, scaled=True)

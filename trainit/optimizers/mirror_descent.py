@@ -36,8 +36,7 @@ def learner(eps: float, lipschitz: float, num_grids: int = 1) -> online.Learner:
     """Of all parameters together, with `num_grids` steps, each half of the one before, that share `eps`."""
 
     def alpha(squares):
-        share = eps / num_grids
-        return share * lipschitz**2 / (squares * jnp.log(squares / lipschitz**2) ** 2)
+        return eps / num_grids * lipschitz**2 / (squares * jnp.log(squares / lipschitz**2) ** 2)
 
     def init(params) -> MirrorState:
         return MirrorState(jnp.float32(4 * lipschitz**2), (optax.tree.zeros_like(params),) * num_grids)
@@ -57,7 +56,7 @@ def learner(eps: float, lipschitz: float, num_grids: int = 1) -> online.Learner:
         points = tuple(step(2.0**-i / lipschitz, w, g, square, old, new) for i, w in enumerate(state.points))
         return jax.tree.map(lambda *parts: sum(parts), *points), MirrorState(squares, points)
 
-    return online.stateful(init, update)
+    return online.Learner(init, update)
 
 
 def make(config, context):

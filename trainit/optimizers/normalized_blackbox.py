@@ -62,13 +62,13 @@ def make(config, context):
         direction = jax.tree.map(lambda p, g, n: jnp.where(n > 0, p, g), state.past, g, seen)
         along = inners(g, units(direction))
         s = jax.tree.map(lambda total, product: _sign(total) * product, state.total, along)
-        z, of_bettor = bettor.update(s, state.bettor, rate=rate)
+        z, of_bettor = bettor.update(s, state.bettor, rate)
         total = jax.tree.map(jnp.add, state.total, s)
         past = jax.tree.map(lambda p, g: keep * p + add * g, state.past, g)
         point = jax.tree.map(lambda total, z, unit: _sign(total) * z * unit, total, z, units(past))
         return point, NormalizedState(of_bettor, total, past, point)
 
-    return online.to_optimizer(online.stateful(init, update), config, context, scaled=True)
+    return online.to_optimizer(online.Learner(init, update), config, context, scaled=True)
 
 
 def _sign(x: jax.Array) -> jax.Array:

@@ -26,4 +26,4 @@ def make(config, context):
         point = online.project(point, config.radius)
         return point, point
 
-    return online.to_optimizer(online.stateful(optax.tree.zeros_like, update), config, context)
+    return online.to_optimizer(online.Learner(optax.tree.zeros_like, update), config, context)

@@ -28,4 +28,4 @@ def make(config, context):
         point = jax.tree.map(lambda d, g: factor * (d - rate * g), point, gradients)
         return point, point
 
-    return online.to_optimizer(online.stateful(optax.tree.zeros_like, update), config, context)
+    return online.to_optimizer(online.Learner(optax.tree.zeros_like, update), config, context)

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.precondition_every = field(10, "updates between roots, each an eigendecomposition", above=0)
     config.max_size = field(10000, "maximum side of a matrix that has a factor", above=0)
     config.graft = field(
-        "adam", "whose length a matrix's direction takes; sgd: the mean's", one_of=("adam", "sgd", "none")
+        "adam", "whose length directions take; sgd: the mean's", one_of=("adam", "sgd", "none")
     )
     return config
 
@@ -81,9 +81,8 @@ def _shampoo(config, mesh) -> optax.GradientTransformation:
                 nu = [config.beta2 * nu[0] + (1 - config.beta2) * g * g]
                 mean = mean / (jnp.sqrt(nu[0] / (1 - config.beta2**t)) + config.eps)
             if config.graft != "none":
-                direction *= jnp.linalg.norm(mean) / jnp.maximum(
-                    jnp.linalg.norm(direction), jnp.finfo(jnp.float32).tiny
-                )
+                length = jnp.maximum(jnp.linalg.norm(direction), jnp.finfo(jnp.float32).tiny)
+                direction *= jnp.linalg.norm(mean) / length
             return [direction, mu, *nu], [*factors, *roots]
 
         arrays = [gradients, state.mu, *([] if state.nu is None else [state.nu])]

@@ -20,9 +20,8 @@ def get_config() -> ConfigDict:
     config.beta2 = field(0.99, "decay of the mean of the Hessian's diagonals", at_least=0, below=1)
     config.gamma = field(0.01, "share of the diagonal that the mean gradient is divided by", above=0)
     config.eps = field(1e-12, "minimum of that divisor", above=0)
-    config.estimator = field(
-        "hutchinson", "hutchinson: Sophia-H; gnb: Sophia-G, for gamma=0.05", one_of=("hutchinson", "gnb")
-    )
+    kinds = ("hutchinson", "gnb")
+    config.estimator = field(kinds[0], "hutchinson: Sophia-H; gnb: Sophia-G, for gamma=0.05", one_of=kinds)
     config.every_steps = field(10, "updates between estimates, each of which costs two gradients", above=0)
     return config
 

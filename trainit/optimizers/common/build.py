@@ -1,5 +1,6 @@
 """The optimizer of a run: made from its config, with parameter groups and the precision of its state."""
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from trainit.config import Config, ConfigError, batch_sizes, check_fields, requi
 from trainit.model.gpt import GPT
 from trainit.optimizers.common import groups as group_lines
 from trainit.optimizers.common import low_bit_state, registry, schedules
-from trainit.optimizers.common.context import Context
+from trainit.optimizers.common.context import Context, by_signature
 from trainit.optimizers.common.schedules import Schedule
 from trainit.parallel.layout import check_blocks
 from trainit.parallel.trees import path_name
@@ -78,9 +79,8 @@ def check(config: Config):
         state = optimizer.init(params)
         # The package's own files are known to declare what they need; a test holds them to it.
         if registry.own_files(config.optimizer, config.parameter_groups):
-            elsewhere = {"gradient_at": lambda x: x, "sampled_gradient_at": lambda x, key: (x, 1.0)}
-            needed = {name: elsewhere[name] for name in optimizer.needs}
-            optimizer.update(params, state, params, step=jnp.int32(0), **needed)
+            given = {"gradient_at": lambda x: x, "sampled_gradient_at": lambda x, key: (x, 1.0)}
+            optimizer.update(training_point(state, params), state, params, step=jnp.int32(0), **given)
         return state
 
     for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(begin)):
@@ -125,8 +125,9 @@ def _part(context: Context, labels: dict, label: str, config: Config, peak: floa
         f"optimizer.learning_rate={peak} must be above 0: groups follow the shape of its schedule",
     )
     factor = config.learning_rate / peak if peak else 1.0
-    masked = optax.MaskedNode()
-    parameters = jax.tree.map(lambda own, p: p if own == label else masked, labels, context.parameters)
+    parameters = jax.tree.map(
+        lambda own, p: p if own == label else optax.MaskedNode(), labels, context.parameters
+    )
     decay, schedule = config.weight_decay, lambda step: factor * context.schedule(step)
     # Without clipping: all parameters are clipped together, before.
     return replace(context, schedule=schedule, parameters=parameters, weight_decay=decay, clip_norm=0.0)
@@ -146,23 +147,19 @@ def _make(config: Config, context: Context) -> Optimizer:
     needs = frozenset(definition.needs(config))
     unknown, known = ", ".join(sorted(needs - registry.GRADIENTS)), " and ".join(sorted(registry.GRADIENTS))
     require(not unknown, f"optimizer={config.name}: NEEDS has {unknown}; a step can give {known}")
-    made = optax.with_extra_args_support(definition.make(config, context))
-    refused = {name: _refuse(config.name, name) for name in registry.GRADIENTS - needs}
+    made = by_signature(definition.make(config, context))
+    refused = {name: functools.partial(_refuse, config.name, name) for name in registry.GRADIENTS - needs}
 
-    def update(gradients, state, params=None, **extra_args):
-        return made.update(gradients, state, params, **extra_args | refused)
+    def update(gradients, state, params=None, *, step, **extra_args):
+        return made.update(gradients, state, params, step=step, **extra_args | refused)
 
     return Optimizer(made.init, update, needs, definition.elementwise)
 
 
-def _refuse(optimizer: str, gradient: str) -> Callable:
+def _refuse(optimizer: str, gradient: str, *args):
     """Stands in for a gradient function that the optimizer's file does not declare."""
     declare = f"add NEEDS = {{{gradient!r}}} to its file"
-
-    def refuse(*args):
-        raise ConfigError(f"optimizer={optimizer} calls {gradient} but does not declare it: {declare}")
-
-    return refuse
+    raise ConfigError(f"optimizer={optimizer} calls {gradient} but does not declare it: {declare}")
 
 
 def logged(opt_state: optax.OptState) -> dict[str, jax.Array]:

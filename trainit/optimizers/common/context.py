@@ -1,5 +1,6 @@
 """What an optimizer's `make(config, context)` gets in addition to its own config."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,8 @@ class Context:
 
     def by_path(self, function: Callable[[str, str], Any]) -> dict:
         """function(path, kind) for every parameter; the kinds are those of `parameter_kind`."""
-
-        def apply(path, _):
-            name = path_name(path)
-            return function(name, parameter_kind(name))
-
-        return jax.tree.map_with_path(apply, self.parameters)
+        names = jax.tree.map_with_path(lambda path, _: path_name(path), self.parameters)
+        return jax.tree.map(lambda name: function(name, parameter_kind(name)), names)
 
     @property
     def decay_mask(self) -> dict:
@@ -73,13 +70,29 @@ class Context:
         """
 
         # `step` is the run's. A count kept here would differ from it after a step that was skipped.
-        def scale(updates, state, params=None, *, step, **extra_args):
+        def scale(updates, state, params=None, *, step):
             return _times(-self.schedule(step), updates), state
 
         both = {"decoupled": (direction, self.decay()), "coupled": (self.decay(), direction)}
         parts = (direction,) if decay == "own" else both[decay]
-        last = optax.GradientTransformationExtraArgs(optax.init_empty_state, scale)
-        return optax.chain(self.clip(), *parts, last)
+        last = optax.GradientTransformation(optax.init_empty_state, scale)
+        return self.chain(self.clip(), *parts, last)
+
+    def chain(self, *parts: optax.GradientTransformation) -> optax.GradientTransformation:
+        """`optax.chain`, in which each update gets the keywords, such as `step`, that its signature names."""
+        return optax.chain(*map(by_signature, parts))
+
+
+def by_signature(part: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same with an update that can be given any keywords, and gets those that its signature names."""
+    known = inspect.signature(part.update).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+
+    def update(updates, state, params=None, **extra_args):
+        given = extra_args if takes_all else {k: v for k, v in extra_args.items() if k in known}
+        return part.update(updates, state, params, **given)
+
+    return optax.GradientTransformationExtraArgs(part.init, update)
 
 
 def _decays(tree: dict) -> dict:

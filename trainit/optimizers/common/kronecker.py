@@ -32,10 +32,8 @@ def squares(params: dict, max_size: int, fill: Callable[[int], jax.Array]) -> tu
 
 def add(factors: list, g: jax.Array, beta: float) -> list:
     """One matrix's factors with one more gradient."""
-    left, right = factors
-    left = None if left is None else beta * left + (1 - beta) * (g @ g.T)
-    right = None if right is None else beta * right + (1 - beta) * (g.T @ g)
-    return [left, right]
+    pairs = zip(factors, (g, g.T), strict=True)
+    return [None if old is None else beta * old + (1 - beta) * (x @ x.T) for old, x in pairs]
 
 
 def between(squares: list, x: jax.Array) -> jax.Array:

@@ -2,11 +2,10 @@
 
 A learner answers each gradient g, that is the linear loss <g, .>, with its next point, which is the model's
 next change: Cutkosky, Mehta & Orabona 2023, arXiv 2302.03775. Zhang & Cutkosky 2024, arXiv 2405.09742,
-multiply it by a random factor of mean 1. Here a learner is an optax transformation from gradients to points;
-its update takes `rate`, the scheduled learning rate.
+multiply it by a random factor of mean 1. Here a learner's update(gradients, state, rate) returns its
+point and its new state, `rate` being the scheduled learning rate.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -16,7 +15,7 @@ import optax
 from trainit.config import ConfigDict, field
 from trainit.optimizers.common.fields import common_fields
 
-Learner: TypeAlias = optax.GradientTransformationExtraArgs
+Learner: TypeAlias = optax.GradientTransformation
 SCALINGS = "none", "exponential", "uniform"
 
 
@@ -53,15 +52,12 @@ def to_optimizer(learner: Learner, config, context, scaled: bool = False) -> opt
     def update(gradients, state: OnlineState, params, *, step, **extra_args):
         rate = context.schedule(step)
         weighed = jax.tree.map(lambda g: state.logged["importance_weight"] * g, gradients)
-        point, inner_state = learner.update(weighed, state.learner, params, rate=rate)
+        point, inner_state = learner.update(weighed, state.learner, rate)
         factor = draw(config.random_scaling, jax.random.fold_in(jax.random.wrap_key_data(context.key), step))
         length = factor * (rate if scaled else 1.0)
         updates = context.decay_updates(jax.tree.map(lambda p: length * p, point), params, step)
-        logged = {
-            "point_norm": optax.tree.norm(point),
-            "random_scaling": factor,
-            "importance_weight": 2 - factor if weighs else jnp.float32(1),
-        }
+        weight = 2 - factor if weighs else jnp.float32(1)
+        logged = {"point_norm": optax.tree.norm(point), "random_scaling": factor, "importance_weight": weight}
         return updates, OnlineState(inner_state, logged)
 
     return optax.chain(context.clip(), optax.GradientTransformationExtraArgs(init, update))
@@ -69,23 +65,9 @@ def to_optimizer(learner: Learner, config, context, scaled: bool = False) -> opt
 
 def draw(scaling: str, key: jax.Array) -> jax.Array:
     """A factor of mean 1."""
-    match scaling:
-        case "exponential":
-            return jax.random.exponential(key)
-        case "uniform":
-            return jax.random.uniform(key, maxval=2.0)
-    return jnp.float32(1)
-
-
-def stateful(
-    init: Callable[[dict], optax.OptState], update: Callable[..., tuple[dict, optax.OptState]]
-) -> Learner:
-    """A learner from update(gradients, state, rate) -> point, state."""
-
-    def with_rate(gradients, state, params=None, *, rate, **extra_args):
-        return update(gradients, state, rate)
-
-    return optax.GradientTransformationExtraArgs(init, with_rate)
+    if scaling == "none":
+        return jnp.float32(1)
+    return jax.random.exponential(key) if scaling == "exponential" else jax.random.uniform(key, maxval=2.0)
 
 
 def project(tree: dict, radius: float) -> dict:

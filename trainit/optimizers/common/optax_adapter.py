@@ -1,10 +1,9 @@
 """Any optimizer of optax by its import path, such as optax.lion or optax.contrib.prodigy.
 
-Its config's fields are the function's parameters whose defaults are numbers, texts or tuples of
-them. A function of the name scale_by_..., without `learning_rate`, is a direction for
-`context.descend`. Where it has `weight_decay`, decay is its own, with our mask if it takes one;
-else ours. Optax sees layers as they are stored, stacked: a rule that looks at the shape or the norm
-of an array, such as that of optax.lamb, takes those of all layers together for one.
+Its config's fields are the function's parameters whose defaults are numbers, texts or tuples of them. A
+function of the name scale_by_..., without `learning_rate`, is a direction for `context.descend`. Where it has
+`weight_decay`, decay is its own, with our mask if it takes one; else ours. Optax sees layers as they are
+stored, stacked: a rule for an array's shape or norm, as in optax.lamb, takes all layers together for one.
 """
 
 import importlib
@@ -27,13 +26,8 @@ REFUSED = {
     "optax.contrib.schedule_free": "it wants validation elsewhere; take optimizer=schedule_free+NAME",
 }
 # Whose updates have matrix products: optax's own solvers, and inner products over all parameters.
-MATRIX_PRODUCTS = {
-    "optax.scale_by_lbfgs",
-    "optax.contrib.dadapt_adamw",
-    "optax.contrib.galore",
-    "optax.contrib.prodigy",
-    "optax.contrib.scale_by_galore",
-}
+IN_CONTRIB = ("dadapt_adamw", "galore", "prodigy", "scale_by_galore")
+MATRIX_PRODUCTS = {"optax.scale_by_lbfgs", *map("optax.contrib.{}".format, IN_CONTRIB)}
 
 
 class Wrapped:

@@ -1,24 +1,28 @@
 """Finds an optimizer by its name: a file here, a file of the user's, a function of optax, or a wrapper."""
 
+import contextlib
 import functools
 import hashlib
-import importlib
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from trainit.config import OPTIMIZER_FIELDS, USUAL_FIELDS, Config, ConfigDict, ConfigError, field, require
 from trainit.config.schema import describe_error
 from trainit.optimizers import wrappers
 from trainit.optimizers.common import optax_adapter
-from trainit.optimizers.common.context import Context
+from trainit.optimizers.common.context import Context, by_signature
+from trainit.parallel.trees import path_name
 
 PACKAGE = "trainit.optimizers"
 FOLDER = Path(__file__).parent.parent
@@ -78,7 +82,8 @@ def load(name: str) -> Definition:
     if "+" in name:
         return _wrapped(name)
     if name.endswith(".py"):
-        return _definition(_load_file(name))
+        own = _definition(_load_file(name))
+        return replace(own, make=functools.partial(_checked, name, own.make))
     if name.startswith("optax."):
         return _definition(optax_adapter.load(name))
     if name not in list(_Choices()):
@@ -115,7 +120,7 @@ def _wrapped(name: str) -> Definition:
 
     def make(config: Config, context: Context) -> optax.GradientTransformation:
         make_base = functools.partial(base.make, config_of_base(config))
-        return module.wrap(config[wrapper], context, lambda c: optax.with_extra_args_support(make_base(c)))
+        return module.wrap(config[wrapper], context, lambda c: by_signature(make_base(c)))
 
     return Definition(
         get_config=lambda: module.get_config(get_config(base_name)),
@@ -139,6 +144,56 @@ def own_files_hash(config: Config, groups: Sequence[str]) -> str:
     return hashlib.sha256(content).hexdigest()[:8] if files else ""
 
 
+def _checked(name: str, make: Callable, config: Config, context: Context) -> optax.GradientTransformation:
+    """What `make` of a file of the user's returns; its updates must keep all shapes and the state's types."""
+    in_one_line = _in_one_line(name, context.parameters)
+    made = in_one_line(make)(config, context)
+    returned = f"optimizer={name}: make returns a {type(made).__name__}, not an optax transformation"
+    require(isinstance(made, optax.GradientTransformation), returned)
+    part = by_signature(made)
+
+    def types(updates, state) -> dict[str, str]:
+        tree = {"update": jax.tree.map(lambda u: jnp.asarray(u, jnp.float32), updates), "state": state}
+        leaves = jax.tree.leaves_with_path(tree)
+        return {path_name(path): f"{jnp.result_type(x)}{list(jnp.shape(x))}" for path, x in leaves}
+
+    def update(gradients, state, params=None, **extra_args):
+        updates, new = part.update(gradients, state, params, **extra_args)
+        before, after = types(gradients, state), types(updates, new)
+        for path in before | after:
+            was, now = before.get(path, "nothing"), after.get(path, "nothing")
+            require(now == was, f"optimizer={name}: its update returns {path} as {now}, which was {was}")
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(in_one_line(part.init), in_one_line(update))
+
+
+@contextlib.contextmanager
+def _in_one_line(name: str, parameters: dict) -> Iterator[None]:
+    """Names file, line and, if it is clear, parameter where a function of a file of the user's fails."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        at = ""
+        with contextlib.suppress(Exception):  # frames may hold what is no tree
+            at = f" at the parameter {_parameter_at(error, parameters)}"
+        message = describe_error(error, str(_absolute(name)))
+        raise ConfigError(f"optimizer={name} raises {message}{at}") from error
+
+
+def _parameter_at(error: Exception, parameters: dict) -> str:
+    """The parameter to which the innermost array belongs that is a leaf of any tree. IndexError: none."""
+    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(parameters)]
+    frames = traceback.walk_tb(error.__traceback__)
+    values = [value for frame, _ in frames for value in frame.f_locals.values()]
+    trees = [value for value in values if isinstance(value, dict | tuple)]
+    leaves = [(id(leaf), path_name(path)) for tree in trees for path, leaf in jax.tree.leaves_with_path(tree)]
+    owners = {leaf: name for leaf, path in leaves for name in names if f"/{path}".endswith(f"/{name}")}
+    return [owners[id(value)] for value in values if isinstance(value, jax.Array) and id(value) in owners][-1]
+
+
 def _absolute(path: str) -> Path:
     return Path(path).expanduser().absolute()
 
@@ -157,10 +212,8 @@ def _execute(file: Path, modified: int) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for their module there
-    try:
+    with _in_one_line(str(file), {}):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"optimizer={file} raises {describe_error(error, str(file))}") from None
     for function in ("get_config", "make"):
         require(callable(getattr(module, function, None)), f"optimizer={file} has no function {function}")
     return module

@@ -23,6 +23,5 @@ def get_config(base: ConfigDict) -> ConfigDict:
 
 def wrap(config, context, make_base) -> optax.GradientTransformation:
     """x_0 + s times what the other optimizer has done until now, the scale s being learned."""
-    return optax.contrib.mechanize(
-        make_base(context), config.decay, config.eps, config.start, config.num_betas
-    )
+    c = config
+    return optax.contrib.mechanize(make_base(context), c.decay, c.eps, c.start, c.num_betas)

@@ -29,7 +29,8 @@ def wrap(config, context, make_base) -> optax.GradientTransformation:
         ascent = jax.tree.map(jnp.multiply, scale, gradients)
         length = config.rho / jnp.maximum(optax.tree.norm(ascent), jnp.finfo(jnp.float32).tiny)
         there = jax.tree.map(lambda x, a, s: x + length * a * s, params, ascent, scale)
-        elsewhere = {"gradient_at": gradient_at, **extra_args}
-        return base.update(gradient_at(there), state, params, step=step, **elsewhere)
+        return base.update(
+            gradient_at(there), state, params, step=step, gradient_at=gradient_at, **extra_args
+        )
 
     return optax.GradientTransformationExtraArgs(base.init, update)

@@ -31,11 +31,9 @@ class ScheduleFreeState(NamedTuple):
 
     def training_point(self, x: dict) -> dict:
         """y = (1 - beta) z + beta x, where gradients are taken; parameters of other groups as they are."""
-
-        def one(x, ahead):
-            return x if isinstance(ahead, optax.MaskedNode) else x + (1 - self.beta) * ahead
-
-        return jax.tree.map(one, x, self.ahead)
+        return jax.tree.map(
+            lambda x, d: x if isinstance(d, optax.MaskedNode) else x + (1 - self.beta) * d, x, self.ahead
+        )
 
 
 def wrap(config, context, make_base) -> optax.GradientTransformation:

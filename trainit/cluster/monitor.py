@@ -71,8 +71,8 @@ class JobMonitor:
     def report_failure(self, error: Exception, code: int, patience: float = 0.0):
         """Reports to the others that this process ends on an error, and that all exit with this code.
 
-        Waits `patience` seconds before. If the job turns out to end for another reason, of which the error may
-        be a consequence, it ends with the code of that reason, and this call does not return.
+        Waits `patience` seconds before. If the job turns out to end for another reason, of which the error
+        may be a consequence, it ends with the code of that reason, and this call does not return.
         """
         if self._peers and not self._over:
             time.sleep(patience)

@@ -1,6 +1,8 @@
 """Runs from start to end, killed, stopped, resumed, moved and broken: as processes."""
 
 import functools
+import json
+import math
 import os
 import random
 import re
@@ -246,3 +248,46 @@ def test_load_path(command, whole, undisturbed, tmp_path):
     assert records[0]["valid/loss"] == pytest.approx(undisturbed[40]["valid/loss"], rel=1e-6)
     assert records[1]["tokens"] == 41 * 16 * 32
     assert records[1]["train/learning_rate"] == 0
+
+
+def test_training_for_longer(command, whole, tmp_path):
+    """The rates around the step, flags that warm up again, and what a comparison reads of it."""
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    longer = "--config.steps=44", "--config.checkpoint.overwrite_config=True"
+    config = tiny.get_config("")
+    flags = "--config.schedule.warmup=4", "--config.schedule.rewarm_at=40"
+    assert " ".join(flags) in (workdir / "logs/process_0.log").read_text()
+
+    # The schedule of 44 steps continues from where it would be; its rate is above the one that had ended.
+    output = run(*command, f"--workdir={workdir}", *longer, XLA_FLAGS=FAST)
+    peak = config.optimizer.learning_rate
+    cosines = [math.cos(math.pi * (step - 4) / (steps - 4)) for step, steps in ((39, 40), (40, 44))]
+    last, now = (peak * (1 + cosine) / 2 for cosine in cosines)
+    assert f"rate       {last:.3g} in step 40, {now:.3g} in step 41" in output
+    assert f"to warm up again there: {' '.join(flags)}" in output
+    records = metrics(workdir)
+    assert records[40]["train/learning_rate"] == pytest.approx(last, rel=1e-4)
+    assert records[41]["train/learning_rate"] == pytest.approx(now, rel=1e-4)
+    changes = json.loads((workdir / "run.json").read_text())["changes"]
+    assert changes == [[40, "steps: 40 -> 44"]]
+
+    # With the flags, the rate begins at 0; the changes are kept, and no rate is reported that stays.
+    more = "--config.steps=60", longer[1], "--config.schedule.warmup=4", "--config.schedule.rewarm_at=44"
+    output = run(*command, f"--workdir={workdir}", *more, XLA_FLAGS=FAST)
+    records = metrics(workdir)
+    assert records[45]["train/learning_rate"] == 0 < records[46]["train/learning_rate"]
+    changes = json.loads((workdir / "run.json").read_text())["changes"]
+    assert [step for step, _ in changes] == [40, 44]
+    assert "steps: 44 -> 60" in changes[1][1]
+
+
+def test_an_older_step_of_the_own_folder(command, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    own = f"--workdir={workdir}", f"--config.checkpoint.load_path={workdir}/../run", "--config.steps=44"
+    for more in ("--config.checkpoint.load_step=36", "--config.checkpoint.overwrite_optimizer=True"):
+        output = run(*command, *own, more, "--config.checkpoint.overwrite_config=True", expect=2)
+        assert (
+            "is the run's own folder, which continues at its newest step 40; to begin at another one"
+            in output
+        )
+    assert exact(metrics(workdir)) == exact(metrics(whole))

@@ -327,3 +327,27 @@ def test_rates_that_agree_to_six_digits_are_two(tmp_path):
     (method,) = runs.group(found)
     assert [setting.rate for setting in method.settings] == rates
     assert len({setting.name for setting in method.settings}) == 2
+
+
+def test_a_run_that_went_on_with_another_config_is_marked(tmp_path):
+    """It is no seed of the run that had the last config from the start."""
+    write(tmp_path / "whole", [5.0, 4.0, 3.0], seed=1)
+    write(tmp_path / "other", [5.0, 4.0, 3.0], seed=1, learning_rate=0.02)
+    joined = tmp_path / "joined"
+    write(joined, [5.0, 4.5, 4.0], seed=2)
+    facts = json.loads((joined / "run.json").read_text())
+    (joined / "run.json").write_text(json.dumps(facts | {"changes": [[10, "steps: 10 -> 20"]]}))
+    found = runs.find([tmp_path])
+    names = {member.path.name: s.name for m in runs.group(found) for s in m.settings for member in s.runs}
+    assert len(set(names.values())) == 3
+    assert names["joined"] == "adamw, changed after 10, learning_rate 0.01"
+    page = tmp_path / "page.html"
+    text = compare(found, page=page)
+    line = f"{joined}: after step 10 with steps: 10 -> 20"
+    assert f"put together  {line}" in text
+    assert line.replace(">", "&gt;") in page.read_text()
+    # Alone, it is drawn with a line at the step.
+    figures = pytest.importorskip("trainit.experiments.compare.figures")
+    methods = runs.group([runs.read(joined)])
+    drawn = figures.draw(figures.panels(statistics.table(methods, methods[0], 4.0), methods, methods[0]))
+    assert [10.0, 10.0] in [list(line.get_xdata()) for line in drawn.axes[0].get_lines()]

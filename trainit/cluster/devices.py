@@ -2,7 +2,9 @@
 
 import os
 import platform as host_platform
+import resource
 import socket
+import sys
 import zlib
 from pathlib import Path
 
@@ -67,6 +69,13 @@ def _connect(place: Place, coordinator: str):
         heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=20,
     )
+
+
+def peak_memory() -> int:
+    """The most bytes that were in use on any device of this process; on CPUs, in the process itself."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _processor() -> str:

@@ -69,6 +69,22 @@ def block_stop_signals():
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+def start_of(pid: int) -> str:
+    """When a process of this host was started, in the kernel's ticks; "" if it is not alive."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[19] if fields[0] not in "ZX" else ""
+    except OSError:
+        return ""
+
+
+def age() -> float:
+    """Seconds since the kernel started this process; on systems without /proc, its processor time."""
+    if not (ticks := start_of(os.getpid())):
+        return time.process_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
 class SignalInbox:
     """Stop signals as something that a thread can wait for and read, even while the main thread compiles.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import logging
 
+from trainit.cluster.process import start_of
 from trainit.config import ConfigError
 
 BEAT_SECONDS = 5.0  # between two signs of life of the holder
@@ -21,13 +22,20 @@ DEAD_SECONDS = 17.0  # without any, a holder on another host is dead
 def make_folder(folder: Path, process: int) -> Path:
     """The folder, created; ConfigError if this process cannot write there."""
     try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        probe = folder / "logs" / f".probe_{process}"
-        probe.touch()
-        probe.unlink()
+        try_to_write(folder / "logs", process)
     except OSError as error:
         raise ConfigError(f"--workdir={folder} cannot be written: {error.strerror}") from None
     return folder
+
+
+def try_to_write(folder: Path, process: int):
+    """Creates the folder and writes a block there; OSError if this process cannot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe_{process}"
+    try:
+        probe.write_bytes(bytes(4096))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 class RunLock:
@@ -43,7 +51,7 @@ class RunLock:
         self._path: Path | None = None
         self._own: dict = {"job": job, "since": time.strftime("%F %T %z"), "id": secrets.token_hex(8)}
         self._own |= {"host": socket.gethostname(), "namespace": _namespace()}
-        self._own |= {"pid": os.getpid(), "started": _start_of(os.getpid())}
+        self._own |= {"pid": os.getpid(), "started": start_of(os.getpid())}
 
     def take(self, folder: Path):
         """Takes the folder, at once if no job holds it; ConfigError if one does and is alive."""
@@ -99,7 +107,7 @@ def _read(path: Path) -> dict:
 def _is_alive(path: Path, holder: dict) -> bool:
     """Whether a lock's holder is alive: its process if that is on this host, else its signs of life."""
     if holder.get("host") == socket.gethostname() and holder["namespace"] == _namespace() != "":
-        return holder["started"] == _start_of(holder["pid"])
+        return holder["started"] == start_of(holder["pid"])
     before, until = _touched(path), time.monotonic() + DEAD_SECONDS
     logging.info("waiting    up to %.0f s, to see if %s is alive", DEAD_SECONDS, _describe(holder))
     while time.monotonic() < until:
@@ -117,15 +125,6 @@ def _touched(path: Path) -> tuple | None:
             return stat.st_ino, stat.st_mtime_ns
     except FileNotFoundError:
         return None
-
-
-def _start_of(pid: int) -> str:
-    """When a process of this host was started, in the kernel's ticks; "" if it is not alive."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[19] if fields[0] not in "ZX" else ""
-    except OSError:
-        return ""
 
 
 def _namespace() -> str:

@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from trainit.cluster import sync
+from trainit.cluster.run_lock import try_to_write
 from trainit.config import ConfigError
 from trainit.parallel.trees import path_name
 
@@ -85,7 +86,10 @@ class CheckpointStore:
         """
         self._newest_save = step
         if jax.process_count() > 1:
-            self._error = self._error or _try_to_write(self.folder)
+            try:
+                try_to_write(self.folder, jax.process_index())
+            except OSError as error:
+                self._fail(error)
             if any(sync.gather(self._error is not None)):
                 return
         fields, separate = _split(state)
@@ -187,18 +191,6 @@ class CheckpointStore:
     def close(self):
         if self._manager:
             self._manager.close()
-
-
-def _try_to_write(folder: Path) -> OSError | None:
-    """What prevents this process from writing to the folder of checkpoints; None: nothing does."""
-    probe = folder / f".probe_{jax.process_index()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(4096))
-        probe.unlink()
-    except OSError as error:
-        return error
-    return None
 
 
 def _split(state) -> tuple[dict, dict]:

@@ -13,9 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from trainit import optimizers
 from trainit.config import Config, require
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import device_bytes, inner_product, path_name
+from trainit.train.gradients import LossAndGradient
+from trainit.train.state import TrainState
 
 NOISE = "noise/trace", "noise/gradient_square"  # means of both are kept; their ratio is the noise scale
 NOISE_DECAY = 0.99  # of these means
@@ -75,6 +78,38 @@ def describe(config: Config, abstract: dict) -> str:
         return ""
     kept = f"{', '.join(_copies(config)) or 'no copies'}: {device_bytes(abstract) / 2**20:.1f} MiB"
     return f"every {config.every_steps} steps; keeps {kept} on each device"
+
+
+def measure_step(
+    loss_and_gradient: LossAndGradient,
+    state: TrainState,
+    batch: dict,
+    gradients: dict,
+    updates: dict,
+    sums: dict,
+    good: jax.Array,
+) -> tuple[dict[str, jax.Array], dict]:
+    """What `measure` returns for a step that takes these gradients at the state's parameters."""
+    config = loss_and_gradient.config.diagnostics
+    if not config.every_steps:
+        return {}, {}
+
+    def loss_at(params: dict) -> jax.Array:
+        elsewhere = loss_and_gradient.loss_sums(params, batch, state.step)
+        return elsewhere["loss"] / elsewhere["count"]
+
+    micro_steps, rows = batch["lengths"].shape
+    now = Now(
+        params=state.params,
+        gradients=gradients,
+        updates=updates,
+        loss=sums["loss"] / sums["count"],
+        loss_at=loss_at,
+        micro_square=sums["square"] / micro_steps if "square" in sums else None,
+        batches=(rows, micro_steps * rows),
+        factor=optimizers.logged(state.opt_state).get("optimizer/random_scaling"),
+    )
+    return measure(config, state.diagnostics, now, state.step + 1, good)
 
 
 def measure(

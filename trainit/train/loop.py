@@ -18,7 +18,7 @@ from trainit.train.checkpoint import CheckpointStore, due
 from trainit.train.evaluate import Validation
 from trainit.train.feed import BatchFeed
 from trainit.train.recorder import NonFiniteError, StepRecorder
-from trainit.train.resume import Resume
+from trainit.train.resume import Resume, warm_up_again
 from trainit.train.save_retry import SaveRetry
 from trainit.train.startup_timer import StartupTimer
 from trainit.train.state import TrainState
@@ -120,7 +120,8 @@ class Job:
             )
         if is_lead:
             files.write_json(self.workdir / "config.json", c.to_dict())
-            files.write_json(self.workdir / "run.json", metrics.facts(c.model, self._steps.abstract_state))
+            facts = metrics.facts(c.model, self._steps.abstract_state)
+            files.write_json(self.workdir / "run.json", facts | {"changes": start.changes})
 
         data, shape, meter, monitor = self.data, self.shape, metrics.Meter(c.model), self.monitor
         self.feed = BatchFeed(data, shape, monitor, meter, start.step, start.position)
@@ -187,6 +188,7 @@ class Job:
             "dataset": self.data.fingerprint,
             "wandb_id": self.start.wandb_id,
             "postponed": self.recorder.postponed,
+            "changes": self.start.changes,
             "version": __version__,
         }
 
@@ -198,3 +200,4 @@ class Job:
         logging.info("done       all %d steps; metrics in %s", step, self.workdir / "metrics.jsonl")
         logging.info("           checkpoint in %s", self._checkpoints.folder / str(step))
         logging.info("           train on: --config.steps=N --config.checkpoint.overwrite_config=True")
+        logging.info("           and warm up again: %s", warm_up_again(self.config, step))

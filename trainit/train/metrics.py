@@ -1,13 +1,12 @@
 """Figures about a run and its speed: parameters, FLOPs, MFU, throughput, memory."""
 
 import math
-import resource
-import sys
 import time
 
 import jax
 
 from trainit import __version__
+from trainit.cluster.devices import peak_memory
 from trainit.cluster.hardware import peak_flops
 from trainit.config import Config
 from trainit.parallel.trees import total_bytes
@@ -77,10 +76,3 @@ class Meter:
         if self._peak:
             metrics["throughput/mfu"] = self._flops * tokens / seconds / self._peak
         return metrics
-
-
-def peak_memory() -> int:
-    """The most bytes that were in use on any device of this process; on CPUs, in the process itself."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,5 +1,6 @@
 """Where a run begins: at step 0, at its own newest checkpoint, or at another run's checkpoint."""
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,9 +10,11 @@ import jax
 from absl import logging
 
 from trainit.cluster import sync
-from trainit.config import FREE, Config, flatten, require
+from trainit.config import FREE, Config, batch_sizes, flatten, require
+from trainit.config.schema import as_tuple
 from trainit.data.loader import START, DataPosition, has_same_order
 from trainit.data.training_data import TrainingData, abstract_batch
+from trainit.optimizers.common import schedules
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
 from trainit.train.checkpoint import CheckpointStore
@@ -29,6 +32,7 @@ class StartPoint:
     saved_step: int | None  # step of the run's own checkpoint, if it is resumed
     wandb_id: str  # of the W&B run
     postponed: dict | None  # record of `step` whose validation the job before has left to this one
+    changes: list  # [step, what]: where the run continued with another config
 
     def is_validated(self, workdir: Path) -> bool:
         """Whether no validation after `step` is left to do. All processes call it together."""
@@ -52,19 +56,30 @@ class Resume:
     def __post_init__(self):
         # All processes take the checkpoint that process 0 sees: a shared file system may show others less.
         self._latest = sync.agree(max(self.checkpoints.steps(), default=-1))
-        self.reads_checkpoint = self._latest >= 0 or bool(self.config.checkpoint.load_path)
+        c = self.config.checkpoint
+        self.reads_checkpoint = self._latest >= 0 or bool(c.load_path)
+        # Another beginning than the newest checkpoint is for a folder of its own.
+        is_other = c.load_step not in (-1, self._latest) or c.overwrite_optimizer
+        is_own = (
+            c.load_path and Path(c.load_path, "checkpoints").resolve() == self.checkpoints.folder.resolve()
+        )
+        require(
+            self._latest < 0 or not (is_other and is_own),
+            f"checkpoint.load_path={c.load_path!r} is the run's own folder, which continues at its newest "
+            f"step {self._latest}; to begin at another one or with a new optimizer, take a new --workdir",
+        )
 
     def start_point(self) -> StartPoint:
         """Makes or reads the first state. Raises ConfigError if a checkpoint does not fit config or data."""
         c, wandb_id = self.config.checkpoint, secrets.token_hex(4)
         if not self.reads_checkpoint:
-            return StartPoint(jax.block_until_ready(self._init()), 0, START, None, wandb_id, None)
+            return StartPoint(jax.block_until_ready(self._init()), 0, START, None, wandb_id, None, [])
 
         # Which checkpoint is it, and does it fit?
         is_resumed = self._latest >= 0
         source, step = (self.checkpoints, self._latest) if is_resumed else self._find_to_load()
         meta = source.meta(step)
-        position = self._check(meta, f"checkpoint {source.folder / str(step)}")
+        position, changes = self._check(meta, f"checkpoint {source.folder / str(step)}", step)
 
         # The state. A new optimizer begins at step 0 of its schedule; the data continue where they were.
         if is_resumed:
@@ -86,10 +101,10 @@ class Resume:
             state = self._restore(source, step)
         step = int(jax.block_until_ready(state).step)
         self.data.check_resume(meta["config"], position, step)
-        if is_resumed:
-            wandb_id = meta.get("wandb_id") or wandb_id
-            return StartPoint(state, step, position, step, wandb_id, meta.get("postponed"))
-        return StartPoint(state, step, position, None, wandb_id, None)
+        if not is_resumed:
+            return StartPoint(state, step, position, None, wandb_id, None, changes if step else [])
+        wandb_id, postponed = meta.get("wandb_id") or wandb_id, meta.get("postponed")
+        return StartPoint(state, step, position, step, wandb_id, postponed, changes)
 
     def _init(self) -> TrainState:
         self._compile_ahead(0)
@@ -105,8 +120,8 @@ class Resume:
         require(step in available, f"{lacking}; there are {available or 'none'} in {source.folder}")
         return source, step
 
-    def _check(self, meta: dict, origin: str) -> DataPosition:
-        """Checks that config and data may follow a checkpoint; returns where in these data it was."""
+    def _check(self, meta: dict, origin: str, step: int) -> tuple[DataPosition, list]:
+        """Checks that config and data may follow a checkpoint; its position in the data, and all changes."""
         c, overwrite = self.config, self.config.checkpoint.overwrite_config
         remedy = "set --config.checkpoint.overwrite_config=True to continue"
 
@@ -120,6 +135,9 @@ class Resume:
         )
         for line in lines.values():
             logging.info("changed    %s", line)
+        if fatal and (self._latest >= 0 or not c.checkpoint.overwrite_optimizer):
+            self._compare_rates(meta["config"], step)
+        changes = meta.get("changes", []) + [[step, fatal]] * bool(fatal)
 
         # The position in the data means something for the same data only.
         same_data, same_order = meta["dataset"] == self.data.fingerprint, has_same_order(meta)
@@ -134,9 +152,20 @@ class Resume:
             f"{remedy} from the beginning of the data, or use the version that began the run",
         )
         if same_data and same_order:
-            return DataPosition.from_meta(meta, c.model.context_length)
+            return DataPosition.from_meta(meta, c.model.context_length), changes
         logging.info("data       from the beginning of %s", c.dataset.path)
-        return START
+        return START, changes
+
+    def _compare_rates(self, before: Mapping, step: int):
+        """Logs the learning rates around `step` if another config than the one before changes them."""
+        old, new = (
+            schedules.build(c["schedule"], c["optimizer"]["learning_rate"], batch_sizes(c))
+            for c in (before, self.config)
+        )
+        last, planned, now = float(old(step - 1)), float(old(step)), float(new(step))
+        if not math.isclose(planned, now, rel_tol=1e-4):
+            logging.info("rate       %.3g in step %d, %.3g in step %d", last, step, now, step + 1)
+            logging.info("           to warm up again there: %s", warm_up_again(before, step))
 
     def _restore(self, source: CheckpointStore, step: int) -> TrainState:
         """The whole state of a checkpoint. What it lacks because the config was another begins now."""
@@ -156,6 +185,15 @@ class Resume:
             layout = batch_sharding(self.shape.device_mesh)
             batch = abstract_batch(self.data.dtype, self.shape.batch_at(step), layout)
             self.steps.train.compile_ahead(self.steps.abstract_state, batch)
+
+
+def warm_up_again(config: Mapping, step: int) -> str:
+    """Flags with which a run of this config that is trained for longer warms up again after `step` steps."""
+    schedule, sizes = config["schedule"], batch_sizes(config)
+    at = [*map(sizes.duration, as_tuple(schedule["rewarm_at"])), step]
+    # What was given in percent of all steps stays as long as it was.
+    warmup = sizes.duration(schedule["warmup"])
+    return f"--config.schedule.warmup={warmup} --config.schedule.rewarm_at={','.join(map(str, at))}"
 
 
 def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:

@@ -1,10 +1,10 @@
 """Where the time goes from the launch of a process to the end of its first step."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from trainit.cluster.process import age
 
 
 class StartupTimer:
@@ -32,12 +32,3 @@ class StartupTimer:
         total = time.monotonic() - self.launched
         parts = self._parts | {"other": total - sum(self._parts.values())}
         return f"{total:.1f} s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-
-
-def age() -> float:
-    """Seconds since the kernel started this process; on systems without /proc, its processor time."""
-    stat = Path("/proc/self/stat")
-    if not stat.exists():
-        return time.process_time()
-    ticks = int(stat.read_text().rpartition(")")[2].split()[19])  # since the machine started
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -132,7 +132,9 @@ class TrainStep:
             good &= loss_scale.stays_finite(opt_state, state.opt_state)
 
         # 4. Diagnostics, of the state before the update.
-        measured, kept = self._measure(replace(state, params=point), batch, grads, updates, sums, good)
+        measured, kept = diagnostics.measure_step(
+            self.loss_and_gradient, replace(state, params=point), batch, grads, updates, sums, good
+        )
 
         # 5. The new state, and the metrics.
         new_state = self._next_state(state, updates, opt_state, good, kept)
@@ -165,30 +167,6 @@ class TrainStep:
         gradients = {"gradient_at": gradient_at, "sampled_gradient_at": sampled_gradient_at}
         needed = {name: gradients[name] for name in self.optimizer.needs}
         return self.optimizer.update(grads, state.opt_state, state.params, step=state.step, **needed)
-
-    def _measure(
-        self, state: TrainState, batch: dict, grads: dict, updates: dict, sums: dict, good: jax.Array
-    ) -> tuple[dict, dict]:
-        """The diagnostics of this step, and what the state keeps of them for the next one."""
-        if not self.config.diagnostics.every_steps:
-            return {}, {}
-
-        def loss_at(params: dict) -> jax.Array:
-            elsewhere = self.loss_and_gradient.loss_sums(params, batch, state.step)
-            return elsewhere["loss"] / elsewhere["count"]
-
-        micro_steps, rows = batch["lengths"].shape
-        now = diagnostics.Now(
-            params=state.params,
-            gradients=grads,
-            updates=updates,
-            loss=sums["loss"] / sums["count"],
-            loss_at=loss_at,
-            micro_square=sums["square"] / micro_steps if "square" in sums else None,
-            batches=(rows, micro_steps * rows),
-            factor=optimizers.logged(state.opt_state).get("optimizer/random_scaling"),
-        )
-        return diagnostics.measure(self.config.diagnostics, state.diagnostics, now, state.step + 1, good)
 
     def _next_state(
         self, state: TrainState, updates: dict, opt_state: optax.OptState, good: jax.Array, kept: dict

@@ -34,6 +34,7 @@ def draw_curves(axes: Axes, rows: Sequence[Row], x: str, colors: Colors):
         values, low, high = np.array([(e.value, e.low, e.high) for e in estimates]).T
         axes.plot(at, values, color=color, label=row.setting.name, marker=marker, markersize=3)
         axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+        _mark_changes(axes, row.setting.runs, x, color)
         ends.append(values[-1])
         lows.append(low[-1])
         early.append(values[np.searchsorted(at, 0.15 * at[-1])])
@@ -55,8 +56,17 @@ def draw_single(axes: Axes, runs: Sequence[Run]):
         smooth = statistics.smooth(losses, max(1, len(losses) // 50))
         axes.plot(steps, smooth, color="C0", linewidth=1.6, label=f"{run.path}: training, smoothed")
         axes.plot(*run.curve("step", "valid/loss"), "o--", color="C0", ms=4, label=f"{run.path}: validation")
+        _mark_changes(axes, [run], "step", "C0")
     axes.set_xlim(left=0)
     _label(axes, LABELS["step"], "loss (nats per token)")
+
+
+def _mark_changes(axes: Axes, runs: Sequence[Run], x: str, color: str | tuple):
+    """Draws a dotted line where a run continued with another config."""
+    for run in filter(lambda run: run.records, runs):
+        steps, places = run.curve("step", x)
+        for step, _ in run.changes:
+            axes.axvline(float(np.interp(step, steps, places)), color=color, linestyle=":", linewidth=1)
 
 
 def draw_rates(axes: Axes, methods: Sequence[Method], colors: Colors):

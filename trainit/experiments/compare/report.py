@@ -88,6 +88,7 @@ def compare(
     parts = _tables(rows, base, target)
     text = "\n\n".join(part.text() for part in parts)
     text += "".join(f"\nnot finished  {line}" for line in unfinished(runs))
+    text += "".join(f"\nput together  {line}" for line in changed(runs))
     if not (output or page):
         return text
 
@@ -206,6 +207,11 @@ def unfinished(runs: Sequence[Run]) -> list[str]:
     return [f"{run.path}: ended at step {run.done} of {run.steps}; counted as failed" for run in failed]
 
 
+def changed(runs: Sequence[Run]) -> list[str]:
+    """Returns a line for each step after which a run continued with another config."""
+    return [f"{run.path}: after step {step} with {what}" for run in runs for step, what in run.changes]
+
+
 def _page(
     title: str, command: str, tables: list[Table], pictures: dict[str, str], runs: Sequence[Run]
 ) -> str:
@@ -218,11 +224,12 @@ def _page(
         for name, svg in pictures.items()
     )
     failed = "".join(f"<li>{html.escape(line)}</li>" for line in unfinished(runs))
+    failed += "".join(f"<li>put together: {html.escape(line)}</li>" for line in changed(runs))
     first, *rest = (table.html() for table in tables)
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
 <p>{len(runs)} runs on {devices}. Made by <code>{command}</code></p>
 {first}<h2>Pictures</h2><div class="figures">{figures}</div>
-{"".join(rest)}{failed and f"<h2>Not finished</h2><ul>{failed}</ul>"}</body></html>
+{"".join(rest)}{failed and f"<h2>Not finished, or put together</h2><ul>{failed}</ul>"}</body></html>
 """

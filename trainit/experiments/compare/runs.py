@@ -31,6 +31,11 @@ class Run:
         return self.config["seed"] if self.config else None
 
     @property
+    def changes(self) -> list[tuple[int, str]]:
+        """After which steps the run continued with another config, and what was other."""
+        return [(step, what) for step, what in self.facts.get("changes", ())]
+
+    @property
     def steps(self) -> int:
         """How many steps the run should do; without a config, as many as it has done."""
         return self.config["steps"] if self.config else self.done
@@ -116,7 +121,10 @@ def read(path: Path) -> Run:
             records.append(json.loads(line))
     files = path / "config.json", path / "run.json"
     config, facts = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
-    return Run(path, flatten(config), facts, records)
+    run = Run(path, flatten(config), facts, records)
+    if run.config and run.changes:  # a run that was put together is no run of its last config
+        run.config["changed"] = "after " + ", ".join(str(step) for step, _ in run.changes)
+    return run
 
 
 def find(paths: Iterable[Path]) -> list[Run]:
@@ -147,7 +155,8 @@ def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Metho
     # Runs with equal configs are a setting, unless their seeds are equal, too.
     by_setting: dict[object, list[Run]] = {}
     for run in runs:
-        meaning = tuple(sorted((k, str(v)) for k, v in run.config.items() if _is_meaningful(k)))
+        meaning: tuple = tuple(sorted((k, str(v)) for k, v in run.config.items() if _is_meaningful(k)))
+        meaning += tuple(str(change) for change in run.changes)
         seeds = {other.seed for other in by_setting.get(meaning, [])}
         key = meaning if meaning and run.seed not in seeds else run.path
         by_setting.setdefault(key, []).append(run)

@@ -68,7 +68,7 @@ def test_a_collective_that_fails_since_others_leave_is_no_failure(job, monkeypat
     os.kill(os.getpid(), signal.SIGUSR1)
     wait_for(lambda: other._over)
     other.report_failure(RuntimeError("connection closed by peer"), 1, patience=0.01)
-    codes[1].append(1)  # what a main thread that goes on would leave with
+    codes[1].append(1)  # what a main thread that does not wait would leave with
     assert codes[1] == [75, 1]
 
 

@@ -30,6 +30,8 @@ REPLACED = {  # in pages, for the same reason
     "[1, 2, 3]": "[1, 2]",
     '"steps": 100': '"steps": 3',
     "--config.steps=260": "--config.steps=8",
+    "--config.schedule.warmup=25": "--config.schedule.warmup=1",
+    "--config.schedule.rewarm_at=250": "--config.schedule.rewarm_at=6",
     "--config.steps=100": "--config.steps=6",
     "--config.steps=20": "--config.steps=6",
 }

@@ -31,7 +31,7 @@ REPLACED = {  # in pages, for the same reason
     '"steps": 100': '"steps": 3',
     "--config.steps=260": "--config.steps=8",
     "--config.schedule.warmup=25": "--config.schedule.warmup=1",
-    "--config.schedule.rewarm_at=250": "--config.schedule.rewarm_at=6",
+    "--config.schedule.rewarm_at=250": "--config.schedule.rewarm_at=6 --config.schedule.rewarm=1",
     "--config.steps=100": "--config.steps=6",
     "--config.steps=20": "--config.steps=6",
 }

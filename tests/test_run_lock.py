@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -107,6 +110,33 @@ def test_who_loses_the_folder_hears_of_it(tmp_path):
     while not lost and time.monotonic() < end:
         time.sleep(0.05)
     assert "was taken over by job 2" in lost[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("runs", "=.*/runs was removed"), ("runs/lock.json", "has lost its lock.json")]
+)
+def test_a_folder_that_is_removed(what, said, tmp_path):
+    (tmp_path / "runs").mkdir()
+    lost, heard = [], threading.Event()
+    first = lock(lambda text: (lost.append(text), heard.set()))
+    first.take(tmp_path / "runs")
+    path = tmp_path / what
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert heard.wait(10)
+    assert re.search(said, lost[0])
+    first.release()
+
+
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path):
+    """As on a full disk, where the file can be created but has no content; here, files may have no bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"lock.json cannot be written: File too large"):
+            lock().take(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_many_that_take_over_at_once_one_has_it(tmp_path):

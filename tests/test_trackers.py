@@ -38,6 +38,16 @@ def test_jsonl_drops_what_a_resume_does_again(tmp_path):
     assert JsonLines(path, keep_through=-1) and path.read_text() == ""
 
 
+def test_a_full_disk_is_reported_with_the_file(tmp_path):
+    """The first error stays the one that is reported: closing the file, which tries again, raises none."""
+    lines = JsonLines(tmp_path / "metrics.jsonl", keep_through=-1)
+    lines._file.close()
+    with Path("/dev/full").open("a", buffering=1) as lines._file:
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+            lines.log({"step": 1})
+        lines.close()
+
+
 def test_only_the_lead_process_writes(tmp_path):
     config = tiny.get_config()
     config.optimizer.weight_decay = 0.0

@@ -1,9 +1,19 @@
 """Files that are there in full or not at all, whenever a process is killed."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+
+@contextlib.contextmanager
+def errors_name(path: Path):
+    """An OSError of the block names this file: one of a file that is already open names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_atomically(path: Path, content: str | bytes):
@@ -13,7 +23,7 @@ def write_atomically(path: Path, content: str | bytes):
     """
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        with unfinished.open("wb") as file:
+        with errors_name(path), unfinished.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

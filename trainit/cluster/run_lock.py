@@ -57,9 +57,7 @@ class RunLock:
         """Takes the folder, at once if no job holds it; ConfigError if one does and is alive."""
         path, text = folder / "lock.json", json.dumps(self._own)
         while True:
-            # Exclusive creation decides between two that come to a free folder at once.
-            with contextlib.suppress(FileExistsError), path.open("x") as file:
-                file.write(text)
+            if _create(path, text):
                 break
             holder = _read(path)
             if _is_alive(path, holder):
@@ -69,7 +67,7 @@ class RunLock:
             # The holder is dead. If two take over at once, the last one to write has the folder.
             logging.info("workdir    taken over from %s: it is dead", _describe(holder))
             replacement = path.with_suffix(f".{self._own['id']}")
-            replacement.write_text(text)
+            _create(replacement, text)
             replacement.replace(path)
             time.sleep(1)
             if (holder := _read(path)).get("id") != self._own["id"]:
@@ -87,13 +85,34 @@ class RunLock:
                 if holder.get("id") == self._own["id"]:
                     os.utime(path)
                 elif not self._released.is_set():
-                    self._lost(f"--workdir={path.parent} was taken over by {_describe(holder)}")
+                    self._lost(f"--workdir={path.parent} {_loss(path, holder)}")
 
     def release(self):
         """Lets other jobs in. Nothing may be written here any more."""
         if self._path and not self._released.is_set():
             self._released.set()
             self._path.unlink(missing_ok=True)
+
+
+def _create(path: Path, text: str) -> bool:
+    """Creates the file; False if there is one already. ConfigError if it cannot be written."""
+    # Exclusive creation decides between two that come to a free folder at once.
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    except OSError as error:  # a lock without a holder would cost the next job DEAD_SECONDS
+        path.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    return True
+
+
+def _loss(path: Path, holder: dict) -> str:
+    """What has become of a lock that is held no more."""
+    if not path.parent.exists():
+        return "was removed"
+    return f"was taken over by {_describe(holder)}" if path.exists() else f"has lost its {path.name}: removed"
 
 
 def _read(path: Path) -> dict:

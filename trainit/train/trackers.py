@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
-from trainit.files import write_atomically
+from trainit.files import errors_name, write_atomically
 from trainit.logs import quantity
 
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal
@@ -31,25 +31,26 @@ class JsonLines:
 
     def __init__(self, path: Path, keep_through: int):
         kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    kept += [line + "\n"] if json.loads(line)["step"] <= keep_through else []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                kept += [line + "\n"] if json.loads(line)["step"] <= keep_through else []
         write_atomically(path, "".join(kept))
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("a", buffering=1)  # each line is written at once
 
     def log(self, record: Mapping):
         # JSON has no NaN and no infinity.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        with errors_name(self._path):
+            self._file.write(json.dumps(finite) + "\n")
 
     def sync(self):
         """Returns when all lines are on disk."""
-        os.fsync(self._file.fileno())
+        with errors_name(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self):
-        self._file.close()
+        with contextlib.suppress(OSError):  # all lines are written, unless `log` has failed
+            self._file.close()
 
 
 class Progress:

@@ -26,6 +26,7 @@ from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.place import Place, find_own_place
 from trainit.cluster.process import Exit
 from trainit.config import Config, ConfigError
+from trainit.data.documents.inputs import fingerprint
 from trainit.parallel.mesh import run_shape
 from trainit.train import loop as train
 from trainit.train.startup_timer import StartupTimer
@@ -84,7 +85,7 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
             "JAX": jax.__version__,
             "a config of hash": hashlib.sha256(text).hexdigest()[:8],
             "optimizer files of hash": config.optimizer_files,
-            "dataset": dataset.fingerprint,
+            "dataset": fingerprint(dataset.identity),
             "workdir": str(folder.absolute()),
         }
         seconds, stop = arguments.wait_seconds, monitor.agreement.stop_requested

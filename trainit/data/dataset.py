@@ -193,6 +193,7 @@ class Dataset:
     named: Tokenizer | None = None  # the tokenizer, if the folder has none
     parts: dict[str, Any] = field(default_factory=dict)  # splits and subsets that a mixture is made of
     part_fingerprints: tuple[str, ...] = ()  # those of other datasets among the parts
+    inputs: dict[str, list] = field(default_factory=dict)  # by split or part: files that others made
 
     @property
     def vocab_size(self) -> int:
@@ -271,12 +272,10 @@ def _open_split(folder: Path, name: str, info: dict) -> Split:
     split = info["splits"][name]
     for shard in split["shards"]:
         path = folder / shard["file"]
-        for file, expected in (
-            (path, shard["tokens"] * np.dtype(info["dtype"]).itemsize),
-            (path.with_suffix(".documents"), 8 * shard["documents"]),
-            (path.with_suffix(".bytes"), 8 * shard["documents"]),
-            (path.with_suffix(".subsets"), 2 * shard["documents"]),
-        ):
+        id_bytes = np.dtype(info["dtype"]).itemsize
+        for part, width in {"tokens": id_bytes, "documents": 8, "bytes": 8, "subsets": 2}.items():
+            count = shard["tokens" if part == "tokens" else "documents"]
+            file, expected = path.with_suffix(f".{part}"), width * count
             actual = file.stat().st_size if file.exists() else "no"
             if actual != expected:
                 wrong = f"{file} has {actual} bytes instead of {expected}"

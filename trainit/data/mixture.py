@@ -157,7 +157,8 @@ def with_parts(dataset: Dataset, text: str, cache: Path) -> Dataset:
     others = {name: _open_part(name, dataset) for name in names if name not in numbers}
     parts = {n: own[numbers[n]] if n in numbers else others[n].splits["train"] for n in names}
     prints = tuple(other.fingerprint for other in others.values())
-    return dataclasses.replace(dataset, parts=parts, part_fingerprints=prints)
+    inputs = dataset.inputs | {f"part {n}": other.inputs.get("train", []) for n, other in others.items()}
+    return dataclasses.replace(dataset, parts=parts, part_fingerprints=prints, inputs=inputs)
 
 
 def _open_part(name: str, dataset: Dataset) -> Dataset:

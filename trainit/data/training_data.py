@@ -63,8 +63,8 @@ class TrainingData(Protocol):
         """The type of the ids in batches."""
 
     @property
-    def fingerprint(self) -> str:
-        """A text that is the same for the same tokens in the same order, wherever the files lie."""
+    def identity(self) -> dict[str, Any]:
+        """For `documents.inputs.changes`: "dataset", the same for the same tokens in order, and "inputs"."""
 
     def describe(self) -> str:
         """Returns how much there is to train on, and in which form, on one line."""
@@ -126,8 +126,8 @@ class PreparedData:
         return self.rows.dtype
 
     @property
-    def fingerprint(self) -> str:
-        return self.dataset.fingerprint
+    def identity(self) -> dict[str, Any]:
+        return {"dataset": self.dataset.fingerprint, "inputs": self.dataset.inputs}
 
     @functools.cached_property
     def batch_sizes(self) -> BatchSizes:

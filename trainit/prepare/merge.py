@@ -69,7 +69,7 @@ def _read_journals(output: Path, units: list[Unit]) -> dict[str, dict]:
     journals = {unit.name: read_journal(output / "unfinished", unit) for unit in units}
     missing = [unit for unit in units if not journals[unit.name].get("done")]
     if missing:
-        files = ", ".join(name for unit in missing[:3] for name in unit.names[:3])
+        files = ", ".join(file.name for unit in missing[:3] for file in unit.inputs[:3])
         raise StateError(
             f"{output}: {len(missing)} of {len(units)} units of work are not finished ({files}, ...); "
             f"run their --shard= again, or the command without --shard and --join, which does what is left"

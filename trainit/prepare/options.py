@@ -2,11 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from trainit import tokenizers
 from trainit.config import ConfigError, require
 from trainit.data.documents import reader
+from trainit.data.documents.inputs import Input, describe_all
 from trainit.prepare.writer import Unit
 
 
@@ -48,21 +48,21 @@ def files(patterns: list[str], flag: str) -> tuple[list[Path], list[str]]:
         raise ConfigError(str(error)) from None
 
 
-def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list[list[Any]]]]:
-    """The units of work, and each split's files with their sizes."""
+def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list[Input]]]:
+    """The units of work, and each split's files."""
     units: list[Unit] = []
-    inputs: dict[str, list[list[Any]]] = {}
+    inputs: dict[str, list[Input]] = {}
     found: dict[str, set[Path]] = {}
     for split, flag in ("train", "input"), ("validation", "validation"):
         paths, names = files(getattr(args, flag), flag)
-        found[split], sizes = set(paths), [path.stat().st_size for path in paths]
-        inputs[split] = [list(pair) for pair in zip(names, sizes, strict=True)]
+        found[split], inputs[split] = set(paths), describe_all(paths, names)
         begin, size = 0, 0
-        for end, one in enumerate(sizes, start=1):
-            size += one
-            if size >= args.unit_bytes or end == len(sizes):
+        for end, one in enumerate(inputs[split], start=1):
+            size += one.size
+            if size >= args.unit_bytes or end == len(paths):
                 number = sum(unit.split == split for unit in units)
-                units.append(Unit(f"{split}-{number:05d}", tuple(paths[begin:end]), tuple(names[begin:end])))
+                part = slice(begin, end)
+                units.append(Unit(f"{split}-{number:05d}", tuple(paths[part]), tuple(inputs[split][part])))
                 begin, size = end, 0
     if twice := found["train"] & found["validation"]:
         raise ConfigError(f"{min(twice)} is in --input and in --validation")

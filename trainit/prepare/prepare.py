@@ -21,6 +21,7 @@ from trainit.cluster.process import DONE, FAILED
 from trainit.config import ConfigError, require
 from trainit.data.dataset import FORMAT, open_dataset
 from trainit.data.documents import reader
+from trainit.data.documents.inputs import difference
 from trainit.data.documents.reader import Position
 from trainit.files import write_atomically
 from trainit.prepare import options, workers
@@ -96,15 +97,18 @@ def _claim(output: Path, source: dict) -> dict | None:
         write_atomically(own, json.dumps(source, indent=1))
         own.replace(recipe)
     previous = info.get("source", {}) if info else json.loads(recipe.read_bytes())
-    for key in source:
-        if previous.get(key) != source[key]:
-            how = f"{key}={str(previous.get(key))[:80]}, not {str(source[key])[:80]}"
-            if key == "input":
-                how = "other input files, or other sizes of them"
-            raise ConfigError(
-                f"--output={output} holds a dataset made with {how}; give the same, remove the folder, or "
-                f"name another"
-            )
+    how = [
+        f"{key}={str(previous.get(key))[:80]}, not {str(value)[:80]}"
+        for key, value in source.items()
+        if key != "input" and previous.get(key) != value
+    ]
+    before = previous.get("input", {})
+    how += [text for split in before if (text := difference(before[split], source["input"][split]))]
+    if how:
+        raise ConfigError(
+            f"--output={output} holds a dataset made with other options or input: {how[0]}; give the same, "
+            f"remove the folder, or name another"
+        )
     if info:  # what a kill has left, after everything was done
         shutil.rmtree(recipe.parent, ignore_errors=True)
     return info

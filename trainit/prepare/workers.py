@@ -19,6 +19,7 @@ from trainit import tokenizers
 from trainit.cluster.process import end_with_parent
 from trainit.data.dataset import dtype_of
 from trainit.data.documents import reader
+from trainit.data.documents.inputs import describe, difference
 from trainit.data.documents.reader import Batch, BrokenInputError, Position
 from trainit.prepare.writer import Encoded, Recipe, StateError, Unit, UnitWriter, encode
 from trainit.tokenizers import Tokenizer
@@ -191,15 +192,17 @@ def _batches(
             progress.skip(sum(path.stat().st_size for path in unit.paths))
             continue
         at = writer.position
-        for number, (path, name) in enumerate(zip(unit.paths, unit.names, strict=True)):
+        for number, (path, file) in enumerate(zip(unit.paths, unit.inputs, strict=True)):
             if number < at.file:
                 progress.skip(path.stat().st_size)
                 continue
             start, read = at if number == at.file else Position(number), 0
-            for batch in reader.read(path, name, fields, start):
+            for batch in reader.read(path, file.name, fields, start):
                 if start != Position(number) and not read:  # what was passed over to get here
                     progress.skip(batch.read)
                     read = batch.read
                 yield writer, batch, batch.read - read
                 read = batch.read
+            if text := difference([file], [describe(path, file.name, file)]):
+                raise StateError(f"changed while it was read: {text}; remove {folder.parent}, prepare again")
         yield writer, None, 0

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainit.data.dataset import dtype_of
+from trainit.data.documents.inputs import Input
 from trainit.data.documents.reader import Batch, Broken, BrokenInputError, Position, parse
 from trainit.data.documents.reader import encode as encode_documents
 from trainit.files import write_atomically
@@ -54,7 +55,7 @@ class Unit:
 
     name: str
     paths: tuple[Path, ...]
-    names: tuple[str, ...]  # what messages and dataset.json call the files
+    inputs: tuple[Input, ...]  # the files as they were at the start, and what messages call them
 
     @property
     def split(self) -> str:

@@ -185,7 +185,7 @@ class Job:
         return {
             "config": self.config.to_dict(),
             **self.feed.position().to_meta(),
-            "dataset": self.data.fingerprint,
+            **self.data.identity,
             "wandb_id": self.start.wandb_id,
             "postponed": self.recorder.postponed,
             "changes": self.start.changes,

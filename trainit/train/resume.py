@@ -12,6 +12,7 @@ from absl import logging
 from trainit.cluster import sync
 from trainit.config import FREE, Config, batch_sizes, flatten, require
 from trainit.config.schema import as_tuple
+from trainit.data.documents import inputs
 from trainit.data.loader import START, DataPosition, has_same_order
 from trainit.data.training_data import TrainingData, abstract_batch
 from trainit.optimizers.common import schedules
@@ -140,18 +141,16 @@ class Resume:
         changes = meta.get("changes", []) + [[step, fatal]] * bool(fatal)
 
         # The position in the data means something for the same data only.
-        same_data, same_order = meta["dataset"] == self.data.fingerprint, has_same_order(meta)
-        require(
-            overwrite or same_data,
-            f"{origin} was trained on dataset {meta['dataset']}, but dataset.path={c.dataset.path!r} is "
-            f"{self.data.fingerprint}; {remedy} with it",
-        )
+        same_order, other_data = has_same_order(meta), inputs.changes(meta, self.data.identity)
+        for text in other_data.values():
+            require(overwrite, f"{origin} was made with other data: {text}; {remedy} with these")
+            logging.info("changed    data: %s", text)
         require(
             overwrite or same_order,
             f"{origin} was trained on sequences in an order that this version of Trainit does not have; "
             f"{remedy} from the beginning of the data, or use the version that began the run",
         )
-        if same_data and same_order:
+        if "dataset" not in other_data and same_order:
             return DataPosition.from_meta(meta, c.model.context_length), changes
         logging.info("data       from the beginning of %s", c.dataset.path)
         return START, changes

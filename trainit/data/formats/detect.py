@@ -14,11 +14,14 @@ and none is known to end a text.
 """
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainit import tokenizers
 from trainit.data.dataset import Dataset, DatasetError, Split, dtype_of, find_tokenizer, open_dataset
+from trainit.data.documents.inputs import describe_all
 from trainit.data.formats import arrow, binary
 from trainit.data.formats.binary import Shard
 from trainit.tokenizers import Tokenizer
@@ -72,7 +75,8 @@ def open_path(
         "dtype": dtype_of(named.vocab_size),
         "splits": {name: {"stored": split.stored, "files": _files(split)} for name, split in splits.items()},
     }
-    return Dataset(Path(path), info, splits, named)
+    inputs = {name: describe_all(split.paths, _names(split.paths)) for name, split in splits.items()}
+    return Dataset(Path(path), info, splits, named, inputs=inputs)
 
 
 def find(path: Path) -> list[Path]:
@@ -178,6 +182,11 @@ def _split(name: str, shards: list[Shard], named: Tokenizer) -> Split:
     stored, openers = lengths.pop() if len(lengths) == 1 else 0, tuple(shard.open for shard in shards)
     vocabulary, dtype = named.vocab_size, dtype_of(named.vocab_size)
     return Split(name, paths, sizes, dtype, None, stored=stored, below=vocabulary, openers=openers)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    common = os.path.commonpath([Path(path).parent for path in paths]) if paths else ""
+    return [str(Path(path).relative_to(common)) for path in paths]
 
 
 def _files(split: Split) -> list[list]:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grain
@@ -22,6 +22,7 @@ from trainit.cluster import sync
 from trainit.cluster.process import end_with_parent
 from trainit.data import loader
 from trainit.data.dataset import DatasetError, Split
+from trainit.data.documents.inputs import Input, describe_all
 from trainit.data.documents.reader import BrokenInputError, Position, find_files
 from trainit.data.documents.targets import Targets
 from trainit.data.jsonl.stream import Corpus, State, Stream, documents
@@ -206,6 +207,7 @@ class StreamedData:
     validation: Split
     workers: int = 0
     prefetch: int = 2
+    inputs: Mapping[str, Sequence[Input]] = field(default_factory=dict)  # as in `identity`
 
     @property
     def dtype(self) -> np.dtype:
@@ -223,6 +225,10 @@ class StreamedData:
         about = [*zip(c.names, c.sizes, strict=True), name, digest(content), end_of_text]
         about += [c.text_field, c.streams, c.window, c.seed]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"dataset": self.fingerprint, "inputs": self.inputs}
 
     def reader(
         self, shape: tuple[int, int, int], layout: jax.sharding.NamedSharding, position: DataPosition = START
@@ -251,11 +257,18 @@ def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequen
     for path_field in ("path", "validation_path"):
         try:
             paths, names = find_files([config[path_field]], f"dataset.{path_field}", SUFFIXES)
-        except ValueError as error:
+            inputs = tuple(describe_all(paths, names))
+        except (ValueError, OSError) as error:
             raise DatasetError(str(error)) from None
-        sizes = tuple(path.stat().st_size for path in paths)
+        sizes = tuple(file.size for file in inputs)
         corpora[path_field] = Corpus(
-            tuple(map(str, paths)), tuple(names), sizes, about, config.text_field, length=length
+            tuple(map(str, paths)),
+            tuple(names),
+            sizes,
+            about,
+            config.text_field,
+            length=length,
+            inputs=inputs,
         )
     train, validation = corpora["path"], replace(corpora["validation_path"], subset_field=config.subset_field)
     if twice := {*map(os.path.realpath, train.paths)} & {*map(os.path.realpath, validation.paths)}:
@@ -265,4 +278,5 @@ def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequen
     except (BrokenInputError, OSError) as error:
         raise DatasetError(f"dataset.validation_path={config.validation_path!r}: {error}") from None
     train = replace(train, streams=config.streams, window=config.window, seed=seed)
-    return StreamedData(config.path, train, held, config.workers, config.prefetch)
+    of_all = {"train": train.inputs, f"validation {config.validation_path}": validation.inputs}
+    return StreamedData(config.path, train, held, config.workers, config.prefetch, of_all)

@@ -26,6 +26,7 @@ import numpy as np
 from trainit import tokenizers
 from trainit.data.dataset import DatasetError, dtype_of
 from trainit.data.documents import reader
+from trainit.data.documents.inputs import Input, describe
 from trainit.data.documents.reader import Batch, BrokenInputError, Document, Position
 from trainit.data.order import permute
 from trainit.tokenizers import Tokenizer
@@ -59,6 +60,7 @@ class Corpus:
     seed: int = 0
     length: int = 1  # L, targets of a sequence
     subset_field: str = ""  # empty: subsets are not told apart
+    inputs: tuple[Input, ...] = ()  # the files as they were when the run began; empty: not known
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("tokenizer", "groups")}
@@ -113,6 +115,8 @@ def documents(
     fields = corpus.text_field, corpus.subset_field
     if (size := path.stat().st_size) != corpus.sizes[file]:
         raise BrokenInputError(f"{name} has {size} bytes; when the run began it had {corpus.sizes[file]}")
+    if corpus.inputs and describe(path, name, corpus.inputs[file]).samples != corpus.inputs[file].samples:
+        raise BrokenInputError(f"{name} has changed: lines are not what they were when the run began")
     for batch in reader.read(path, name, fields, start):
         lines = batch.lines.split(b"\n")
         first = (part - batch.line) % parts

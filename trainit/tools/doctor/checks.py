@@ -17,6 +17,7 @@ from trainit.cluster import devices, rendezvous, run_lock, sync
 from trainit.cluster.place import Place, SetupError
 from trainit.config import Config, ConfigDict, ConfigError
 from trainit.data.dataset import DatasetError
+from trainit.data.documents.inputs import fingerprint
 from trainit.data.training_data import TrainingData
 from trainit.logs import quantity
 from trainit.parallel.layout import batch_sharding
@@ -105,7 +106,7 @@ def _check_data(
 
     Config and dataset are None if they are not valid. With `debug`, the mesh may shrink to the devices.
     """
-    fingerprints = sync.gather_text(dataset.fingerprint if dataset else "none")
+    fingerprints = sync.gather_text(fingerprint(dataset.identity) if dataset else "none")
     if len(set(fingerprints)) > 1:
         finding = group_processes(fingerprints, processes)
         return [Result("dataset", FAIL, finding, "all hosts must see the same dataset.path")]

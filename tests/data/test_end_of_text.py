@@ -223,7 +223,7 @@ def test_the_commands_take_it(tmp_path, capfd):
     assert np.flatnonzero(ids == dataset.tokenizer.end_of_text).tolist() == [len(ids) - 1]
     assert dataset.tokenizer.decode(ids.tolist()) == "a</s>a"
     assert trainit_command(["prepare", *flags]) == 2
-    assert "a dataset made with tokenizer={'end_of_text': 2, " in capfd.readouterr().err
+    assert ": tokenizer.end_of_text=2, not 1; give the same" in capfd.readouterr().err
     with pytest.raises(DatasetError, match=r"dataset\.end_of_text='</s>': the prepared"):
         detect.open_path(str(tmp_path / "data"), end_of_text="</s>")
     folder = tmp_path / "theirs"

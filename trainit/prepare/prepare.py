@@ -81,6 +81,12 @@ def _source(args: argparse.Namespace, tokenizer: Tokenizer, inputs: dict) -> dic
     return {"format": FORMAT, "tokenizer": about, **recipe, "unit_bytes": args.unit_bytes, "input": inputs}
 
 
+def _options(source: dict) -> dict:
+    """What `_source` holds besides the input, those of the tokenizer as `tokenizer.sha256` and so on."""
+    about = {f"tokenizer.{key}": value for key, value in source.get("tokenizer", {}).items()}
+    return {key: value for key, value in source.items() if key not in ("input", "tokenizer")} | about
+
+
 def _claim(output: Path, source: dict) -> dict | None:
     """Begins or continues the dataset in `output`. Returns the content of its dataset.json if it is finished.
 
@@ -97,10 +103,11 @@ def _claim(output: Path, source: dict) -> dict | None:
         write_atomically(own, json.dumps(source, indent=1))
         own.replace(recipe)
     previous = info.get("source", {}) if info else json.loads(recipe.read_bytes())
+    was, now = (_options(which) for which in (previous, source))
     how = [
-        f"{key}={str(previous.get(key))[:80]}, not {str(value)[:80]}"
-        for key, value in source.items()
-        if key != "input" and previous.get(key) != value
+        f"{key}={str(was.get(key))[:80]}, not {str(now.get(key))[:80]}"
+        for key in {**now, **was}
+        if was.get(key) != now.get(key)
     ]
     before = previous.get("input", {})
     how += [text for split in before if (text := difference(before[split], source["input"][split]))]

@@ -130,6 +130,36 @@ progress.close()
     assert text.count("\r") > 3
 
 
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_wandb_gets_each_step_once(is_offline, tmp_path, monkeypatch):
+    """Also those that a job after a kill does again. A server tells how far it is; offline, the file does."""
+    import wandb
+
+    given = []
+
+    class Run:
+        offline, starting_step = is_offline, 0
+
+        def define_metric(self, *_, **__):
+            pass
+
+        def log(self, record, step):
+            given.append((step, record["step"], record["train/loss"]))
+
+        def finish(self, exit_code):
+            Run.starting_step = 0 if is_offline else given[-1][0] + 1
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    config = {"wandb": {"project": "tests", "name": ""}, "steps": 9}
+    for start, end in ((0, 5), (3, 7), (6, 9)):
+        logger = RunLogger(True, tmp_path, config, start, start if start else -1, "abc")
+        for step in range(start + 1, end + 1):
+            logger.log(step, {"train/loss": step / 2})
+        logger.close(0)
+    assert given == [(step, step, step / 2) for step in range(1, 10)]
+    assert [record["step"] for record in metrics(tmp_path)] == list(range(1, 10))
+
+
 def test_wandb_offline_and_resumed(random_dataset, tmp_path):
     """The same W&B run continues after a stop, and no key is written anywhere."""
     key = "0123456789abcdef0123456789abcdef01234567"

@@ -29,6 +29,8 @@ from processes import (
 
 from trainit import config as config_lib
 from trainit.parallel.mesh import make_mesh, shape_on
+from trainit.prepare.demo import write_dataset
+from trainit.tokenizers import ByteTokenizer
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore
 
@@ -75,6 +77,20 @@ def test_undisturbed_run(undisturbed):
     "ten `kill -9` at random moments, in the middle of steps and of saves: each step once, losses "
     "bit-identical"
 )
+def test_padding_is_no_token(tmp_path):
+    """Each batch is an epoch, whose last sequence is short: the targets of the split, counted by NumPy."""
+    text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 115)))
+    write_dataset(tmp_path / "data", ByteTokenizer(), {"train": [text], "validation": [text]})
+    arguments = [f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={tmp_path}/data"]
+    arguments += [f"--workdir={tmp_path}/run", "--config.batch_size=4", "--config.device_batch_size=4"]
+    arguments += ["--config.cpu_devices=1", *(f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "tensor"))]
+    for steps in (3, 5):  # the second continues the first
+        more = [f"--config.steps={steps}", "--config.checkpoint.overwrite_config=True"]
+        run(*arguments, *more, XLA_FLAGS=FAST)
+        found = [record["tokens"] for record in metrics(tmp_path / "run")]
+        assert found == [115 * step for step in range(steps + 1)]
+
+
 def test_ten_kills_change_nothing(command, undisturbed, tmp_path):
     """kill -9 mid-step and mid-save; the joined metrics have each step once, bit-identical."""
     seed = int(os.environ.get("KILLS_SEED", random.randrange(2**32)))

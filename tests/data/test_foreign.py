@@ -108,6 +108,14 @@ def megatron(folder: Path, train, validation, **options):
     write_megatron(folder / "pile_0.9_valid_text_document", rows_of(validation))
 
 
+def megatron_with_modes(folder: Path, train: np.ndarray, validation: np.ndarray):
+    """As megatron-core writes with multimodal=True: after all else a byte for each sequence, 0 for text."""
+    megatron(folder, train, validation)
+    for split, ids in (("train", train), ("valid", validation)):
+        with (folder / f"pile_0.9_{split}_text_document.idx").open("ab") as index:
+            index.write(bytes(len(rows_of(ids))))
+
+
 def megatron_in_two(folder: Path, train: np.ndarray, validation: np.ndarray):
     """Nothing in the names of the training data says so, and one has another type of ids."""
     first, second = np.array_split(train, 2)
@@ -128,6 +136,24 @@ def arrow_files(folder: Path, train: np.ndarray, validation: np.ndarray):
     write_arrow(folder / "val.arrow", validation[: len(validation) // 5 * 5].reshape(-1, 5), fixed)
 
 
+def arrow_views(folder: Path, train: np.ndarray, validation: np.ndarray):
+    """Lists that each say where they lie: one after the other, and in the opposite order with gaps."""
+    write_arrow(folder / "train.arrow", rows_of(train), kind=pa.list_view(pa.int32()))
+    parts = np.array_split(validation, 4)
+    values = np.concatenate([np.append(part, 7) for part in reversed(parts)]).astype("<i8")
+    ends = np.cumsum([len(part) + 1 for part in reversed(parts)])
+    begins = [int(ends[3 - i]) - len(part) - 1 for i, part in enumerate(parts)]
+    column = pa.LargeListViewArray.from_arrays(begins, [len(part) for part in parts], pa.array(values))
+    with pa.ipc.new_stream(folder / "val.arrow", pa.schema({"input_ids": column.type})) as out:
+        out.write_batch(pa.record_batch({"input_ids": column}))
+
+
+def parquet_views(folder: Path, train: np.ndarray, validation: np.ndarray):
+    kind = pa.list_view(pa.uint16())
+    pq.write_table(table(rows_of(train), kind), folder / "train.parquet", row_group_size=11)
+    pq.write_table(table(rows_of(validation), kind), folder / "validation.parquet")
+
+
 def parquet(folder: Path, train: np.ndarray, validation: np.ndarray, **options):
     for number, part in enumerate(np.array_split(train, 2)):
         content = table(rows_of(part), text=["a"] * len(rows_of(part)))
@@ -143,10 +169,13 @@ FORMATS = {
     "Megatron, int64": (functools.partial(megatron, dtype="<i8", code=5), "Megatron"),
     "Megatron, bytes": (functools.partial(megatron, dtype="<u1", code=1), "Megatron"),
     "Megatron in parts": (functools.partial(megatron, parts=4), "Megatron"),
+    "Megatron with modes": (megatron_with_modes, "Megatron"),
     "Megatron, two pairs": (megatron_in_two, "Megatron"),
     "DatasetDict": (dataset_dict, "Arrow"),
     "Arrow": (arrow_files, "Arrow"),
+    "Arrow, views": (arrow_views, "Arrow"),
     "parquet": (parquet, "parquet"),
+    "parquet, views": (parquet_views, "parquet"),
 }
 
 
@@ -287,6 +316,12 @@ def part_missing(folder: Path):
     (folder / "train-00002-of-00002.bin").unlink()
 
 
+def with_an_image(folder: Path):
+    bad_index(folder)
+    with (folder / "train.idx").open("ab") as index:
+        index.write(bytes([0, 0, 1] + [0] * (len(rows_of(draw(100))) - 3)))
+
+
 def longer(path: Path, by: int):
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size + by)
@@ -326,6 +361,7 @@ def shuffled(folder: Path):
         (lambda f: write_arrow(f / "a.arrow", [[1]]), r"several formats, such as a.arrow and val.bin"),
         (lambda f: (bad_index(f), longer(f / "train.bin", 2)), r"bytes 0 to 200, but train.bin has 202"),
         (lambda f: (bad_index(f), longer(f / "train.idx", 8)), r"bytes instead of"),
+        (with_an_image, r"has sequence 2 of mode 1, which is no text"),
         (part_missing, r"bytes 0 to 200, but train.bin or its parts have 136"),
         (lambda f: bad_index(f, version=2), r"has version 2 and type 8"),
         (lambda f: bad_index(f, dtype="<f4", code=7), r"has version 1 and type 7; .* types of integers"),

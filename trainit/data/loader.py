@@ -30,6 +30,7 @@ class DataPosition(NamedTuple):
 
     rows: int = 0  # sequences consumed
     streams: list[list[int]] | None = None  # of streamed data: the state of each stream after these rows
+    tokens: int = 0  # targets in these rows, without the padding of short sequences
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any], length: int) -> "DataPosition":
@@ -42,7 +43,7 @@ class DataPosition(NamedTuple):
         rows, streams = meta["rows"] * before // length, meta.get("streams")
         if streams and before != length:
             streams = [[*state, 0] for *state, _ in streams]
-        return cls(rows, streams)
+        return cls(rows, streams, meta.get("tokens", meta["rows"] * before))
 
     def to_meta(self) -> dict[str, Any]:
         """Returns the entries of a checkpoint's meta data that `from_meta` and `has_same_order` read."""

@@ -71,8 +71,3 @@ class BatchFeed:
     def position(self) -> DataPosition:
         """The position in the data after the current step. All processes call it together."""
         return self._reader.position(self._rows)
-
-    def tokens_after(self, step: int) -> int:
-        """Tokens trained on by the end of `step`, the current one or one before it."""
-        sizes = self.shape.batch_sizes
-        return (self._rows - sizes.rows(self.step) + sizes.rows(step)) * sizes.context_length

@@ -132,7 +132,7 @@ class Job:
         last_kept = start.step - is_postponed if is_resumed else -1
         with self.timer.part("trackers"):
             self.logger = RunLogger(is_lead, self.workdir, c.to_dict(), start.step, last_kept, start.wandb_id)
-        self.recorder = StepRecorder(c, shape, self.feed, self.logger, meter, monitor, start.postponed)
+        self.recorder = StepRecorder(c, start.position.tokens, self.logger, meter, monitor, start.postponed)
         self.saves = SaveRetry(self._checkpoints, monitor, self._checkpoint_meta, start.saved_step)
 
     def validate_and_save(self, step: int, state: TrainState, reason: str) -> str:
@@ -184,7 +184,7 @@ class Job:
         self.logger.sync()  # metrics that a resume will not write again must be on disk before it
         return {
             "config": self.config.to_dict(),
-            **self.feed.position().to_meta(),
+            **self.feed.position()._replace(tokens=self.recorder.tokens).to_meta(),
             **self.data.identity,
             "wandb_id": self.start.wandb_id,
             "postponed": self.recorder.postponed,

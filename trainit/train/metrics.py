@@ -49,7 +49,7 @@ class Meter:
     """
 
     def __init__(self, model: Config):
-        self._length, self._flops = model.context_length, flops_per_token(model)
+        self._flops = flops_per_token(model)
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
         self._last: float | None = None  # when the step before finished
@@ -62,14 +62,14 @@ class Meter:
         """Leaves out the time until the next step: something else, such as validation, has taken it."""
         self._last = None
 
-    def step(self, batch_size: int) -> dict[str, float]:
-        """The metrics of a step of `batch_size` sequences. To be called when the step has finished."""
+    def step(self, tokens: int) -> dict[str, float]:
+        """The metrics of a step with so many targets. To be called when the step has finished."""
         now, last, data = time.perf_counter(), self._last, self._data
         self._last, self._data = now, 0.0
         metrics = {"memory/peak_gib": peak_memory() / 2**30}
         if last is None:
             return metrics
-        seconds, tokens = now - last, batch_size * self._length
+        seconds = now - last
         metrics["time/step_seconds"] = seconds
         metrics["time/data_fraction"] = min(data / seconds, 1.0)
         metrics["throughput/tokens_per_second"] = tokens / seconds

@@ -6,9 +6,7 @@ import jax
 
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
-from trainit.parallel.mesh import RunShape
 from trainit.train import diagnostics, loss_scale
-from trainit.train.feed import BatchFeed
 from trainit.train.metrics import Meter
 from trainit.train.trackers import RunLogger
 
@@ -28,8 +26,7 @@ class StepRecorder:
     """
 
     config: Config
-    shape: RunShape
-    feed: BatchFeed
+    tokens: int  # trained on in all steps that were read: targets, without padding
     logger: RunLogger
     meter: Meter
     monitor: JobMonitor
@@ -53,7 +50,7 @@ class StepRecorder:
         self.postponed = record if is_due and not validation else None
         if self.postponed is None:
             if validation:
-                record |= {"step": step, "tokens": self.feed.tokens_after(step)} | validation
+                record |= {"step": step, "tokens": self.tokens} | validation
             self._log(record)
         self.meter.pause()
 
@@ -69,8 +66,8 @@ class StepRecorder:
             on_device |= measured
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
         skipped_in_a_row = values.pop("skipped_in_a_row")
-        times = self.meter.step(self.shape.batch_sizes.at(step - 1))
-        record = {"step": step, "tokens": self.feed.tokens_after(step)} | values | times
+        self.tokens += (tokens := int(values.pop("tokens")))
+        record = {"step": step, "tokens": self.tokens} | values | self.meter.step(tokens)
 
         self.monitor.step_done()
         if skipped_in_a_row == self.config.max_skipped:

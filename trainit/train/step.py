@@ -147,6 +147,7 @@ class TrainStep:
             "train/learning_rate": self.schedule(state.step),
             "train/skipped": new_state.skipped,
             **({"train/loss_scale": scale} if state.loss_scale else {}),
+            "tokens": sums["count"],
             "skipped_in_a_row": new_state.skipped_in_a_row,
             "diagnostics": measured,
             **optimizers.logged(new_state.opt_state),

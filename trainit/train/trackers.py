@@ -30,10 +30,11 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, keep_through: int):
-        kept = []
+        kept, self.newest = [], -1  # the newest step that was there before
         for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
-                kept += [line + "\n"] if json.loads(line)["step"] <= keep_through else []
+                self.newest = json.loads(line)["step"]
+                kept += [line + "\n"] if self.newest <= keep_through else []
         write_atomically(path, "".join(kept))
         self._path, self._file = path, path.open("a", buffering=1)  # each line is written at once
 
@@ -101,6 +102,8 @@ class RunLogger:
             self._wandb = wandb.init(**settings, resume="allow", dir=workdir)
             self._wandb.define_metric("step")
             self._wandb.define_metric("*", step_metric="step")
+            # Steps that this job does again are there already. Offline, W&B does not know what it was given.
+            self._known = self._jsonl.newest if self._wandb.offline else self._wandb.starting_step - 1
         self._progress = Progress(start, config["steps"])
 
     def log(self, step: int, metrics: Mapping, write: bool = True):
@@ -109,8 +112,8 @@ class RunLogger:
             self._progress.show(step, metrics)
         if self._lead and write:
             self._jsonl.log({"step": step, **metrics})
-            if self._wandb:
-                self._wandb.log({"step": step, **metrics})
+            if self._wandb and step > self._known:
+                self._wandb.log({"step": step, **metrics}, step=step)
 
     def sync(self):
         """Returns when everything that was logged is on disk."""

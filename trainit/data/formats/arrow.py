@@ -105,7 +105,8 @@ def _arrow_batches(path: Path) -> Iterator[tuple[Any, np.ndarray]]:
         for batch in batches:
             column = batch.column(COLUMN)
             ids = _ids(path, column)
-            if len(ids) and not 0 <= ids.ctypes.data - content.address < content.size:
+            stored = column.values.buffers()[-1]
+            if len(ids) and not 0 <= stored.address - content.address < content.size:
                 raise DatasetError(f"{path} is compressed; save it with save_to_disk, or as parquet")
             yield column, ids
     except (pa.ArrowException, OSError) as error:
@@ -135,20 +136,30 @@ def _group_sizes(file: Any) -> list[int]:
 
 
 def _ids(path: Path, column: Any) -> np.ndarray:
-    """The ids of a column of lists, without a copy, as unsigned integers."""
+    """The ids of a column of lists as unsigned integers: without a copy, if they lie in their order."""
     _item_type(path, column.type)
-    values = column.flatten()
+    values = _values_of_views(column) if "list_view" in str(column.type) else column.flatten()
     if column.null_count or values.null_count:
         raise DatasetError(f"{path}: {COLUMN} has rows or ids that are null; leave them out")
     ids = values.to_numpy(zero_copy_only=True)
     return ids.view(f"<u{ids.itemsize}")
 
 
+def _values_of_views(column: Any) -> Any:
+    """The values of lists that each say where they lie, which may be in any order and with gaps."""
+    if not len(column) or column.null_count:
+        return column.flatten()
+    offsets, sizes = column.offsets.to_numpy(), column.sizes.to_numpy()
+    if (offsets[1:] != offsets[:-1] + sizes[:-1]).any():
+        return column.flatten()
+    return column.values.slice(offsets[0], sizes.sum())
+
+
 def _item_type(path: Path, kind: Any) -> Any:
     """The type of the integers in lists of this type."""
     types = _pyarrow(path).types
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    if not is_list or not types.is_integer(kind.value_type):
+    kinds = "list", "large_list", "fixed_size_list", "list_view", "large_list_view"
+    if not any(getattr(types, f"is_{name}")(kind) for name in kinds) or not types.is_integer(kind.value_type):
         raise DatasetError(f"{path}: {COLUMN} is of type {kind} instead of a list of integers")
     return kind.value_type
 

@@ -81,7 +81,12 @@ def inspect_megatron(index: Path) -> list[Shard]:
             f"{', '.join(map(str, MEGATRON_TYPES))}"
         )
     expected, actual = len(head) + 12 * count + 8 * documents, index.stat().st_size
-    if not count or actual != expected:
+    if has_modes := bool(count) and actual == expected + count:  # a byte for each sequence, at the end
+        modes = np.memmap(index, "u1", "r", expected, (count,))
+        if modes.any():
+            other = int(np.flatnonzero(modes)[0])
+            raise wrong(f"has sequence {other} of mode {modes[other]}, which is no text; leave out such ones")
+    if not count or (actual != expected and not has_modes):
         raise wrong(f"has {count} sequences and {actual} bytes instead of {expected}; copy it again")
     sizes = np.memmap(index, "<i4", "r", len(head), (count,))
     begins = np.memmap(index, "<i8", "r", len(head) + 4 * count, (count,))

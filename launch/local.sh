@@ -18,7 +18,7 @@ for ((rank = 0; rank < count; rank++)); do
   pids+=($!)
 done
 # Signals to this script are passed to its processes, which agree on a step, save and exit.
-for name in TERM INT USR1 USR2; do
+for name in TERM INT HUP USR1 USR2; do
   # shellcheck disable=SC2064
   trap "kill -$name \${pids[*]} 2>/dev/null" "$name"
 done

@@ -151,9 +151,9 @@ def test_wandb_gets_each_step_once(is_offline, tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", lambda **_: Run())
     config = {"wandb": {"project": "tests", "name": ""}, "steps": 9}
-    for start, end in ((0, 5), (3, 7), (6, 9)):
-        logger = RunLogger(True, tmp_path, config, start, start if start else -1, "abc")
-        for step in range(start + 1, end + 1):
+    for begin, steps in ((0, 5), (3, 4), (6, 3)):
+        logger = RunLogger(True, tmp_path, config, begin, begin or -1, "abc")
+        for step in range(begin + 1, begin + steps + 1):
             logger.log(step, {"train/loss": step / 2})
         logger.close(0)
     assert given == [(step, step, step / 2) for step in range(1, 10)]

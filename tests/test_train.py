@@ -28,6 +28,7 @@ from processes import (
 )
 
 from trainit import config as config_lib
+from trainit.cluster.process import STOP_SIGNALS
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.prepare.demo import write_dataset
 from trainit.tokenizers import ByteTokenizer
@@ -83,7 +84,10 @@ def test_padding_is_no_token(tmp_path):
     write_dataset(tmp_path / "data", ByteTokenizer(), {"train": [text], "validation": [text]})
     arguments = [f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={tmp_path}/data"]
     arguments += [f"--workdir={tmp_path}/run", "--config.batch_size=4", "--config.device_batch_size=4"]
-    arguments += ["--config.cpu_devices=1", *(f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "tensor"))]
+    arguments += [
+        "--config.cpu_devices=1",
+        *(f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "tensor")),
+    ]
     for steps in (3, 5):  # the second continues the first
         more = [f"--config.steps={steps}", "--config.checkpoint.overwrite_config=True"]
         run(*arguments, *more, XLA_FLAGS=FAST)
@@ -153,8 +157,8 @@ def _run_until(step, workdir, *args, **environment):
     return output
 
 
-@pytest.mark.evidence("SIGTERM, SIGINT, SIGUSR1 or SIGUSR2: everything is saved, exit code 75")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.evidence("SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2: everything is saved, exit code 75")
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_stop_signals(number, command, tmp_path):
     process = start(*command, f"--workdir={tmp_path}")
     wait_for(process, lambda: last_step(tmp_path) >= 1)
@@ -207,6 +211,7 @@ def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, rando
     command = *command, f"--workdir={tmp_path}", "--config.optimizer.learning_rate=1e39"
     output = run(*command, "--config.max_skipped=4", expect=1, XLA_FLAGS=FAST)
     assert "not finite in 4 steps in a row" in output
+    assert "skipped    step 1: loss, gradient or update is not finite: no update (1 of 4 in a row)" in output
     records = metrics(tmp_path)
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 5]  # 5 was under way when the fourth was seen
     assert [r["train/skipped"] for r in records[1:]] == [1, 2, 3, 4, 5]

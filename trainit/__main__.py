@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from trainit import __version__, cli
-from trainit.cluster.process import DONE, FAILED, USAGE, block_stop_signals, tune_process
+from trainit.cluster.process import DONE, FAILED, USAGE, block_stop_signals, outlive_readers, tune_process
 from trainit.config import ConfigError
 
 COMMANDS = {
@@ -36,6 +36,8 @@ Trainit {__version__} pre-trains GPT models with JAX on many hosts.
 
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the command line, by default that of this process: the exit code."""
+    if given is None:
+        outlive_readers()
     name, *rest = given if given is not None else sys.argv[1:] or [""]
     if name in ("-h", "--help", "help", "--version"):
         print(f"trainit {__version__}\n" if name == "--version" else HELP, end="")

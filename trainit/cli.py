@@ -18,7 +18,7 @@ from absl import flags
 
 from trainit.cluster.process import USAGE
 from trainit.config import Config, ConfigDict, ConfigError, check_fields, field, require, resolve, shrink
-from trainit.config.schema import describe_error, unknown_field, walk
+from trainit.config.schema import describe_error, expand_home, unknown_field, walk
 
 if TYPE_CHECKING:
     from trainit.data.training_data import TrainingData
@@ -50,6 +50,7 @@ class Parser(argparse.ArgumentParser):
         """The values of all flags; those of --config.FIELD are in `overrides`, as (name, text or None)."""
         # Libraries refuse to work, e.g. Grain in its worker processes, unless absl's flags are parsed.
         flags.FLAGS.mark_as_parsed()
+        arguments = [expand_home(argument) for argument in arguments]
         takes_fields = "--config" in self._option_string_actions
         rest, overrides = _split_overrides(arguments) if takes_fields else (arguments, [])
         values, unknown = self.parse_known_args(rest)
@@ -159,8 +160,8 @@ def workdir(arguments: argparse.Namespace) -> Path:
 
 def cache() -> Path:
     """The folder where prepared demo data and compiled programs are kept between runs."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("TRAINIT_CACHE") or home / "trainit")
+    folder = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/trainit"
+    return Path(expand_home(os.environ.get("TRAINIT_CACHE") or folder))
 
 
 def run_file(given: str, function: str, flag: str = "") -> Any:
@@ -183,6 +184,8 @@ def load_config(arguments: argparse.Namespace) -> ConfigDict:
     require(isinstance(config, ConfigDict), f"{returned}, not a config that began as config.defaults()")
     check_fields(config, config)
     _set_fields(config, arguments.overrides)
+    texts = {name: expand_home(value) for name, value, _ in walk(config) if type(value) is str}
+    config.update_from_flattened_dict(texts)
     return config
 
 

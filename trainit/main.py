@@ -10,10 +10,11 @@ import json
 from typing import NoReturn
 
 from trainit import cli
-from trainit.cluster.process import FAILED, STOPPED, USAGE, block_stop_signals, tune_process
+from trainit.cluster.process import FAILED, STOPPED, USAGE, block_stop_signals, outlive_readers, tune_process
 
 if __name__ == "__main__":
     tune_process()
+    outlive_readers()
     block_stop_signals()  # the imports that follow take seconds; signals wait until JobMonitor listens
     arguments = cli.parse_or_exit(cli.train_parser("python -m trainit.main"))
 

@@ -4,6 +4,7 @@ Each says what breaks without it and when it may go. JAX, which takes seconds, i
 """
 
 import ctypes
+import errno
 import gc
 import multiprocessing
 import os
@@ -14,12 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from absl import logging
+from tqdm import tqdm
 
-# These ask the run to stop: it saves, and exits with a code that means "start me again".
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# These ask the run to stop: it saves, and exits with a code that means "start me again". SIGHUP comes when
+# the terminal is closed; under nohup it is ignored.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 # Exit codes. Launch scripts and sweeps start a run again that ended with STOPPED.
 DONE = 0  # all is done
@@ -53,6 +56,40 @@ def collect_garbage_rarely():
     of them again and again meanwhile: a tenth of the time that a small run needs to start (measured).
     """
     gc.set_threshold(100_000, 50, 100)
+
+
+class _Output:
+    """A stream of this process that its reader may leave: from then on what is written is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes text, if somebody can read it."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what was written, if somebody can read it."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable) -> None:
+        try:
+            action()
+        except OSError as error:  # also of a full disk: no message is worth the run
+            if error.errno in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_readers():
+    """Lets this process write on when nobody reads its output any more, as behind `| head` or a closed ssh.
+
+    Without it, the next message would end a run. Log files have everything.
+    """
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)  # type: ignore[assignment]
 
 
 def release_free_memory():
@@ -99,6 +136,8 @@ class SignalInbox:
         self._wakeup.setblocking(False)
         self._interrupted: float | None = None  # when SIGINT last came
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         # Data workers, and whatever else the main thread starts, inherit these signals blocked.
@@ -188,6 +227,8 @@ def exit_process(code: int, together: bool = False) -> NoReturn:
         jax.distributed.shutdown()
     for worker in multiprocessing.active_children():
         worker.kill()
+    if any(not bar.disable for bar in getattr(tqdm, "_instances", ())):
+        print(file=sys.stderr)  # the shell's prompt gets a line of its own
     logging.flush()
     sys.stdout.flush()
     sys.stderr.flush()

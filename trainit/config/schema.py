@@ -9,6 +9,7 @@ Checks, the command line, `trainit fields` and the reference page all read what 
 
 import ast
 import difflib
+import os
 import re
 import textwrap
 import traceback
@@ -31,6 +32,16 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def expand_home(text: str) -> str:
+    """A value or a flag with the user's folder for ~ where a path begins. ConfigError: there is none."""
+    if not re.search(pattern := r"(^|[=:,;]\s*)~(?=/|$)", text):
+        return text
+    home = os.path.expanduser("~")  # noqa: PTH111
+    if home == "~":
+        raise ConfigError(f"{text}: HOME is not set and user {os.getuid()} has no folder; write a whole path")
+    return re.sub(pattern, lambda match: match[1] + home, text)
 
 
 def describe_error(error: Exception, file: str) -> str:

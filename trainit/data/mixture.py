@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from trainit.config import BatchSizes, ConfigError, batch_sizes
-from trainit.data import subsets
 from trainit.data.dataset import Dataset, PickledFields, by_value
+from trainit.data.documents import subsets
 from trainit.data.formats import detect
 from trainit.data.order import Ordered
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainit.data.dataset import Split, by_value
-from trainit.data.subsets import Subset
+from trainit.data.documents.subsets import Subset
 
 VERSION = 3  # of the shuffles. Checkpoints record it, since a position has no meaning in another order.
 CHUNK = 4096  # neighbouring positions that are permuted together

@@ -18,13 +18,13 @@ import numpy as np
 from trainit.config import BatchSizes, Config, ConfigError, batch_sizes
 from trainit.data import loader, mixture, order
 from trainit.data.dataset import Dataset, Split, find_tokenizer
+from trainit.data.documents.subsets import Subset
 from trainit.data.documents.targets import Targets
 from trainit.data.formats import detect
 from trainit.data.jsonl import dataset as jsonl
 from trainit.data.loader import START, DataPosition, Shape
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered, Spaced
-from trainit.data.subsets import Subset
 from trainit.logs import quantity
 from trainit.tokenizers import Tokenizer
 
@@ -221,7 +221,8 @@ def read(
         try:
             dataset = mixture.with_parts(dataset, d.mixture, cache)
         except OSError as error:
-            raise ConfigError(f"dataset.mixture={d.mixture!r} (cache {cache}): {error}") from None
+            where = f"dataset.mixture={d.mixture!r}: the cache {cache}"
+            raise ConfigError(f"{where}: {error}; TRAINIT_CACHE= names another") from None
     data = PreparedData(resolved, dataset)
     _ = data.rows  # reports errors in the mixture before any device is used
     return resolved, data

@@ -10,6 +10,7 @@ stop of any kind, what they hold beyond the journal is cut off, and work continu
     unfinished/UNIT.SPLIT.hashes    16 bytes for each document, where duplicates are to be found
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from trainit.data.dataset import dtype_of
 from trainit.data.documents.inputs import Input
@@ -222,8 +224,11 @@ class UnitWriter:
         self._lock = (folder / f"{unit.name}.lock").open("w")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not handed down to child processes
-        except OSError:
-            raise StateError(f"{unit.name} of {folder} is being prepared by another process") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise StateError(f"{unit.name} of {folder} is being prepared by another process") from None
+            unlocked = "%s has no file locks (%s): see to it that one process at a time prepares a part of it"
+            logging.warning(unlocked, folder, error.strerror)
         journal = read_journal(folder, unit)
         self.done = journal.get("done", False)
         self.position = Position(**journal.get("position", {}))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+from absl import logging
 
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
@@ -70,6 +71,9 @@ class StepRecorder:
         record = {"step": step, "tokens": self.tokens} | values | self.meter.step(tokens)
 
         self.monitor.step_done()
+        if skipped_in_a_row:
+            text = "skipped    step %d: loss, gradient or update is not finite: no update (%d of %d in a row)"
+            logging.warning(text, step, skipped_in_a_row, self.config.max_skipped)
         if skipped_in_a_row == self.config.max_skipped:
             self._give_up(record)
         return record

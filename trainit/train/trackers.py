@@ -62,7 +62,8 @@ class Progress:
         self._newest: dict = {}  # the newest value of each metric: not every step has all of them
         self._line_at, self._bar = 0.0, None
         if sys.stderr.isatty():
-            layout = "{percentage:3.0f}% {bar:24} step {n_fmt}/{total_fmt}{postfix} [{elapsed} < {remaining}]"
+            # A terminal of 80 columns has room for the time left and the loss.
+            layout = "{percentage:3.0f}% {bar:10} step {n_fmt}/{total_fmt} [{elapsed} < {remaining}]{postfix}"
             self._bar = tqdm(total=steps, initial=start, bar_format=layout, dynamic_ncols=True, smoothing=0.1)
 
     def show(self, step: int, metrics: Mapping):

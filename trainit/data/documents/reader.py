@@ -184,6 +184,8 @@ def find_files(patterns: Sequence[str], option: str, suffixes: Sequence[str]) ->
     for pattern in patterns:
         if Path(pattern).is_dir():
             matches = [path for path in Path(pattern).rglob("*") if path.name.endswith(tuple(suffixes))]
+        elif Path(pattern).exists():  # its name may have brackets
+            matches = [Path(pattern)]
         else:
             matches = [Path(path) for path in glob.glob(pattern, recursive=True)]  # noqa: PTH207
         if not matches:

@@ -132,7 +132,7 @@ progress.close()
 
 @pytest.mark.parametrize("is_offline", [True, False])
 def test_wandb_gets_each_step_once(is_offline, tmp_path, monkeypatch):
-    """Also those that a job after a kill does again. A server tells how far it is; offline, the file does."""
+    """Also those that a job after a kill does again. A server knows how far it is; offline, the file does."""
     import wandb
 
     given = []

@@ -82,7 +82,7 @@ def _source(args: argparse.Namespace, tokenizer: Tokenizer, inputs: dict) -> dic
 
 
 def _options(source: dict) -> dict:
-    """What `_source` holds besides the input, those of the tokenizer as `tokenizer.sha256` and so on."""
+    """What `_source` holds without the input, those of the tokenizer as `tokenizer.sha256` and so on."""
     about = {f"tokenizer.{key}": value for key, value in source.get("tokenizer", {}).items()}
     return {key: value for key, value in source.items() if key not in ("input", "tokenizer")} | about
 

@@ -63,7 +63,7 @@ class Meter:
         self._last = None
 
     def step(self, tokens: int) -> dict[str, float]:
-        """The metrics of a step with so many targets. To be called when the step has finished."""
+        """The metrics of a step with `tokens` targets. To be called when the step has finished."""
         now, last, data = time.perf_counter(), self._last, self._data
         self._last, self._data = now, 0.0
         metrics = {"memory/peak_gib": peak_memory() / 2**30}

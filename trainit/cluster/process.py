@@ -228,7 +228,7 @@ def exit_process(code: int, together: bool = False) -> NoReturn:
     for worker in multiprocessing.active_children():
         worker.kill()
     if any(not bar.disable for bar in getattr(tqdm, "_instances", ())):
-        print(file=sys.stderr)  # the shell's prompt gets a line of its own
+        sys.stderr.write("\n")  # the shell's prompt gets a line of its own
     logging.flush()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -567,3 +567,23 @@ def test_a_run(random_dataset, tmp_path):
     ids.tofile(tmp_path / "data" / "train.bin")
     output = run_imported(*theirs, f"--workdir={tmp_path}/wrong", expect=2)
     assert "is the id 300, but dataset.tokenizer has 257 ids" in output
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8"])
+def test_wide_ids_without_a_header_are_not_read_as_pairs(dtype, tmp_path):
+    """Every other id would be 0."""
+    nanogpt(tmp_path, draw(300), draw(50))
+    assert open_path(str(tmp_path), "bytes").splits["train"].tokens == 300
+    draw(300).astype(dtype).tofile(tmp_path / "train.bin")
+    with pytest.raises(DatasetError, match=r"train.bin has ids of more than 16 bits without a header"):
+        open_path(str(tmp_path), "bytes")
+
+
+def test_the_train_file_is_no_validation(tmp_path):
+    nanogpt(tmp_path, draw(300), draw(50))
+    (tmp_path / "link.bin").symlink_to("train.bin")
+    train = str(tmp_path / "train.bin")
+    for same in (train, str(tmp_path / "link.bin")):
+        with pytest.raises(DatasetError, match=r"train.bin is in dataset.path=.* and in validation_path="):
+            open_path(train, "bytes", same)
+    assert open_path(train, "bytes", str(tmp_path / "val.bin")).splits["validation"].tokens == 50

@@ -455,8 +455,49 @@ def test_usage(flags, message, capsys):
     assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b"])
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b", "²/3"])
 def test_shards_count_from_one(shard, corpus, tmp_path, capsys):
     flags = ["--tokenizer=bytes", f"--output={tmp_path}/out", f"--shard={shard}"]
     assert trainit_command(["prepare", *arguments(corpus, *flags)]) == 2
     assert "the first is 1/30" in capsys.readouterr().err
+
+
+def test_a_link_to_the_train_file_is_no_validation(tmp_path, capsys):
+    write(tmp_path / "t.jsonl", documents(9, 0))
+    (tmp_path / "v.jsonl").symlink_to("t.jsonl")
+    flags = ["--tokenizer=bytes", "--workers=1", f"--output={tmp_path}/out"]
+    flags += [f"--input={tmp_path}/t.jsonl", f"--validation={tmp_path}/v.jsonl"]
+    assert trainit_command(["prepare", *flags]) == 2
+    assert f"{tmp_path}/t.jsonl is in --input and in --validation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "message"),
+    [
+        ("", 2, "--output= is missing"),  # as an unset variable of a shell gives it
+        ("file", 1, "file/unfinished: Not a directory"),
+        ("empty", 1, "empty/dataset.json is damaged ("),
+        ("other", 1, "other/dataset.json is damaged (KeyError('source')): remove its folder"),
+        ("begun", 1, "begun/unfinished/recipe.json is damaged ("),
+    ],
+)
+def test_outputs_that_cannot_be(output, code, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "t.jsonl", documents(9, 0))
+    for name, content in (("empty/dataset.json", ""), ("other/dataset.json", "{}")):
+        Path(name).parent.mkdir()
+        Path(name).write_text(content)
+    Path("begun/unfinished").mkdir(parents=True)
+    for name in ("file", "begun/unfinished/recipe.json"):
+        Path(name).touch()
+    before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
+    flags = ["--tokenizer=bytes", "--workers=1", f"--output={output}", "--input=t.jsonl"]
+    assert trainit_command(["prepare", *flags, "--validation_fraction=0.2"]) == code
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert message in line
+    assert {path: path.stat().st_size for path in tmp_path.rglob("*")} == before
+
+
+def test_verify_names_its_flag(tmp_path, capsys):
+    assert trainit_command(["prepare", "--verify", f"--output={tmp_path}/none"]) == 1
+    assert f"--output='{tmp_path}/none' does not exist" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Readers: what is in a file, from any position on; and what is wrong with it."""
 
+import codecs
 import gzip
 import json
+import os
 import zlib
 
 import numpy as np
@@ -223,3 +225,54 @@ def test_suffixes():
     assert [reader.suffix(reader.Path(n)) for n in ("a.jsonl", "b.jsonl.zst", "c.json")] == [
         *(".jsonl", ".jsonl.zst", None)
     ]
+
+
+def find(*patterns) -> tuple[list[str], list[str]]:
+    paths, names = reader.find_files([str(pattern) for pattern in patterns], "--input", reader.SUFFIXES)
+    return [path.name for path in paths], names
+
+
+def test_folders_are_searched_where_links_lead(tmp_path, caplog):
+    """Corpora lie on several disks, and links put them together; links in a circle are followed once."""
+    for name in ("in/a.jsonl", "far/b.jsonl", "far/deep/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for link, to in (("in/sub", "far"), ("in/up", "in"), ("far/again", "in"), ("in/b.jsonl", "far/b.jsonl")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    assert find(tmp_path / "in") == (
+        ["a.jsonl", "b.jsonl", "c.jsonl"],
+        ["a.jsonl", "b.jsonl", "sub/deep/c.jsonl"],
+    )
+    with caplog.at_level("INFO"):
+        for name in ("in/x.jsonl.xz", "in/Y.JSON", "in/README.md"):
+            (tmp_path / name).touch()
+        find(tmp_path / "in")
+    assert f"2 files of {tmp_path}/in are not read" in caplog.text
+    assert f"the first is {tmp_path}/in/Y.JSON" in caplog.text
+    (tmp_path / "in/x.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"x.jsonl is a folder, a link to nothing"):
+        find(tmp_path / "in")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """As root reads everything, the system's answer is put in."""
+    scandir = os.scandir
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.jsonl").touch()
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("rest", [b"", b"\n", b" \r\n"])
+def test_a_byte_order_mark_alone_is_a_blank_line(rest, tmp_path):
+    """As an editor leaves it in an empty file."""
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + rest + b'{"text": "one"}\n' * bool(rest))
+    documents, broken, _ = read(tmp_path / "a.jsonl")
+    assert ([d.text for d in documents], broken) == (["one"] * bool(rest), [])

@@ -13,6 +13,7 @@ import pytest
 from processes import ROOT
 from scipy import stats
 
+from trainit.__main__ import main
 from trainit.config import ConfigError
 from trainit.experiments.compare import report, runs, statistics
 from trainit.experiments.compare.report import compare
@@ -351,3 +352,72 @@ def test_a_run_that_went_on_with_another_config_is_marked(tmp_path):
     methods = runs.group([runs.read(joined)])
     drawn = figures.draw(figures.panels(statistics.table(methods, methods[0], 4.0), methods, methods[0]))
     assert [10.0, 10.0] in [list(line.get_xdata()) for line in drawn.axes[0].get_lines()]
+
+
+def test_lines_that_are_no_steps_are_passed_over(tmp_path):
+    """Files that were edited by hand, or torn by a crash of the machine."""
+    expected = write(tmp_path / "a", [5.0, 4.0])
+    path = tmp_path / "a/metrics.jsonl"
+    odd = b'[1]\n5\nnull\n{"a": 1}\n{"step": "3"}\n\0\0\n\xff\n'
+    path.write_bytes(odd + path.read_bytes() + b"\n" + odd)
+    assert runs.read(tmp_path / "a") == expected
+    path.write_text(path.read_text(errors="replace").replace('"valid/loss": 4.0', '"valid/loss": "NaN"'))
+    assert runs.read(tmp_path / "a").final == math.inf
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "", "a/config.json is damaged: "),
+        ("config.json", "[]", "a/config.json is damaged: it is a list instead of an object"),
+        (
+            "config.json",
+            '{"architectures": ["GPT"]}',
+            "a/config.json is no config of Trainit: it has no seed, ",
+        ),
+        ("run.json", "{", "a/run.json is damaged: "),
+    ],
+)
+def test_files_of_a_run_that_cannot_be_read(file, content, message, tmp_path, capsys):
+    write(tmp_path / "a", [5.0, 4.0])
+    (tmp_path / "a" / file).write_text(content)
+    assert main(["compare", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_links_to_runs(tmp_path):
+    """They are followed, and a run counts once."""
+    write(tmp_path / "far/a", [5.0, 4.0])
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a").symlink_to(tmp_path / "far/a")
+    (tmp_path / "here/here").symlink_to(tmp_path / "here")
+    assert [run.path for run in runs.find([tmp_path / "here"])] == [tmp_path / "here/a"]
+    both = [tmp_path / "far/a", tmp_path / "here", tmp_path / "far/a/../a"]
+    assert [run.path for run in runs.find(both)] == [tmp_path / "far/a"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--output=a.xyz", "--output=a.xyz: Format 'xyz' is not supported (supported formats: "),
+        ("--output=a", "a: Is a directory"),
+        ("--page=a", "a: Is a directory"),
+        ("--target=nan", "--target: nan must be at least 0"),
+    ],
+)
+def test_outputs_and_targets_that_cannot_be(flag, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", [5.0, 4.0])
+    assert main(["compare", "a", flag]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_picture_is_where_it_is_said_to_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", [5.0, 4.0])
+    assert main(["compare", "a", "--output=picture"]) == 0
+    assert capsys.readouterr().out.endswith("curves in picture\n")
+    assert (tmp_path / "picture").read_bytes().startswith(PNG)

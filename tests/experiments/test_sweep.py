@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from processes import ROOT, start
 from test_compare import write
 
+from trainit.__main__ import main
 from trainit.config import ConfigError, flatten
 from trainit.experiments.sweep import command, greedy, spec
 from trainit.experiments.sweep import launch as starting
@@ -139,6 +141,15 @@ def test_best_rate_is_looked_for_beyond_the_grid_and_judged_by_other_seeds(tmp_p
         ({"random": {RATE: (1, 2)}, "samples": 1}, r"random optimizer.learning_rate=\(1, 2\): write \('log'"),
         ({"random": {RATE: [1]}}, r"random needs samples"),
         ({"extend": True}, r"extend needs tuning_seeds"),
+        ({"variants": {}}, r"variants={} has none"),
+        ({"variants": {1: {}}}, r"variant 1: its name is that of a folder"),
+        ({"variants": {"../x": {}}}, r"variant '../x': its name is that of a folder"),
+        ({"variants": {"/x": {}}}, r"variant '/x': its name is that of a folder"),
+        ({"variants": {"a": None}}, r"variant a: None is no dict of groups, "),
+        ({"random": {RATE: []}, "samples": 1}, r"random optimizer.learning_rate=\[\]: write \('log'"),
+        ({"seeds": []}, r"seeds=\[\] has none: nothing would be run"),
+        ({"grid": {"seed": [1, 2]}}, r"seed is no field of a sweep: give all of them as 'seeds'"),
+        ({"fields": {"seed": 1}}, r"seed is no field of a sweep"),
     ],
 )
 def test_what_cannot_be_meant(tmp_path, asked, message):
@@ -262,8 +273,8 @@ def real(tmp_path, random_dataset):
     """A sweep of three runs, of which one cannot work."""
     asked = {
         "config": "configs/debug.py",
-        "fields": SMALL | {"dataset.path": str(random_dataset)},
-        "grid": {"batch_size": [4, 0]},
+        "fields": SMALL | {"dataset.path": str(random_dataset), "cpu_devices": 2, "mesh.fsdp": 2},
+        "grid": {"batch_size": [4, 5]},
         "seeds": [1],
     }
     asked["variants"] = {"a": {}, "b": {"grid": {"batch_size": [8]}}}
@@ -296,8 +307,8 @@ def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     for name in ("a/batch_size=4/seed_1", "b/batch_size=8/seed_1"):
         assert (real / "out" / name / "metrics.jsonl").read_text().count('"valid/loss"') == 2
     failed = [line for line in output.splitlines() if line.startswith("failed")]
-    assert [line.split(": ")[0] for line in failed] == ["failed  a batch_size=0 seed 1"]
-    assert "batch_size=0 must be above 0" in failed[0]
+    assert [line.split(": ")[0] for line in failed] == ["failed  a batch_size=5 seed 1"]
+    assert "batch_size=5 is not a multiple of mesh.data*mesh.fsdp=2" in failed[0]
     assert (real / "out/sweep.png").stat().st_size > 10_000
     assert "<svg" in (real / "out/sweep.html").read_text()
 
@@ -388,3 +399,28 @@ def test_benchmark_of_optimizers_names_what_there_is(size):
         config = flatten(runpy.run_path(str(ROOT / file))["get_config"](groups))
         assert {*variant.fields, *variant.grid} <= set(config)
         assert RATE in variant.grid
+
+
+def test_values_of_numpy_name_folders_as_others_do(tmp_path):
+    rates = np.logspace(-4, -3, 3)
+    (tmp_path / "sweep.py").write_text(
+        f"import numpy as np\ndef get_sweep(arg):\n    rates = np.logspace(-4, -3, 3)\n"
+        f"    return {{'config': 'configs/debug.py', 'grid': {{{RATE!r}: list(rates)}}}}\n"
+    )
+    jobs = spec.read(f"{tmp_path}/sweep.py", tmp_path / "out").wanted(lambda job: None)
+    names = [f"learning_rate={rate}" for rate in ("0.0001", repr(float(rates[1])), "0.001")]
+    assert [job.folder.parent.name for job in jobs] == names
+
+
+def test_a_value_of_two_lines_is_the_same_run_again(tmp_path):
+    (job,) = sweep_file(tmp_path, grid={"wandb.name": ["two\nlines"]}).wanted(lambda job: None)
+    starting.prepare(job)
+    assert starting.loss(job) is None  # not other settings
+
+
+def test_all_values_are_checked_before_anything_runs(tmp_path, capsys):
+    asked = {"config": "configs/debug.py", "grid": {"steps": [3, -3]}}
+    (tmp_path / "sweep.py").write_text(f"def get_sweep(arg):\n    return {asked!r}\n")
+    assert main(["sweep", f"{tmp_path}/sweep.py", f"--output={tmp_path}/out"]) == 2
+    assert "steps=-3 must lie in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="token that ends a text; else the one that the tokenizer's files name",
     )
-    add("--output", type=Path, help="folder of the dataset")
+    add("--output", type=lambda path: path and Path(path), help="folder of the dataset")
     add("--text_field", default="text", help="dotted path of the text in JSON or parquet")
     add("--subset_field", default="meta.pile_set_name", help="dotted path of the subset's name")
     add("--on_error", default="stop", choices=("stop", "skip"), help="skip: list and count what is broken")
@@ -67,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         return STOPPED
     except BrokenProcessPool:
         _log_error("a worker process died, killed from outside or for want of memory; --workers= takes fewer")
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        _log_error(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except ValueError as error:
         if isinstance(error, ConfigError) and not isinstance(error, DatasetError):
             raise  # wrong usage
         _log_error(error)

@@ -1,6 +1,7 @@
 """Checks what the flags of `trainit prepare` ask for, and plans the work that follows from it."""
 
 import argparse
+import os
 from pathlib import Path
 
 from trainit import tokenizers
@@ -35,7 +36,7 @@ def check(args: argparse.Namespace):
 def shard(text: str) -> tuple[int, int]:
     """--shard as (index from 0, count)."""
     index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise ConfigError(f"--shard={text}: write 3/30 for the third of thirty; the first is 1/30")
     return int(index) - 1, int(count)
 
@@ -52,10 +53,10 @@ def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list[Input]]]:
     """The units of work, and each split's files."""
     units: list[Unit] = []
     inputs: dict[str, list[Input]] = {}
-    found: dict[str, set[Path]] = {}
+    found: dict[str, set[str]] = {}
     for split, flag in ("train", "input"), ("validation", "validation"):
         paths, names = files(getattr(args, flag), flag)
-        found[split], inputs[split] = set(paths), describe_all(paths, names)
+        found[split], inputs[split] = {*map(os.path.realpath, paths)}, describe_all(paths, names)
         begin, size = 0, 0
         for end, one in enumerate(inputs[split], start=1):
             size += one.size

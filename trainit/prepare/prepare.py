@@ -27,7 +27,7 @@ from trainit.files import write_atomically
 from trainit.prepare import options, workers
 from trainit.prepare.merge import COUNTS, join
 from trainit.prepare.verify import verify
-from trainit.prepare.writer import Recipe
+from trainit.prepare.writer import Recipe, StateError
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import digest
 
@@ -87,6 +87,16 @@ def _options(source: dict) -> dict:
     return {key: value for key, value in source.items() if key not in ("input", "tokenizer")} | about
 
 
+def _read(file: Path, part: str) -> dict:
+    """Returns the content of a dataset.json or recipe.json, which has this part."""
+    try:
+        about: dict = json.loads(file.read_bytes())
+        _ = about[part].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StateError(f"{file} is damaged ({error!r}): remove its folder, or name another") from None
+    return about
+
+
 def _claim(output: Path, source: dict) -> dict | None:
     """Begins or continues the dataset in `output`. Returns the content of its dataset.json if it is finished.
 
@@ -94,7 +104,7 @@ def _claim(output: Path, source: dict) -> dict | None:
         ConfigError: the folder was begun from another input or with other options.
     """
     finished, recipe = output / "dataset.json", output / "unfinished" / "recipe.json"
-    info = json.loads(finished.read_bytes()) if finished.exists() else None
+    info = _read(finished, "source") if finished.exists() else None
     if info is None and not recipe.exists():
         recipe.parent.mkdir(parents=True, exist_ok=True)
         own = recipe.with_suffix(
@@ -102,7 +112,7 @@ def _claim(output: Path, source: dict) -> dict | None:
         )  # others may begin at the same time
         write_atomically(own, json.dumps(source, indent=1))
         own.replace(recipe)
-    previous = info.get("source", {}) if info else json.loads(recipe.read_bytes())
+    previous = info["source"] if info else _read(recipe, "input")
     was, now = (_options(which) for which in (previous, source))
     how = [
         f"{key}={str(was.get(key))[:80]}, not {str(now.get(key))[:80]}"
@@ -155,7 +165,9 @@ def prepare(args: argparse.Namespace) -> int:
     """Does what the options say; returns the exit code."""
     options.check(args)
     if args.verify:
-        print(f"{args.output}: {verify(open_dataset(args.output))} files are as dataset.json says")
+        print(
+            f"{args.output}: {verify(open_dataset(args.output, '--output'))} files are as dataset.json says"
+        )
         return DONE
     # What is to be done, and with which tokenizer.
     units, inputs = options.plan(args)

@@ -37,6 +37,26 @@ def describe(path: str | Path, name: str, known: Input | None = None) -> Input:
     return Input(name, about.st_size, about.st_mtime_ns, samples.hexdigest())
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Returns all files of a folder and of those in it, also where links lead; each folder counts once.
+
+    Raises OSError if one of the folders cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # by another link, or a link to a folder around it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(root, name) for name in sorted(names)]
+    return found
+
+
 def describe_all(paths: Iterable[str | Path], names: Iterable[str]) -> list[Input]:
     """Describes files, several at a time."""
     with ThreadPoolExecutor(THREADS) as threads:

@@ -9,6 +9,7 @@ import codecs
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from trainit.data.documents.decompress import DamagedError, chunks
+from trainit.data.documents.inputs import files_below
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import PIECE, boundary
 
 BATCH = 1 << 20  # bytes of text
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
+ALIKE = re.compile(r"\.(jsonl?|txt|parquet)\b", re.IGNORECASE)  # in names that one would expect to be read
 
 
 class BrokenInputError(ValueError):
@@ -142,7 +146,7 @@ def parse(batch: Batch, fields: tuple[str, str]) -> tuple[list[Document], list[B
     """Returns the documents of a batch, and its lines that are no documents. Blank lines are skipped."""
     documents, broken = list(batch.documents), list(batch.broken)
     for number, line in enumerate(batch.lines.split(b"\n"), start=batch.line + 1):
-        if not line or line.isspace():
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
             continue
         try:
             record = json.loads(line.decode("utf8").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
@@ -177,13 +181,18 @@ def find_files(patterns: Sequence[str], option: str, suffixes: Sequence[str]) ->
     """Returns the files that globs and folders name, each once, and their names below the common folder.
 
     A file that is named by a link too is taken once, by the name that comes first. Folders are searched at
-    all depths, for names with one of `suffixes`. Raises ValueError, with one line that names `option`, if a
-    pattern names nothing or something else.
+    all depths, for names with one of `suffixes`; names that are like these are logged. Raises ValueError,
+    with one line that names `option`, if a pattern names nothing or something else, and OSError for a folder
+    that cannot be read.
     """
     kinds, paths = ", ".join(suffixes), []
     for pattern in patterns:
         if Path(pattern).is_dir():
-            matches = [path for path in Path(pattern).rglob("*") if path.name.endswith(tuple(suffixes))]
+            below = files_below(Path(pattern))
+            matches = [path for path in below if path.name.endswith(tuple(suffixes))]
+            if others := [path for path in sorted({*below} - {*matches}) if ALIKE.search(path.name)]:
+                text = "%d files of %s are not read: their names end in none of %s; the first is %s"
+                logging.info(f"data       {text}", len(others), pattern, kinds, others[0])
         elif Path(pattern).exists():  # its name may have brackets
             matches = [Path(pattern)]
         else:
@@ -192,8 +201,10 @@ def find_files(patterns: Sequence[str], option: str, suffixes: Sequence[str]) ->
             raise ValueError(f"{option}={pattern!r}: there is no such file ({kinds})")
         paths += sorted(matches)
     for path in paths:
-        if not path.is_file() or not path.name.endswith(tuple(suffixes)):
+        if not path.name.endswith(tuple(suffixes)):
             raise ValueError(f"{option}: {path} is no file that ends in one of {kinds}")
+        if not path.is_file():
+            raise ValueError(f"{option}: {path} is a folder, a link to nothing, or another thing than a file")
     once = {path.resolve(): path for path in reversed(paths)}
     paths = [Path(os.path.abspath(path)) for path in paths if once[path.resolve()] is path]  # noqa: PTH100
     common = os.path.commonpath([path.parent for path in paths]) if paths else ""

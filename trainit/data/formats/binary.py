@@ -16,6 +16,7 @@ LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, ids
 LLM_C_QUESTIONS = 20240522  # magic of its multiple-choice questions
 MEGATRON = b"MMIDIDX\x00\x00"
 MEGATRON_TYPES = {1: "<u1", 3: "<u2", 4: "<u4", 5: "<u8", 8: "<u2"}  # code: ids, read as unsigned
+WIDE = 4096  # ids at the beginning of a .bin without a header whose width is looked at
 SAMPLED = 64  # sequences of a Megatron index that are looked at
 
 
@@ -45,6 +46,13 @@ def inspect_bin(path: Path) -> list[Shard]:
     if magic == LLM_C_QUESTIONS:
         raise DatasetError(f"{path} has llm.c's multiple-choice questions (magic {magic}), not a text's ids")
     if magic not in LLM_C:
+        # Ids of 32 or 64 bits have upper halves of 0, which would be read as ids between the others.
+        some = np.fromfile(path, "<u2", WIDE)
+        if len(some) > 16 and some.any() and not some[1::2].any():
+            raise DatasetError(
+                f"{path} has ids of more than 16 bits without a header: write them as uint16, as nanoGPT "
+                f"does, or with llm.c's header"
+            )
         return [_flat(path, "nanoGPT", "<u2")]
     known, dtype = LLM_C[magic]
     if version != known:

@@ -68,6 +68,9 @@ def open_path(
             f"as in val.bin, or set dataset.validation_path"
         )
     splits = {"train": _split("train", train, named), "validation": validation}
+    # A part of a mixture, whose tokenizer is given as it is, has no validation split of its own.
+    if isinstance(tokenizer, str) and (twice := set.intersection(*map(_real_paths, splits.values()))):
+        raise DatasetError(f"{min(twice)} is in dataset.path={path!r} and in {validation_path=}")
     info = {
         "format": ", ".join(sorted({shard.format for shard in train})),
         "tokenizer": {"name": named.name, "sha256": digest(named.serialize())},
@@ -182,6 +185,10 @@ def _split(name: str, shards: list[Shard], named: Tokenizer) -> Split:
     stored, openers = lengths.pop() if len(lengths) == 1 else 0, tuple(shard.open for shard in shards)
     vocabulary, dtype = named.vocab_size, dtype_of(named.vocab_size)
     return Split(name, paths, sizes, dtype, None, stored=stored, below=vocabulary, openers=openers)
+
+
+def _real_paths(split: Split) -> set[str]:
+    return {os.path.realpath(path) for path in split.paths}
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from trainit import cli
 from trainit.cluster.process import DONE
 from trainit.config import ConfigError
 
@@ -21,10 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", type=Path, help="folder of a run, or one that holds such")
     add("--baseline", default="", help="method by which the others are measured; empty: the first one")
-    add("--target", type=float, help="loss to reach; by default what all runs of the baseline reach")
+    add(
+        "--target",
+        type=cli.number(float, 0),
+        help="loss to reach; by default what all runs of the baseline reach",
+    )
     add("--tuning_seeds", default="", help="seeds of runs that only choose the learning rate, e.g. 0,1")
-    add("--output", type=Path, help="PNG to draw into")
-    add("--page", type=Path, help="HTML page to write")
+    add("--output", type=lambda path: path and Path(path), help="PNG to draw into")
+    add("--page", type=lambda path: path and Path(path), help="HTML page to write")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--tuning_seeds={arguments.tuning_seeds} are not whole numbers") from None
     a, command = arguments, shlex.join(["trainit", *sys.argv[1:]])
     try:
-        print(compare(find(a.runs), a.baseline, a.target, seeds, a.output, a.page, command))
+        text = compare(find(a.runs), a.baseline, a.target, seeds, a.output, a.page, command)
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from None
+    print(text)
     return DONE

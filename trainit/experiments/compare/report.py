@@ -100,7 +100,10 @@ def compare(
     if not panels:
         text += "\nno picture: no run has a validation loss that is finite"
     elif output:
-        figures.draw(panels).savefig(output)
+        try:
+            figures.draw(panels).savefig(output, format=output.suffix[1:] or "png")
+        except ValueError as error:
+            raise ConfigError(f"--output={output}: {error}") from None
         text += f"\n{'curves' if len(runs) == 1 else 'picture'} in {output}"
     if page:
         pictures = {name: figures.svg({name: draw}) for name, draw in panels.items()}

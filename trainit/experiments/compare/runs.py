@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainit.config import FREE, flatten
+from trainit.config import FREE, ConfigError, flatten, require
+from trainit.data.documents.inputs import files_below
 
 RATE = "optimizer.learning_rate"
 Seed = int | None  # None: the run has no config
@@ -114,34 +115,54 @@ class Method:
 
 
 def read(path: Path) -> Run:
-    """Reads a run's folder; OSError without metrics.jsonl. Skips a line that a crash left unfinished."""
+    """Reads a run's folder. Skips lines that are no steps, such as one that a crash left unfinished.
+
+    Raises OSError without metrics.jsonl, ConfigError if config.json or run.json is damaged, or not Trainit's.
+    """
     records = []
-    for line in (path / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    files = path / "config.json", path / "run.json"
-    config, facts = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
-    run = Run(path, flatten(config), facts, records)
+    for line in (path / "metrics.jsonl").read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            record = {key: value for key, value in json.loads(line).items() if isinstance(value, int | float)}
+            records += [record] if "step" in record else []
+    config, facts = flatten(_read_json(path / "config.json")), _read_json(path / "run.json")
+    lacking = [key for key in ("seed", "steps", RATE, "optimizer.name") if key not in config]
+    require(
+        not config or not lacking,
+        f"{path / 'config.json'} is no config of Trainit: it has no {', '.join(lacking)}; move it away",
+    )
+    run = Run(path, config, facts, records)
     if run.config and run.changes:  # a run that was put together is no run of its last config
         run.config["changed"] = "after " + ", ".join(str(step) for step, _ in run.changes)
     return run
 
 
+def _read_json(file: Path) -> dict:
+    """Returns the object in a file, {} if there is no file; ConfigError if it is damaged."""
+    try:
+        content = json.loads(file.read_bytes()) if file.is_file() else {}
+        require(isinstance(content, dict), f"it is a {type(content).__name__} instead of an object")
+    except ValueError as error:  # a ConfigError is one
+        raise ConfigError(f"{file} is damaged: {error}; remove it, or move the folder away") from None
+    return content
+
+
 def find(paths: Iterable[Path]) -> list[Run]:
     """Reads the runs in these folders: each is a run's folder or contains some at any depth, else OSError."""
-    folders: dict[Path, None] = {}  # in order, each once
+    folders: dict[Path, Path] = {}  # in order, each once, whatever links lead to it
     for path in paths:
         is_run = (path / "metrics.jsonl").exists()
-        found = [path] if is_run else sorted(file.parent for file in path.rglob("metrics.jsonl"))
+        below = [] if is_run or not path.is_dir() else files_below(path)
+        found = [path] if is_run else sorted(file.parent for file in below if file.name == "metrics.jsonl")
         if not found:
             raise FileNotFoundError(2, "no metrics.jsonl: it is no run folder, and none is in it", str(path))
-        folders |= dict.fromkeys(found)
-    return [read(folder) for folder in folders]
+        for folder in found:
+            folders.setdefault(folder.resolve(), folder)
+    return [read(folder) for folder in folders.values()]
 
 
 def exact(value: float) -> str:
     """Returns six digits, or as many as no other number shares."""
-    return text if float(text := f"{value:g}") == value else repr(value)
+    return text if float(text := f"{value:g}") == value else repr(float(value))
 
 
 def group(runs: Sequence[Run], tuning_seeds: Collection[int] = ()) -> list[Method]:

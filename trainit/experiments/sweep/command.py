@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trainit import cli, logs
 from trainit.cluster.process import DONE, FAILED, STOPPED
-from trainit.config import ConfigError
+from trainit.config import ConfigError, check_fields
 
 if TYPE_CHECKING:
     from trainit.experiments.sweep.spec import Sweep
@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     example = "file with get_sweep(argument), e.g. configs/bench_optimizers.py:small"
     add("sweep", metavar="FILE[:ARGUMENT]", help=example)
-    add("--output", type=Path, help="folder of its runs; by default runs/ and the file's name")
+    add(
+        "--output",
+        type=lambda path: path and Path(path),
+        help="folder of its runs; by default runs/ and the file's name",
+    )
     add("--dry_run", action="store_true", help="only print the commands, and what follows their results")
     add = parser.add_mutually_exclusive_group().add_argument
     slurm, grid = (f"as an array job of {name}, with these options" for name in ("Slurm", "Grid Engine"))
@@ -43,9 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     logs.log_to_terminal(lead=True)
     try:
         sweep = spec.read(arguments.sweep, arguments.output)
-        # What is unknown in a config file or in the sweep's fields is an error before anything runs.
-        for job in {job.variant: job for job in sweep.wanted(lambda job: None)}.values():
-            cli.load_config(cli.train_parser("trainit train").parse(job.arguments))
+        # What a config file or the sweep's fields must not have is an error before anything runs.
+        for job in {(job.variant, job.changes): job for job in sweep.wanted(lambda job: None)}.values():
+            config = cli.load_config(cli.train_parser("trainit train").parse(job.arguments))
+            check_fields(config, config)
         if arguments.dry_run:
             print_plan(sweep)
             return DONE
@@ -60,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("stopped; the same command resumes it", file=sys.stderr)
         return STOPPED
     except OSError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
     failed = [job for job in jobs if not launch.finished(job)]
     for job in failed:
         print(f"failed  {job}: {launch.failure(job)}", file=sys.stderr)

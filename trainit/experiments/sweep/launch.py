@@ -31,7 +31,7 @@ def loss(job: Job) -> float | None:
     record = job.folder / "arguments.txt"
     if not record.exists():
         return None
-    before, now = record.read_text().splitlines(), list(job.arguments)
+    before, now = record.read_text().splitlines(), "\n".join(job.arguments).splitlines()
     if before != now:
         pairs = itertools.zip_longest(before, now, fillvalue="nothing")
         changes = "; ".join(f"{a} -> {b}" for a, b in pairs if a != b)

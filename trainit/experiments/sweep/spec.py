@@ -186,12 +186,15 @@ def _check_keys(asked: object):
 
 def _sweep(asked: dict, output: Path) -> Sweep:
     variants = [_variant(asked, *item) for item in asked.get("variants", {"": {}}).items()]
+    require(bool(variants), "variants={} has none")
     names = [variant.name for variant in variants]
     own = {"baseline", "seeds", "tuning_seeds", "extend", "target", "greedy"} & set(asked)
     sweep = Sweep(variants, output, **{"baseline": names[0]} | {key: asked[key] for key in own})
     for key, seeds in (("seeds", sweep.seeds), ("tuning_seeds", sweep.tuning_seeds)):
         whole = all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds)
         require(whole, f"{key}={seeds} must be different whole numbers")
+    require(len(sweep.seeds) > 0, f"seeds={sweep.seeds} has none: nothing would be run")
+    require(sweep.target is None or math.isfinite(sweep.target), f"target={sweep.target} must be finite")
     both = sorted(set(sweep.seeds) & set(sweep.tuning_seeds))
     require(not both, f"{both} are in seeds and in tuning_seeds; what chose a rate must not judge it")
     require(bool(not sweep.extend or sweep.tuning_seeds), "extend needs tuning_seeds: they choose the rate")
@@ -201,10 +204,15 @@ def _sweep(asked: dict, output: Path) -> Sweep:
 
 def _variant(asked: dict, name: str, own: dict) -> Variant:
     """Returns a variant: what all runs have, and its own."""
+    inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+    require(inside, f"variant {name!r}: its name is that of a folder in the sweep's, without ..")
+    require(isinstance(own, dict), f"variant {name}: {own!r} is no dict of {', '.join(VARIANT_KEYS)}")
     unknown = sorted(set(own) - set(VARIANT_KEYS))
     require(not unknown, f"variant {name} has {', '.join(unknown)}; it may have {', '.join(VARIANT_KEYS)}")
     config = with_groups(asked["config"], own.get("groups", ""))
     fields, grid, ranges = ({**asked.get(k, {}), **own.get(k, {})} for k in ("fields", "grid", "random"))
+    twice = "seed" in {*fields, *grid, *ranges}
+    require(not twice, "seed is no field of a sweep: give all of them as 'seeds', or as 'tuning_seeds'")
     for key, values in grid.items():
         listed = isinstance(values, list | tuple) and len(values) > 0
         require(listed, f"grid {key}={values!r} is no list of values")
@@ -233,7 +241,7 @@ def _draw(ranges: dict, variant: str, sample: int) -> Point:
                 value = math.exp(random.uniform(math.log(low), math.log(high)))
             case ("uniform", low, high) if low < high:
                 value = random.uniform(low, high)
-            case list():
+            case list() if given:
                 value = given[random.integers(len(given))]
             case _:
                 forms = "('log', LOW, HIGH), ('uniform', LOW, HIGH) or a list"

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints a plan for each number of devices; returns the exit code."""
     numbers = arguments.devices.split(",")
     require(
-        all(number.isdigit() and int(number) for number in numbers),
+        all(number.isdecimal() and int(number) for number in numbers),
         f"--devices={arguments.devices}: write numbers above 0, as 8,64",
     )
     counts = [int(number) for number in numbers]

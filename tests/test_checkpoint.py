@@ -1,6 +1,7 @@
 """Checkpoints: other meshes, other models, unfinished saves, full disks, what a resume may change."""
 
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -229,3 +230,29 @@ def test_differences_survive_json():
 )
 def test_what_a_resume_may_change(field, free):
     assert bool(FREE.match(field)) == free
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path: Path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves
+@pytest.mark.parametrize("of", ["meta/metadata", "state/_METADATA", "state/ocdbt.process_0/d/*"])
+@pytest.mark.parametrize("damage", [Path.unlink, cut, zero])
+def test_a_damaged_checkpoint_is_named(damage, of, saved, tmp_path):
+    """Whatever is wrong with its files, as after a copy that was cut off."""
+    shutil.copytree(saved[0] / "checkpoints/3", tmp_path / "checkpoints/3")
+    files = (tmp_path / "checkpoints/3").glob(of)
+    damage(max(files, key=lambda path: path.stat().st_size))
+    checkpoints = CheckpointStore(tmp_path)
+    with pytest.raises(ConfigError, match=r"checkpoints/3 is damaged or not Trainit's \(remove it") as error:
+        checkpoints.meta(3)
+        checkpoints.restore(3, build().abstract_state)
+    assert "\n" not in str(error.value)
+    checkpoints.close()
+    del error
+    gc.collect()

@@ -167,3 +167,13 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         run_lock.make_folder(tmp_path / "file" / "run", 0)
     assert run_lock.make_folder(tmp_path / "run", 3).is_dir()
     assert list((tmp_path / "run" / "logs").iterdir()) == []
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "gone")  # known before the first step, not after
+    with pytest.raises(ConfigError, match=r"run/checkpoints cannot be written: File exists"):
+        run_lock.make_folder(tmp_path / "run", 0)
+    (tmp_path / "gone").mkdir()
+    run_lock.make_folder(tmp_path / "run", 0)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ConfigError, match=r"loop cannot be written: Too many levels of symbolic links"):
+        run_lock.make_folder(tmp_path / "loop", 0)
+    with pytest.raises(ConfigError, match=r"is no UTF-8, which checkpoints need"):
+        run_lock.make_folder(tmp_path / os.fsdecode(b"\xff"), 0)

@@ -38,6 +38,15 @@ def test_jsonl_drops_what_a_resume_does_again(tmp_path):
     assert JsonLines(path, keep_through=-1) and path.read_text() == ""
 
 
+def test_lines_that_are_no_steps_are_dropped(tmp_path):
+    """As edits by hand or a crash of the machine leave them."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'[1]\n5\nnull\n{}\n{"step": 2}\n{"step": null}\n{"step": "x"}\n\0\0\n\xff\n')
+    lines = JsonLines(path, keep_through=3)
+    assert (path.read_text(), lines.newest) == ('{"step": 2}\n', 2)
+    lines.close()
+
+
 def test_a_full_disk_is_reported_with_the_file(tmp_path):
     """The first error stays the one that is reported: closing the file, which tries again, raises none."""
     lines = JsonLines(tmp_path / "metrics.jsonl", keep_through=-1)

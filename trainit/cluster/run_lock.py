@@ -21,10 +21,17 @@ DEAD_SECONDS = 17.0  # without any, a holder on another host is dead
 
 def make_folder(folder: Path, process: int) -> Path:
     """The folder, created; ConfigError if this process cannot write there."""
+    where = folder
     try:
         try_to_write(folder / "logs", process)
+        str(folder.absolute()).encode()
+        where = folder / "checkpoints"
+        if os.path.lexists(where):  # such as a link into another file system, which may not be there
+            try_to_write(where, process)
     except OSError as error:
-        raise ConfigError(f"--workdir={folder} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--workdir={where} cannot be written: {error.strerror}") from None
+    except UnicodeEncodeError:
+        raise ConfigError(f"--workdir={folder} is no UTF-8, which checkpoints need: rename it") from None
     return folder
 
 

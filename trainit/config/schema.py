@@ -102,6 +102,7 @@ class Field:
             if isinstance(number, int | float) and not isinstance(number, bool):
                 allowed = all(limit is None or within(number, limit) for limit, within in limits)
                 require(allowed, f"{name}={value} {must}")
+                require(abs(number) < float("inf"), f"{name}={value} must be finite")
 
     def _has_type(self, value: Any) -> bool:
         if not set(self.types) <= set(IN_WORDS):

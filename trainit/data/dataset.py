@@ -261,9 +261,9 @@ def open_dataset(folder: Path, option: str = "dataset.path") -> Dataset:
     except FileNotFoundError:
         raise DatasetError(
             f"{named} has neither dataset.json nor tokens that others prepared: it is unfinished; prepare it "
-            f"again"
+            f"again. JSON lines as they are need --config=FILE:dataset=jsonl"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{about} is damaged ({error}); prepare the dataset again") from None
     return Dataset(folder, info, splits)
 

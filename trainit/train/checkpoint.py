@@ -3,7 +3,9 @@
 Each process writes its own shards in the background; a checkpoint's folder has its name once it is complete.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +106,27 @@ class CheckpointStore:
             self._fail(error)
 
     def meta(self, step: int) -> dict:
-        """What was saved with the state of `step`. Raises ConfigError if that is no checkpoint of Trainit."""
-        try:
+        """What was saved with the state of `step`. Raises ConfigError if it is damaged or not Trainit's."""
+        with self._reading(step):
             return self._opened.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        except (KeyError, ValueError, OSError) as error:
-            raise ConfigError(f"{self.folder / str(step)} is no checkpoint of Trainit: {error}") from None
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (ConfigError, RuntimeError):  # RuntimeError: devices and other processes raise it
+            raise
+        except Exception as error:  # Orbax has no type of its own for it
+            raise ConfigError(
+                f"checkpoint {self.folder / str(step)} is damaged or not Trainit's (remove it, and the one "
+                f"before counts): {textwrap.shorten(str(error.__cause__ or error), 300)}"
+            ) from None
 
     def restore(self, step: int, abstract_state):
         """The state of `step`, laid out as `abstract_state`, on whatever mesh it was saved.
 
         The fields in `SEPARATE` are empty if the checkpoint was saved without them, or with other arrays.
-        Raises ConfigError if the rest has other parameters, shapes or types.
+        Raises ConfigError if the rest has other parameters, shapes or types, or is damaged.
         """
         fields, separate = _split(abstract_state)
         self._check(step, fields)
@@ -124,7 +136,8 @@ class CheckpointStore:
             saved = saved_items.get(name)
             if tree and saved is not None and _shapes(saved.tree) == _shapes(tree):
                 items[name] = ocp.args.StandardRestore(tree)
-        restored = self._opened.restore(step, args=ocp.args.Composite(**items))
+        with self._reading(step):
+            restored = self._opened.restore(step, args=ocp.args.Composite(**items))
         kept = {name: restored[name] if name in items else {} for name in separate}
         return type(abstract_state)(**restored["state"], **kept)
 
@@ -134,12 +147,13 @@ class CheckpointStore:
         self._check(step, item)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(self.folder / str(step) / "state", args=args)["params"]
 
     def _check(self, step: int, expected: dict):
         """Raises ConfigError unless the checkpoint has every array of `expected` in its shape and type."""
-        saved, wanted = _shapes(self._opened.item_metadata(step)["state"].tree), _shapes(expected)
+        with self._reading(step):
+            saved, wanted = _shapes(self._opened.item_metadata(step)["state"].tree), _shapes(expected)
         if set(expected) == {"params"}:
             saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}
         differing = [path for path in wanted.keys() | saved.keys() if wanted.get(path) != saved.get(path)]

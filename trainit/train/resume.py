@@ -39,7 +39,7 @@ class StartPoint:
         """Whether no validation after `step` is left to do. All processes call it together."""
         path, is_done = workdir / "metrics.jsonl", self.postponed is None
         if not is_done and path.exists():
-            last = (path.read_text().splitlines() or [""])[-1]
+            last = (path.read_text(errors="replace").splitlines() or [""])[-1]
             is_done = f'"step": {self.step},' in last and '"valid/loss"' in last
         return bool(sync.agree(is_done))
 

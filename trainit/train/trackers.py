@@ -26,14 +26,14 @@ SHOWN = {  # as progress
 class JsonLines:
     """metrics.jsonl: one JSON object per logged step, appended.
 
-    Lines of steps after `keep_through`, which a resume does again, are dropped, and an unfinished last line.
+    Lines of steps after `keep_through`, which a resume does again, are dropped, and such as are no steps.
     """
 
     def __init__(self, path: Path, keep_through: int):
         kept, self.newest = [], -1  # the newest step that was there before
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                self.newest = json.loads(line)["step"]
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                self.newest = int(json.loads(line)["step"])
                 kept += [line + "\n"] if self.newest <= keep_through else []
         write_atomically(path, "".join(kept))
         self._path, self._file = path, path.open("a", buffering=1)  # each line is written at once

@@ -92,7 +92,8 @@ def find(path: Path) -> list[Path]:
         return [pair]
     if path.is_file():
         if path.suffix not in INSPECT:
-            raise DatasetError(f"dataset.path={str(path)!r} ends in none of {', '.join(INSPECT)}")
+            lines = "; JSON lines need --config=FILE:dataset=jsonl" * (".jsonl" in path.suffixes)
+            raise DatasetError(f"dataset.path={str(path)!r} ends in none of {', '.join(INSPECT)}{lines}")
         indices = path.parent.glob("*.idx") if path.suffix == ".bin" else ()
         return [next((index for index in indices if path in binary.parts(index)), path)]
     if not path.is_dir() or (path / "dataset.json").exists():

@@ -137,7 +137,6 @@ def run(units: list[Unit], folder: Path, tokenizer: Tokenizer, recipe: Recipe, w
         StateError: the folder is in use or damaged.
         OSError: a file cannot be read or written.
     """
-    dtype = dtype_of(tokenizer.vocab_size)
     size = sum(path.stat().st_size for unit in units for path in unit.paths)
     with (
         _encoder(tokenizer, recipe, workers) as submit,
@@ -164,7 +163,7 @@ def run(units: list[Unit], folder: Path, tokenizer: Tokenizer, recipe: Recipe, w
                 raise StoppedError
 
         try:
-            for writer, batch, read in _batches(units, folder, dtype, recipe, progress):
+            for writer, batch, read in _batches(units, folder, tokenizer, recipe, progress):
                 under_way.append((writer, batch, read, submit(batch, writer.unit.split) if batch else None))
                 while len(under_way) > 2 * workers:
                     write_oldest()
@@ -181,10 +180,10 @@ def run(units: list[Unit], folder: Path, tokenizer: Tokenizer, recipe: Recipe, w
 
 
 def _batches(
-    units: Iterable[Unit], folder: Path, dtype: str, recipe: Recipe, progress: Progress
+    units: Iterable[Unit], folder: Path, tokenizer: Tokenizer, recipe: Recipe, progress: Progress
 ) -> Iterator[tuple[UnitWriter, Batch | None, int]]:
     """Yields the remaining batches, with the bytes of the file that each took. None follows each unit."""
-    fields = recipe.text_field, recipe.subset_field
+    fields, dtype = (recipe.text_field, recipe.subset_field), dtype_of(tokenizer.vocab_size)
     for unit in units:
         writer = UnitWriter(folder, unit, dtype, recipe)
         if writer.done:
@@ -197,7 +196,7 @@ def _batches(
                 progress.skip(path.stat().st_size)
                 continue
             start, read = at if number == at.file else Position(number), 0
-            for batch in reader.read(path, file.name, fields, start):
+            for batch in reader.read(path, file.name, fields, start, tokenizer.cut):
                 if start != Position(number) and not read:  # what was passed over to get here
                     progress.skip(batch.read)
                     read = batch.read

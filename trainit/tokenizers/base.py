@@ -1,24 +1,26 @@
 """What a tokenizer is, and what tokenizers share: the way from a text to ids, and from ids to bytes.
 
-Ids decode to the text that they were made from. Long texts are encoded in pieces. Characters that a
-vocabulary cannot encode as text are encoded byte by byte, for example lone surrogates, which JSON can express
-and UTF-8 cannot; these are the three bytes that UTF-8's scheme would give them ("surrogatepass").
+Ids decode to the text that they were made from. A text is encoded at once, or a very long one in pieces, cut
+where that gives the same ids. Characters that a vocabulary cannot encode as text are encoded byte by byte,
+for example lone surrogates, which JSON can express and UTF-8 cannot; these are the three bytes that UTF-8's
+scheme would give them ("surrogatepass").
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece writes a space as this character
 SURROGATES = "\ud800-\udfff"
-PIECE = 1 << 18  # characters encoded at once
-# No token of GPT-2's pattern, or of its successors', reaches from such a character over the space or the
-# end of line after it, and no piece of a sentencepiece model has a space inside: encoding that is cut
-# there gives the same ids.
-_BOUNDARIES = re.compile(r"\S(?= )"), re.compile(r"\S(?=\n)")
+PIECE = 1 << 20  # characters encoded at once: libraries take up to 350 bytes of memory for each
+CONTEXT = 1024  # characters on each side of a cut that are looked at
+SHIFTS = 17  # lengths of either side that are tried: in a run, as of "=", tokens are counted from its begin
+_LIKELY = [re.compile(place) for place in (r"\S(?= \S)", r"\S(?=\n)", r"\n(?=\S)")]  # where to cut
+_LEAD = "\n"  # before a text that is not the beginning of one, if a space is put before beginnings
 
 
 class Tokenizer(Protocol):
@@ -32,8 +34,14 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """The number of ids, which are all below it."""
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """One int32 array of ids a text, without end_of_text. Raises ValueError if one has no ids."""
+    def encode(self, texts: list[str], continued: Sequence[bool] = ()) -> list[np.ndarray]:
+        """One int32 array of ids a text, without end_of_text. Raises ValueError if one has no ids.
+
+        `continued` says which texts continue another after a `cut`; empty: none.
+        """
+
+    def cut(self, text: str, at: int) -> int:
+        """Where, at `at` or shortly before, a text may be cut and encoded in two; 0: nowhere."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; end_of_text becomes nothing."""
@@ -45,28 +53,22 @@ class Tokenizer(Protocol):
         """The content of the tokenizer's file."""
 
 
-def boundary(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends, in a text that has more than PIECE characters left.
+def pieces(chunks: Iterable[str], cut: Callable[[str, int], int]) -> Iterator[tuple[str, bool]]:
+    """Yields pieces of a text that comes in chunks, and whether each is the last.
 
-    It is the last place within PIECE characters that no token reaches over. In a run of 262,144 characters
-    without a space there is none: the piece is cut all the same, and up to two tokens there may differ.
+    They have about PIECE characters, or more where `cut` finds no place: a text that cannot be cut is one
+    piece, whatever memory and time its encoding takes.
     """
-    end = start + PIECE
-    for pattern in _BOUNDARIES:
-        for begin in (end - 4096, start):  # nearly always the end of the piece has one
-            if ends := [match.end() for match in pattern.finditer(text, begin, end + 1)]:
-                return ends[-1]
-    return end
-
-
-def pieces(text: str) -> Iterator[str]:
-    """Cuts a text so that its encoding takes bounded memory and time; most texts are one piece."""
-    start = 0
-    while len(text) - start > PIECE:
-        stop = boundary(text, start)
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+    text, size = "", PIECE
+    for chunk in chunks:
+        text += chunk
+        while len(text) >= size + CONTEXT:
+            if stop := cut(text, size):
+                yield text[:stop], False
+                text, size = text[stop:], PIECE
+            else:
+                size += PIECE
+    yield text, True
 
 
 def to_bytes(text: str) -> bytes:
@@ -95,25 +97,59 @@ class Vocabulary:
     def vocab_size(self) -> int:
         return len(self.table)
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
+    def encode(self, texts: list[str], continued: Sequence[bool] = ()) -> list[np.ndarray]:
         """Raises ValueError for a lone surrogate, if the vocabulary has no single bytes."""
-        parts = [
-            [part for i, piece in enumerate(pieces(text)) for part in self._parts(piece, i)] for text in texts
-        ]
-        texts = [part for of in parts for part in of if isinstance(part, str)]
-        encoded = map(self._spell, texts, self._encode_pieces(texts))
+        cuts = [[piece for piece, _ in pieces([text], self.cut)] for text in texts]
+        begun = continued or [False] * len(texts)
+        follows = [begun[i] or number > 0 for i, of in enumerate(cuts) for number in range(len(of))]
+        ids = iter(self._encode_whole(list(chain(*cuts)), follows))
+        return [next(ids) if len(of) == 1 else np.concatenate([next(ids) for _ in of]) for of in cuts]
+
+    def _encode_whole(self, texts: list[str], follows: list[bool]) -> list[np.ndarray]:
+        """Returns the ids of texts as they are, some of which follow another."""
+        skip = 0
+        if self.prefixed and any(follows):
+            skip = len(self._encode_whole([_LEAD], [False])[0])
+            texts = [_LEAD + text if after else text for text, after in zip(texts, follows, strict=True)]
+        parts = [self._parts(text) for text in texts]
+        strings = [part for of in parts for part in of if isinstance(part, str)]
+        encoded = map(self._spell, strings, self._encode_pieces(strings))
         result = []
-        for of_text in parts:
-            ids = [self._byte_ids(part) if isinstance(part, bytes) else next(encoded) for part in of_text]
-            result.append(ids[0] if len(ids) == 1 else np.concatenate(ids))
+        for of, after in zip(parts, follows, strict=True):
+            ids = [self._byte_ids(part) if isinstance(part, bytes) else next(encoded) for part in of]
+            result.append((ids[0] if len(ids) == 1 else np.concatenate(ids))[skip * after :])
         return result
+
+    def cut(self, text: str, at: int) -> int:
+        """Takes the first of likely places, and else of others, around which parts have the ids of the whole.
+
+        One thing remains: a unigram model of sentencepiece adds in float32, so that in a very long text its
+        choice among pieces that are about as likely hangs on all of the text before them.
+        """
+        begin = max(at - 4096, 1)
+        likely = ([match.end() for match in place.finditer(text, begin, at + 1)][-4:] for place in _LIKELY)
+        anywhere = range(max(at - 16, 1), at)
+        return next((i for i in chain(*map(reversed, (*likely, anywhere))) if self._parts_at(text, i)), 0)
+
+    def _parts_at(self, text: str, at: int) -> bool:
+        """Whether what is around a place has the same ids in two parts as in one, whatever its length."""
+        reach = min(at, CONTEXT)
+        return all(
+            self._adds_up(text[at - reach + i : at], text[at : at + CONTEXT - i])
+            for i in range(min(reach, SHIFTS))
+        )
+
+    def _adds_up(self, left: str, right: str) -> bool:
+        try:
+            *parts, both = self._encode_whole([left, right, left + right], [False, True, False])
+        except ValueError:
+            return False  # one of them has no ids
+        return np.array_equal(np.concatenate(parts), both)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         raise NotImplementedError
 
-    def _parts(self, piece: str, number: int) -> list[str | bytes]:
-        if self.prefixed and number and piece[0] == " ":
-            piece = piece[1:]
+    def _parts(self, piece: str) -> list[str | bytes]:
         if piece.isascii() or not self._has_exotic(piece):
             return [piece]
         parts = re.split(f"([{self.by_bytes}]+)", piece)
@@ -186,8 +222,12 @@ class ByteTokenizer:
     def __init__(self, content: bytes = b"", end_of_text: int | str | None = None):
         """Takes what all tokenizers are built from, and needs none of it."""
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
+    def encode(self, texts: list[str], continued: Sequence[bool] = ()) -> list[np.ndarray]:
         return [np.frombuffer(to_bytes(text), np.uint8).astype(np.int32) for text in texts]
+
+    @staticmethod
+    def cut(text: str, at: int) -> int:
+        return at
 
     def decode(self, ids: Iterable[int]) -> str:
         return to_text(bytes(i for i in ids if i < 256))

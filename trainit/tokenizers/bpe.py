@@ -1,6 +1,7 @@
 """Byte-pair vocabularies that others made: GPT-2's, and those of Hugging Face's `tokenizers`."""
 
 import base64
+import functools
 import importlib
 import importlib.util
 import json
@@ -19,6 +20,10 @@ GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+RUN = (
+    1 << 18
+)  # white space in a row, as that pattern has it, that is taken apart: tiktoken fails on a million
+_SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # that are looked for, if no file names one
 
 
@@ -37,9 +42,8 @@ class Gpt2Tokenizer(Vocabulary):
         self.byte_ids = np.array([ranks[bytes([byte])] for byte in range(256)], np.int32)
         self.end_of_text, self.names = len(ranks), {}
         special = {self.end_name: self.end_of_text}
-        self._encoding = tiktoken.Encoding(
-            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
-        )
+        make = functools.partial(tiktoken.Encoding, "gpt2", mergeable_ranks=ranks, special_tokens=special)
+        self._encoding, self._of_runs = make(pat_str=GPT2_PATTERN), functools.partial(make, pat_str=r"\s+")
 
     @classmethod
     def find(cls, folder: Path | None = None) -> "Gpt2Tokenizer":
@@ -66,8 +70,24 @@ class Gpt2Tokenizer(Vocabulary):
         return cls(b"".join(b"%b %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens)))
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
-        encode = self._encoding.encode_to_numpy  # with nothing special in a text
-        return [encode(t, allowed_special=set(), disallowed_special=()).astype(np.int32) for t in texts]
+        return [self._encode_piece(text) for text in texts]
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        ids, begin = [], 0
+        pattern = f"(?<![{_SPACES}])[{_SPACES}]{{{RUN},}}"
+        for run in re.finditer(pattern, text) if len(text) >= RUN else ():
+            # The pattern takes a run as one, except for its last character if something follows.
+            stop = run.end() - (run.end() < len(text))
+            ids.append(_plain(self._encoding, text[begin : run.start()]))
+            ids.append(_plain(self._of_runs(), text[run.start() : stop]))
+            begin = stop
+        ids.append(_plain(self._encoding, text[begin:]))
+        return np.concatenate(ids) if begin else ids[0]
+
+
+def _plain(encoding: Any, text: str) -> np.ndarray:
+    """The ids of a text in which nothing is special."""
+    return encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(np.int32)
 
 
 class HuggingFaceTokenizer(Vocabulary):

@@ -6,11 +6,12 @@ a few batches and the largest document. A .txt is read in pieces, so that its le
 """
 
 import codecs
+import functools
 import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +23,7 @@ from absl import logging
 from trainit.data.documents.decompress import DamagedError, chunks
 from trainit.data.documents.inputs import files_below
 from trainit.tokenizers import Tokenizer
-from trainit.tokenizers.base import PIECE, boundary
+from trainit.tokenizers.base import ByteTokenizer, pieces
 
 BATCH = 1 << 20  # bytes of text
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
@@ -85,13 +86,22 @@ def suffix(path: Path) -> str | None:
     return next((s for s in reversed(SUFFIXES) if path.name.endswith(s)), None)
 
 
-def read(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
+def read(
+    path: Path,
+    name: str,
+    fields: tuple[str, str],
+    start: Position,
+    cut: Callable[[str, int], int] = ByteTokenizer.cut,
+) -> Iterator[Batch]:
     """Yields the batches of a file from `start` on. If its end is damaged, the last batch's `broken` says so.
 
     Messages call the file `name`. `fields` are the dotted names of text and subset; parquet reads only these
-    columns. Raises OSError if the file cannot be opened or read.
+    columns. `cut` is that of the tokenizer that will encode the pieces of a .txt. Raises OSError if the file
+    cannot be opened or read.
     """
-    reader = {".txt": _read_text, ".parquet": _read_parquet}.get(path.suffix, _read_lines)
+    reader = {".parquet": _read_parquet}.get(path.suffix, _read_lines)
+    if path.suffix == ".txt":
+        reader = functools.partial(_read_text, cut)
     line = start.line
     try:
         for batch in reader(path, name, fields, start):
@@ -165,12 +175,13 @@ def encode(
 ) -> tuple[list[Document], list[np.ndarray], list[Broken]]:
     """Returns the documents that have ids, the ids of each without an end of text, and those without ids."""
     try:
-        return documents, tokenizer.encode([document.text for document in documents]), []
+        texts, continued = [d.text for d in documents], [not d.first for d in documents]
+        return documents, tokenizer.encode(texts, continued), []
     except ValueError:  # one of them has no ids: they are encoded one by one to find it
         kept, encoded, broken = [], [], []
     for document in documents:
         try:
-            encoded += tokenizer.encode([document.text])
+            encoded += tokenizer.encode([document.text], [not document.first])
             kept.append(document)
         except ValueError as error:
             broken.append(Broken(file, document.line, str(error)))
@@ -230,7 +241,9 @@ def _document(record: Any, fields: tuple[str, str], line: int) -> Document:
     return Document(text, "" if subset is None or subset != subset else str(subset), line)
 
 
-def _read_text(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
+def _read_text(
+    cut: Callable[[str, int], int], path: Path, name: str, fields: tuple[str, str], start: Position
+) -> Iterator[Batch]:
     """Reads one document, piece by piece. It is read twice: first to check that all of it is UTF-8."""
     with path.open("rb") as file:
         decoder, digest, line = codecs.getincrementaldecoder("utf8")(), blake2b(digest_size=16), 1
@@ -248,7 +261,7 @@ def _read_text(path: Path, name: str, fields: tuple[str, str], start: Position) 
             line += chunk.count(b"\n")
         file.seek(start.offset)
         documents, size, offset = [], 0, start.offset
-        for piece, last in _stream(file):
+        for piece, last in pieces(_decoded(file), cut):
             documents.append(Document(piece, "", 1, offset == 0, last, digest.digest()))
             size, offset = size + len(piece), offset + len(piece.encode())
             if size >= BATCH or last:
@@ -257,19 +270,12 @@ def _read_text(path: Path, name: str, fields: tuple[str, str], start: Position) 
                 documents, size = [], 0
 
 
-def _stream(file: BinaryIO) -> Iterator[tuple[str, bool]]:
-    """Yields the pieces of a text, cut as `tokenizers.base.pieces` does, and whether each is the last."""
-    text, chunk, decoder = "", b"...", codecs.getincrementaldecoder("utf8")()
+def _decoded(file: BinaryIO) -> Iterator[str]:
+    """Yields the rest of a text in chunks."""
+    chunk, decoder = b"...", codecs.getincrementaldecoder("utf8")()
     while chunk:
         chunk = file.read(BATCH)
-        text += decoder.decode(chunk, final=not chunk)
-        begin = 0
-        while len(text) - begin > PIECE:
-            stop = boundary(text, begin)
-            yield text[begin:stop], False
-            begin = stop
-        text = text[begin:]
-    yield text, True
+        yield decoder.decode(chunk, final=not chunk)
 
 
 def _read_parquet(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:

@@ -175,5 +175,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ConfigError, match=r"loop cannot be written: Too many levels of symbolic links"):
         run_lock.make_folder(tmp_path / "loop", 0)
+    with pytest.raises(ConfigError, match=r"has \*\*, which checkpoints cannot have"):
+        run_lock.make_folder(tmp_path / "a**", 0)
     with pytest.raises(ConfigError, match=r"is no UTF-8, which checkpoints need"):
         run_lock.make_folder(tmp_path / os.fsdecode(b"\xff"), 0)

@@ -155,6 +155,10 @@ def test_tokens_of_others_are_a_part_too(subset_dataset, tmp_path):
         ("Alpha", "'Alpha' is no 'NAME WEIGHT'"),
         ("Alpha x", "is no 'NAME WEIGHT'"),
         ("Alpha -1", "a weight from 0 on"),
+        ("Alpha nan", "'Alpha nan' is no 'NAME WEIGHT'"),
+        ("Alpha 1e999999999", "'Alpha 1e999999999' is no 'NAME WEIGHT'"),  # a number of a billion digits
+        ("Alpha 1E-999999999", "is no 'NAME WEIGHT'"),
+        ("Alpha 1,", "'' is no 'NAME WEIGHT'"),
         ("Alpha 0, Gamma 0", "sum to 0"),
         ("10%: Alpha 1", "must not say when it begins"),
         ("Alpha 1; Gamma 1", "must say when it begins"),

@@ -28,8 +28,11 @@ from trainit.cluster.place import Place, find_own_place
 from trainit.cluster.process import Exit
 from trainit.config import Config, ConfigError
 from trainit.data.documents.inputs import fingerprint
+from trainit.data.documents.reader import BrokenInputError
 from trainit.parallel.mesh import run_shape
 from trainit.train import loop as train
+from trainit.train.recorder import NonFiniteError
+from trainit.train.save_retry import SaveError
 from trainit.train.startup_timer import StartupTimer
 
 
@@ -58,7 +61,8 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         leave(code)
     except Exception as error:
         monitor.report_failure(error, FAILED, patience=3)
-        logging.exception("trainit: error: %s", error)
+        known = isinstance(error, BrokenInputError | SaveError | NonFiniteError)  # a line says it all
+        logging.error("trainit: error: %s", error, exc_info=not known)
         leave(FAILED)
     leave(code, together=True)
 

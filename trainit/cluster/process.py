@@ -47,6 +47,8 @@ def tune_process():
     if sys.platform == "linux" and not chosen:
         os.environ["GLIBC_TUNABLES"] = TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # What data workers leave in shared memory is removed at the end: nobody needs the warning about it.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
 
 
 def collect_garbage_rarely():

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import logging
 
 from trainit.cluster.process import start_of
-from trainit.config import ConfigError
+from trainit.config import ConfigError, require
 
 BEAT_SECONDS = 5.0  # between two signs of life of the holder
 DEAD_SECONDS = 17.0  # without any, a holder on another host is dead
@@ -22,6 +22,7 @@ DEAD_SECONDS = 17.0  # without any, a holder on another host is dead
 def make_folder(folder: Path, process: int) -> Path:
     """The folder, created; ConfigError if this process cannot write there."""
     where = folder
+    require("**" not in str(folder.absolute()), f"--workdir={folder} has **, which checkpoints cannot have")
     try:
         try_to_write(folder / "logs", process)
         str(folder.absolute()).encode()

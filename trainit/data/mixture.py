@@ -132,7 +132,7 @@ def parse(text: str) -> list[tuple[str, dict[str, Fraction]]]:
         for part in match[2].split(","):
             name, _, share = map(str.strip, part.strip().rpartition(" "))
             try:
-                weight = Fraction(share)
+                weight = Fraction("" if re.search(r"e[+-]?\d{3}", share.lower()) else share)
             except (ValueError, ZeroDivisionError):
                 raise ConfigError(f"dataset.mixture: {part.strip()!r} is no 'NAME WEIGHT'") from None
             if not name or weight < 0:

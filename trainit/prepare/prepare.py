@@ -28,7 +28,7 @@ from trainit.prepare import options, workers
 from trainit.prepare.merge import COUNTS, join
 from trainit.prepare.verify import verify
 from trainit.prepare.writer import Recipe, StateError
-from trainit.tokenizers import Tokenizer
+from trainit.tokenizers import Tokenizer, losses
 from trainit.tokenizers.base import digest
 
 SAMPLE_BYTES = 1 << 28  # of text, from the beginnings of all files, to train a tokenizer on
@@ -60,16 +60,15 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, model.serialize())
     tokenizer = tokenizers.find(args.tokenizer, "--tokenizer", args.end_of_text)
-    about = f"{args.tokenizer}, vocabulary {tokenizer.vocab_size}, end of text {tokenizer.end_name}"
-    logging.info("%-10s %s", "tokenizer", about)
+    logging.info("%-10s %s", "tokenizer", tokenizers.describe(tokenizer, args.tokenizer))
     require(
         tokenizer.vocab_size == args.vocab_size or not args.train_tokenizer,
         f"--vocab_size={args.vocab_size}, but {path} has {tokenizer.vocab_size} ids already: remove it to "
         f"train it again, give its number, or name another file",
     )
-    if not tokenizers.is_lossless(tokenizer):
-        why = "it normalizes, or has no bytes to fall back on"
-        logging.warning("%-10s %s does not decode to every text: %s", "tokenizer", args.tokenizer, why)
+    tokenizer.examples = reader.first_texts(options.files(args.input, "input")[0][0], (args.text_field, ""))
+    if lost := losses.describe(tokenizer):
+        logging.warning("%-10s %s", "warning", lost)
     return tokenizer
 
 

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 from trainit.config.fields import TOKENIZERS as KINDS
-from trainit.tokenizers.base import SPACE, ByteTokenizer, Tokenizer, digest
+from trainit.tokenizers import losses as losses
+from trainit.tokenizers.base import ByteTokenizer, Tokenizer, digest
 from trainit.tokenizers.bpe import Gpt2Tokenizer, HuggingFaceTokenizer, declared_end
 from trainit.tokenizers.sentencepiece import SentencePieceTokenizer
 
 CLASSES = ByteTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, HuggingFaceTokenizer
-# Text that a tokenizer easily changes: repeated spaces, a ligature, a combining accent, a lone surrogate.
-PROBE = f"A  b\n\t ﬁ e\N{COMBINING ACUTE ACCENT} Å\x00 {SPACE} \r\n  <|endoftext|> 😀\ud83d end "
 
 
 def find(choice: str, option: str = "dataset.tokenizer", end_of_text: str = "") -> Tokenizer:
@@ -60,9 +59,6 @@ def load(name: str, path: Path, sha256: str, end_of_text: int | None = None) -> 
     return build(name, content, end_of_text)
 
 
-def is_lossless(tokenizer: Tokenizer) -> bool:
-    """Whether a text that is easily changed decodes to itself. A model that normalizes changes it."""
-    try:
-        return tokenizer.decode(tokenizer.encode([PROBE])[0]) == PROBE
-    except ValueError:
-        return False
+def describe(tokenizer: Tokenizer, name: str = "") -> str:
+    """Returns what a tokenizer is, on one line, by a name or its kind."""
+    return f"{name or tokenizer.name}, vocabulary {tokenizer.vocab_size}, end of text {tokenizer.end_name}"

@@ -20,6 +20,7 @@ PIECE = 1 << 20  # characters encoded at once: libraries take up to 350 bytes of
 CONTEXT = 1024  # characters on each side of a cut that are looked at
 SHIFTS = 17  # lengths of either side that are tried: in a run, as of "=", tokens are counted from its begin
 _LIKELY = [re.compile(place) for place in (r"\S(?= \S)", r"\S(?=\n)", r"\n(?=\S)")]  # where to cut
+Cut = Callable[[str, int], int]  # of a text and a place in it
 _LEAD = "\n"  # before a text that is not the beginning of one, if a space is put before beginnings
 
 
@@ -29,6 +30,7 @@ class Tokenizer(Protocol):
     name: str  # the kind, by which `load` finds it again
     end_of_text: int  # the id that follows every document
     end_name: str  # its token
+    examples: Sequence[str]  # texts of the user's, by which `losses` shows what does not come back
 
     @property
     def vocab_size(self) -> int:
@@ -53,7 +55,7 @@ class Tokenizer(Protocol):
         """The content of the tokenizer's file."""
 
 
-def pieces(chunks: Iterable[str], cut: Callable[[str, int], int]) -> Iterator[tuple[str, bool]]:
+def pieces(chunks: Iterable[str], cut: Cut) -> Iterator[tuple[str, bool]]:
     """Yields pieces of a text that comes in chunks, and whether each is the last.
 
     They have about PIECE characters, or more where `cut` finds no place: a text that cannot be cut is one
@@ -90,6 +92,7 @@ class Vocabulary:
     end_of_text: int
     end_name: str
     _content: bytes
+    examples: Sequence[str] = ()
     prefixed = False  # a space is put before every text
     by_bytes = SURROGATES  # characters, as in a regular expression, that are encoded as bytes
 
@@ -133,18 +136,15 @@ class Vocabulary:
 
     def _parts_at(self, text: str, at: int) -> bool:
         """Whether what is around a place has the same ids in two parts as in one, whatever its length."""
-        reach = min(at, CONTEXT)
-        return all(
-            self._adds_up(text[at - reach + i : at], text[at : at + CONTEXT - i])
-            for i in range(min(reach, SHIFTS))
-        )
-
-    def _adds_up(self, left: str, right: str) -> bool:
-        try:
-            *parts, both = self._encode_whole([left, right, left + right], [False, True, False])
-        except ValueError:
-            return False  # one of them has no ids
-        return np.array_equal(np.concatenate(parts), both)
+        for i in range(min(at, SHIFTS)):
+            left, right = text[max(at - CONTEXT, 0) + i : at], text[at : at + CONTEXT - i]
+            try:
+                *parts, both = self._encode_whole([left, right, left + right], [False, True, False])
+            except ValueError:
+                return False  # one of them has no ids
+            if not np.array_equal(np.concatenate(parts), both):
+                return False
+        return True
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         raise NotImplementedError
@@ -218,6 +218,7 @@ class ByteTokenizer:
     """Each UTF-8 byte is a token; 256 ends a text. It has no file."""
 
     name, end_of_text, end_name, vocab_size = "bytes", 256, "256", 257
+    examples: Sequence[str] = ()
 
     def __init__(self, content: bytes = b"", end_of_text: int | str | None = None):
         """Takes what all tokenizers are built from, and needs none of it."""

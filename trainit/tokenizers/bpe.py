@@ -24,6 +24,7 @@ RUN = (
     1 << 18
 )  # white space in a row, as that pattern has it, that is taken apart: tiktoken fails on a million
 _SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_PLAIN: dict[str, Any] = {"allowed_special": set(), "disallowed_special": ()}  # nothing in a text is special
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # that are looked for, if no file names one
 
 
@@ -78,16 +79,11 @@ class Gpt2Tokenizer(Vocabulary):
         for run in re.finditer(pattern, text) if len(text) >= RUN else ():
             # The pattern takes a run as one, except for its last character if something follows.
             stop = run.end() - (run.end() < len(text))
-            ids.append(_plain(self._encoding, text[begin : run.start()]))
-            ids.append(_plain(self._of_runs(), text[run.start() : stop]))
+            ids.append(self._encoding.encode_to_numpy(text[begin : run.start()], **_PLAIN))
+            ids.append(self._of_runs().encode_to_numpy(text[run.start() : stop], **_PLAIN))
             begin = stop
-        ids.append(_plain(self._encoding, text[begin:]))
-        return np.concatenate(ids) if begin else ids[0]
-
-
-def _plain(encoding: Any, text: str) -> np.ndarray:
-    """The ids of a text in which nothing is special."""
-    return encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(np.int32)
+        ids.append(self._encoding.encode_to_numpy(text[begin:], **_PLAIN))
+        return np.concatenate(ids).astype(np.int32)
 
 
 class HuggingFaceTokenizer(Vocabulary):

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from trainit import optimizers
+from trainit import optimizers, tokenizers
 from trainit.cluster import sync
 from trainit.config import MESH_AXES, Config
 from trainit.data.training_data import TrainingData
@@ -28,8 +28,8 @@ def report(config: Config, steps: CompiledSteps, shape: RunShape, data: Training
         f"{c.model.dim}, attention {shape.attention}, precision "
         + ", ".join([c.precision, *(f"{part} {own}" for part, own in c.precision_of.items() if own)]),
         "dataset": f"{data.source}: {data.describe()} to train, {quantity(validation.tokens)} to validate",
-        "tokenizer": f"{data.tokenizer.name}, vocabulary {data.tokenizer.vocab_size}, "
-        f"end of text {data.tokenizer.end_name}",
+        "tokenizer": tokenizers.describe(data.tokenizer),
+        "warning": tokenizers.losses.describe(data.tokenizer),
         "batch": _batch(shape),
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
         f"schedule {c.schedule.name}, state {c.optimizer_state}",

@@ -6,12 +6,11 @@ a few batches and the largest document. A .txt is read in pieces, so that its le
 """
 
 import codecs
-import functools
 import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +22,7 @@ from absl import logging
 from trainit.data.documents.decompress import DamagedError, chunks
 from trainit.data.documents.inputs import files_below
 from trainit.tokenizers import Tokenizer
-from trainit.tokenizers.base import ByteTokenizer, pieces
+from trainit.tokenizers.base import ByteTokenizer, Cut, pieces
 
 BATCH = 1 << 20  # bytes of text
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
@@ -87,11 +86,7 @@ def suffix(path: Path) -> str | None:
 
 
 def read(
-    path: Path,
-    name: str,
-    fields: tuple[str, str],
-    start: Position,
-    cut: Callable[[str, int], int] = ByteTokenizer.cut,
+    path: Path, name: str, fields: tuple[str, str], start: Position, cut: Cut = ByteTokenizer.cut
 ) -> Iterator[Batch]:
     """Yields the batches of a file from `start` on. If its end is damaged, the last batch's `broken` says so.
 
@@ -99,12 +94,11 @@ def read(
     columns. `cut` is that of the tokenizer that will encode the pieces of a .txt. Raises OSError if the file
     cannot be opened or read.
     """
-    reader = {".parquet": _read_parquet}.get(path.suffix, _read_lines)
-    if path.suffix == ".txt":
-        reader = functools.partial(_read_text, cut)
+    reader = _read_parquet if path.suffix == ".parquet" else _read_lines
+    is_text = path.suffix == ".txt"
     line = start.line
     try:
-        for batch in reader(path, name, fields, start):
+        for batch in _read_text(path, name, start, cut) if is_text else reader(path, name, fields, start):
             line = batch.position.line
             yield batch
     except DamagedError as error:
@@ -188,6 +182,17 @@ def encode(
     return kept, encoded, broken
 
 
+def first_texts(path: Path, fields: tuple[str, str]) -> list[str]:
+    """Returns texts at the beginning of a file, as far as it can be read, to show examples of."""
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".txt":
+                return [file.read(4096).decode("utf8", "ignore")]
+        return [d.text[:4096] for d in parse(next(read(path, "", fields, Position())), fields)[0][:32]]
+    except (OSError, ValueError, StopIteration):  # it is reported when it is read
+        return []
+
+
 def find_files(patterns: Sequence[str], option: str, suffixes: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Returns the files that globs and folders name, each once, and their names below the common folder.
 
@@ -241,9 +246,7 @@ def _document(record: Any, fields: tuple[str, str], line: int) -> Document:
     return Document(text, "" if subset is None or subset != subset else str(subset), line)
 
 
-def _read_text(
-    cut: Callable[[str, int], int], path: Path, name: str, fields: tuple[str, str], start: Position
-) -> Iterator[Batch]:
+def _read_text(path: Path, name: str, start: Position, cut: Cut) -> Iterator[Batch]:
     """Reads one document, piece by piece. It is read twice: first to check that all of it is UTF-8."""
     with path.open("rb") as file:
         decoder, digest, line = codecs.getincrementaldecoder("utf8")(), blake2b(digest_size=16), 1

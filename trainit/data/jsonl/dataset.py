@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -23,7 +24,7 @@ from trainit.cluster.process import end_with_parent
 from trainit.data import loader
 from trainit.data.dataset import DatasetError, Split
 from trainit.data.documents.inputs import Input, describe_all
-from trainit.data.documents.reader import BrokenInputError, Position, find_files
+from trainit.data.documents.reader import BrokenInputError, Position, find_files, first_texts
 from trainit.data.documents.targets import Targets
 from trainit.data.jsonl.stream import Corpus, State, Stream, documents
 from trainit.data.loader import START, DataPosition
@@ -249,7 +250,8 @@ class StreamedData:
 def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> StreamedData:
     """Finds the files of a resolved config.dataset, and tokenizes the validation sequences.
 
-    The training files are not opened. Sequences have `length` targets; 0 validation sequences stand for all.
+    Of the training files, only the first is looked into. Sequences have `length` targets; 0 validation
+    sequences stand for all.
     Raises DatasetError if files are missing or of other kinds, or the validation data cannot be read.
     """
     about = tokenizer.name, tokenizer.serialize(), tokenizer.end_of_text
@@ -278,5 +280,6 @@ def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequen
     except (BrokenInputError, OSError) as error:
         raise DatasetError(f"dataset.validation_path={config.validation_path!r}: {error}") from None
     train = replace(train, streams=config.streams, window=config.window, seed=seed)
+    train.tokenizer.examples = first_texts(Path(train.paths[0]), (config.text_field, ""))
     of_all = {"train": train.inputs, f"validation {config.validation_path}": validation.inputs}
     return StreamedData(config.path, train, held, config.workers, config.prefetch, of_all)

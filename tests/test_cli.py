@@ -209,6 +209,7 @@ TYPED = {
         "prepare",
         "compare",
         "sweep",
+        "export",
         "plan",
         "benchmark",
         "doctor",

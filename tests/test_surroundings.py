@@ -44,7 +44,7 @@ def on_a_terminal(code: str, columns: int, close_at: bytes = b"") -> tuple[int, 
 
 BAR = """
 import time
-from trainit import logs
+from trainit.cluster import logs
 from trainit.cluster import process
 from trainit.train import trackers
 

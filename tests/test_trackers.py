@@ -16,8 +16,8 @@ import pytest
 import tiny
 from processes import ROOT, end, last_step, metrics, run_imported, start, wait_for
 
+from trainit.cluster.logs import quantity
 from trainit.config import resolve
-from trainit.logs import quantity
 from trainit.train import trackers
 from trainit.train.trackers import JsonLines, Progress, RunLogger
 
@@ -106,7 +106,7 @@ def test_bar_on_a_terminal():
     """On a real terminal (a pty): one bar that is rewritten, messages above it."""
     code = """
 import time
-from trainit import logs
+from trainit.cluster import logs
 from trainit.train import trackers
 
 logs.log_to_terminal(True)

@@ -21,8 +21,8 @@ if __name__ == "__main__":
 import jax
 from absl import logging
 
-from trainit import __version__, logs, optimizers
-from trainit.cluster import devices, rendezvous, run_lock
+from trainit import __version__, optimizers
+from trainit.cluster import devices, logs, rendezvous, run_lock
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.place import Place, find_own_place
 from trainit.cluster.process import Exit

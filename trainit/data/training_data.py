@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from trainit.cluster.logs import quantity
 from trainit.config import BatchSizes, Config, ConfigError, batch_sizes
 from trainit.data import loader, mixture, order
 from trainit.data.dataset import Dataset, Split, find_tokenizer
@@ -25,7 +26,6 @@ from trainit.data.jsonl import dataset as jsonl
 from trainit.data.loader import START, DataPosition, Shape
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered, Spaced
-from trainit.logs import quantity
 from trainit.tokenizers import Tokenizer
 
 

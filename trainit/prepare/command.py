@@ -14,7 +14,8 @@ from pathlib import Path
 
 from absl import logging
 
-from trainit import logs, tokenizers
+from trainit import tokenizers
+from trainit.cluster import logs
 from trainit.cluster.process import FAILED, STOPPED
 from trainit.config import ConfigError
 from trainit.data.dataset import DatasetError

@@ -64,7 +64,7 @@ class Gpt2Tokenizer(Vocabulary):
         for name, expected in GPT2_FILES.items():
             if (actual := digest(content[name])) != expected:
                 raise ValueError(f"{folder / name} has SHA-256 {actual}, GPT-2's has {expected}")
-        byte = {character: i for i, character in enumerate(_byte_characters())}
+        byte = {character: i for i, character in enumerate(byte_characters())}
         tokens = [bytes([byte[c]]) for c in sorted(byte, key=lambda c: (ord(c) > 255, ord(c)))]
         for merge in content["vocab.bpe"].decode().splitlines()[1:]:
             tokens.append(bytes(byte[character] for character in merge if character != " "))
@@ -99,7 +99,7 @@ class HuggingFaceTokenizer(Vocabulary):
             about = json.loads(content)
         except Exception as error:  # it raises no narrower one
             raise ValueError(f"not a tokenizer.json: {error}") from None
-        characters = {character: byte for byte, character in enumerate(_byte_characters())}
+        characters = {character: byte for byte, character in enumerate(byte_characters())}
         byte_level, model = '"ByteLevel"' in json.dumps(about.get("decoder")), about["model"]
         if not byte_level and not model.get("byte_fallback"):
             raise ValueError("it is neither byte-level nor has it byte_fallback: texts would not come back")
@@ -190,7 +190,7 @@ def declared_end(folder: Path) -> int | str | None:
     return None
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The character as which GPT-2's files write each byte."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))

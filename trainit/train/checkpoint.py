@@ -4,13 +4,15 @@ Each process writes its own shards in the background; a checkpoint's folder has 
 """
 
 import contextlib
+import functools
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from trainit.cluster import sync
@@ -68,7 +70,7 @@ class CheckpointStore:
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
-    def _opened(self) -> ocp.CheckpointManager:
+    def opened(self) -> ocp.CheckpointManager:
         """The manager of a folder that is known to exist."""
         assert self._manager is not None
         return self._manager
@@ -107,11 +109,11 @@ class CheckpointStore:
 
     def meta(self, step: int) -> dict:
         """What was saved with the state of `step`. Raises ConfigError if it is damaged or not Trainit's."""
-        with self._reading(step):
-            return self._opened.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        with self.reading(step):
+            return self.opened.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
+    def reading(self, step: int) -> Iterator[None]:
         try:
             yield
         except (ConfigError, RuntimeError):  # RuntimeError: devices and other processes raise it
@@ -131,13 +133,13 @@ class CheckpointStore:
         fields, separate = _split(abstract_state)
         self._check(step, fields)
         items = {"state": ocp.args.StandardRestore(fields)}
-        saved_items = self._opened.item_metadata(step)
+        saved_items = self.opened.item_metadata(step)
         for name, tree in separate.items():
             saved = saved_items.get(name)
             if tree and saved is not None and _shapes(saved.tree) == _shapes(tree):
                 items[name] = ocp.args.StandardRestore(tree)
-        with self._reading(step):
-            restored = self._opened.restore(step, args=ocp.args.Composite(**items))
+        with self.reading(step):
+            restored = self.opened.restore(step, args=ocp.args.Composite(**items))
         kept = {name: restored[name] if name in items else {} for name in separate}
         return type(abstract_state)(**restored["state"], **kept)
 
@@ -147,13 +149,13 @@ class CheckpointStore:
         self._check(step, item)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with self.reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(self.folder / str(step) / "state", args=args)["params"]
 
     def _check(self, step: int, expected: dict):
         """Raises ConfigError unless the checkpoint has every array of `expected` in its shape and type."""
-        with self._reading(step):
-            saved, wanted = _shapes(self._opened.item_metadata(step)["state"].tree), _shapes(expected)
+        with self.reading(step):
+            saved, wanted = _shapes(self.opened.item_metadata(step)["state"].tree), _shapes(expected)
         if set(expected) == {"params"}:
             saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}
         differing = [path for path in wanted.keys() | saved.keys() if wanted.get(path) != saved.get(path)]
@@ -205,6 +207,26 @@ class CheckpointStore:
     def close(self):
         if self._manager:
             self._manager.close()
+
+
+def parameter_shapes(store: CheckpointStore, step: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters in the checkpoint of `step`, by their paths."""
+    with store.reading(step):
+        tree = store.opened.item_metadata(step)["state"].tree["params"]
+    return {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def read_parameters(store: CheckpointStore, step: int, paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """Some parameters of the checkpoint of `step`, whole, by their paths; nothing else is read."""
+    item: dict = {}
+    for path in paths:
+        *groups, leaf = ["params", *path.split("/")]
+        functools.reduce(lambda tree, key: tree.setdefault(key, {}), groups, item)[leaf] = 0
+    numpy_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item, restore_args=numpy_arrays, partial_restore=True)
+    with store.reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.restore(store.folder / str(step) / "state", args=args)["params"]
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _split(state) -> tuple[dict, dict]:

@@ -8,9 +8,9 @@ from absl import logging
 
 from trainit import optimizers, tokenizers
 from trainit.cluster import sync
+from trainit.cluster.logs import quantity
 from trainit.config import MESH_AXES, Config
 from trainit.data.training_data import TrainingData
-from trainit.logs import quantity
 from trainit.parallel.mesh import RunShape, describe_devices
 from trainit.train import diagnostics, metrics
 from trainit.train.evaluate import MAX_SUBSETS

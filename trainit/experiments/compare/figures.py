@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trainit import logs
+from trainit.cluster import logs
 from trainit.experiments.compare import statistics
 from trainit.experiments.compare.runs import Method, Run
 from trainit.experiments.compare.statistics import Row

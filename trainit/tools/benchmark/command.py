@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # As the command that trains.
     tune_process()
-    from trainit import logs
+    from trainit.cluster import logs
     from trainit.tools.benchmark import loader, overheads, step
 
     logs.log_to_terminal(lead=True)

@@ -14,12 +14,12 @@ import jax
 
 from trainit import cli
 from trainit.cluster import devices, rendezvous, run_lock, sync
+from trainit.cluster.logs import quantity
 from trainit.cluster.place import Place, SetupError
 from trainit.config import Config, ConfigDict, ConfigError
 from trainit.data.dataset import DatasetError
 from trainit.data.documents.inputs import fingerprint
 from trainit.data.training_data import TrainingData
-from trainit.logs import quantity
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape, run_shape
 from trainit.tools import timing

@@ -8,7 +8,8 @@ Prints a table, with what to do about each check that fails. Exit code 0 if none
 
 import argparse
 
-from trainit import cli, logs
+from trainit import cli
+from trainit.cluster import logs
 from trainit.cluster.place import find_own_place
 
 DESCRIPTION = "Checks what a run needs, before it is run: the same flags as of `trainit train`."

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
-from trainit.logs import quantity
+from trainit.cluster.logs import quantity
 from trainit.tools.plan import hlo
 from trainit.tools.plan.plan import Plan
 

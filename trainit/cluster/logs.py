@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
-PACKAGE = str(Path(__file__).parent)
+PACKAGE = str(Path(__file__).parents[1])
 
 
 class _Terminal(std_logging.Handler):

@@ -1,0 +1,203 @@
+"""Exported models next to transformers: logits, tokens, files."""
+
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+import tiny
+import tokenizers as library
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainit.__main__ import main as trainit_command
+from trainit.config import resolve
+from trainit.convert import weights
+from trainit.model.gpt import GPT
+from trainit.parallel.mesh import make_mesh, shape_on
+from trainit.prepare.demo import write_dataset
+from trainit.tokenizers import SentencePieceTokenizer, find
+from trainit.train import step
+from trainit.train.checkpoint import CheckpointStore
+
+MODERN = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "use_bias": False}
+MODELS = {
+    "GPT-2": ("GPT2LMHeadModel", {}),
+    "GPT-2, tied": ("GPT2LMHeadModel", {"tied_embeddings": True, "mlp_dim": 72}),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", {"positions": "rope", "rope_theta": 500.0}),
+    "Llama": ("LlamaForCausalLM", {**MODERN, "num_kv_heads": 2, "rope_theta": 500_000.0}),
+    "Llama, biases, tied": ("LlamaForCausalLM", {**MODERN, "use_bias": True, "tied_embeddings": True}),
+    "Qwen3": ("Qwen3ForCausalLM", {**MODERN, "qk_norm": True, "num_kv_heads": 1}),
+}
+
+
+def make_run(folder: Path, data: Path, vocab_size: int, end_of_text: int, **model) -> tuple[dict, dict]:
+    """A run with one checkpoint, of parameters that are all drawn, also biases; they, and the config."""
+    config = tiny.get_config()
+    config.dataset.path = str(data)
+    config.mesh.update(data=1, fsdp=1, tensor=1)
+    config.model.update(model)
+    config = resolve(config, vocab_size, end_of_text)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+    state = step.build(config, shape_on(config, make_mesh(sizes, jax.devices()[:1]))).init()
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.asarray(x) + draw.normal(0, 0.2, x.shape).astype("f4"), state.params)
+    store = CheckpointStore(folder)
+    state = dataclasses.replace(state, params=jax.tree.map(jax.numpy.asarray, params))
+    store.save(7, state, {"config": config.to_dict(), "version": "0", "tokens": 99})
+    store.wait()
+    store.close()
+    return params, config
+
+
+def logits_there(folder: Path, ids: np.ndarray) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).logits.numpy()
+
+
+@pytest.mark.evidence(
+    "an exported model has the same logits in `transformers`, to 1e-5 of their spread, in each family"
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_same(name, random_dataset, tmp_path, capsys):
+    architecture, fields = MODELS[name]
+    params, config = make_run(tmp_path / "run", random_dataset, 257, 256, **fields)
+    assert trainit_command(["export", str(tmp_path / "run"), f"--output={tmp_path}/out"]) == 0
+    assert f"{architecture} of step 7" in capsys.readouterr().out
+    ids = np.random.default_rng(1).integers(0, 257, (3, 32))
+    expected = np.asarray(GPT(config.model)(params, ids))[..., :257]
+    actual = logits_there(tmp_path / "out", ids)
+    assert actual.shape == expected.shape  # rows that pad the vocabulary are no tokens
+    assert np.abs(actual - expected).max() <= 1e-5 * np.ptp(expected)
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [architecture]
+
+
+def test_several_files_have_an_index(random_dataset, tmp_path, monkeypatch):
+    make_run(tmp_path / "run", random_dataset, 257, 256)
+    ids = np.random.default_rng(1).integers(0, 257, (2, 32))
+    for name, size in (("one", 1 << 30), ("many", 20_000)):
+        monkeypatch.setattr(weights, "SHARD_BYTES", size)
+        assert trainit_command(["export", str(tmp_path / "run"), f"--output={tmp_path / name}"]) == 0
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    assert len(files) > 3
+    assert sorted(set(index["weight_map"].values())) == files
+    sizes = 0
+    for file in files:
+        with safe_open(tmp_path / "many" / file, "np") as content:
+            sizes += sum(content.get_tensor(key).nbytes for key in content.keys())  # noqa: SIM118
+    assert index["metadata"]["total_size"] == sizes
+    np.testing.assert_array_equal(logits_there(tmp_path / "one", ids), logits_there(tmp_path / "many", ids))
+
+
+def test_bfloat16_is_the_rounded_model(random_dataset, tmp_path):
+    params, _ = make_run(tmp_path / "run", random_dataset, 257, 256)
+    flags = [f"--output={tmp_path}/out", "--dtype=bfloat16"]
+    assert trainit_command(["export", str(tmp_path / "run"), *flags]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    expected = torch.from_numpy(params["head"]["kernel"].T[:257].copy()).bfloat16()
+    assert torch.equal(model.lm_head.weight, expected)
+
+
+TEXTS = (
+    "Some words, and more of them: 1, 2, 3.\n\n\tdef f(x):\n        return x**2  # indented\r\n",
+    "  two spaces before,   three between, and two behind  ",
+    "Ελληνικά και русский текст, 汉字文本。한국어 텍스트, हिन्दी पाठ, עברית. 😀👍🏽 e\u0301 ﬁ",
+    "don't stop; it's 10:30, $1,234.56 & 100%! http://a.b/c?d=e_f#g",
+)
+
+
+def tokenizer_file(kind: str, folder: Path) -> str:
+    """The choice of a tokenizer of this kind, whose file is made here."""
+    lines = [*TEXTS, *(" ".join(TEXTS).split(" "))] * 3
+    if kind in ("bytes", "gpt2"):
+        return kind
+    if kind == "own":
+        (folder / "t.model").write_bytes(SentencePieceTokenizer.train(lines, 500).serialize())
+    elif kind.startswith(("bpe", "unigram")):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type=kind.split()[0],
+            vocab_size=500,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix="prefix" in kind,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        (folder / "t.model").write_bytes(model.getvalue())
+    else:
+        made = library.Tokenizer(library.models.BPE())
+        made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = library.decoders.ByteLevel()
+        alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+        special = ["<|endoftext|>"]
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=500, special_tokens=special, initial_alphabet=alphabet
+        )
+        made.train_from_iterator(lines, trainer)
+        made.save(str(folder / "t.json"))
+        return f"tokenizers:{folder}/t.json"
+    return f"sentencepiece:{folder}/t.model"
+
+
+KINDS = ("bytes", "gpt2", "own", "bpe", "bpe with prefix", "unigram", "unigram with prefix", "byte-level")
+
+
+@pytest.mark.evidence("an exported tokenizer gives the same ids, and the text back, in `transformers`")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["GPT-2", "Llama"])
+def test_tokens_are_the_same(kind, family, tmp_path):
+    choice = tokenizer_file(kind, tmp_path)
+    tokenizer = find(choice)
+    write_dataset(tmp_path / "data", tokenizer, {"train": TEXTS, "validation": TEXTS})
+    make_run(
+        tmp_path / "run", tmp_path / "data", tokenizer.vocab_size, tokenizer.end_of_text, **MODELS[family][1]
+    )
+    assert trainit_command(["export", str(tmp_path / "run"), f"--output={tmp_path}/out"]) == 0
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        ids = tokenizer.encode([text])[0].tolist()
+        assert theirs(text, add_special_tokens=False).input_ids == ids
+        assert theirs(text).input_ids == ids  # nothing is put around it
+        assert theirs.decode(ids) == tokenizer.decode(ids)
+    assert theirs.eos_token_id == tokenizer.end_of_text
+    assert len(theirs) == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--step=8"], r"has no checkpoint of step 8; there are \[7\]"),
+        (["--output="], "--output=FOLDER is missing"),
+        (["--output={}/run"], "run exists already"),
+        (["--tokenizer=gpt2"], "has 50257 ids and the model 384"),
+    ],
+)
+def test_what_cannot_be_exported(flags, message, random_dataset, tmp_path, capsys):
+    make_run(tmp_path / "run", random_dataset, 257, 256)
+    capsys.readouterr()
+    given = [f"--output={tmp_path}/out", *(flag.format(tmp_path) for flag in flags)]
+    assert trainit_command(["export", str(tmp_path / "run"), *given]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_model_that_no_family_has(random_dataset, tmp_path, capsys):
+    make_run(tmp_path / "run", random_dataset, 257, 256, activation="relu2", logit_softcap=15.0)
+    assert trainit_command(["export", str(tmp_path / "run"), f"--output={tmp_path}/out"]) == 2
+    assert "has model.activation='relu2', model.logit_softcap=15.0 together" in capsys.readouterr().err

@@ -88,6 +88,7 @@ def test_wrong_folders(random_dataset, tmp_path):
         ("return undefined_name", "NameError: name 'undefined_name'"),
         ("from trainit.config import defaults; c = defaults(); c.modle.dim = 3", "AttributeError: "),
         ("assert False", "AssertionError"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("return {}['a']", "KeyError: 'a'"),
     ],
 )

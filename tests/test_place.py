@@ -150,6 +150,14 @@ def test_a_loopback_coordinator_of_several_hosts():
     [
         (["--num_processes=2", "--process_id=2"], "--process_id=2 must be below --num_processes=2"),
         (["--num_processes=2", "--process_id=1"], "add --coordinator=HOST:PORT"),
+        (["--process_id=1"], "--process_id=1 must be below --num_processes=0"),
+        *(
+            (
+                ["--num_processes=2", f"--coordinator={at}"],
+                f"coordinator '{at}'; add --coordinator=HOST:PORT",
+            )
+            for at in ("localhost", "localhost:x", "localhost:99999", "localhost:")
+        ),
     ],
 )
 def test_wrong_flags(flags, message, random_dataset, tmp_path):

@@ -172,7 +172,7 @@ def run_file(given: str, function: str, flag: str = "") -> Any:
         return runpy.run_path(file)[function](argument)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{flag}{file} raises {describe_error(error, file)}") from None
 
 

@@ -31,7 +31,7 @@ class Place:
 def find_own_place(arguments: argparse.Namespace) -> Place:
     """This process's place, from its flags or else from its environment; SetupError if it has none."""
     count, process = arguments.num_processes, arguments.process_id
-    if count and process >= count:
+    if process and process >= count:
         raise SetupError(f"--process_id={process} must be below --num_processes={count}")
     place = Place("flags", "", count, process) if count else find_place(os.environ)
     return dataclasses.replace(place, coordinator=arguments.coordinator or place.coordinator)
@@ -69,9 +69,9 @@ def _find(e: Mapping[str, str]) -> Place:
 
 def check_coordinator(place: Place):
     """Raises SetupError unless all hosts of the job can reach the coordinator's address."""
-    host, _, _ = place.coordinator.rpartition(":")
-    if not host:
-        found = f"{place.source}: there are {place.num_processes} processes"
+    host, _, port = place.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
+        found = f"{place.source}: {place.num_processes} processes, with the coordinator {place.coordinator!r}"
         raise SetupError(f"{found}; add --coordinator=HOST:PORT")
     try:
         address = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)[0][4][0]

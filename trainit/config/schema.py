@@ -44,7 +44,7 @@ def expand_home(text: str) -> str:
     return re.sub(pattern, lambda match: match[1] + home, text)
 
 
-def describe_error(error: Exception, file: str) -> str:
+def describe_error(error: BaseException, file: str) -> str:
     """The type and message of an error, and the last line of the file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     message = textwrap.shorten(f"{type(error).__name__}: {error}", 500, placeholder=" ...")

@@ -19,6 +19,9 @@ from trainit.data.documents import reader
 from trainit.data.documents.reader import Position
 from trainit.data.formats.detect import open_path
 
+pytestmark = pytest.mark.evidence("""99 situations of the kind that users of other trainers report: odd files,
+columns, tokens, values, commands and sweeps end as they should, or in one line that names what is wrong""")
+
 TWO = b'{"text": "one"}\n{"text": "two"}\n'
 SKIPPED = struct.pack("<II", 0x184D2A50, 70_000) + bytes(70_000)  # a frame that readers pass over, as pzstd's
 DICTIONARY = zstandard.train_dictionary(

@@ -587,3 +587,11 @@ def test_the_train_file_is_no_validation(tmp_path):
         with pytest.raises(DatasetError, match=r"train.bin is in dataset.path=.* and in validation_path="):
             open_path(train, "bytes", same)
     assert open_path(train, "bytes", str(tmp_path / "val.bin")).splits["validation"].tokens == 50
+
+
+def test_json_lines_as_a_dataset_s_path(tmp_path):
+    """The first mistake of many: the message names the group that reads them."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for path in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(DatasetError, match="need --config=FILE:dataset=jsonl"):
+            open_path(str(path), "bytes")

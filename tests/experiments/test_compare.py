@@ -421,3 +421,6 @@ def test_the_picture_is_where_it_is_said_to_be(tmp_path, monkeypatch, capsys):
     assert main(["compare", "a", "--output=picture"]) == 0
     assert capsys.readouterr().out.endswith("curves in picture\n")
     assert (tmp_path / "picture").read_bytes().startswith(PNG)
+    assert main(["compare", "a", "--output=", "--page="]) == 0  # as unset variables of a shell give them
+    assert "curves" not in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "picture"}

@@ -46,7 +46,7 @@ def test_slurm_uneven_nodes_and_single_gpus():
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("n1", "n1"), ("n[1-4]", "n1"), ("gpu-a[003,007-9],b1", "gpu-a003"), ("x1,x2", "x1")],
+    [("n1", "n1"), ("n[1-4]", "n1"), ("gpu-a[003,007-9],b1", "gpu-a003"), ("x1,x2", "x1"), ("", "")],
 )
 def test_slurm_coordinator_is_the_first_host(nodes, host):
     assert find_place(SLURM | {"SLURM_STEP_NODELIST": nodes}).coordinator.split(":")[0] == host

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import ROOT
 
 import trainit.config
-from trainit import optimizers
+from trainit import cli, optimizers
 from trainit.optimizers.common import schedules
+from trainit.train.resume import warm_up_again
 
 PEAK = 0.3
 BATCH_SIZE, CONTEXT_LENGTH = 4, 16  # 64 tokens per step
@@ -330,3 +332,15 @@ def test_tokens_of_batches_that_grow_in_a_new_warm_up():
 def test_warm_ups_that_cannot_be(fields, message):
     with pytest.raises(trainit.config.ConfigError, match=message):
         build("linear", 100, **fields)
+
+
+@pytest.mark.parametrize("steps", [10, 49, 60, 1000])
+def test_flags_that_are_offered_are_taken(steps):
+    """Those that warm up again, also after a run of which 1 % is no step."""
+    file = f"--config={ROOT}/tests/tiny.py"
+    before = trainit.config.resolve(cli.load_config(cli.train_parser("").parse([file])), 257).to_dict()
+    flags = warm_up_again({**before, "steps": steps}, steps).split()
+    given = cli.train_parser("").parse([file, f"--config.steps={2 * steps}", *flags])
+    after = trainit.config.resolve(cli.load_config(given), 257)
+    schedule = schedules.build(after.schedule, PEAK, trainit.config.batch_sizes(after))
+    assert schedule(steps) == 0 < schedule(steps + 1)

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging as std_logging
 import os
 import pty
 import pwd
@@ -18,6 +19,7 @@ from processes import FAST, ROOT
 
 from trainit import cli
 from trainit.__main__ import main as trainit_command
+from trainit.cluster import logs
 from trainit.config import ConfigError
 from trainit.data.dataset import open_dataset
 
@@ -99,6 +101,32 @@ def test_a_pipe_that_is_closed_ends_nothing(tmp_path, random_dataset):
     os.close(reading)
     assert process.wait(120) == 0
     assert "done       all 3 steps" in (tmp_path / "logs" / "process_0.log").read_text()
+
+
+def test_streams_that_are_closed_from_the_start(tmp_path):
+    """As some daemons start their jobs; files that are opened later do not take the streams' numbers."""
+    code = f"""
+import sys
+from trainit.cluster import process
+process.outlive_readers()
+with open({str(tmp_path / "file")!r}, "w") as file:
+    print("out", flush=True)
+    print("err", file=sys.stderr, flush=True)
+    file.write(str(file.fileno() > 2))
+"""
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    assert (tmp_path / "file").read_text() == "True"
+
+
+def test_a_log_that_has_no_room_is_no_traceback(tmp_path, monkeypatch, capfd):
+    """A line that a full disk does not take is missing there, and nothing else happens."""
+    monkeypatch.setattr(std_logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(std_logging, "raiseExceptions", True)
+    (tmp_path / "log").symlink_to("/dev/full")
+    logs.log_to_file(tmp_path / "log")
+    std_logging.getLogger().warning("some line")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_list_that_nobody_reads_to_its_end():

@@ -231,7 +231,8 @@ def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "Tr
         try:
             folder = str(prepare_demo(cache()))
         except OSError as error:
-            raise ConfigError(f"dataset.path='demo' (cache {cache()}) cannot be used: {error}") from None
+            where = f"dataset.path='demo': the cache {cache()}"
+            raise ConfigError(f"{where} cannot be used: {error}; TRAINIT_CACHE= names another") from None
 
     def resolved(config: ConfigDict, vocab_size: int, end_of_text: int) -> Config:
         frozen = resolve(config, vocab_size, end_of_text)

@@ -224,6 +224,8 @@ def test_the_commands_take_it(tmp_path, capfd):
     assert dataset.tokenizer.decode(ids.tolist()) == "a</s>a"
     assert trainit_command(["prepare", *flags]) == 2
     assert ": tokenizer.end_of_text=2, not 1; give the same" in capfd.readouterr().err
+    assert trainit_command(["prepare", *flags, "--end_of_text=<nope>"]) == 2  # wrong usage
+    assert "'<nope>' is not in the vocabulary" in capfd.readouterr().err
     with pytest.raises(DatasetError, match=r"dataset\.end_of_text='</s>': the prepared"):
         detect.open_path(str(tmp_path / "data"), end_of_text="</s>")
     folder = tmp_path / "theirs"

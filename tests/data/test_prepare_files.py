@@ -20,6 +20,7 @@ from trainit.data.dataset import DatasetError, open_dataset
 from trainit.data.documents import reader
 from trainit.prepare import merge
 from trainit.prepare.verify import verify
+from trainit.prepare.writer import GrowingFile
 from trainit.tokenizers import SentencePieceTokenizer
 
 WORDS = Path(reader.__file__).read_text().split(" ")
@@ -501,3 +502,25 @@ def test_outputs_that_cannot_be(output, code, message, tmp_path, monkeypatch, ca
 def test_verify_names_its_flag(tmp_path, capsys):
     assert trainit_command(["prepare", "--verify", f"--output={tmp_path}/none"]) == 1
     assert f"--output='{tmp_path}/none' does not exist" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path, capsys):
+    """A shard's files while they grow, and the one that the join writes."""
+    shard = GrowingFile(tmp_path / "a.tokens")
+    named = rf"No space left on device: '{tmp_path}/a.tokens'"
+    with Path("/dev/full").open("wb", buffering=0) as shard.file, pytest.raises(OSError, match=named):
+        shard.write(np.zeros(9, np.uint8))
+    write(tmp_path / "t.jsonl", documents(9, 0))
+    full = tmp_path / "out/train-00000-00000.subsets"
+    full.parent.mkdir()
+    full.with_name(f"{full.name}.tmp").symlink_to("/dev/full")
+    flags = ["--tokenizer=bytes", "--workers=1", f"--output={tmp_path}/out", "--validation_fraction=0.2"]
+    assert trainit_command(["prepare", f"--input={tmp_path}/t.jsonl", *flags]) == 1
+    assert f"error: {full}: No space left on device" in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_does_not_fit_the_texts_is_wrong_usage(tmp_path, capsys):
+    write(tmp_path / "t.jsonl", documents(2, 0))
+    flags = [f"--tokenizer=sentencepiece:{tmp_path}/m", "--train_tokenizer", "--vocab_size=9"]
+    assert trainit_command(["prepare", f"--input={tmp_path}/t.jsonl", *flags]) == 2
+    assert "sentencepiece cannot train with vocab_size=9" in capsys.readouterr().err

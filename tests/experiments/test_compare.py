@@ -415,6 +415,14 @@ def test_outputs_and_targets_that_cannot_be(flag, message, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("flag", ["--output", "--page"])
+def test_a_full_disk_is_reported_with_the_file(flag, tmp_path, capsys):
+    write(tmp_path / "a", [5.0, 4.0])
+    (tmp_path / "c.png").symlink_to("/dev/full")
+    assert main(["compare", str(tmp_path / "a"), f"{flag}={tmp_path}/c.png"]) == 2
+    assert f"error: {tmp_path}/c.png: No space left on device" in capsys.readouterr().err
+
+
 def test_the_picture_is_where_it_is_said_to_be(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a", [5.0, 4.0])

@@ -32,6 +32,7 @@ def log_to_file(path: Path):
     file = std_logging.FileHandler(path)
     file.setFormatter(std_logging.Formatter("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
     std_logging.getLogger().addHandler(file)
+    std_logging.raiseExceptions = False  # else each line that a full disk has no room for is a traceback
 
 
 def quantity(number: float) -> str:

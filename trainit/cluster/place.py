@@ -146,7 +146,7 @@ def _port(job: str) -> int:
 
 def _first_host(nodelist: str) -> str:
     """'n[03-05,9],m1' -> 'n03'"""
-    return "".join(re.findall(r"^([^,\[]+)(?:\[(\d+))?", nodelist)[0])
+    return "".join(re.findall(r"^([^,\[]*)(?:\[(\d+))?", nodelist)[0])
 
 
 def _tasks_per_node(text: str) -> list[int]:

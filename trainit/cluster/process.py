@@ -91,7 +91,12 @@ def outlive_readers():
 
     Without it, the next message would end a run. Log files have everything.
     """
-    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)  # type: ignore[assignment]
+    # Numbers of streams that were closed before the start would be those of the next files.
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    streams = [stream or os.fdopen(n, "w") for n, stream in ((1, sys.stdout), (2, sys.stderr))]
+    sys.stdout, sys.stderr = map(_Output, streams)  # type: ignore[assignment]
 
 
 def release_free_memory():

@@ -119,7 +119,7 @@ def _place(output: Path, shard: dict, number: np.ndarray, gone: np.ndarray, dtyp
             if old[part].exists():  # else a join that was stopped has moved it
                 old[part].replace(new[part])
     if len(of_documents):
-        of_documents.tofile(new["subsets"])
+        write_atomically(new["subsets"], of_documents.tobytes())
         shard["sha256"]["subsets"] = digest(of_documents.tobytes())
 
 

@@ -170,7 +170,10 @@ def prepare(args: argparse.Namespace) -> int:
         return DONE
     # What is to be done, and with which tokenizer.
     units, inputs = options.plan(args)
-    tokenizer = _tokenizer(args)
+    try:
+        tokenizer = _tokenizer(args)
+    except ValueError as error:  # a choice that cannot be had, or a size that does not fit the texts
+        raise ConfigError(str(error)) from None
     if not args.output:
         return DONE
     source = _source(args, tokenizer, inputs)

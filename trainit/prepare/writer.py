@@ -26,7 +26,7 @@ from trainit.data.dataset import dtype_of
 from trainit.data.documents.inputs import Input
 from trainit.data.documents.reader import Batch, Broken, BrokenInputError, Position, parse
 from trainit.data.documents.reader import encode as encode_documents
-from trainit.files import write_atomically
+from trainit.files import errors_name, write_atomically
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import to_bytes
 
@@ -131,13 +131,15 @@ class GrowingFile:
 
     def write(self, array: np.ndarray):
         content = np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
-        self.file.write(content)
+        with errors_name(self.path):
+            self.file.write(content)
         self.sha256.update(content)
         self.size += len(content)
 
     def sync(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with errors_name(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def close(self):
         self.sync()

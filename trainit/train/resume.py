@@ -192,7 +192,8 @@ def warm_up_again(config: Mapping, step: int) -> str:
     at = [*map(sizes.duration, as_tuple(schedule["rewarm_at"])), step]
     # What was given in percent of all steps stays as long as it was.
     warmup = sizes.duration(schedule["warmup"])
-    return f"--config.schedule.warmup={warmup} --config.schedule.rewarm_at={','.join(map(str, at))}"
+    rise = "" if sizes.duration(schedule["rewarm"], begin=step) else " --config.schedule.rewarm=1"
+    return f"--config.schedule.warmup={warmup} --config.schedule.rewarm_at={','.join(map(str, at))}{rise}"
 
 
 def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:

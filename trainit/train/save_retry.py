@@ -62,8 +62,8 @@ class SaveRetry:
                 reason = self.checkpoints.error() or "another process says why"
                 if self._failures == len(RETRY_SECONDS):
                     raise SaveError(
-                        f"a checkpoint could not be saved in {self._failures + 1} attempts: {reason}; "
-                        f"the one before it is whole"
+                        f"a checkpoint could not be saved in {self._failures + 1} attempts in "
+                        f"{self.checkpoints.folder}: {reason}; the one before it is whole"
                     )
                 pause = RETRY_SECONDS[self._failures]
                 logging.warning("save       failed, tried again in %d s: %s", pause, reason)

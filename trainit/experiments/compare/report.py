@@ -12,6 +12,7 @@ from tabulate import tabulate
 from trainit.config import ConfigError
 from trainit.experiments.compare.runs import Method, Run, group
 from trainit.experiments.compare.statistics import COSTS, NEAR, Estimate, Row, at_edge, nearly_best, table
+from trainit.files import errors_name
 
 CAPTIONS = {
     "one": "Loss of the run: thin lines are the training batches, the dashed line is the validation set.",
@@ -101,14 +102,16 @@ def compare(
         text += "\nno picture: no run has a validation loss that is finite"
     elif output:
         try:
-            figures.draw(panels).savefig(output, format=output.suffix[1:] or "png")
+            with errors_name(output):
+                figures.draw(panels).savefig(output, format=output.suffix[1:] or "png")
         except ValueError as error:
             raise ConfigError(f"--output={output}: {error}") from None
         text += f"\n{'curves' if len(runs) == 1 else 'picture'} in {output}"
     if page:
         pictures = {name: figures.svg({name: draw}) for name, draw in panels.items()}
         title = "Comparison of " + ", ".join(row.method.name for row in rows)
-        page.write_text(_page(title, command, parts, pictures, runs))
+        with errors_name(page):
+            page.write_text(_page(title, command, parts, pictures, runs))
         text += f"\npage in {page}"
     return text
 

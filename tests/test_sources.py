@@ -59,6 +59,22 @@ def test_a_subset_is_its_documents_end_to_end(subset_dataset, tmp_path):
                 assert not row[n + 1 :].any()
 
 
+def test_an_index_that_a_full_disk_cuts_is_not_kept(subset_dataset, tmp_path):
+    """It would say that the subset has fewer tokens, for ever."""
+    dataset = open_dataset(subset_dataset)
+    expected = mixture.with_parts(dataset, "Alpha 1", tmp_path / "whole").parts["Alpha"].tokens
+    folder = next((tmp_path / "whole").iterdir()).name
+    for part in ("starts", "ends"):
+        name = next((tmp_path / "whole").rglob(f"*.{part}")).name
+        full = tmp_path / part / folder / f"{name}-unfinished"
+        full.parent.mkdir(parents=True)
+        full.symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left on device"):
+            mixture.with_parts(dataset, "Alpha 1", tmp_path / part)
+        full.unlink()
+        assert mixture.with_parts(dataset, "Alpha 1", tmp_path / part).parts["Alpha"].tokens == expected
+
+
 def test_subsets_of_targets_follow_the_index(subset_dataset):
     dataset = open_dataset(subset_dataset)
     split = dataset.splits["validation"]

@@ -165,6 +165,14 @@ def test_a_file_that_raises(tmp_path):
         spec.read(f"{tmp_path}/none.py", None)
 
 
+def test_a_full_disk_is_reported_with_the_file(tmp_path):
+    (job,) = sweep_file(tmp_path, fields={"steps": 10}, seeds=[1]).wanted(lambda job: None)
+    job.folder.mkdir(parents=True)
+    (job.folder / "arguments.txt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/arguments\.txt'"):
+        starting.prepare(job)
+
+
 def test_finished_runs_are_known_by_their_folder(tmp_path):
     (job,) = sweep_file(tmp_path, fields={"steps": 10}, seeds=[1]).wanted(lambda job: None)
     assert not starting.finished(job)

@@ -97,8 +97,9 @@ def _make_indexes(split: Split, indexes: dict[int, Path]) -> None:
             lengths = np.diff(np.append(starts, size))
             for number in indexes:
                 own = of == number
-                (starts[own] + offset).astype("<u8").tofile(files[number, "starts"])
-                (np.cumsum(lengths[own]) + totals[number]).astype("<u8").tofile(files[number, "ends"])
+                ends = np.cumsum(lengths[own]) + totals[number]
+                for part, places in (("starts", starts[own] + offset), ("ends", ends)):
+                    files[number, part].write(places.astype("<u8").tobytes())
                 totals[number] += int(lengths[own].sum())
             offset += size
     for index in indexes.values():

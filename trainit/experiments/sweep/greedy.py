@@ -6,7 +6,6 @@ there. All runs see the same data.
 """
 
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from trainit.experiments.compare import statistics
 from trainit.experiments.compare.runs import RATE, read
 from trainit.experiments.sweep.launch import finished
 from trainit.experiments.sweep.spec import Job, Sweep, describe, with_groups
+from trainit.files import write_json
 
 FIELDS = {
     "boundaries": field((), "steps at which segments start and end, from 0 to the last: [0, 200, 400]"),
@@ -72,7 +72,7 @@ def search(sweep: Sweep, run: Callable[[Sequence[Job]], None]) -> list[float]:
         source = jobs[best].folder
 
     file = sweep.output / "schedule.json"
-    file.write_text(json.dumps({"boundaries": at, "values": rates}, indent=1) + "\n")
+    write_json(file, {"boundaries": at, "values": rates})
     logging.info(
         "the schedule, also in %s:\n  :schedule=piecewise_linear --config.optimizer.learning_rate=1.0 "
         "--config.steps=%d --config.schedule.boundaries='%s' --config.schedule.values='%s'",

@@ -18,6 +18,7 @@ from trainit.cluster.process import STOPPED
 from trainit.config import ConfigError, require
 from trainit.experiments.compare.runs import read
 from trainit.experiments.sweep.spec import Job, Sweep
+from trainit.files import write_atomically
 
 LAUNCH = {"sbatch": Path("launch/slurm.sh"), "qsub": Path("launch/sge.sh")}
 
@@ -61,7 +62,7 @@ def failure(job: Job) -> str:
 def prepare(job: Job):
     """Makes the folder of a run and records the arguments with which it is started."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "arguments.txt").write_text("\n".join(job.arguments) + "\n")
+    write_atomically(job.folder / "arguments.txt", "\n".join(job.arguments) + "\n")
 
 
 class LocalRunner:
@@ -113,7 +114,7 @@ def run_array(given: tuple[str, str], output: Path, jobs: Sequence[Job]):
     folder.mkdir(parents=True, exist_ok=True)
     for task, job in enumerate(jobs, start=1):
         prepare(job)
-        (folder / str(task)).write_text(shlex.join(job.arguments) + "\n")
+        write_atomically(folder / str(task), shlex.join(job.arguments) + "\n")
 
     tasks = f"1-{len(jobs)}"
     command = {

@@ -111,6 +111,7 @@ def test_resolve_fills_what_follows():
         ({"logits_mib": math.inf}, "logits_mib=inf must be finite"),
         ({"z_loss": math.inf}, "z_loss=inf must be finite"),
         ({"model.logit_softcap": math.inf}, "model.logit_softcap=inf must be finite"),
+        ({"cpu_devices": 1_000_000}, r"cpu_devices=1000000 must lie in \(0, 4096\]"),
         ({"checkpoint.load_step": -2}, "checkpoint.load_step=-2 must not be below -1"),
         ({"steps": 99999999999}, r"steps=99999999999 must lie in \(0, 2147483648\)"),
         ({"seed": 2**32}, r"seed=4294967296 must lie in \[0, 4294967296\)"),

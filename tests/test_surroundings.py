@@ -204,3 +204,28 @@ def test_a_file_system_without_locks_is_no_other_process(number, home, monkeypat
         assert code == 0
         assert f"has no file locks ({os.strerror(number)})" in said
         assert "another process" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "output", "error"),
+    [
+        ("fields seed >&-", 0, "", ""),  # as daemons are started
+        ("nope 2>&-", 2, "", ""),
+        ("fields seed > /dev/full", 1, "", "No space left on device"),
+        ("fields > /dev/full", 1, "", "No space left on device"),
+    ],
+)
+def test_output_that_cannot_be_written(command, code, output, error):
+    command = f"{sys.executable} -m trainit {command}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, output)
+    assert (error in done.stderr) and len(done.stderr.splitlines()) == bool(error)
+
+
+def test_a_terminal_without_all_letters():
+    code = "from trainit.cluster import process; process.outlive_readers(); print('3.2 \u00b1 0.1')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=environment, check=True
+    )
+    assert done.stdout == b"3.2 \\xb1 0.1\n"

@@ -38,7 +38,7 @@ Trainit {__version__} pre-trains GPT models with JAX on many hosts.
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the command line, by default that of this process: the exit code."""
     if given is None:
-        outlive_readers()
+        outlive_readers(lasting=sys.argv[1:2] == ["train"])
     name, *rest = given if given is not None else sys.argv[1:] or [""]
     if name in ("-h", "--help", "help", "--version"):
         print(f"trainit {__version__}\n" if name == "--version" else HELP, end="")
@@ -50,7 +50,9 @@ def main(given: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise ConfigError(_unknown(name))
         arguments = command_parser(name).parse(rest)
-        return int(_module(name).run(arguments))
+        code = int(_module(name).run(arguments))
+        sys.stdout.flush()  # what cannot be written is an error below
+        return code
     except ConfigError as error:
         cli.print_error(error)
         return USAGE

@@ -375,6 +375,11 @@ def test_lines_that_are_no_steps_are_passed_over(tmp_path):
             '{"architectures": ["GPT"]}',
             "a/config.json is no config of Trainit: it has no seed, ",
         ),
+        (
+            "config.json",
+            '{"seed": 1, "steps": 10, "optimizer": {"name": "a", "learning_rate": "0.1"}}',
+            "a/config.json is no config of Trainit: it has no number as optimizer.learning_rate",
+        ),
         ("run.json", "{", "a/run.json is damaged: "),
     ],
 )

@@ -6,6 +6,7 @@ Each says what breaks without it and when it may go. JAX, which takes seconds, i
 import ctypes
 import errno
 import gc
+import io
 import multiprocessing
 import os
 import signal
@@ -63,8 +64,11 @@ def collect_garbage_rarely():
 class _Output:
     """A stream of this process that its reader may leave: from then on what is written is dropped."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, lasting: bool) -> None:
+        """Unless the process is `lasting`, what else goes wrong with the stream is an error."""
+        self._stream, self._lasting = stream, lasting
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks letters ends nothing either
+            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         """Writes text, if somebody can read it."""
@@ -79,24 +83,28 @@ class _Output:
         try:
             action()
         except OSError as error:  # also of a full disk: no message is worth the run
-            if error.errno in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal
+            is_closed = error.errno in (errno.EPIPE, errno.EIO)  # a pipe or terminal
+            if is_closed or not self._lasting:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if not is_closed and not self._lasting:
+                raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def outlive_readers():
+def outlive_readers(lasting: bool = True):
     """Lets this process write on when nobody reads its output any more, as behind `| head` or a closed ssh.
 
-    Without it, the next message would end a run. Log files have everything.
+    Without it, the next message would end a run. Log files have everything. A process that is `lasting`, as a
+    run is, also survives a full disk under its output; other commands' output is what they are for.
     """
     # Numbers of streams that were closed before the start would be those of the next files.
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
     os.close(number)
     streams = [stream or os.fdopen(n, "w") for n, stream in ((1, sys.stdout), (2, sys.stderr))]
-    sys.stdout, sys.stderr = map(_Output, streams)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (_Output(stream, lasting) for stream in streams)  # type: ignore[assignment]
 
 
 def release_free_memory():

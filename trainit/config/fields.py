@@ -42,7 +42,7 @@ def defaults() -> ConfigDict:
     c.precision_of.mlp = field("", "its two or three products", one_of=PART_PRECISIONS)
     c.precision_of.head = field("", "the output head's product", one_of=("", *PRECISIONS))
     c.platform = field("", "devices to use; empty: the best there are", one_of=PLATFORMS)
-    c.cpu_devices = field(1, "virtual devices where there is no accelerator", above=0)
+    c.cpu_devices = field(1, "virtual devices where there is no accelerator", above=0, at_most=4096)
     c.mesh = field(ConfigDict(), "devices along each axis; above 0, and for one of them -1: what is left")
     c.mesh.data = field(1, "replicas, each with a part of the batch")
     c.mesh.fsdp = field(-1, "parts of parameters, optimizer state and the batch")

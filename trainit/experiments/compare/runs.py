@@ -126,6 +126,7 @@ def read(path: Path) -> Run:
             records += [record] if "step" in record else []
     config, facts = flatten(_read_json(path / "config.json")), _read_json(path / "run.json")
     lacking = [key for key in ("seed", "steps", RATE, "optimizer.name") if key not in config]
+    lacking += [] if lacking or isinstance(config[RATE], int | float) else [f"number as {RATE}"]
     require(
         not config or not lacking,
         f"{path / 'config.json'} is no config of Trainit: it has no {', '.join(lacking)}; move it away",

@@ -47,7 +47,8 @@ def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tupl
     # The processes find each other as those of a run do.
     results.append(Result("place", OK, f"{place.source}, processes: {place.num_processes}"))
     try:
-        told = devices.configure(config.platform, config.cpu_devices, cli.cache(), place)
+        count = min(max(config.cpu_devices, 1), 4096)  # others are reported above, and cannot be made
+        told = devices.configure(config.platform, count, cli.cache(), place)
         results.append(Result("settings", OK, told))
         seconds = arguments.wait_seconds
         _, coordinator = rendezvous.meet_others(place, config.platform, {}, seconds, lambda: "")

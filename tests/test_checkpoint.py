@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore, due
-from trainit.train.resume import differences
+from trainit.train.resume import Resume, differences
 
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
@@ -192,6 +193,20 @@ def test_due():
 
 def test_importing_the_checkpoints_of_nowhere():
     assert CheckpointStore(Path("/nowhere"), read_only=True).steps() == []
+
+
+def test_rates_after_a_config_that_lacks_fields(caplog):
+    """As an earlier version wrote it; the rate is a line from its peak in step 1 to 0 after the last step."""
+    before, config = (tiny.get_config("schedule=linear") for _ in range(2))
+    config.steps = 80
+    for one in (before, config):
+        one.schedule.update(warmup=0, constant=0)
+    meta = resolve(before, 257).to_dict()
+    del meta["schedule"]["rewarm"], meta["schedule"]["rewarm_at"], meta["batch_schedule"]
+    with caplog.at_level("INFO"):
+        Resume._compare_rates(SimpleNamespace(config=resolve(config, 257)), meta, 40)
+    assert "rate       0.00025 in step 40, 0.005 in step 41" in caplog.text
+    assert "--config.schedule.warmup=0 --config.schedule.rewarm_at=40" in caplog.text
 
 
 def test_differences_survive_json():

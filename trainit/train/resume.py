@@ -10,7 +10,7 @@ import jax
 from absl import logging
 
 from trainit.cluster import sync
-from trainit.config import FREE, Config, batch_sizes, flatten, require
+from trainit.config import FREE, SCHEDULES, Config, batch_sizes, defaults, flatten, require
 from trainit.config.schema import as_tuple
 from trainit.data.documents import inputs
 from trainit.data.loader import START, DataPosition, has_same_order
@@ -157,6 +157,9 @@ class Resume:
 
     def _compare_rates(self, before: Mapping, step: int):
         """Logs the learning rates around `step` if another config than the one before changes them."""
+        # What an earlier version's config lacks is as it was before there was such a field.
+        before, schedule = {**defaults(), **before}, before["schedule"]
+        before["schedule"] = {**SCHEDULES.get(schedule["name"], dict)(), **schedule}
         old, new = (
             schedules.build(c["schedule"], c["optimizer"]["learning_rate"], batch_sizes(c))
             for c in (before, self.config)

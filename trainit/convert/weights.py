@@ -7,13 +7,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-SHARD_BYTES = 2 << 30  # of a file, unless one array is larger
+SHARD_BYTES = 1 << 30  # of a file, unless one array is larger
 
 
 def write(folder: Path, parts: Iterable[dict[str, np.ndarray]], dtype: str) -> int:
     """Writes named arrays as `dtype` into files of at most SHARD_BYTES; returns the bytes of all arrays.
 
-    One file and one of the parts are in memory at a time.
+    One file, twice while it is written, and one of the parts are in memory at a time.
     """
     from safetensors.numpy import save_file
 

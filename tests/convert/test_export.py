@@ -201,3 +201,10 @@ def test_a_model_that_no_family_has(random_dataset, tmp_path, capsys):
     make_run(tmp_path / "run", random_dataset, 257, 256, activation="relu2", logit_softcap=15.0)
     assert trainit_command(["export", str(tmp_path / "run"), f"--output={tmp_path}/out"]) == 2
     assert "has model.activation='relu2', model.logit_softcap=15.0 together" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    """The library's own error, as of a full disk, does not name it."""
+    (tmp_path / "0.unnamed").mkdir()
+    with pytest.raises(OSError, match=r"Error while serializing: .*/0\.unnamed'"):
+        weights.write(tmp_path, [{"a": np.zeros(4, np.float32)}], "float32")

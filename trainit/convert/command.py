@@ -4,7 +4,6 @@ trainit export runs/pile_gpt --output=my-model [--step=2000] [--dtype=bfloat16]
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from trainit import cli
 from trainit.cluster import logs
 from trainit.cluster.process import DONE
 from trainit.config import ConfigError, require
+from trainit.files import write_atomically, write_json
 
 DESCRIPTION = "Writes a run's model and tokenizer as a folder that transformers loads."
 
@@ -86,10 +86,10 @@ def _write(arguments: argparse.Namespace, workdir: Path, folder: Path) -> str:
     }
     if tokenizer:
         files["tokenizer_config.json"] = to_json.config_json(tokenizer, config.model.context_length)
-        (folder / "tokenizer.json").write_text(to_json.tokenizer_json(tokenizer), encoding="utf8")
+        write_atomically(folder / "tokenizer.json", to_json.tokenizer_json(tokenizer))
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "README.md").write_text(card.text(workdir, meta, step, family.architecture), encoding="utf8")
+        write_json(folder / name, content)
+    write_atomically(folder / "README.md", card.text(workdir, meta, step, family.architecture))
     store.close()
     return f"{family.architecture} of step {step}, {size / 1e9:.3g} GB in {arguments.dtype}"
 

@@ -1,11 +1,13 @@
 """Arrays of a model in files of safetensors, with an index where there are several."""
 
-import json
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+
+from trainit.files import write_json
 
 SHARD_BYTES = 1 << 30  # of a file, unless one array is larger
 
@@ -15,6 +17,7 @@ def write(folder: Path, parts: Iterable[dict[str, np.ndarray]], dtype: str) -> i
 
     One file, twice while it is written, and one of the parts are in memory at a time.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     shards: list[list[str]] = []
@@ -23,7 +26,11 @@ def write(folder: Path, parts: Iterable[dict[str, np.ndarray]], dtype: str) -> i
 
     def close() -> None:
         nonlocal waiting, size
-        save_file(waiting, folder / f"{len(shards)}.unnamed", {"format": "pt"})
+        path = folder / f"{len(shards)}.unnamed"
+        try:
+            save_file(waiting, path, {"format": "pt"})
+        except SafetensorError as error:  # as of a full disk
+            raise OSError(errno.EIO, str(error), str(path)) from None
         shards.append(list(waiting))
         waiting, size = {}, 0
 
@@ -46,5 +53,5 @@ def write(folder: Path, parts: Iterable[dict[str, np.ndarray]], dtype: str) -> i
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1) + "\n")
+        write_json(folder / "model.safetensors.index.json", content)
     return total

@@ -1,4 +1,4 @@
-"""Writes a run's model as a folder that `transformers`, vLLM and llama.cpp's converter load.
+"""Writes a run's model and tokenizer as a folder that `transformers` loads.
 
 trainit export runs/pile_gpt --output=my-model [--step=2000] [--dtype=bfloat16]
 """

@@ -124,11 +124,7 @@ class Vocabulary:
         return result
 
     def cut(self, text: str, at: int) -> int:
-        """Takes the first of likely places, and else of others, around which parts have the ids of the whole.
-
-        One thing remains: a unigram model of sentencepiece adds in float32, so that in a very long text its
-        choice among pieces that are about as likely hangs on all of the text before them.
-        """
+        """Takes the first of likely places, else of others, around which parts have the ids of the whole."""
         begin = max(at - 4096, 1)
         likely = ([match.end() for match in place.finditer(text, begin, at + 1)][-4:] for place in _LIKELY)
         anywhere = range(max(at - 16, 1), at)

@@ -186,6 +186,11 @@ def test_what_is_wrong_with_a_mixture(text, message, subset_dataset, tmp_path):
         mixture.with_parts(open_dataset(subset_dataset), text, tmp_path)
 
 
+def test_documents_without_a_subset_are_none_to_name(random_dataset, tmp_path):
+    with pytest.raises(ConfigError, match=r"nor a subset of .*, which has none"):
+        mixture.with_parts(open_dataset(random_dataset), "Alpha 1", tmp_path)
+
+
 def test_stages_follow_each_other_and_tokenizers_agree(subset_dataset, random_dataset, tmp_path):
     text = "Alpha 1; 50%: Gamma 1; 20%: Alpha 1"
     dataset = mixture.with_parts(open_dataset(subset_dataset), text, tmp_path)

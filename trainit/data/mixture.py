@@ -166,7 +166,7 @@ def _open_part(name: str, dataset: Dataset) -> Dataset:
     where = f"dataset.path={str(dataset.folder)!r}"
     foreigners = detect.find(Path(name))
     if not foreigners and not Path(name).exists():
-        available = ", ".join(dataset.splits["train"].subsets) or "none"
+        available = ", ".join(filter(None, dataset.splits["train"].subsets)) or "none"
         known = f"a dataset's folder nor a subset of {where}, which has {available}"
         raise ConfigError(f"dataset.mixture: {name!r} is neither {known}")
     other = detect.open_path(name, *((dataset.tokenizer, str(dataset.folder)) if foreigners else ()))

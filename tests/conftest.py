@@ -25,9 +25,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from trainit.cluster.process import collect_garbage_rarely
 
-# A suite that is started in the background ignores SIGINT, and so would all that it starts.
+# A suite in the background ignores SIGINT, one under nohup SIGHUP, and so would all that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 collect_garbage_rarely()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -190,15 +190,15 @@ COMMANDS = {  # what is typed, its exit code, and a part of its last line
         2,
         "t.jsonl.xz is no file that ends in one of .jsonl",
     ),
-    "a folder for a tokenizer": (("--tokenizer=tokenizers:.",), 1, "tokenizers:.: .: Is a directory"),
+    "a folder for a tokenizer": (("--tokenizer=tokenizers:.",), 2, "tokenizers:.: .: Is a directory"),
     "a vocabulary that is too large": (
         ("--tokenizer=sentencepiece:m.model", "--train_tokenizer"),
-        1,
+        2,
         "Vocabulary size too high (32000). Please set it to a value <= ",
     ),
     "a vocabulary that is too small": (
         ("--tokenizer=sentencepiece:m.model", "--train_tokenizer", "--vocab_size=10"),
-        1,
+        2,
         "Vocabulary size is smaller than required_chars. 10 vs 2",
     ),
 }

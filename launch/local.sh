@@ -9,8 +9,14 @@ set -uo pipefail
   { echo "usage: $0 -n PROCESSES --config=FILE ..." >&2; exit 2; }
 count=$2
 shift 2
-# A free port, asked of the system; the child that needs it listens within seconds.
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
+# A free port; the child that needs it listens within seconds. Those from 32768 on are given to connections meanwhile.
+port=$(python3 -c '
+import contextlib, random, socket
+while True:
+    with contextlib.suppress(OSError), socket.socket() as s:
+        s.bind(("localhost", random.randrange(20_000, 32_000)))
+        print(s.getsockname()[1])
+        break')
 export TRAINIT_NUM_PROCESSES=$count TRAINIT_LOCAL_PROCESSES=$count TRAINIT_COORDINATOR=localhost:$port
 pids=()
 for ((rank = 0; rank < count; rank++)); do

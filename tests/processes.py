@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -199,9 +200,11 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens at, below those that the system gives to connections meanwhile."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("localhost", random.randrange(20_000, 32_000)))
+            return s.getsockname()[1]
 
 
 def metrics(workdir: Path) -> list[dict]:

@@ -324,7 +324,7 @@ if RANK == 1:
     save, left = CheckpointStore.save, [FAILURES]
     def fail(self, *args):
         left[0] -= 1
-        most = 100_000 if left[0] >= 0 else resource.RLIM_INFINITY
+        most = 20_000 if left[0] >= 0 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
         save(self, *args)
     CheckpointStore.save = fail
@@ -332,7 +332,7 @@ if RANK == 1:
 
 
 def test_a_save_that_fails_on_one_process_is_done_again_by_all(job, patched, tmp_path):
-    """Process 1 cannot write files of more than 100 kB for the time of two saves."""
+    """Process 1 cannot write files of more than 20 kB for the time of two saves."""
     output = end(job(2, **patched(FULL_DISK.replace("FAILURES", "2"))), 0)
     assert "save       failed, tried again in 1 s" in output
     assert "File too large" in output

@@ -2,15 +2,19 @@
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import json
 import os
+import pty
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +209,26 @@ def free_port() -> int:
         with contextlib.suppress(OSError), socket.socket() as s:
             s.bind(("localhost", random.randrange(20_000, 32_000)))
             return s.getsockname()[1]
+
+
+def on_a_terminal(code: str, columns: int, close_at: bytes = b"") -> tuple[int, str]:
+    """Exit code and screen of Python code on a terminal, which is closed when it has shown `close_at`."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=slave, env=environment)
+    os.close(slave)
+    screen = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:
+            break
+        screen += part
+        if not part or (close_at and close_at in screen):
+            break
+    os.close(master)
+    return process.wait(60), screen.decode()
 
 
 def metrics(workdir: Path) -> list[dict]:

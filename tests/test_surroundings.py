@@ -5,44 +5,20 @@ import fcntl
 import json
 import logging as std_logging
 import os
-import pty
 import pwd
 import re
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
-from processes import FAST, ROOT
+from processes import FAST, ROOT, on_a_terminal
 
 from trainit import cli
 from trainit.__main__ import main as trainit_command
 from trainit.cluster import logs
 from trainit.config import ConfigError
 from trainit.data.dataset import open_dataset
-
-
-def on_a_terminal(code: str, columns: int, close_at: bytes = b"") -> tuple[int, str]:
-    """Exit code and screen of Python code on a terminal, which is closed when it has shown `close_at`."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=slave, env=environment)
-    os.close(slave)
-    screen = b""
-    while True:
-        try:
-            part = os.read(master, 4096)
-        except OSError:
-            break
-        screen += part
-        if not part or (close_at and close_at in screen):
-            break
-    os.close(master)
-    return process.wait(60), screen.decode()
-
 
 BAR = """
 import time

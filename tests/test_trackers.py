@@ -1,20 +1,13 @@
 """metrics.jsonl, W&B, the progress display."""
 
-import fcntl
 import json
-import os
-import pty
 import signal
-import struct
-import subprocess
-import sys
-import termios
 import time
 from pathlib import Path
 
 import pytest
 import tiny
-from processes import ROOT, end, last_step, metrics, run_imported, start, wait_for
+from processes import ROOT, end, last_step, metrics, on_a_terminal, run_imported, start, wait_for
 
 from trainit.cluster.logs import quantity
 from trainit.config import resolve
@@ -116,22 +109,8 @@ for n in range(1, 5):
     progress.show(n, {"train/loss": 4.0 / n, "throughput/tokens_per_second": 1000.0 * n})
 progress.close()
 """
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm"}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=slave, env=environment)
-    os.close(slave)
-    screen = b""
-    while True:
-        try:
-            part = os.read(master, 4096)
-        except OSError:
-            break
-        if not part:
-            break
-        screen += part
-    assert process.wait() == 0
-    text = screen.decode()
+    exit_code, text = on_a_terminal(code, columns=100)
+    assert exit_code == 0
     assert "100%" in text
     assert "step 4/4" in text
     assert "loss 1.000" in text

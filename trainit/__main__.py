@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from trainit import __version__, cli
+from trainit import __version__, cli, files
 from trainit.cluster.process import DONE, FAILED, USAGE, block_stop_signals, outlive_readers, tune_process
 from trainit.config import ConfigError
 
@@ -57,7 +57,7 @@ def main(given: Sequence[str] | None = None) -> int:
         cli.print_error(error)
         return USAGE
     except OSError as error:
-        cli.print_error(f"{error.filename}: {error.strerror}" if error.filename else error)
+        cli.print_error(files.describe_os_error(error))
         return FAILED
 
 

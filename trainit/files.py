@@ -16,6 +16,11 @@ def errors_name(path: Path):
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def describe_os_error(error: OSError) -> str:
+    """The file and the reason, as far as the error names them."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
 def write_atomically(path: Path, content: str | bytes):
     """Writes a file under another name, and renames it: what was there stays until then.
 

@@ -208,3 +208,15 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "0.unnamed").mkdir()
     with pytest.raises(OSError, match=r"Error while serializing: .*/0\.unnamed'"):
         weights.write(tmp_path, [{"a": np.zeros(4, np.float32)}], "float32")
+
+
+def test_a_line_that_a_crash_left_unfinished(random_dataset, tmp_path):
+    """The model card has the newest whole validation up to the checkpoint's step."""
+    make_run(tmp_path / "run", random_dataset, 257, 256)
+    lines = [json.dumps({"step": step, "valid/loss": 5.0 - step / 4}) for step in (0, 4, 8)]
+    (tmp_path / "run/metrics.jsonl").write_text("\n".join([*lines, '{"step": 9, "valid/lo']))
+    assert trainit_command(["export", str(tmp_path / "run"), f"--output={tmp_path}/out"]) == 0
+    assert (
+        "| validation | loss 4.0000 nats per token, after 4 steps |"
+        in (tmp_path / "out/README.md").read_text()
+    )

@@ -1,5 +1,6 @@
 """README.md of an exported model: what it is, what it was trained on, for how long, how good it is."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def text(workdir: Path, meta: dict, step: int, architecture: str) -> str:
 
 def _validation(path: Path, step: int) -> dict[str, str]:
     """The newest validation up to a step, of metrics.jsonl."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [record for line in lines if (record := json.loads(line))["step"] <= step]
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a crash leaves an unfinished line
+            records += [record] if (record := json.loads(line))["step"] <= step else []
     found = next((record for record in reversed(records) if record.get("valid/loss") is not None), None)
     if found is None:
         return {}

@@ -204,16 +204,13 @@ def _one(family: Family, arrays: Arrays, module: str, vocab_size: int) -> np.nda
         return arrays["token_embedding/embedding"][:vocab_size]
     if module == "head":
         return arrays["head/kernel"].T[:vocab_size]
-    if len(arrays) > 1 and family.fused == "heads":  # (D, H, K) or (H, K) each -> (D, H, 3 K) or (H, 3 K)
-        order = sorted(arrays, key=lambda path: QKV.index(path.split("/")[2]))
-        joined = np.concatenate([arrays[path] for path in order], axis=-1)
-        flat = joined.reshape(-1, joined.shape[-2] * joined.shape[-1])
-        return flat.T if joined.ndim == 3 else flat[0]
-    parts = [_flat(path, arrays[path]) for path in arrays]
-    if len(parts) > 1:
-        order = sorted(arrays, key=lambda path: QKV.index(path.split("/")[2]))
-        parts = [np.concatenate([_flat(path, arrays[path]) for path in order], axis=-1)]
-    return parts[0].T if family.transposed and parts[0].ndim == 2 else parts[0]
+    paths = sorted(arrays, key=lambda path: QKV.index(path.split("/")[2])) if len(arrays) > 1 else [*arrays]
+    if len(paths) > 1 and family.fused == "heads":  # (D, H, K) or (H, K) each -> (D, H, 3 K) or (H, 3 K)
+        joined = np.concatenate([arrays[path] for path in paths], axis=-1)
+        array = joined.reshape(*joined.shape[:-2], -1)
+    else:
+        array = np.concatenate([_flat(path, arrays[path]) for path in paths], axis=-1)
+    return array.T if family.transposed else array  # a vector is its own transpose
 
 
 def _flat(path: str, array: np.ndarray) -> np.ndarray:

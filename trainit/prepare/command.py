@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import logging
 
-from trainit import tokenizers
+from trainit import files, tokenizers
 from trainit.cluster import logs
 from trainit.cluster.process import FAILED, STOPPED
 from trainit.config import ConfigError
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     except BrokenProcessPool:
         _log_error("a worker process died, killed from outside or for want of memory; --workers= takes fewer")
     except OSError as error:
-        _log_error(f"{error.filename}: {error.strerror}" if error.filename else error)
+        _log_error(files.describe_os_error(error))
     except ValueError as error:
         if isinstance(error, ConfigError) and not isinstance(error, DatasetError):
             raise  # wrong usage

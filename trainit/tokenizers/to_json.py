@@ -28,8 +28,8 @@ PROBES = (
 )
 
 
-def tokenizer_json(tokenizer: Tokenizer, texts: tuple[str, ...] = ()) -> str:
-    """The content of tokenizer.json. ConfigError if it would give other ids for a text or a probe."""
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The content of tokenizer.json. ConfigError if it would give other ids for a probe."""
     try:
         from tokenizers import Tokenizer as Library
     except ImportError:
@@ -39,7 +39,7 @@ def tokenizer_json(tokenizer: Tokenizer, texts: tuple[str, ...] = ()) -> str:
         made = Library.from_str(content)
     except Exception as error:  # it raises no narrower one
         raise ConfigError(f"the tokenizer {tokenizer.name} cannot be exported: {error}") from None
-    for text in (*PROBES, *texts):
+    for text in PROBES:
         expected = tokenizer.encode([text])[0].tolist() if text else []
         if (actual := made.encode(text, add_special_tokens=False).ids) != expected:
             raise ConfigError(
@@ -63,22 +63,27 @@ def _end(tokenizer: Tokenizer) -> str:
     return "<|endoftext|>" if tokenizer.name == "bytes" else tokenizer.end_name
 
 
-def _special(tokenizer: Tokenizer) -> dict:
+def _added(number: int, content: str, special: bool) -> dict:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": tokenizer.end_of_text, "content": _end(tokenizer), **flags, "special": True}
+    return {"id": number, "content": content, **flags, "special": special}
+
+
+def _byte_level(use_regex: bool) -> dict:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": use_regex}
 
 
 def _file(tokenizer: Tokenizer, model: dict, **parts: dict | None) -> dict:
     empty = dict.fromkeys(
         ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     )
-    return {"version": "1.0", **empty, "added_tokens": [_special(tokenizer)], "model": model, **parts}
+    end = _added(tokenizer.end_of_text, _end(tokenizer), special=True)
+    return {"version": "1.0", **empty, "added_tokens": [end], "model": model, **parts}
 
 
 def _bytes(tokenizer: Tokenizer) -> dict:
     """Each byte is a token, written as GPT-2 writes bytes."""
     vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    level = _byte_level(use_regex=False)
     return _file(tokenizer, _bpe(vocabulary, []), pre_tokenizer=level, decoder=level)
 
 
@@ -97,7 +102,7 @@ def _gpt2(tokenizer: Tokenizer) -> dict:
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
             merges.append([written[part] for part in parts])
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    level = _byte_level(use_regex=True)
     model = _bpe({written[token]: rank for token, rank in ranks.items()}, merges)
     return _file(tokenizer, model, pre_tokenizer=level, decoder=level)
 
@@ -126,9 +131,8 @@ def _sentencepiece(tokenizer: Tokenizer) -> dict:
             "export without it by --tokenizer=none"
         )
     scores = {p.id_to_piece(i): p.get_score(i) for i in range(p.vocab_size())}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     defined = [
-        {"id": i, "content": piece.piece.replace(SPACE, " "), **flags, "special": False}
+        _added(i, piece.piece.replace(SPACE, " "), special=False)
         for i, piece in enumerate(proto.pieces)
         if piece.type == kinds.USER_DEFINED and i != tokenizer.end_of_text
     ]
@@ -161,7 +165,8 @@ def _sentencepiece(tokenizer: Tokenizer) -> dict:
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, replace]},
         "decoder": {"type": "Sequence", "decoders": decoders},
     }
-    return _file(tokenizer, model, **parts) | {"added_tokens": [_special(tokenizer), *defined]}
+    file = _file(tokenizer, model, **parts)
+    return file | {"added_tokens": file["added_tokens"] + defined}
 
 
 def _own_file(tokenizer: Tokenizer) -> dict:

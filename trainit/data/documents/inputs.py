@@ -57,6 +57,12 @@ def files_below(folder: Path) -> list[Path]:
     return found
 
 
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """Returns the names of files below the folder that they have in common."""
+    common = os.path.commonpath([Path(path).parent for path in paths]) if paths else ""
+    return [str(Path(path).relative_to(common)) for path in paths]
+
+
 def describe_all(paths: Iterable[str | Path], names: Iterable[str]) -> list[Input]:
     """Describes files, several at a time."""
     with ThreadPoolExecutor(THREADS) as threads:

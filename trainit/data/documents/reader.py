@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from trainit.data.documents.decompress import DamagedError, chunks
-from trainit.data.documents.inputs import files_below
+from trainit.data.documents.inputs import files_below, short_names
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import ByteTokenizer, Cut, pieces
 
@@ -223,8 +223,7 @@ def find_files(patterns: Sequence[str], option: str, suffixes: Sequence[str]) ->
             raise ValueError(f"{option}: {path} is a folder, a link to nothing, or another thing than a file")
     once = {path.resolve(): path for path in reversed(paths)}
     paths = [Path(os.path.abspath(path)) for path in paths if once[path.resolve()] is path]  # noqa: PTH100
-    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    return paths, [str(path.relative_to(common)) for path in paths]
+    return paths, short_names(paths)
 
 
 def _field(record: Any, dotted: str) -> Any:

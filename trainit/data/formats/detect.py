@@ -16,12 +16,11 @@ and none is known to end a text.
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from trainit import tokenizers
 from trainit.data.dataset import Dataset, DatasetError, Split, dtype_of, find_tokenizer, open_dataset
-from trainit.data.documents.inputs import describe_all
+from trainit.data.documents.inputs import describe_all, short_names
 from trainit.data.formats import arrow, binary
 from trainit.data.formats.binary import Shard
 from trainit.tokenizers import Tokenizer
@@ -78,7 +77,7 @@ def open_path(
         "dtype": dtype_of(named.vocab_size),
         "splits": {name: {"stored": split.stored, "files": _files(split)} for name, split in splits.items()},
     }
-    inputs = {name: describe_all(split.paths, _names(split.paths)) for name, split in splits.items()}
+    inputs = {name: describe_all(split.paths, short_names(split.paths)) for name, split in splits.items()}
     return Dataset(Path(path), info, splits, named, inputs=inputs)
 
 
@@ -190,11 +189,6 @@ def _split(name: str, shards: list[Shard], named: Tokenizer) -> Split:
 
 def _real_paths(split: Split) -> set[str]:
     return {os.path.realpath(path) for path in split.paths}
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    common = os.path.commonpath([Path(path).parent for path in paths]) if paths else ""
-    return [str(Path(path).relative_to(common)) for path in paths]
 
 
 def _files(split: Split) -> list[list]:

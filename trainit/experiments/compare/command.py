@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from trainit import cli
+from trainit import cli, files
 from trainit.cluster.process import DONE
 from trainit.config import ConfigError
 
@@ -45,6 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         text = compare(find(a.runs), a.baseline, a.target, seeds, a.output, a.page, command)
     except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}") from None
+        raise ConfigError(files.describe_os_error(error)) from None
     print(text)
     return DONE

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainit import cli
+from trainit import cli, files
 from trainit.cluster import logs
 from trainit.cluster.process import DONE, FAILED, STOPPED
 from trainit.config import ConfigError, check_fields
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("stopped; the same command resumes it", file=sys.stderr)
         return STOPPED
     except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
+        raise ConfigError(files.describe_os_error(error)) from None
     failed = [job for job in jobs if not launch.finished(job)]
     for job in failed:
         print(f"failed  {job}: {launch.failure(job)}", file=sys.stderr)

@@ -13,7 +13,7 @@ from trainit.model.gpt import GPT
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import evaluate, step
 from trainit.train.evaluate import Validation
-from trainit.train.startup_timer import StartupTimer
+from trainit.train.reports.startup_timer import StartupTimer
 
 
 @pytest.mark.evidence("validation by subset against a float64 computation from the logits")

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from trainit.files import write_atomically, write_json
+from trainit.cluster.files import write_atomically, write_json
 
 
 def test_text_bytes_and_json(tmp_path):

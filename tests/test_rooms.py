@@ -117,7 +117,7 @@ def in_core(path: Path) -> bool:
     parts = path.relative_to(PACKAGE).parts
     if len(parts) == 1 or parts[0] in ("config", "parallel", "model"):
         return True
-    return (parts[0] == "data" and len(parts) == 2) or (parts[0] == "train" and path.name != "diagnostics.py")
+    return parts[0] in ("data", "train") and len(parts) == 2 and path.name != "diagnostics.py"
 
 
 def test_sizes_keep_to_their_caps():

@@ -53,7 +53,7 @@ def test_it_counts_from_the_launch_of_the_process():
     """Half a second of sleep before the timer is made, no processor time, counts as import."""
     code = (
         "import time; time.sleep(0.5); begun = time.time()\n"
-        "from trainit.train.startup_timer import StartupTimer\n"
+        "from trainit.train.reports.startup_timer import StartupTimer\n"
         "start = StartupTimer(); print(time.monotonic() - start.launched, time.time(), start.over())"
     )
     before = time.time()

@@ -12,7 +12,7 @@ from processes import ROOT, end, last_step, metrics, on_a_terminal, run_imported
 from trainit.cluster.logs import quantity
 from trainit.config import resolve
 from trainit.train import trackers
-from trainit.train.trackers import JsonLines, Progress, RunLogger
+from trainit.train.reports.trackers import JsonLines, Progress, RunLogger
 
 
 def test_jsonl_drops_what_a_resume_does_again(tmp_path):

@@ -9,7 +9,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from trainit import __version__, cli, files
+from trainit import __version__, cli
+from trainit.cluster import files
 from trainit.cluster.process import DONE, FAILED, USAGE, block_stop_signals, outlive_readers, tune_process
 from trainit.config import ConfigError
 

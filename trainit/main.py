@@ -32,8 +32,8 @@ from trainit.data.documents.reader import BrokenInputError
 from trainit.parallel.mesh import run_shape
 from trainit.train import loop as train
 from trainit.train.recorder import NonFiniteError
+from trainit.train.reports.startup_timer import StartupTimer
 from trainit.train.save_retry import SaveError
-from trainit.train.startup_timer import StartupTimer
 
 
 def run(arguments: argparse.Namespace) -> NoReturn:

@@ -27,7 +27,7 @@ from trainit.prepare.demo import write_dataset
 from trainit.prepare.verify import verify
 from trainit.train import step
 from trainit.train.evaluate import Validation
-from trainit.train.startup_timer import StartupTimer
+from trainit.train.reports.startup_timer import StartupTimer
 
 CODE = "def f(x):\n\treturn {x: [x  ** 2]}  # ≈ 4\n\n\n"
 # The first token of a split is no target: the end of an empty document, which has no bytes.

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from corpus import TEXT
 from processes import ROOT
 
 from trainit.__main__ import main as trainit_command
 from trainit.data.dataset import DatasetError, open_dataset
-from trainit.data.documents import reader
 from trainit.prepare import merge
 from trainit.prepare.verify import verify
 from trainit.prepare.writer import GrowingFile
 from trainit.tokenizers import SentencePieceTokenizer
 
-WORDS = Path(reader.__file__).read_text().split(" ")
+WORDS = TEXT.split(" ")
 SMALL = ["--shard_tokens=20000", "--unit_bytes=1"]
 
 

@@ -10,9 +10,9 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers as hugging_face
+from corpus import TEXT
 
 from trainit import tokenizers
-from trainit.data.documents import reader
 from trainit.tokenizers import base
 
 AWKWARD = [
@@ -27,7 +27,6 @@ AWKWARD = [
     "é" * 999,
     "e\u0301 ﬁ Å \u3000 \x1c\x85 全角。中文",
 ]
-WORDS = Path(reader.__file__).read_text()
 
 
 def byte_level(tmp_path) -> Path:
@@ -41,7 +40,7 @@ def byte_level(tmp_path) -> Path:
         initial_alphabet=hugging_face.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([WORDS], trainer)
+    made.train_from_iterator([TEXT], trainer)
     made.enable_truncation(16)
     made.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
@@ -49,7 +48,7 @@ def byte_level(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def all_kinds(tmp_path_factory):
-    trained = tokenizers.SentencePieceTokenizer.train([WORDS], 500)
+    trained = tokenizers.SentencePieceTokenizer.train([TEXT], 500)
     path = byte_level(tmp_path_factory.mktemp("hf"))
     return {
         "bytes": tokenizers.find("bytes"),
@@ -84,7 +83,7 @@ def test_cuts_change_no_token(kind, all_kinds):
     """A text of several pieces, against the library on the whole of it."""
     tokenizer = all_kinds[kind]
     draw = np.random.default_rng(0)
-    words = [*WORDS.split(" "), "", "", "été", "\n\n", "don't", "x" * 3000, "🙂"]
+    words = [*TEXT.split(" "), "", "", "été", "\n\n", "don't", "x" * 3000, "🙂"]
     text = " ".join(words[i] for i in draw.integers(0, len(words), 300_000))
     cut = [piece for piece, _ in base.pieces([text], tokenizer.cut)]
     assert len(cut) > 1
@@ -165,7 +164,7 @@ def test_a_model_without_bytes_refuses_what_it_cannot_say(tmp_path):
     """A model with a dummy prefix and normalization is recognized, and does not lose surrogates silently."""
     prefix = str(tmp_path / "m")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS.splitlines()), model_prefix=prefix, vocab_size=200, minloglevel=2
+        sentence_iterator=iter(TEXT.splitlines()), model_prefix=prefix, vocab_size=200, minloglevel=2
     )
     tokenizer = tokenizers.find(f"sentencepiece:{prefix}.model")
     assert tokenizer.decode(tokenizer.encode(["for part in parts"])[0]) == "for part in parts"

@@ -2,14 +2,13 @@
 
 import io
 import json
-from pathlib import Path
 
 import sentencepiece
 import tokenizers as hugging_face
+from corpus import TEXT
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from trainit import tokenizers
-from trainit.data.documents import reader
 from trainit.tokenizers import base
 
 # The patterns of GPT-2 (Radford et al. 2019), Llama 3 and Qwen 2.
@@ -18,8 +17,7 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-WORDS = Path(reader.__file__).read_text()
-TRAINED_ON = WORDS + "汉字文本。\nПривет, мир! été naïve ab  \r\n== xxxxxxxx\n" * 30
+TRAINED_ON = TEXT + "汉字文本。\nПривет, мир! été naïve ab  \r\n== xxxxxxxx\n" * 30
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 

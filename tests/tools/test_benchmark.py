@@ -9,6 +9,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from corpus import TEXT
 from processes import ROOT, start
 
 from trainit import optimizers
@@ -33,7 +34,7 @@ def test_unknown_part(random_dataset):
 
 
 def test_preparing_reports(tmp_path):
-    words = (ROOT / "README.md").read_text().split(" ")
+    words = TEXT.split(" ")
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(words, 400)) for _ in range(300)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from trainit import cli
 from trainit.cluster import logs
+from trainit.cluster.files import write_atomically, write_json
 from trainit.cluster.process import DONE
 from trainit.config import ConfigError, require
-from trainit.files import write_atomically, write_json
 
 DESCRIPTION = "Writes a run's model and tokenizer as a folder that transformers loads."
 

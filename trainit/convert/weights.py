@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from trainit.files import write_json
+from trainit.cluster.files import write_json
 
 SHARD_BYTES = 1 << 30  # of a file, unless one array is larger
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from absl import logging
 
-from trainit import files, tokenizers
-from trainit.cluster import logs
+from trainit import tokenizers
+from trainit.cluster import files, logs
 from trainit.cluster.process import FAILED, STOPPED
 from trainit.config import ConfigError
 from trainit.data.dataset import DatasetError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trainit.cluster.files import write_atomically
 from trainit.data.dataset import FORMAT, dtype_of
-from trainit.files import write_atomically
 from trainit.prepare.writer import HASH, PARTS, GrowingFile, StateError, Unit, read_journal
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import digest

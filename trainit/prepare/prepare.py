@@ -17,13 +17,13 @@ from absl import logging
 from tabulate import tabulate
 
 from trainit import tokenizers
+from trainit.cluster.files import write_atomically
 from trainit.cluster.process import DONE, FAILED
 from trainit.config import ConfigError, require
 from trainit.data.dataset import FORMAT, open_dataset
 from trainit.data.documents import reader
 from trainit.data.documents.inputs import difference
 from trainit.data.documents.reader import Position
-from trainit.files import write_atomically
 from trainit.prepare import options, workers
 from trainit.prepare.merge import COUNTS, join
 from trainit.prepare.verify import verify

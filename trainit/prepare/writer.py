@@ -22,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+from trainit.cluster.files import errors_name, write_atomically
 from trainit.data.dataset import dtype_of
 from trainit.data.documents.inputs import Input
 from trainit.data.documents.reader import Batch, Broken, BrokenInputError, Position, parse
 from trainit.data.documents.reader import encode as encode_documents
-from trainit.files import errors_name, write_atomically
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import to_bytes
 

@@ -94,6 +94,7 @@ class Vocabulary:
     _content: bytes
     examples: Sequence[str] = ()
     prefixed = False  # a space is put before every text
+    is_unigram = False  # pieces are chosen by the sum of their scores
     by_bytes = SURROGATES  # characters, as in a regular expression, that are encoded as bytes
 
     @property
@@ -124,7 +125,13 @@ class Vocabulary:
         return result
 
     def cut(self, text: str, at: int) -> int:
-        """Takes the first of likely places, else of others, around which parts have the ids of the whole."""
+        """Takes the first of likely places, else of others, around which parts have the ids of the whole.
+
+        A unigram model adds scores in floating point: its choice among pieces that are about as likely hangs
+        on all of the text before them, so that no place will do.
+        """
+        if self.is_unigram:
+            return 0
         begin = max(at - 4096, 1)
         likely = ([match.end() for match in place.finditer(text, begin, at + 1)][-4:] for place in _LIKELY)
         anywhere = range(max(at - 16, 1), at)

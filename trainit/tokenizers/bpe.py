@@ -104,6 +104,8 @@ class HuggingFaceTokenizer(Vocabulary):
         if not byte_level and not model.get("byte_fallback"):
             raise ValueError("it is neither byte-level nor has it byte_fallback: texts would not come back")
 
+        self.is_unigram = model["type"] == "Unigram"
+
         # What ends a text is special, whatever the file says, and what looks special in a text is text.
         added_tokens = about.get("added_tokens") or []
         special = [token["content"] for token in added_tokens if token["special"]]

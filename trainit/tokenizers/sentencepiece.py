@@ -35,7 +35,7 @@ class SentencePieceTokenizer(Vocabulary):
         self.table = [piece_bytes(piece, p.is_byte(i)) for piece, i in pieces.items()]
         single = {self.table[i][0]: i for i in range(p.vocab_size()) if p.is_byte(i)}
         self.byte_ids = np.array([single.get(byte, -1) for byte in range(256)], np.int32)
-        self._is_unigram = any(p.get_score(i) % 1 for i in range(p.vocab_size()))  # those of BPE are ranks
+        self.is_unigram = any(p.get_score(i) % 1 for i in range(p.vocab_size()))  # those of BPE are ranks
         self.prefixed = p.id_to_piece(p.encode("a")[0]).startswith(SPACE)
         if (self.byte_ids >= 0).all() and not self.prefixed:
             self.by_bytes = SURROGATES + SPACE
@@ -84,11 +84,6 @@ class SentencePieceTokenizer(Vocabulary):
         except RuntimeError as error:
             raise ValueError(f"sentencepiece cannot train with vocab_size={vocab_size}: {error}") from None
         return cls(model.getvalue())
-
-    def cut(self, text: str, at: int) -> int:
-        # A unigram model adds scores in float32: in a very long text its choice among pieces that are about
-        # as likely hangs on all of the text before them, so that no place will do.
-        return 0 if self._is_unigram else super().cut(text, at)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]

@@ -15,7 +15,7 @@ from trainit.data.documents.targets import Targets
 from trainit.data.training_data import TrainingData, validation_batches
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
-from trainit.train.startup_timer import StartupTimer
+from trainit.train.reports.startup_timer import StartupTimer
 from trainit.train.step import CompiledSteps
 
 MAX_SUBSETS = 256  # a split with more of them is validated as a whole only

@@ -6,24 +6,25 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from trainit import __version__, files
-from trainit.cluster import sync
+from trainit import __version__
+from trainit.cluster import files, sync
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.process import DONE, FAILED, STOPPED
 from trainit.config import Config
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape
-from trainit.train import metrics, startup_report
+from trainit.train import metrics
 from trainit.train.checkpoint import CheckpointStore, due
 from trainit.train.evaluate import Validation
 from trainit.train.feed import BatchFeed
 from trainit.train.recorder import NonFiniteError, StepRecorder
+from trainit.train.reports import startup_report
+from trainit.train.reports.startup_timer import StartupTimer
+from trainit.train.reports.trackers import RunLogger
 from trainit.train.resume import Resume, warm_up_again
 from trainit.train.save_retry import SaveRetry
-from trainit.train.startup_timer import StartupTimer
 from trainit.train.state import TrainState
 from trainit.train.step import build
-from trainit.train.trackers import RunLogger
 
 
 def run(job: "Job") -> int:

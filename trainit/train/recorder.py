@@ -9,7 +9,7 @@ from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
 from trainit.train import diagnostics, loss_scale
 from trainit.train.metrics import Meter
-from trainit.train.trackers import RunLogger
+from trainit.train.reports.trackers import RunLogger
 
 
 class NonFiniteError(RuntimeError):

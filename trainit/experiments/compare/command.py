@@ -10,7 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from trainit import cli, files
+from trainit import cli
+from trainit.cluster import files
 from trainit.cluster.process import DONE
 from trainit.config import ConfigError
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from trainit.cluster.files import errors_name
 from trainit.config import ConfigError
 from trainit.experiments.compare.runs import Method, Run, group
 from trainit.experiments.compare.statistics import COSTS, NEAR, Estimate, Row, at_edge, nearly_best, table
-from trainit.files import errors_name
 
 CAPTIONS = {
     "one": "Loss of the run: thin lines are the training batches, the dashed line is the validation set.",

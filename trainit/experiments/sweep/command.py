@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainit import cli, files
-from trainit.cluster import logs
+from trainit import cli
+from trainit.cluster import files, logs
 from trainit.cluster.process import DONE, FAILED, STOPPED
 from trainit.config import ConfigError, check_fields
 

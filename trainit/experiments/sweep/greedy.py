@@ -14,12 +14,12 @@ from pathlib import Path
 
 from absl import logging
 
+from trainit.cluster.files import write_json
 from trainit.config import field, require
 from trainit.experiments.compare import statistics
 from trainit.experiments.compare.runs import RATE, read
 from trainit.experiments.sweep.launch import finished
 from trainit.experiments.sweep.spec import Job, Sweep, describe, with_groups
-from trainit.files import write_json
 
 FIELDS = {
     "boundaries": field((), "steps at which segments start and end, from 0 to the last: [0, 200, 400]"),

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from absl import logging
 
+from trainit.cluster.files import write_atomically
 from trainit.cluster.process import STOPPED
 from trainit.config import ConfigError, require
 from trainit.experiments.compare.runs import read
 from trainit.experiments.sweep.spec import Job, Sweep
-from trainit.files import write_atomically
 
 LAUNCH = {"sbatch": Path("launch/slurm.sh"), "qsub": Path("launch/sge.sh")}
 

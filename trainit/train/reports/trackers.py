@@ -12,8 +12,8 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
+from trainit.cluster.files import errors_name, write_atomically
 from trainit.cluster.logs import quantity
-from trainit.files import errors_name, write_atomically
 
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 SHOWN = {  # as progress

@@ -1,0 +1,1 @@
+"""What a run says of itself: at its start, in a tracker, and how long its start took."""

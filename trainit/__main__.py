@@ -76,7 +76,7 @@ def command_parser(name: str) -> cli.Parser:
 
 def _module(name: str):
     path = {"train": "main", "prepare": "prepare.command", "fields": "tools.fields"}
-    path |= {"completion": "tools.completion", "export": "convert.command"}
+    path |= {"completion": "tools.completion", "export": "tools.export"}
     path |= {name: f"experiments.{name}.command" for name in ("compare", "sweep")}
     return importlib.import_module(f"trainit.{path.get(name, f'tools.{name}.command')}")
 

@@ -19,6 +19,7 @@ from test_config import make
 from trainit.config import FREE, ConfigError, resolve
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
+from trainit.parallel.trees import path_name
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore, due
 from trainit.train.resume import Resume, differences
@@ -109,6 +110,19 @@ def test_another_model_is_refused_by_name_and_shapes(saved, arg, changes, messag
     with pytest.raises(ConfigError, match=message) as error:
         CheckpointStore(saved[0], read_only=True).restore(1, build(arg=arg, **changes).abstract_state)
     assert "\n" not in str(error.value)
+
+
+def test_a_new_optimizer_begins_at_the_parameters_that_were_loaded(saved):
+    """DoG measures distances from where it began; at random parameters it would be far away."""
+    steps = build(arg="optimizer=optax.contrib.dog")
+    store = CheckpointStore(saved[0], read_only=True)
+    state = steps.begin(store.restore_params(2, steps.abstract_state.params))
+    assert_equal(state.params, saved[1].params)
+    paths = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(state.opt_state)]
+    begun = {path.partition("init_params/")[2]: leaf for path, leaf in paths if "init_params/" in path}
+    assert len(begun) == len(jax.tree.leaves(state.params))
+    for path, leaf in jax.tree.leaves_with_path(state.params):
+        np.testing.assert_array_equal(begun[path_name(path)], leaf)
 
 
 def test_an_unfinished_save_is_passed_over_and_can_be_done_again(saved, tmp_path):

@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "compare runs: tables, curves, a page",
     "sweep": "start many runs from one file, and compare them",
     "export": "write a run's model as a folder that transformers loads",
+    "import": "make a run of a model in such a folder",
     "plan": "predict memory, communication and time on many GPUs",
     "benchmark": "measure the loader, the train step and saves on this machine",
     "doctor": "check a config, the processes and the machines before a run",
@@ -76,7 +77,7 @@ def command_parser(name: str) -> cli.Parser:
 
 def _module(name: str):
     path = {"train": "main", "prepare": "prepare.command", "fields": "tools.fields"}
-    path |= {"completion": "tools.completion", "export": "tools.export"}
+    path |= {"completion": "tools.completion", "export": "tools.export", "import": "tools.import_model"}
     path |= {name: f"experiments.{name}.command" for name in ("compare", "sweep")}
     return importlib.import_module(f"trainit.{path.get(name, f'tools.{name}.command')}")
 

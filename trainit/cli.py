@@ -217,9 +217,16 @@ def _no_field(name: str, config: ConfigDict) -> str:
 def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "TrainingData"]:
     """Resolves a config and opens its data, before any device. With --debug, shrinks it first, in place."""
     from trainit import optimizers
+    from trainit.convert.pretrained import Pretrained, is_pretrained
     from trainit.data import training_data
     from trainit.data.formats import detect
     from trainit.prepare.demo import prepare_demo
+
+    # A model that another program wrote fills the fields of it that are left open.
+    load_path = "" if arguments.debug else config.checkpoint.load_path
+    pretrained = Pretrained(load_path) if is_pretrained(load_path) else None
+    if pretrained:
+        pretrained.fill(config)
 
     folder, is_prepared = config.dataset.path, "streams" not in config.dataset
     if arguments.debug:
@@ -239,4 +246,7 @@ def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "Tr
         optimizers.check(frozen)
         return frozen
 
-    return training_data.read(config, folder, resolved, cache())
+    config, data = training_data.read(config, folder, resolved, cache())
+    if pretrained:
+        pretrained.check_tokenizer(data.tokenizer)
+    return config, data

@@ -3,8 +3,12 @@
 import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from trainit.config import require
 
 
 @contextlib.contextmanager
@@ -36,6 +40,25 @@ def write_atomically(path: Path, content: str | bytes):
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def new_folder(name: str, flag: str) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written; an error or a kill leaves none.
+
+    Raises ConfigError if there is something of this name, or none is given.
+    """
+    require(name != "", f"{flag}=FOLDER is missing: the folder to make")
+    folder = Path(name)
+    require(not folder.exists(), f"{flag}={folder} exists already; name another folder, or remove it")
+    unfinished = folder.with_name(f"{folder.name}.unfinished")  # a kill may leave it
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any):

@@ -178,6 +178,34 @@ def config_json(family: Family, model: Config, vocab_size: int, end_of_text: int
     }
 
 
+def array_name(family: Family, path: str) -> str:
+    """The name there of the array that holds a parameter; {} stands for the layer."""
+    module, _, leaf = path.rpartition("/")
+    return f"{family.names[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def own_part(family: Family, path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A view of one layer's parameter, of this shape, in an array there: the way back from `tensors`.
+
+    Raises ValueError if it does not have that size.
+    """
+    module = path.rpartition("/")[0]
+    if module == "position_embedding":  # a shorter context has its first rows
+        return array[: shape[0]].reshape(shape)
+    if module == "token_embedding":
+        return array.reshape(shape)
+    matrix = array.T if family.transposed or module == "head" else array
+    part = module.rpartition("/")[2]
+    if not family.fused or part not in QKV:
+        if matrix.ndim != 1 and matrix.shape != matrix_shape(path, shape):
+            raise ValueError
+        return matrix.reshape(shape)
+    number, size = QKV.index(part), shape[-1]
+    if family.fused == "heads":  # (..., H * 3 * K)
+        return matrix.reshape(*shape[:-2], shape[-2], 3, size)[..., number, :]
+    return matrix.reshape(*shape[:-2], 3, *shape[-2:])[..., number, :, :]
+
+
 def groups(paths: list[str], family: Family) -> list[list[str]]:
     """Trainit's paths, those that share an array together: what has to be in memory at once."""
     found: dict[str, list[str]] = {}

@@ -4,12 +4,11 @@ trainit export runs/pile_gpt --output=my-model [--step=2000] [--dtype=bfloat16]
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 from trainit import cli
 from trainit.cluster import logs
-from trainit.cluster.files import write_atomically, write_json
+from trainit.cluster.files import new_folder, write_atomically, write_json
 from trainit.cluster.process import DONE
 from trainit.config import ConfigError, require
 
@@ -31,19 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exports, and returns the exit code."""
     logs.log_to_terminal(lead=True)
-    require(arguments.output, "--output=FOLDER is missing: the folder to make")
-    output, workdir = Path(arguments.output), Path(arguments.run)
-    require(not output.exists(), f"--output={output} exists already; name another folder, or remove it")
-    require(workdir.is_dir(), f"{workdir} is no folder of a run")
-    unfinished = output.with_name(f"{output.name}.unfinished")  # a kill may leave it
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-        said = _write(arguments, workdir, unfinished)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{output}: {said}")
+    workdir = Path(arguments.run)
+    with new_folder(arguments.output, "--output") as folder:
+        require(workdir.is_dir(), f"{workdir} is no folder of a run")
+        written = _write(arguments, workdir, folder)
+    print(f"{arguments.output}: {written}")
     return DONE
 
 

@@ -12,6 +12,7 @@ from absl import logging
 from trainit.cluster import sync
 from trainit.config import FREE, SCHEDULES, Config, batch_sizes, defaults, flatten, require
 from trainit.config.schema import as_tuple
+from trainit.convert.pretrained import Pretrained, is_pretrained
 from trainit.data.documents import inputs
 from trainit.data.loader import START, DataPosition, has_same_order
 from trainit.data.training_data import TrainingData, abstract_batch
@@ -74,7 +75,12 @@ class Resume:
         """Makes or reads the first state. Raises ConfigError if a checkpoint does not fit config or data."""
         c, wandb_id = self.config.checkpoint, secrets.token_hex(4)
         if not self.reads_checkpoint:
-            return StartPoint(jax.block_until_ready(self._init()), 0, START, None, wandb_id, None, [])
+            self._compile_ahead(0)
+            return StartPoint(jax.block_until_ready(self.steps.init()), 0, START, None, wandb_id, None, [])
+        if self._latest < 0 and is_pretrained(c.load_path):
+            logging.info("begin      with parameters of %s, new optimizer", c.load_path)
+            params = Pretrained(c.load_path).parameters(self.steps.abstract_state.params)
+            return StartPoint(self._begin(params), 0, START, None, wandb_id, None, [])
 
         # Which checkpoint is it, and does it fit?
         is_resumed = self._latest >= 0
@@ -88,9 +94,7 @@ class Resume:
             state = self._restore(source, step)
         elif c.overwrite_optimizer:
             logging.info("begin      with parameters of %s step %d, new optimizer", c.load_path, step)
-            new = self._init()
-            params = source.restore_params(step, self.steps.abstract_state.params)
-            state = replace(new, params=params, diagnostics=self.steps.begin_diagnostics(params))
+            state = self._begin(source.restore_params(step, self.steps.abstract_state.params))
         else:
             require(
                 step < self.config.steps,
@@ -107,9 +111,9 @@ class Resume:
         wandb_id, postponed = meta.get("wandb_id") or wandb_id, meta.get("postponed")
         return StartPoint(state, step, position, step, wandb_id, postponed, changes)
 
-    def _init(self) -> TrainState:
+    def _begin(self, params: dict) -> TrainState:
         self._compile_ahead(0)
-        return self.steps.init()
+        return jax.block_until_ready(self.steps.begin(params))
 
     def _find_to_load(self) -> tuple[CheckpointStore, int]:
         """Another run's checkpoints, and the step of the one that the config names."""

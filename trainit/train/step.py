@@ -29,6 +29,7 @@ class CompiledSteps:
 
     abstract_state: TrainState  # shapes, types and shardings
     init: CompiledFunction  # () -> TrainState, created shard by shard
+    begin: CompiledFunction  # params -> TrainState at step 0 of these parameters, whose memory it takes over
     begin_diagnostics: CompiledFunction  # params -> the state's field of this name
     begin_loss_scale: CompiledFunction  # () -> the state's field of this name
     train: CompiledFunction  # (TrainState, batch) -> (TrainState, metrics); reuses the old state's memory
@@ -60,10 +61,12 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     is_scaled = "float16" in (config.precision, *config.precision_of.values())
     begin_loss_scale = functools.partial(loss_scale.init, is_scaled)
 
-    def init() -> TrainState:
-        params = model.init(named_key(config.seed, "parameters"))
+    def begin(params: dict) -> TrainState:
         zero, kept, scale = jnp.zeros((), jnp.int32), begin_diagnostics(params), begin_loss_scale()
         return TrainState(zero, params, optimizer.init(params), zero, zero, kept, scale)
+
+    def init() -> TrainState:
+        return begin(model.init(named_key(config.seed, "parameters")))
 
     shapes = jax.eval_shape(init)
     layout = state_shardings(shapes, shapes.params, mesh)
@@ -81,6 +84,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     return CompiledSteps(
         abstract_state=abstract_state,
         init=CompiledFunction("init", init, layout),
+        begin=CompiledFunction("begin", begin, layout, donate_argnums=0),
         begin_diagnostics=CompiledFunction("begin_diagnostics", begin_diagnostics, layout.diagnostics),
         begin_loss_scale=CompiledFunction("begin_loss_scale", begin_loss_scale, layout.loss_scale),
         train=CompiledFunction("train", train_step, (layout, replicated), donate_argnums=0),

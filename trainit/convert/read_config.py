@@ -1,0 +1,96 @@
+"""The config of a model of Trainit, from the config.json of `transformers`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trainit.config import ConfigError, check_fields, require
+from trainit.config import model as model_config
+from trainit.convert import families
+from trainit.convert.families import Family
+
+# What may differ from what Trainit would write: it changes no logits.
+_FREE = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"}
+_FREE |= {"tie_word_embeddings", "embd_pdrop", "attn_pdrop", "resid_pdrop"}
+# What must be off where Trainit would not write it.
+_OFF = {"use_sliding_window", "sliding_window", "rope_scaling", "add_cross_attention", "is_encoder_decoder"}
+_OFF |= {"scale_attn_by_inverse_layer_idx", "attention_bias", "mlp_bias", "use_parallel_residual"}
+_OFF |= {"attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "quantization_config"}
+_SAME = {"gelu_pytorch_tanh": "gelu_new"}
+
+
+def _gpt2(a: Mapping) -> dict[str, Any]:
+    sizes = {"dim": a["n_embd"], "num_heads": a["n_head"], "num_blocks": a["n_layer"]}
+    sizes |= {"context_length": a["n_positions"], "mlp_dim": a.get("n_inner") or 4 * a["n_embd"]}
+    return sizes | {"num_kv_heads": a["n_head"]}
+
+
+def _sizes(a: Mapping) -> dict[str, Any]:
+    heads = a["num_attention_heads"]
+    return {
+        "dim": a["hidden_size"],
+        "num_heads": heads,
+        "num_kv_heads": a.get("num_key_value_heads") or heads,
+        "num_blocks": a["num_hidden_layers"],
+        "context_length": a["max_position_embeddings"],
+        "mlp_dim": a["intermediate_size"],
+        "rope_theta": float(_rope(a).get("rope_theta", 10_000.0)),
+    }
+
+
+def _rope(a: Mapping) -> Mapping:
+    """RoPE's parameters, from either form of them."""
+    old = {"rope_theta": a.get("rope_theta") or a.get("rotary_emb_base")}
+    return {key: value for key, value in old.items() if value} | (a.get("rope_parameters") or {})
+
+
+def _llama(a: Mapping) -> dict[str, Any]:
+    return _sizes(a) | {"use_bias": bool(a.get("attention_bias"))}
+
+
+READERS: dict[str, Callable[[Mapping], dict[str, Any]]]
+READERS = {"gpt2": _gpt2, "gpt_neox": _sizes, "llama": _llama, "qwen3": _sizes}
+
+
+def read(about: Mapping[str, Any], tied: bool, where: str) -> tuple[Family, dict[str, Any]]:
+    """The family of a config.json, and the fields of its model. `tied`: there is no array of the head.
+
+    Raises ConfigError, which begins with `where`, if Trainit has no such model.
+    """
+    kind = about.get("model_type")
+    known = [family for family in families.FAMILIES if family.name == kind and kind in READERS]
+    require(bool(known), f"{where}: model_type={kind!r} is not known; there are {', '.join(sorted(READERS))}")
+    try:
+        fields = READERS[str(kind)](about)
+        vocab_size = about["vocab_size"]
+    except KeyError as error:
+        raise ConfigError(f"{where} lacks {error.args[0]}") from None
+    fields |= {"vocab_size": vocab_size, "tied_embeddings": about.get("tie_word_embeddings", tied)}
+    family = known[0]
+    fields = {name: value for name, value in family.fields.items() if name not in fields} | fields
+
+    # Would Trainit write the same about such a model?
+    try:
+        model = model_config(**fields)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    check_fields(model, model, "model.", f"{where}: ")
+    written = families.config_json(family, model, vocab_size, 0, "")
+    _compare(about, written, where)
+    return family, fields
+
+
+def _compare(there: Mapping, here: Mapping, where: str) -> None:
+    """Raises ConfigError for the first value that Trainit would write otherwise, or not at all."""
+    for key, value in there.items():
+        if isinstance(value, Mapping) and isinstance(here.get(key), Mapping):
+            _compare(value, here[key], f"{where}: {key}")
+        elif key in here and key not in _FREE:
+            same = _SAME.get(value, value) if isinstance(value, str) else value
+            require(
+                same in (here[key], None),
+                f"{where}: {key}={value!r} is not known together with the rest; Trainit knows {here[key]!r}",
+            )
+        elif key in _OFF:
+            require(not value, f"{where}: {key}={value!r} is not known")
+        elif key == "layer_types":
+            require(set(value or ()) <= {"full_attention"}, f"{where}: {key} has other than full_attention")

@@ -1,0 +1,77 @@
+"""Makes a run of a model in a folder of `transformers`: its checkpoint of step 0 holds the parameters.
+
+trainit import my-model --output=runs/my-model
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+from trainit import __version__
+from trainit.cluster import files, logs
+from trainit.cluster.process import DONE
+from trainit.config import DATASETS, ConfigError, defaults, require, resolve
+
+DESCRIPTION = "Makes a run of a model in a folder of transformers."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    parser.add_argument("folder", metavar="FOLDER", help="config.json, safetensors and a tokenizer's file")
+    add = parser.add_argument_group("import").add_argument
+    add("--output", default="", help="folder of the run that is made; there must be none")
+    ends = "token that ends a text; by default the one that the tokenizer's files name"
+    add("--end_of_text", default="", help=ends)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Imports, and returns the exit code."""
+    logs.log_to_terminal(lead=True)
+    with files.new_folder(arguments.output, "--output") as folder:
+        count = _write(arguments.folder, arguments.end_of_text, folder)
+    print(f"{arguments.output}: step 0 has {count:,} parameters of {arguments.folder}")
+    return DONE
+
+
+def _write(source: str, end_of_text: str, folder: Path) -> int:
+    """Writes the run; returns how many parameters it has."""
+    import jax
+
+    from trainit import optimizers, tokenizers
+    from trainit.convert.pretrained import PREFIX, Pretrained
+    from trainit.data.loader import START
+    from trainit.model.gpt import GPT
+    from trainit.train.checkpoint import CheckpointStore
+
+    jax.config.update("jax_platforms", "cpu")
+    pretrained = Pretrained(PREFIX + source.removeprefix(PREFIX))
+    config = defaults()
+    config.steps = 1
+    config.optimizer = optimizers.choices()["adamw"]()
+    config.model.context_length = pretrained.fields["context_length"]
+    config.dataset = DATASETS["jsonl"]()
+    pretrained.fill(config)
+    choice = pretrained.tokenizer_choice()
+    require(bool(choice), f"{source} has neither tokenizer.json nor tokenizer.model")
+    try:
+        tokenizer = tokenizers.find(choice, "--tokenizer", end_of_text)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("with end_of_text", "with --end_of_text")) from None
+    # The run keeps the tokenizer's file, so that it needs the folder no more.
+    kind, _, file = choice.partition(":")
+    config.dataset.tokenizer = f"{kind}:{folder.with_suffix('').absolute() / Path(file).name}"
+    config.dataset.end_of_text = tokenizer.end_name
+    shutil.copyfile(file, folder / Path(file).name)
+    config = resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
+
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(GPT(config.model).init, jax.random.key(0))
+    layout = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+    state = SimpleNamespace(params=pretrained.parameters(layout), diagnostics={}, loss_scale={})
+    store = CheckpointStore(folder)
+    store.save(0, state, {"config": config.to_dict(), **START.to_meta(), "version": __version__})
+    store.wait()
+    store.close()
+    files.write_json(folder / "config.json", config.to_dict())
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

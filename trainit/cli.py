@@ -133,6 +133,15 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add("--silence_seconds", type=number(float, 3), default=40.0, help=silence)
 
 
+def add_finished_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which checkpoint of which run is meant, and its tokenizer."""
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    add = parser.add_argument_group("model").add_argument
+    add("--step", type=number(int, 0), default=None, help="checkpoint to take; by default the newest")
+    known = "the tokenizer, if the run's dataset is elsewhere now; none: without one"
+    add("--tokenizer", default="", help=known)
+
+
 def train_parser(prog: str) -> Parser:
     """The parser of the command that trains."""
     parser = Parser(prog, "Trains the model that a config file describes, or resumes its run.")

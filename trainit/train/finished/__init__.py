@@ -1,0 +1,1 @@
+"""Runs that something is made of: exports, texts."""

@@ -8,7 +8,7 @@ import time
 import pytest
 from processes import ROOT, run
 
-from trainit.train import startup_timer
+from trainit.train.reports import startup_timer
 
 LINE = re.compile(r"start      to the end of step (\d+): ([\d.]+) s: (.*)")
 

@@ -24,7 +24,7 @@ BAR = """
 import time
 from trainit.cluster import logs
 from trainit.cluster import process
-from trainit.train import trackers
+from trainit.train.reports import trackers
 
 process.outlive_readers()
 logs.log_to_terminal(True)

@@ -11,7 +11,7 @@ from processes import ROOT, end, last_step, metrics, on_a_terminal, run_imported
 
 from trainit.cluster.logs import quantity
 from trainit.config import resolve
-from trainit.train import trackers
+from trainit.train.reports import trackers
 from trainit.train.reports.trackers import JsonLines, Progress, RunLogger
 
 
@@ -100,7 +100,7 @@ def test_bar_on_a_terminal():
     code = """
 import time
 from trainit.cluster import logs
-from trainit.train import trackers
+from trainit.train.reports import trackers
 
 logs.log_to_terminal(True)
 progress = trackers.Progress(0, 4)

@@ -35,12 +35,13 @@ def due(every: int | tuple[int, ...], step: int) -> bool:
 class CheckpointStore:
     """The checkpoints of one run, in WORKDIR/checkpoints/STEP/.
 
-    The newest `keep` of them stay (0: all). Another run's are only loaded from: `read_only`.
+    The newest `keep` of them stay (0: all). Another run's are only loaded from: `read_only`. A save copies at
+    most `copied_gb` of the state at a time, in memory, which the largest array must fit.
     """
 
-    def __init__(self, workdir: Path, keep: int = 0, read_only: bool = False):
+    def __init__(self, workdir: Path, keep: int = 0, read_only: bool = False, copied_gb: int = 1000):
         self.folder = (workdir / "checkpoints").absolute()
-        self._keep, self._read_only = keep, read_only
+        self._keep, self._read_only, self._copied_gb = keep, read_only, copied_gb
         self._error: Exception | None = None
         self._times_opened, self._newest_save = 0, -1
         self._manager = self._open() if self.folder.is_dir() else None
@@ -66,7 +67,8 @@ class CheckpointStore:
         )
         handlers = {"meta": ocp.JsonCheckpointHandler()}
         for name in ("state", *SEPARATE):
-            handlers[name] = _watch(ocp.StandardCheckpointHandler(), self._fail)
+            handler = ocp.StandardCheckpointHandler(save_concurrent_gb=self._copied_gb)
+            handlers[name] = _watch(handler, self._fail)
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property

@@ -210,6 +210,8 @@ TYPED = {
         "compare",
         "sweep",
         "export",
+        "import",
+        "evaluate",
         "plan",
         "benchmark",
         "doctor",

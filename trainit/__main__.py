@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": "start many runs from one file, and compare them",
     "export": "write a run's model as a folder that transformers loads",
     "import": "make a run of a model in such a folder",
+    "evaluate": "measure a trained model's loss on any data",
     "plan": "predict memory, communication and time on many GPUs",
     "benchmark": "measure the loader, the train step and saves on this machine",
     "doctor": "check a config, the processes and the machines before a run",

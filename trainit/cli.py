@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         # Libraries refuse to work, e.g. Grain in its worker processes, unless absl's flags are parsed.
         flags.FLAGS.mark_as_parsed()
         arguments = [expand_home(argument) for argument in arguments]
-        takes_fields = "--config" in self._option_string_actions
+        takes_fields = "--config.FIELD" in self._option_string_actions
         rest, overrides = _split_overrides(arguments) if takes_fields else (arguments, [])
         values, unknown = self.parse_known_args(rest)
         if unknown and unknown[0].startswith("-"):
@@ -192,13 +192,13 @@ def load_config(arguments: argparse.Namespace) -> ConfigDict:
     returned = f"--config={arguments.config}: get_config returns a {type(config).__name__}"
     require(isinstance(config, ConfigDict), f"{returned}, not a config that began as config.defaults()")
     check_fields(config, config)
-    _set_fields(config, arguments.overrides)
+    set_fields(config, arguments.overrides)
     texts = {name: expand_home(value) for name, value, _ in walk(config) if type(value) is str}
     config.update_from_flattened_dict(texts)
     return config
 
 
-def _set_fields(config: ConfigDict, overrides: Sequence[tuple[str, str | None]]) -> None:
+def set_fields(config: ConfigDict, overrides: Sequence[tuple[str, str | None]]) -> None:
     """Sets fields by their dotted names. Several values of a field that takes tuples are put together."""
     fields = {name: known for name, _, known in walk(config)}
     values: dict[str, Any] = {}
@@ -230,6 +230,7 @@ def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "Tr
     from trainit.data import training_data
     from trainit.data.formats import detect
     from trainit.prepare.demo import prepare_demo
+    from trainit.train import tasks
 
     # A model that another program wrote fills the fields of it that are left open.
     load_path = "" if arguments.debug else config.checkpoint.load_path
@@ -255,6 +256,8 @@ def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "Tr
         optimizers.check(frozen)
         return frozen
 
+    for given in config.eval.tasks:
+        tasks.read(given)  # what is wrong with them is reported before anything waits
     config, data = training_data.read(config, folder, resolved, cache())
     if pretrained:
         pretrained.check_tokenizer(data.tokenizer)

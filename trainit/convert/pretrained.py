@@ -19,7 +19,6 @@ from trainit.parallel.trees import path_name
 PREFIX = "hf:"
 # Arrays that some versions have saved with a model, and that follow from its config.
 _DERIVED = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
-_PROBE = "Some  words\n\tof 3.14 and naïve Größe, 汉字 и текст: f(x) == y[0]; don't\r\n"
 
 
 def is_pretrained(load_path: str) -> bool:
@@ -67,17 +66,11 @@ class Pretrained:
             logging.warning("tokenizer  %s has none, with which the data's could be compared", self.folder)
             return
         try:
-            theirs = tokenizers.find(choice).encode([_PROBE])[0]
+            own = tokenizers.find(choice)
         except ValueError as error:
             logging.warning("tokenizer  of %s cannot be compared: %s", self.folder, error)
             return
-        ours = tokenizer.encode([_PROBE])[0]
-        require(
-            np.array_equal(ours, theirs),
-            f"the data's tokenizer ({tokenizers.describe(tokenizer)}) gives a text other ids than that of "
-            f"{self.folder}: {ours[:8].tolist()}..., not {theirs[:8].tolist()}...; prepare the data with "
-            f"--tokenizer={choice}",
-        )
+        tokenizers.check_same(tokenizer, own, str(self.folder))
 
     def parameters(self, abstract: dict) -> dict:
         """Float32 arrays of these shapes and shardings, of which each process reads its own parts."""

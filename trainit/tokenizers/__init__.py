@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from trainit.config import require
 from trainit.config.fields import TOKENIZERS as KINDS
 from trainit.tokenizers import losses as losses
 from trainit.tokenizers.base import ByteTokenizer, Tokenizer, digest
 from trainit.tokenizers.bpe import Gpt2Tokenizer, HuggingFaceTokenizer, declared_end
 from trainit.tokenizers.sentencepiece import SentencePieceTokenizer
 
+_PROBE = "Some  words\n\tof 3.14 and naïve Größe, 汉字 и текст: f(x) == y[0]; don't\r\n"
 CLASSES = ByteTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, HuggingFaceTokenizer
 
 
@@ -57,6 +59,16 @@ def load(name: str, path: Path, sha256: str, end_of_text: int | None = None) -> 
     if digest(content) != sha256:
         raise ValueError(f"{path} has SHA-256 {digest(content)}, but the dataset was made with {sha256}")
     return build(name, content, end_of_text)
+
+
+def check_same(given: Tokenizer, own: Tokenizer, of: str) -> None:
+    """Raises ConfigError if a text gets other ids from a given tokenizer than from that of a model."""
+    ours, theirs = given.encode([_PROBE])[0].tolist(), own.encode([_PROBE])[0].tolist()
+    require(
+        ours == theirs,
+        f"the data's tokenizer ({describe(given)}) gives a text other ids than that of {of} "
+        f"({describe(own)}): {ours[:8]}..., not {theirs[:8]}...; prepare the data with that one",
+    )
 
 
 def describe(tokenizer: Tokenizer, name: str = "") -> str:

@@ -1,0 +1,60 @@
+"""The validation loss of a finished run, or of a model that `transformers` reads, on any data.
+
+trainit evaluate runs/debug
+trainit evaluate hf:models/pythia --dataset=jsonl --config.dataset.validation_path=books.jsonl
+"""
+
+import argparse
+import json
+import math
+
+from trainit import cli
+from trainit.cluster import logs
+from trainit.cluster.process import DONE
+from trainit.config import DATASETS
+
+DESCRIPTION = "The validation loss of a trained model, by subset, on any data that the trainer reads."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    cli.add_finished_run_arguments(parser)
+    add = parser.add_argument_group("data").add_argument
+    kinds = "another kind of data than the run's; its fields are set by --config.dataset.FIELD"
+    add("--dataset", choices=DATASETS, default=None, help=kinds)
+    example = "sets a field, e.g. --config.eval.sequences=0 for all of the data"
+    add("--config.FIELD", metavar="VALUE", default=argparse.SUPPRESS, help=example)
+    add("--json", action="store_true", help="one object of JSON, for programs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the metrics, and returns the exit code."""
+    logs.log_to_terminal(lead=not arguments.json)
+    from trainit.tools.evaluate.loaded import load
+
+    model = load(arguments.run, arguments.step, arguments.dataset, arguments.overrides, cli.cache())
+    metrics = model.validate()
+    about = {"model": arguments.run, "step": model.step, "data": model.data.source}
+    if arguments.json:
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        print(json.dumps(about | finite))
+        return DONE
+    print(f"{about['model']}" + f", step {model.step}" * (model.step is not None) + f", on {about['data']}")
+    print(_table(metrics))
+    for name, value in metrics.items():
+        if name.startswith("tasks/"):
+            print(f"{name.removeprefix('tasks/')}  {value:.4f}")
+    return DONE
+
+
+def _table(metrics: dict[str, float]) -> str:
+    """A row for all of the data, and one for each subset."""
+    from tabulate import tabulate
+
+    rows = [["all", metrics["valid/loss"], metrics["valid/bits_per_byte"], metrics["valid/accuracy"]]]
+    for name, loss in metrics.items():
+        if name.startswith("valid/loss/"):
+            subset = name.removeprefix("valid/loss/")
+            rows.append([subset, loss, metrics.get(f"valid/bits_per_byte/{subset}", math.nan)])
+    headers = ["", "nats per token", "bits per byte", "accuracy"]
+    return tabulate(rows, headers, floatfmt=".4f", disable_numparse=[0])

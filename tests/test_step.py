@@ -30,11 +30,14 @@ SPLITS = [
     if d * f * t == n
 ]
 
+LENGTH = 16
+
 
 def make_config(path, arg="", **changes):
     config = tiny.get_config(arg)
     config.dataset.path = str(path)
-    config.model.update(attn_dropout=0.2, gpt_dropout=0.1, num_heads=8)  # dropout follows rows, not devices
+    # Dropout follows rows, not devices. Its random numbers, of length squared, take most of a step's time.
+    config.model.update(attn_dropout=0.2, gpt_dropout=0.1, num_heads=8, context_length=LENGTH)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return config_lib.resolve(config, 257)
 
@@ -65,9 +68,14 @@ def train(config, sizes, path, count, names=NAMES):
     return np.array(jax.device_get(curve)), state
 
 
+def in_two(path, data, fsdp):
+    """The config whose batch of 16 is two micro-steps on a mesh of these sizes."""
+    return make_config(path, device_batch_size=8 // (data * fsdp))
+
+
 @pytest.fixture(scope="module")
 def one_device(random_dataset):
-    return train(make_config(random_dataset), {}, random_dataset, 20)
+    return train(in_two(random_dataset, 1, 1), {}, random_dataset, 20)
 
 
 @pytest.mark.evidence(
@@ -77,8 +85,10 @@ def one_device(random_dataset):
     "sizes", SPLITS[1:], ids=lambda s: "data {data} fsdp {fsdp} tensor {tensor}".format(**s)
 )
 def test_every_split_of_the_mesh_gives_the_same_run(sizes, random_dataset, one_device):
-    """20 steps on 2, 4 and 8 devices against one device, in float32."""
-    curve, state = train(make_config(random_dataset), sizes, random_dataset, 20)
+    """20 steps of two micro-steps on 2, 4 and 8 devices against one device, in float32."""
+    config = in_two(random_dataset, sizes["data"], sizes["fsdp"])
+    assert shape_on(config, abstract_mesh(sizes)).batch_at(0).micro_steps == 2
+    curve, state = train(config, sizes, random_dataset, 20)
     np.testing.assert_allclose(curve, one_device[0], rtol=5e-4)
     assert (
         one_device[0][-1, 0] < one_device[0][0, 0] - 1
@@ -109,7 +119,7 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
     steps = build(config, mesh)
     model = GPT(config.model)
     split = open_dataset(random_dataset).splits["train"]
-    order = Shuffled(split.sequences(32), config.seed)
+    order = Shuffled(split.sequences(LENGTH), config.seed)
     mask = jax.tree.map_with_path(
         lambda path, _: path_name(path).endswith(("kernel", "embedding")),
         steps.abstract_state.params,
@@ -129,8 +139,8 @@ def test_gradient_is_of_the_mean_over_tokens(random_dataset):
 
     params, moments = steps.init().params, None
     for k in range(3):
-        ids, lengths = split.read(order(np.arange(16 * k, 16 * k + 16)), 32)
-        assert (lengths == 32).all()
+        ids, lengths = split.read(order(np.arange(16 * k, 16 * k + 16)), LENGTH)
+        assert (lengths == LENGTH).all()
         grads, parts = gradient(params, ids.astype(np.int32))
         np.testing.assert_allclose(curve[k], [*parts, optax.tree.norm(grads)], rtol=2e-4)
         optimizer = optax.chain(
@@ -188,8 +198,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
         params = state.params | {"final_norm": state.params["final_norm"] | {"scale": scale}}
         return TrainState(**vars(state) | {"params": params})
 
-    tokens = np.zeros((2, 8, 33), np.uint16)
-    batch = jax.device_put({"tokens": tokens, "lengths": np.full((2, 8), 32, np.int32)}, batch_sharding(mesh))
+    tokens = np.zeros((2, 8, LENGTH + 1), np.uint16)
+    batch = jax.device_put(
+        {"tokens": tokens, "lengths": np.full((2, 8), LENGTH, np.int32)}, batch_sharding(mesh)
+    )
     for count in (1, 2):
         state, metrics = steps.train(with_scale(state, good.at[3].set(jnp.nan)), batch)
         assert not np.isfinite(metrics["train/loss"])
@@ -210,12 +222,12 @@ def test_lengths_mask_the_loss(random_dataset):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     steps = build(config, mesh)
     params, bytes_per_token = steps.init().params, np.arange(257, dtype=np.int32)
-    tokens = np.random.default_rng(0).integers(0, 256, (1, 4, 33)).astype(np.uint16)
-    lengths = np.array([[32, 7, 0, 32]], np.int32)
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 4, LENGTH + 1)).astype(np.uint16)
+    lengths = np.array([[LENGTH, 7, 0, LENGTH]], np.int32)
     whole = steps.evaluate(params, {"tokens": tokens, "lengths": lengths}, bytes_per_token, 1)
     tokens[0, 1, 8:], tokens[0, 2] = 0, 0
     masked = steps.evaluate(params, {"tokens": tokens, "lengths": lengths}, bytes_per_token, 1)
-    assert float(whole["count"][0]) == 71
+    assert float(whole["count"][0]) == 2 * LENGTH + 7
     assert int(whole["bytes"][0]) == tokens[0, 0, 1:].sum() + tokens[0, 1, 1:8].sum() + tokens[0, 3, 1:].sum()
     for name in whole:
         np.testing.assert_allclose(whole[name], masked[name], rtol=1e-6)
@@ -228,7 +240,10 @@ def test_dropout_follows_seed_and_step(random_dataset):
         config = make_config(random_dataset, model__gpt_dropout=0.5, optimizer__learning_rate=0.0, seed=seed)
         mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
         steps = build(config, mesh)
-        batch = {"tokens": np.ones((2, 8, 33), np.uint16), "lengths": np.full((2, 8), 32, np.int32)}
+        batch = {
+            "tokens": np.ones((2, 8, LENGTH + 1), np.uint16),
+            "lengths": np.full((2, 8), LENGTH, np.int32),
+        }
         batch = jax.device_put(batch, batch_sharding(mesh))
         state, losses = steps.init(), []
         for _ in range(2):

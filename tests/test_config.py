@@ -20,6 +20,7 @@ from trainit.config import (
     defaults,
     field,
     flatten,
+    of_this_version,
     resolve,
     walk,
 )
@@ -63,11 +64,21 @@ def test_resolve_fills_what_follows():
     assert config.model.vocab_size == 50304
     assert config.model.mlp_dim == 3072
     assert config.model.num_kv_heads == 12
+    assert config.model.head_dim == 64
     swiglu = resolve(make(model__activation="swiglu"), 50257)
     assert swiglu.model.mlp_dim == 2048  # 8/3 * 768, a multiple of 64
     assert resolve(make(model__vocab_size=60000), 50257).model.vocab_size == 60000
     with pytest.raises(AttributeError):
         config.steps = 3
+
+
+def test_a_config_of_an_earlier_version_has_the_fields_since():
+    config = resolve(make(), 50257).to_dict()
+    since = {"head_dim", "norm_epsilon", "parallel_residual", "rope_interleaved", "rotary_fraction"}
+    since |= {"rope_scaling", "qkv_bias", "init_std"}
+    model = {name: value for name, value in config["model"].items() if name not in since}
+    assert len(model) == len(config["model"]) - len(since)
+    assert of_this_version({**config, "model": model}) == config
 
 
 @pytest.mark.parametrize(
@@ -96,7 +107,12 @@ def test_resolve_fills_what_follows():
         ({"model.num_kv_heads": 5}, "model.num_heads=12 is not a multiple of model.num_kv_heads=5"),
         ({"model.vocab_size": 100}, "model.vocab_size=100 is smaller than the tokenizer's 50257"),
         ({"model.attn_dropout": 1.0}, r"model.attn_dropout=1.0 must lie in \[0, 1\)"),
-        ({"model.dim": 36, "model.positions": "rope"}, "even head size.*= 3"),
+        ({"model.dim": 36, "model.positions": "rope"}, "pairs.*not rotary_fraction=1 of .* 3"),
+        ({"model.positions": "rope", "model.rotary_fraction": 0.02}, "rotary_fraction=0.02 of .* size 64"),
+        (
+            {"model.rope_scaling.low_frequency_factor": 4.0},
+            r"rope_scaling.low_frequency_factor=4 must be below high_frequency_factor=4",
+        ),
         ({"model.attention": "cudnn", "model.attn_dropout": 0.1}, "cudnn cannot do model.attn_dropout=0.1"),
         ({"model.tied_embeddings": True, "model.head_bias": True}, "exclude each other"),
         ({"schedule.warmup": 60_000}, "last 60000 steps, more than steps=50000"),

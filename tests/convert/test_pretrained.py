@@ -25,18 +25,28 @@ from trainit.train import step
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
-NEOX = {**SIZES, "intermediate_size": 64, "use_parallel_residual": False}
+NEOX = {**SIZES, "intermediate_size": 64}
+SCALED = {
+    **{"rope_type": "llama3", "rope_theta": 100.0, "original_max_position_embeddings": 16, "factor": 8.0},
+    **{"low_freq_factor": 0.5, "high_freq_factor": 2.0},
+}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MODELS = {
     "GPT-2": ("GPT2", {**GPT2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
     "GPT-2, untied": ("GPT2", {**GPT2, "n_inner": 72, "tie_word_embeddings": False}),
-    "GPT-NeoX": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
+    "GPT-NeoX": ("GPTNeoX", {**NEOX, "num_attention_heads": 2}),  # as Pythia
+    "GPT-NeoX, sequential": (
+        "GPTNeoX",
+        {**NEOX, "rotary_pct": 1.0, "hidden_act": "gelu_new", "use_parallel_residual": False},
+    ),
     "Llama": ("Llama", {**LLAMA, "rope_theta": 500.0}),
     "Llama, tied": (
         "Llama",
         {**LLAMA, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
-    "Qwen3": ("Qwen3", {**LLAMA, "head_dim": 8}),
+    "Llama 3": ("Llama", {**LLAMA, "rope_parameters": SCALED}),
+    "Qwen2": ("Qwen2", {**LLAMA, "rms_norm_eps": 1e-6}),
+    "Qwen3": ("Qwen3", {**LLAMA, "head_dim": 12}),
 }
 
 

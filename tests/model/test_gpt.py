@@ -1,5 +1,6 @@
 """The GPT against an independent forward pass in NumPy, and what must hold of any of its variants."""
 
+import math
 import re
 
 import jax
@@ -35,6 +36,22 @@ VARIANTS = {
     "two_kv_heads": {"num_kv_heads": 2},
     "one_kv_head": {"num_kv_heads": 1},
     "tied": {"tied_embeddings": True},
+    "pythia": {
+        **{"positions": "rope", "rotary_fraction": 0.5, "parallel_residual": True},
+        **{"activation": "gelu_exact", "norm_epsilon": 1e-3},
+    },
+    "rope_scaling": {
+        **{"positions": "rope", "rope_interleaved": True, "rope_scaling.factor": 4.0, "rope_theta": 100.0},
+        **{"rope_scaling.original_context": 8, "rope_scaling.low_frequency_factor": 0.5},
+        "rope_scaling.high_frequency_factor": 1.0,
+    },
+    "head_dim": {
+        "head_dim": 6,
+        "num_kv_heads": 2,
+        "activation": "geglu",
+        "use_bias": False,
+        "qkv_bias": True,
+    },
     "softcap": {"logit_softcap": 3.0},
     "no_bias": {"use_bias": False},
     "no_bias_but_head": {"use_bias": False, "head_bias": True},
@@ -50,7 +67,7 @@ DROPOUTS = ("gpt_dropout", "attn_dropout", "attn_linear_dropout", "transformer_d
 
 def model_config(**changes):
     config = trainit.config.defaults()
-    config.model = trainit.config.model(**(SMALL | changes))
+    config.model.update_from_flattened_dict(SMALL | changes)
     config.optimizer = optimizers.choices()["adamw"]()
     return trainit.config.resolve(config, 100).model
 
@@ -94,21 +111,48 @@ def random_tokens(shape, seed: int, vocab_size: int = SMALL["vocab_size"]) -> ja
     return jnp.asarray(np.random.default_rng(seed).integers(0, vocab_size, shape), jnp.int32)
 
 
-def numpy_norm(x, p, kind):
+def numpy_norm(x, p, kind, c):
     """Over the last axis; p: {"scale": ..., "bias": ... or absent}."""
     if kind == "layernorm":
-        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_epsilon)
     else:
-        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon)
     return y * p["scale"] + p.get("bias", 0.0)
 
 
-def numpy_rotate(x_LK, theta):
-    """RoPE as a complex rotation of the pairs (i, i + K/2)."""
-    L, K = x_LK.shape
-    turn = np.exp(1j * np.outer(np.arange(L), theta ** (-2 * np.arange(K // 2) / K)))
-    z = (x_LK[:, : K // 2] + 1j * x_LK[:, K // 2 :]) * turn
-    return np.concatenate([z.real, z.imag], axis=1)
+def numpy_frequencies(count, c):
+    """RoPE's angles from one position to the next, those of low frequency divided, one by one."""
+    s, scaled = c.rope_scaling, []
+    for frequency in c.rope_theta ** (-np.arange(count) / count):
+        wavelength = 2 * np.pi / frequency
+        longest = s.original_context / s.low_frequency_factor
+        shortest = s.original_context / s.high_frequency_factor
+        part = 1 / s.factor if wavelength > longest else 1.0
+        if shortest <= wavelength <= longest:
+            smooth = s.original_context / wavelength - s.low_frequency_factor
+            smooth /= s.high_frequency_factor - s.low_frequency_factor
+            part = (1 - smooth) / s.factor + smooth
+        scaled.append(part * frequency)
+    return np.array(scaled)
+
+
+def numpy_rotate(x_LK, c):
+    """RoPE as a complex rotation of the pairs (i, i + R/2), or (2i, 2i + 1), of the first R numbers."""
+    L, count = len(x_LK), int(x_LK.shape[1] * c.rotary_fraction) // 2
+    first, second = np.arange(count), np.arange(count) + count
+    if c.rope_interleaved:
+        first, second = 2 * first, 2 * first + 1
+    z = x_LK[:, first] + 1j * x_LK[:, second]
+    z = z * np.exp(1j * np.outer(np.arange(L), numpy_frequencies(count, c)))
+    y_LK = x_LK.copy()
+    y_LK[:, first], y_LK[:, second] = z.real, z.imag
+    return y_LK
+
+
+def numpy_gelu(h, exact=False):
+    if exact:
+        return h * np.vectorize(lambda x: 0.5 + 0.5 * math.erf(x / math.sqrt(2)))(h)
+    return 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
 
 
 def numpy_attention(x_LD, p, c):
@@ -118,16 +162,17 @@ def numpy_attention(x_LD, p, c):
         kv_head = head // (c.num_heads // c.num_kv_heads)
 
         def project(name, index):
-            bias = p[name]["bias"][index] if c.use_bias else 0.0
+            bias = p[name]["bias"][index] if c.use_bias or c.qkv_bias else 0.0
             return x_LD @ p[name]["kernel"][:, index] + bias
 
         q, k, v = project("query", head), project("key", kv_head), project("value", kv_head)
         if c.qk_norm:
-            q, k = numpy_norm(q, p["query_norm"], "rmsnorm"), numpy_norm(k, p["key_norm"], "rmsnorm")
+            q = numpy_norm(q, p["query_norm"], "rmsnorm", c)
+            k = numpy_norm(k, p["key_norm"], "rmsnorm", c)
         if c.positions == "rope":
-            q, k = numpy_rotate(q, c.rope_theta), numpy_rotate(k, c.rope_theta)
+            q, k = numpy_rotate(q, c), numpy_rotate(k, c)
         for i in range(L):
-            weights = np.exp(k[: i + 1] @ q[i] / np.sqrt(c.dim / c.num_heads))
+            weights = np.exp(k[: i + 1] @ q[i] / np.sqrt(q.shape[1]))
             out[i] += (weights / weights.sum()) @ v[: i + 1] @ p["out"]["kernel"][head]
     return out + (p["out"]["bias"] if c.use_bias else 0.0)
 
@@ -137,13 +182,13 @@ def numpy_mlp(x_LD, p, c):
         return x @ p[name]["kernel"] + (p[name]["bias"] if c.use_bias else 0.0)
 
     h = linear(x_LD, "up")
-    if c.activation == "gelu":
-        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    if c.activation.startswith("gelu"):
+        h = numpy_gelu(h, c.activation == "gelu_exact")
     elif c.activation == "relu2":
         h = np.maximum(h, 0) ** 2
     else:
         gate = linear(x_LD, "gate")
-        h = gate / (1 + np.exp(-gate)) * h
+        h = (numpy_gelu(gate) if c.activation == "geglu" else gate / (1 + np.exp(-gate))) * h
     return linear(h, "down")
 
 
@@ -157,9 +202,11 @@ def numpy_logits(parameters, tokens_BL, c):
             x = x + p["position_embedding"]["embedding"][np.arange(len(tokens_L))]
         for n in range(c.num_blocks):
             layer = jax.tree.map(lambda leaf, n=n: leaf[n], p["blocks"])
-            x = x + numpy_attention(numpy_norm(x, layer["attention_norm"], c.norm), layer["attention"], c)
-            x = x + numpy_mlp(numpy_norm(x, layer["mlp_norm"], c.norm), layer["mlp"], c)
-        x = numpy_norm(x, p["final_norm"], c.norm)
+            before, read = x, numpy_norm(x, layer["attention_norm"], c.norm, c)
+            x = x + numpy_attention(read, layer["attention"], c)
+            read = numpy_norm(before if c.parallel_residual else x, layer["mlp_norm"], c.norm, c)
+            x = x + numpy_mlp(read, layer["mlp"], c)
+        x = numpy_norm(x, p["final_norm"], c.norm, c)
         if c.tied_embeddings:
             y = x @ p["token_embedding"]["embedding"].T
         else:
@@ -293,7 +340,7 @@ def test_remat_recomputes_what_it_says():
 
 
 def expected_shapes(c) -> dict:
-    D, H, J, K = c.dim, c.num_heads, c.num_kv_heads, c.dim // c.num_heads
+    D, H, J, K = c.dim, c.num_heads, c.num_kv_heads, c.head_dim
     F, V, N = c.mlp_dim, c.vocab_size, c.num_blocks
     linears = {
         "blocks/attention/query": ((N, D, H, K), (N, H, K)),
@@ -303,7 +350,7 @@ def expected_shapes(c) -> dict:
         "blocks/mlp/up": ((N, D, F), (N, F)),
         "blocks/mlp/down": ((N, F, D), (N, D)),
     }
-    if c.activation == "swiglu":
+    if c.activation in ("swiglu", "geglu"):
         linears["blocks/mlp/gate"] = ((N, D, F), (N, F))
     shapes = {"token_embedding/embedding": (V, D)}
     if c.positions == "learned":
@@ -314,7 +361,7 @@ def expected_shapes(c) -> dict:
         shapes["head/bias"] = (V,)
     for path, (kernel, bias) in linears.items():
         shapes[f"{path}/kernel"] = kernel
-        if c.use_bias:
+        if c.use_bias or (c.qkv_bias and path.endswith(("query", "key", "value"))):
             shapes[f"{path}/bias"] = bias
     for path, leading in (("final_norm", ()), ("blocks/attention_norm", (N,)), ("blocks/mlp_norm", (N,))):
         shapes[f"{path}/scale"] = (*leading, D)
@@ -490,7 +537,8 @@ def test_logical_axes_name_the_right_dimensions(changes):
         "layers": c.num_blocks,
         "heads": c.num_heads,
         "kv_heads": c.num_kv_heads,
-        "head_size": c.dim // c.num_heads,
+        "head_size": c.head_dim,
+        "qk_norm": c.head_dim,
         "mlp": c.mlp_dim,
     }
     for path, leaf in by_path(jax.eval_shape(GPT(c).init, jax.random.key(0))).items():

@@ -6,7 +6,14 @@ follows from other fields, checks everything across fields and freezes the resul
 """
 
 from trainit.config.durations import BatchSizes, batch_sizes
-from trainit.config.fields import DROPOUTS, MESH_AXES, Config, dataset, defaults, jsonl, model
+from trainit.config.fields import DROPOUTS, GATED, MESH_AXES, Config, dataset, defaults, jsonl, model
 from trainit.config.groups import DATASETS, FREE, GROUPS, MODELS, SCHEDULES, choose
-from trainit.config.resolve import OPTIMIZER_FIELDS, USUAL_FIELDS, check_mesh, resolve, shrink
+from trainit.config.resolve import (
+    OPTIMIZER_FIELDS,
+    USUAL_FIELDS,
+    check_mesh,
+    of_this_version,
+    resolve,
+    shrink,
+)
 from trainit.config.schema import ConfigDict, ConfigError, Field, check_fields, field, flatten, require, walk

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from trainit.config.durations import batch_sizes
-from trainit.config.fields import VOCABULARY_MULTIPLE, Config
+from trainit.config.fields import GATED, VOCABULARY_MULTIPLE, Config, model
 from trainit.config.groups import SCHEDULES
 from trainit.config.schema import ConfigDict, ConfigError, as_tuple, check_fields, flatten, names, require
 
@@ -25,11 +25,11 @@ def shrink(config: ConfigDict, keep: Collection[str]) -> ConfigDict:
     """Shrinks a run in place, for --debug: a laptop does it in a minute. Fields named in `keep` stay."""
     # Sizes that 1, 2, 3, 4, 6, 8, 12, 16 and 24 devices can share, and steps with everything in them.
     run = {"steps": 10, "batch_size": 48, "device_batch_size": 3, "cpu_devices": 8}  # two micro-steps
-    model = {"dim": 96, "num_heads": 4, "num_blocks": 2, "mlp_dim": 0, "vocab_size": 0}
-    model["num_kv_heads"] = 2 if config.model.num_kv_heads else 0
-    model["context_length"] = min(config.model.context_length, 64)
+    sizes = {"dim": 96, "num_heads": 4, "num_blocks": 2, "mlp_dim": 0, "vocab_size": 0, "head_dim": 0}
+    sizes["num_kv_heads"] = 2 if config.model.num_kv_heads else 0
+    sizes["context_length"] = min(config.model.context_length, 64)
     groups = {
-        "model": model,
+        "model": sizes,
         "eval": {"every_steps": 5, "sequences": 32},
         "checkpoint": {"save_steps": 5, "load_path": ""},
         "log": {"every_steps": 1},
@@ -94,23 +94,33 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -
     """Fills and checks the sub-config `model`."""
     # What 0 and -1 stand for.
     m.num_kv_heads = m.num_kv_heads or m.num_heads
+    if not m.head_dim:
+        _check_multiple("model.dim", m.dim, "model.num_heads", m.num_heads)
+        m.head_dim = m.dim // m.num_heads
     if m.document_mask and m.end_of_text == -1:
         m.end_of_text = end_of_text
     if not m.mlp_dim:
-        m.mlp_dim = 64 * -(-8 * m.dim // (3 * 64)) if m.activation == "swiglu" else 4 * m.dim
+        m.mlp_dim = 64 * -(-8 * m.dim // (3 * 64)) if m.activation in GATED else 4 * m.dim
     if not m.vocab_size:
         m.vocab_size = -(-tokenizer_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     # What excludes each other.
-    head_size, ids = m.dim // m.num_heads, tokenizer_vocab_size
-    _check_multiple("model.dim", m.dim, "model.num_heads", m.num_heads)
+    rotary, ids, scaling = int(m.rotary_fraction * m.head_dim), tokenizer_vocab_size, m.rope_scaling
     _check_multiple("model.num_heads", m.num_heads, "model.num_kv_heads", m.num_kv_heads)
     require(
         not m.document_mask or 0 <= m.end_of_text < ids,
         f"model.document_mask=True needs an id that ends documents, from 0 to {ids - 1}, not "
         f"model.end_of_text={m.end_of_text}",
     )
-    if m.positions == "rope" and head_size % 2:
-        raise ConfigError(f"model.positions=rope needs an even head size, not dim / num_heads = {head_size}")
+    require(
+        m.positions != "rope" or (rotary >= 2 and rotary % 2 == 0),
+        f"model.positions=rope turns pairs of numbers, not rotary_fraction={m.rotary_fraction:g} of the head "
+        f"size {m.head_dim}",
+    )
+    require(
+        scaling.low_frequency_factor < scaling.high_frequency_factor,
+        f"model.rope_scaling.low_frequency_factor={scaling.low_frequency_factor:g} must be below "
+        f"high_frequency_factor={scaling.high_frequency_factor:g}",
+    )
     for name in ("attn_dropout", "document_mask"):
         message = f"model.attention=cudnn cannot do model.{name}={m[name]}; take attention=auto"
         require(m.attention != "cudnn" or not m[name], message)
@@ -118,6 +128,15 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -
         raise ConfigError("model.head_bias=True and model.tied_embeddings=True exclude each other")
     if m.vocab_size < ids:
         raise ConfigError(f"model.vocab_size={m.vocab_size} is smaller than the tokenizer's {ids}; 0 fits it")
+
+
+def of_this_version(config: dict) -> dict:
+    """A saved config with those fields of its model that are newer than it, so that they change nothing."""
+    if "model" not in config:
+        return config
+    saved = config["model"]
+    usual = model(head_dim=saved["dim"] // saved["num_heads"]).to_dict()
+    return {**config, "model": {**usual, **saved}}
 
 
 def _check_diagnostics(d: ConfigDict) -> None:

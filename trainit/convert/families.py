@@ -1,7 +1,7 @@
 """Which model of `transformers` a config is, and where each of its parameters lies there.
 
 The numbers are those of the checkpoint: nothing is computed, kernels are only turned and put side by side.
-Shapes are from the classes GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaForCausalLM and Qwen3ForCausalLM.
+Shapes and meanings are those of the classes' code there.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainit.config import Config, ConfigError
-from trainit.model.layers import NORM_EPSILON
+from trainit.config import Config, ConfigError, flatten
 from trainit.parallel.layout import matrix_shape, parameter_kind
 
 QKV = ("query", "key", "value")
@@ -23,22 +22,54 @@ class Family:
 
     name: str  # `model_type` there
     architecture: str
-    fields: Mapping[str, object]  # of a config's model, with the values that they must have
-    same_kv_heads: bool  # whether each query head has its own key and value
+    fields: Mapping[str, object]  # of a config's model, with the values that they must have, or conditions
     config: Callable[[Config], dict]  # what config.json has in addition to `_common`
     names: Mapping[str, str]  # of parameters, without the last part of the path; {} stands for the layer
     fused: str = ""  # "heads" or "columns": how query, key and value share an array; "": they do not
     transposed: bool = True  # kernels are (outputs, inputs)
 
+    @property
+    def needed(self) -> dict[str, object]:
+        """`fields`, with those that it has like most families."""
+        return {**_PLAIN, **self.fields}
+
     def unmet(self, model: Config) -> list[str]:
         """The fields by which a model is none of this family, as text."""
-        different = [f"{name}={model[name]!r}" for name, value in self.fields.items() if model[name] != value]
-        grouped = self.same_kv_heads and model.num_kv_heads != model.num_heads
-        return different + [f"num_kv_heads={model.num_kv_heads}"] * grouped
+        unmet = []
+        for name, value in flatten(model).items():
+            want = self.needed.get(name, value)
+            if not (want(model) if callable(want) else value == want):
+                unmet.append(f"{name}={value!r}")
+        return unmet
 
 
-_ROPE = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu"}
-_EXPRESSED = {"head_bias": False, "logit_softcap": 0.0}
+def _any(m: Config) -> bool:
+    return True
+
+
+def _one_of(name: str, *values: object) -> Callable[[Config], bool]:
+    return lambda m: m[name] in values
+
+
+# What a family has unless it says otherwise. Sizes, norm_epsilon and tied_embeddings are free in all.
+_PLAIN: Mapping[str, object] = {
+    **{"use_bias": False, "qkv_bias": False, "head_bias": False, "qk_norm": False, "logit_softcap": 0.0},
+    **{"parallel_residual": False, "rope_interleaved": False, "rotary_fraction": 1.0},
+    "rope_scaling.factor": 1.0,
+    "num_kv_heads": lambda m: m.num_kv_heads == m.num_heads,
+    "head_dim": lambda m: m.head_dim * m.num_heads == m.dim,
+}
+_MODERN: Mapping[str, object] = {
+    **{"positions": "rope", "norm": "rmsnorm", "activation": "swiglu"},
+    **{"rope_scaling.factor": _any, "num_kv_heads": _any},
+}
+_OWN_HEAD_DIM = {"head_dim": lambda m: m.dim % m.num_heads == 0}  # checked there, needed or not
+# Names there.
+GELU = {"gelu": "gelu_new", "gelu_exact": "gelu"}
+ROPE_SCALING = {
+    **{"factor": "factor", "original_context": "original_max_position_embeddings"},
+    **{"low_frequency_factor": "low_freq_factor", "high_frequency_factor": "high_freq_factor"},
+}
 _LAYER = "model.layers.{}."
 _LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
@@ -55,8 +86,12 @@ _LLAMA_NAMES = {
 
 
 def _rope(m: Config, **more: float) -> dict:
-    # transformers 5 reads rope_parameters alone; 4.57 and other programs read the old fields alone.
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta, **more}}
+    """transformers 5 reads rope_parameters; 4.57 and other programs read the old fields alone."""
+    scaled = {"rope_type": "llama3", **{ROPE_SCALING[name]: value for name, value in m.rope_scaling.items()}}
+    is_scaled = m.rope_scaling.factor != 1
+    parameters = {"rope_theta": m.rope_theta, **(scaled if is_scaled else {"rope_type": "default"}), **more}
+    old = {"rope_scaling": scaled} if is_scaled else {}
+    return {"rope_theta": m.rope_theta, **old, "rope_parameters": parameters}
 
 
 def _sizes(m: Config) -> dict:
@@ -70,22 +105,31 @@ def _sizes(m: Config) -> dict:
 
 
 def _llama(m: Config) -> dict:
-    heads = {"num_key_value_heads": m.num_kv_heads, "head_dim": m.dim // m.num_heads}
-    about = {"rms_norm_eps": NORM_EPSILON, "hidden_act": "silu", "rope_theta": m.rope_theta}
+    heads = {"num_key_value_heads": m.num_kv_heads, "head_dim": m.head_dim}
+    about = {"rms_norm_eps": m.norm_epsilon, "hidden_act": "silu"}
     return _sizes(m) | heads | about | {"attention_bias": m.use_bias, "mlp_bias": m.use_bias} | _rope(m)
 
 
+def _qwen(m: Config) -> dict:
+    return _llama(m) | {"use_sliding_window": False}
+
+
 def _gpt_neox(m: Config) -> dict:
-    about = {"layer_norm_eps": NORM_EPSILON, "hidden_act": "gelu_new", "use_parallel_residual": False}
-    old = {"rotary_emb_base": m.rope_theta, "rotary_pct": 1.0, "attention_bias": True}
-    return _sizes(m) | about | old | _rope(m, partial_rotary_factor=1.0)
+    about = {"layer_norm_eps": m.norm_epsilon, "hidden_act": GELU[m.activation], "attention_bias": True}
+    about |= {"use_parallel_residual": m.parallel_residual}
+    old = {"rotary_emb_base": m.rope_theta, "rotary_pct": m.rotary_fraction}
+    return _sizes(m) | about | old | _rope(m, partial_rotary_factor=m.rotary_fraction)
 
 
 def _gpt2(m: Config) -> dict:
     return {
         **{"n_embd": m.dim, "n_inner": m.mlp_dim, "n_layer": m.num_blocks, "n_head": m.num_heads},
-        **{"n_positions": m.context_length, "layer_norm_epsilon": NORM_EPSILON},
-        **{"activation_function": "gelu_new", "embd_pdrop": m.gpt_dropout, "attn_pdrop": m.attn_dropout},
+        **{"n_positions": m.context_length, "layer_norm_epsilon": m.norm_epsilon},
+        **{
+            "activation_function": GELU[m.activation],
+            "embd_pdrop": m.gpt_dropout,
+            "attn_pdrop": m.attn_dropout,
+        },
         "resid_pdrop": m.transformer_dropout,
     }
 
@@ -95,10 +139,9 @@ FAMILIES = (
         "gpt2",
         "GPT2LMHeadModel",
         {
-            **{"positions": "learned", "norm": "layernorm", "activation": "gelu"},
-            **{"use_bias": True, "qk_norm": False, **_EXPRESSED},
+            **{"positions": "learned", "norm": "layernorm", "use_bias": True},
+            "activation": _one_of("activation", *GELU),
         },
-        True,
         _gpt2,
         {
             "token_embedding": "transformer.wte",
@@ -119,10 +162,10 @@ FAMILIES = (
         "gpt_neox",
         "GPTNeoXForCausalLM",
         {
-            **{"positions": "rope", "norm": "layernorm", "activation": "gelu"},
-            **{"use_bias": True, "qk_norm": False, **_EXPRESSED},
+            **{"positions": "rope", "norm": "layernorm", "use_bias": True},
+            "activation": _one_of("activation", *GELU),
+            **{"parallel_residual": _any, "rotary_fraction": _any},
         },
-        True,
         _gpt_neox,
         {
             "token_embedding": "gpt_neox.embed_in",
@@ -137,17 +180,9 @@ FAMILIES = (
         },
         fused="heads",
     ),
-    Family(
-        "llama", "LlamaForCausalLM", {**_ROPE, "qk_norm": False, **_EXPRESSED}, False, _llama, _LLAMA_NAMES
-    ),
-    Family(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        {**_ROPE, "qk_norm": True, "use_bias": False, **_EXPRESSED},
-        False,
-        _llama,
-        _LLAMA_NAMES,
-    ),
+    Family("llama", "LlamaForCausalLM", {**_MODERN, **_OWN_HEAD_DIM, "use_bias": _any}, _llama, _LLAMA_NAMES),
+    Family("qwen2", "Qwen2ForCausalLM", {**_MODERN, "qkv_bias": True}, _qwen, _LLAMA_NAMES),
+    Family("qwen3", "Qwen3ForCausalLM", {**_MODERN, "head_dim": _any, "qk_norm": True}, _qwen, _LLAMA_NAMES),
 )
 
 
@@ -169,6 +204,7 @@ def config_json(family: Family, model: Config, vocab_size: int, end_of_text: int
         "model_type": family.name,
         "vocab_size": vocab_size,
         "tie_word_embeddings": model.tied_embeddings,
+        "initializer_range": model.init_std,
         "bos_token_id": None,
         "eos_token_id": end_of_text,
         "pad_token_id": None,

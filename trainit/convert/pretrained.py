@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from trainit import tokenizers
-from trainit.config import ConfigDict, ConfigError, jsonl, model, require
+from trainit.config import ConfigDict, ConfigError, flatten, jsonl, model, require
 from trainit.convert import families, read_config, tensor_files
 from trainit.parallel.layout import is_stacked
 from trainit.parallel.trees import path_name
@@ -40,15 +40,16 @@ class Pretrained:
 
     def fill(self, config: ConfigDict) -> None:
         """Sets the model's fields, in place. Raises ConfigError where the config has set another value."""
-        usual, mine = model(), config.model
+        usual, mine = flatten(model()), flatten(config.model)
         for name, value in self.fields.items():
             require(
                 name == "context_length" or mine[name] in (usual[name], value),
                 f"model.{name}={mine[name]!r}, but the model in {self.folder} has {value!r}; leave it out",
             )
-        is_open = mine.context_length == usual.context_length
-        length = min(mine.context_length, self.fields["context_length"]) if is_open else mine.context_length
-        mine.update({**self.fields, "context_length": length})
+        length = mine["context_length"]
+        if length == usual["context_length"]:  # it is open
+            length = min(length, self.fields["context_length"])
+        config.model.update_from_flattened_dict({**self.fields, "context_length": length})
         d, files = config.dataset, self.tokenizer_choice()
         if "streams" in d and d.tokenizer == jsonl().tokenizer and files:
             d.tokenizer = files

@@ -10,37 +10,56 @@ from trainit.convert.families import Family
 
 # What may differ from what Trainit would write: it changes no logits.
 _FREE = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"}
-_FREE |= {"tie_word_embeddings", "embd_pdrop", "attn_pdrop", "resid_pdrop"}
+_FREE |= {"tie_word_embeddings", "initializer_range", "embd_pdrop", "attn_pdrop", "resid_pdrop"}
 # What must be off where Trainit would not write it.
 _OFF = {"use_sliding_window", "sliding_window", "rope_scaling", "add_cross_attention", "is_encoder_decoder"}
 _OFF |= {"scale_attn_by_inverse_layer_idx", "attention_bias", "mlp_bias", "use_parallel_residual"}
 _OFF |= {"attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "quantization_config"}
 _SAME = {"gelu_pytorch_tanh": "gelu_new"}
+_ACTIVATIONS = {**{there: here for here, there in families.GELU.items()}, "gelu_pytorch_tanh": "gelu"}
 
 
 def _gpt2(a: Mapping) -> dict[str, Any]:
     sizes = {"dim": a["n_embd"], "num_heads": a["n_head"], "num_blocks": a["n_layer"]}
     sizes |= {"context_length": a["n_positions"], "mlp_dim": a.get("n_inner") or 4 * a["n_embd"]}
-    return sizes | {"num_kv_heads": a["n_head"]}
+    sizes |= {"num_kv_heads": a["n_head"], "head_dim": a["n_embd"] // a["n_head"]}
+    activation = _ACTIVATIONS.get(a["activation_function"], "gelu")
+    return sizes | {"norm_epsilon": a["layer_norm_epsilon"], "activation": activation}
 
 
 def _sizes(a: Mapping) -> dict[str, Any]:
-    heads = a["num_attention_heads"]
+    heads, rope = a["num_attention_heads"], _rope(a)
+    scaling = {}
+    if rope.get("rope_type") == "llama3":
+        there = families.ROPE_SCALING.items()
+        scaling = {f"rope_scaling.{ours}": rope[theirs] for ours, theirs in there}
     return {
         "dim": a["hidden_size"],
         "num_heads": heads,
         "num_kv_heads": a.get("num_key_value_heads") or heads,
+        "head_dim": a.get("head_dim") or a["hidden_size"] // heads,
         "num_blocks": a["num_hidden_layers"],
         "context_length": a["max_position_embeddings"],
         "mlp_dim": a["intermediate_size"],
-        "rope_theta": float(_rope(a).get("rope_theta", 10_000.0)),
+        "rope_theta": float(rope.get("rope_theta", 10_000.0)),
+        "norm_epsilon": a["rms_norm_eps"] if "rms_norm_eps" in a else a["layer_norm_eps"],
+        **scaling,
     }
 
 
 def _rope(a: Mapping) -> Mapping:
     """RoPE's parameters, from either form of them."""
     old = {"rope_theta": a.get("rope_theta") or a.get("rotary_emb_base")}
-    return {key: value for key, value in old.items() if value} | (a.get("rope_parameters") or {})
+    old = {key: value for key, value in old.items() if value} | (a.get("rope_scaling") or {})
+    return old | (a.get("rope_parameters") or {})
+
+
+def _gpt_neox(a: Mapping) -> dict[str, Any]:
+    return _sizes(a) | {
+        "rotary_fraction": _rope(a).get("partial_rotary_factor", a.get("rotary_pct", 0.25)),
+        "parallel_residual": a.get("use_parallel_residual", True),
+        "activation": _ACTIVATIONS.get(a["hidden_act"], "gelu"),
+    }
 
 
 def _llama(a: Mapping) -> dict[str, Any]:
@@ -48,7 +67,7 @@ def _llama(a: Mapping) -> dict[str, Any]:
 
 
 READERS: dict[str, Callable[[Mapping], dict[str, Any]]]
-READERS = {"gpt2": _gpt2, "gpt_neox": _sizes, "llama": _llama, "qwen3": _sizes}
+READERS = {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "llama": _llama, "qwen2": _sizes, "qwen3": _sizes}
 
 
 def read(about: Mapping[str, Any], tied: bool, where: str) -> tuple[Family, dict[str, Any]]:
@@ -66,11 +85,12 @@ def read(about: Mapping[str, Any], tied: bool, where: str) -> tuple[Family, dict
         raise ConfigError(f"{where} lacks {error.args[0]}") from None
     fields |= {"vocab_size": vocab_size, "tied_embeddings": about.get("tie_word_embeddings", tied)}
     family = known[0]
-    fields = {name: value for name, value in family.fields.items() if name not in fields} | fields
+    fields = {name: value for name, value in family.needed.items() if not callable(value)} | fields
 
     # Would Trainit write the same about such a model?
     try:
-        model = model_config(**fields)
+        model = model_config()
+        model.update_from_flattened_dict(fields)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from None
     check_fields(model, model, "model.", f"{where}: ")

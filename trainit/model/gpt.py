@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainit.config import Config
+from trainit.config import GATED, Config
 from trainit.model.attention import dropout, plain
-from trainit.model.layers import INIT_STD, Documents, Embedding, Head, Linear, Norm, find_documents, rope
+from trainit.model.layers import Documents, Embedding, Head, Linear, Norm, find_documents, rope
 from trainit.model.precision import PARTS, PartPrecision
 from trainit.parallel.collectives import ONE_DEVICE, MaybeArray, Parallel
 from trainit.parallel.embedding import vocab_parallel_embedding
@@ -38,14 +38,14 @@ class Attention(nnx.Module):
     """Causal self-attention, with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) where J < H."""
 
     def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, float8: bool):
-        size, residual_std = c.dim // c.num_heads, INIT_STD / math.sqrt(2 * c.num_blocks)
+        size, std, bias = c.head_dim, c.init_std, c.use_bias or c.qkv_bias
         self.c, self.attend, self.parallel, self.float8 = c, attend, parallel, float8
-        self.query = Linear((c.dim,), (c.num_heads, size), c.use_bias, INIT_STD, rngs)
-        self.key = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, INIT_STD, rngs)
-        self.value = Linear((c.dim,), (c.num_kv_heads, size), c.use_bias, INIT_STD, rngs)
-        self.out = Linear((c.num_heads, size), (c.dim,), c.use_bias, residual_std, rngs)
-        self.query_norm = Norm(size, center=False, bias=False) if c.qk_norm else None
-        self.key_norm = Norm(size, center=False, bias=False) if c.qk_norm else None
+        self.query = Linear((c.dim,), (c.num_heads, size), bias, std, rngs)
+        self.key = Linear((c.dim,), (c.num_kv_heads, size), bias, std, rngs)
+        self.value = Linear((c.dim,), (c.num_kv_heads, size), bias, std, rngs)
+        self.out = Linear((c.num_heads, size), (c.dim,), c.use_bias, std / math.sqrt(2 * c.num_blocks), rngs)
+        self.query_norm = Norm(size, False, False, c.norm_epsilon) if c.qk_norm else None
+        self.key_norm = Norm(size, False, False, c.norm_epsilon) if c.qk_norm else None
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
         c = self.c
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLJK = self.query_norm(q_BLHK), self.key_norm(k_BLJK)
         if c.positions == "rope":
-            q_BLHK, k_BLJK = (rope(x, c.rope_theta, position_BL) for x in (q_BLHK, k_BLJK))
+            q_BLHK, k_BLJK = (rope(x, c, position_BL) for x in (q_BLHK, k_BLJK))
 
         # What each query takes of the values.
         attend: Attend = functools.partial(self.attend, rate=c.attn_dropout)
@@ -74,29 +74,36 @@ def _keys_of_heads(key_B: jax.Array, heads: int) -> jax.Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, jnp.arange(heads))
 
 
+def gelu(x: jax.Array, approximate: bool = True) -> jax.Array:
+    """GELU (Hendrycks & Gimpel, arXiv 1606.08415), approximately with tanh, or exactly."""
+    # The approximation's cube overflows in float16 from 41 on, and the slope is NaN then.
+    wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+    return jax.nn.gelu(x.astype(wide), approximate).astype(x.dtype)
+
+
 class MLP(nnx.Module):
-    """GELU (tanh form), squared ReLU (So et al., arXiv 2109.08668) or SwiGLU (Shazeer, arXiv 2002.05202)."""
+    """GELU, squared ReLU (So et al., arXiv 2109.08668), SwiGLU or GEGLU (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, c: Config, parallel: Parallel, rngs: nnx.Rngs, float8: bool):
-        residual_std = INIT_STD / math.sqrt(2 * c.num_blocks)
+        residual_std = c.init_std / math.sqrt(2 * c.num_blocks)
         self.c, self.parallel, self.float8 = c, parallel, float8
-        self.up = Linear((c.dim,), (c.mlp_dim,), c.use_bias, INIT_STD, rngs)
-        gated = c.activation == "swiglu"
-        self.gate = Linear((c.dim,), (c.mlp_dim,), c.use_bias, INIT_STD, rngs) if gated else None
+        into = (c.dim,), (c.mlp_dim,), c.use_bias, c.init_std, rngs
+        self.up = Linear(*into)
+        self.gate = Linear(*into) if c.activation in GATED else None
         self.down = Linear((c.mlp_dim,), (c.dim,), c.use_bias, residual_std, rngs)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
         weights = (linear.weights for linear in (self.up, self.gate) if linear is not None)
         h_BLF, *gate_BLF = column_parallel(self.parallel, x_BLD, *weights, float8=self.float8)
         match self.c.activation:
-            case "gelu":
-                # Its cube overflows in float16 from 41 on, and the slope is NaN then.
-                wide = jnp.float32 if h_BLF.dtype == jnp.float16 else h_BLF.dtype
-                h_BLF = jax.nn.gelu(h_BLF.astype(wide), approximate=True).astype(h_BLF.dtype)
+            case "gelu" | "gelu_exact":
+                h_BLF = gelu(h_BLF, self.c.activation == "gelu")
             case "relu2":
                 h_BLF = jnp.square(jax.nn.relu(h_BLF))
             case "swiglu":
                 h_BLF = h_BLF * jax.nn.silu(*gate_BLF)
+            case "geglu":
+                h_BLF = h_BLF * gelu(gate_BLF[0])
         y_BLD = row_parallel(self.parallel, h_BLF, *self.down.weights, float8=self.float8)
         return dropout(y_BLD, self.c.transformer_dropout, key, 2)
 
@@ -105,22 +112,24 @@ class Block(nnx.Module):
     """One layer: attention and MLP, each of the normalized residual stream, and added to it."""
 
     def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, parts: Parts):
-        self.parallel = parallel
+        self.c, self.parallel = c, parallel
         # The residual stream has the model's precision; norms round what each half reads to its own.
         self.types = parts["attention"].dtype, parts["mlp"].dtype
-        self.attention_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
+        norm = c.dim, c.norm == "layernorm", c.use_bias, c.norm_epsilon
+        self.attention_norm = Norm(*norm)
         self.attention = Attention(c, attend, parallel, rngs, parts["attention"].float8)
-        self.mlp_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
+        self.mlp_norm = Norm(*norm)
         self.mlp = MLP(c, parallel, rngs, parts["mlp"].float8)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
         with jax.named_scope("attention"):
             y_BLD = self.attention(self.attention_norm(x_BLD, self.types[0]), key, documents)
-            x_BLD = x_BLD + y_BLD.astype(x_BLD.dtype)
+            sum_BLD = x_BLD + y_BLD.astype(x_BLD.dtype)
         with jax.named_scope("mlp"):
-            y_BLD = self.mlp(self.mlp_norm(x_BLD, self.types[1]), key)
-            x_BLD = x_BLD + y_BLD.astype(x_BLD.dtype)
-        return self.parallel.constrain(x_BLD, "batch", "residual_length", None)
+            read_BLD = x_BLD if self.c.parallel_residual else sum_BLD
+            y_BLD = self.mlp(self.mlp_norm(read_BLD, self.types[1]), key)
+            sum_BLD = sum_BLD + y_BLD.astype(x_BLD.dtype)
+        return self.parallel.constrain(sum_BLD, "batch", "residual_length", None)
 
 
 # What a block keeps for its backward pass in addition to its input, by model.remat. The rest is recomputed.
@@ -139,14 +148,15 @@ class Network(nnx.Module):
 
     def __init__(self, c: Config, dtype, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, parts: Parts):
         self.c, self.dtype, self.parallel, self.head_dtype = c, dtype, parallel, parts["head"].dtype
-        self.token_embedding = Embedding(c.vocab_size, c.dim, rngs)
+        self.token_embedding = Embedding(c.vocab_size, c.dim, c.init_std, rngs)
         learned = c.positions == "learned"
-        self.position_embedding = Embedding(c.context_length, c.dim, rngs) if learned else None
+        table = c.context_length, c.dim, c.init_std, rngs
+        self.position_embedding = Embedding(*table) if learned else None
         # All layers are created at once, each with a key of its own, and their parameters are stacked.
         keys = jax.random.split(rngs.params(), c.num_blocks)
         self.blocks = nnx.vmap(lambda key: Block(c, attend, parallel, nnx.Rngs(params=key), parts))(keys)
-        self.final_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias)
-        head = (c.dim,), (c.vocab_size,), c.head_bias, INIT_STD, rngs
+        self.final_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias, c.norm_epsilon)
+        head = (c.dim,), (c.vocab_size,), c.head_bias, c.init_std, rngs
         self.head = None if c.tied_embeddings else Linear(*head)
 
     def __call__(self, tokens_BL: jax.Array, key: jax.Array | None, first_row) -> tuple[jax.Array, Head]:
@@ -202,7 +212,7 @@ class GPT:
         self._graph, _ = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
     def init(self, key: jax.Array) -> dict:
-        """Float32 parameters: N(0, 0.02), residual outputs N(0, 0.02 / sqrt(2 N)), biases 0, scales 1."""
+        """Float32 parameters: N(0, init_std), residual outputs that / sqrt(2 N), biases 0, scales 1."""
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
     def hidden(

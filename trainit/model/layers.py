@@ -3,14 +3,14 @@
 Names of arrays carry their dimensions as in `model/gpt.py`.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-NORM_EPSILON = 1e-5
-INIT_STD = 0.02  # of GPT-2's initial weights
+from trainit.config import Config
 
 
 class Linear(nnx.Module):
@@ -30,8 +30,8 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm (Ba et al., arXiv 1607.06450), with `center`, or RMSNorm (Zhang & Sennrich, 1910.07467)."""
 
-    def __init__(self, size: int, center: bool, bias: bool):
-        self.center = center
+    def __init__(self, size: int, center: bool, bias: bool, epsilon: float):
+        self.center, self.epsilon = center, epsilon
         self.scale = nnx.Param(jnp.ones(size))
         self.bias = nnx.Param(jnp.zeros(size)) if center and bias else None
 
@@ -40,15 +40,15 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)  # squares and their mean lose too much in 16 bits
         if self.center:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + NORM_EPSILON) * self.scale[...]
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
         return (y if self.bias is None else y + self.bias[...]).astype(dtype or x.dtype)
 
 
 class Embedding(nnx.Module):
     """A table (rows, D). `parallel/embedding.py` looks rows up in it."""
 
-    def __init__(self, rows: int, dim: int, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(jax.nn.initializers.normal(INIT_STD)(rngs.params(), (rows, dim)))
+    def __init__(self, rows: int, dim: int, std: float, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.nn.initializers.normal(std)(rngs.params(), (rows, dim)))
 
 
 @jax.tree_util.register_dataclass
@@ -88,17 +88,27 @@ def find_documents(tokens_BL: jax.Array, end_of_text: int) -> Documents:
     return Documents(jnp.cumsum(ends_BL, axis=1), index_L - starts_BL)
 
 
-def rope(x_BLHK: jax.Array, theta: float, position_BL: jax.Array | None = None) -> jax.Array:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864): turns (x[i], x[i + K/2]) by l * theta^(-2i/K).
+def rope(x_BLHK: jax.Array, c: Config, position_BL: jax.Array | None = None) -> jax.Array:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): turns (x[i], x[i + R/2]) by l * theta^(-2i/R).
 
-    The position l is by default a token's index in its row.
+    The position l is by default a token's index in its row. The first R of K numbers are turned; interleaved,
+    in pairs (x[2i], x[2i + 1]). `c` is the config of the model.
     """
-    _, L, _, K = x_BLHK.shape
+    L, R = x_BLHK.shape[1], int(c.rotary_fraction * x_BLHK.shape[3])
     # In float32: bfloat16 could not tell large positions apart.
-    frequency = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+    frequency = c.rope_theta ** (-jnp.arange(0, R, 2, dtype=jnp.float32) / R)
+    if (s := c.rope_scaling).factor != 1:
+        # By its turns in the original context a frequency stays, is divided, or lies between (Llama 3,
+        # Grattafiori et al. 2024, arXiv 2407.21783).
+        turns = s.original_context / (2 * math.pi) * frequency
+        kept = (turns - s.low_frequency_factor) / (s.high_frequency_factor - s.low_frequency_factor)
+        kept = jnp.clip(kept, 0, 1)
+        frequency = frequency * (kept + (1 - kept) / s.factor)
     position = jnp.arange(L) if position_BL is None else position_BL
-    angle = position.astype(jnp.float32)[..., None] * frequency  # ([B,] L, K / 2)
+    angle = position.astype(jnp.float32)[..., None] * frequency  # ([B,] L, R / 2)
     cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
-    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
-    return turned.astype(x_BLHK.dtype)
+    x, rest = x_BLHK[..., :R].astype(jnp.float32), x_BLHK[..., R:]
+    first, second = (x[..., ::2], x[..., 1::2]) if c.rope_interleaved else jnp.split(x, 2, axis=-1)
+    pairs = first * cos - second * sin, first * sin + second * cos
+    turned = jnp.stack(pairs, -1).reshape(x.shape) if c.rope_interleaved else jnp.concatenate(pairs, -1)
+    return jnp.concatenate([turned.astype(x_BLHK.dtype), rest], -1)

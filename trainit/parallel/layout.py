@@ -46,7 +46,7 @@ PARAMETERS = (
     ("blocks/attention/(key|value)/kernel", ("layers", "embed", "kv_heads", "head_size"), "matrix"),
     ("blocks/attention/query/bias", ("layers", "heads", "head_size"), "vector"),
     ("blocks/attention/(key|value)/bias", ("layers", "kv_heads", "head_size"), "vector"),
-    ("blocks/attention/(query|key)_norm/scale", ("layers", "head_size"), "vector"),
+    ("blocks/attention/(query|key)_norm/scale", ("layers", "qk_norm"), "vector"),
     ("blocks/attention/out/kernel", ("layers", "heads", "head_size", "embed"), "matrix"),
     ("blocks/mlp/(up|gate)/kernel", ("layers", "embed", "mlp"), "matrix"),
     ("blocks/mlp/(up|gate)/bias", ("layers", "mlp"), "vector"),

@@ -116,7 +116,7 @@ def choose_attention(config: Config, platform: str, precision: str) -> str:
     The platform is "cuda" only for NVIDIA's GPUs with bfloat16 units. Raises ConfigError where cudnn is asked
     for and cannot run.
     """
-    size = config.dim // config.num_heads
+    size = config.head_dim
     fits = precision == "bfloat16" and size % 8 == 0 and size <= 128  # larger ones not on every card
     possible = platform == "cuda" and fits and not config.attn_dropout and not config.document_mask
     require(

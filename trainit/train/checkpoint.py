@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from trainit.cluster import sync
 from trainit.cluster.run_lock import try_to_write
-from trainit.config import ConfigError
+from trainit.config import ConfigError, of_this_version
 from trainit.parallel.trees import path_name
 
 # Fields of a state that are saved as items of their own: a resume may have others of them, or none.
@@ -112,7 +112,8 @@ class CheckpointStore:
     def meta(self, step: int) -> dict:
         """What was saved with the state of `step`. Raises ConfigError if it is damaged or not Trainit's."""
         with self.reading(step):
-            return self.opened.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            meta = self.opened.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            return meta | {"config": of_this_version(meta["config"])} if "config" in meta else meta
 
     @contextlib.contextmanager
     def reading(self, step: int) -> Iterator[None]:

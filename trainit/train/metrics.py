@@ -8,7 +8,7 @@ import jax
 from trainit import __version__
 from trainit.cluster.devices import peak_memory
 from trainit.cluster.hardware import peak_flops
-from trainit.config import Config
+from trainit.config import GATED, Config
 from trainit.parallel.trees import total_bytes
 
 
@@ -32,14 +32,13 @@ def facts(model: Config, state) -> dict:
 def flops_per_token(model: Config) -> float:
     """Model FLOPs of forward and backward pass per token: 6 * weights in matrix products + attention.
 
-    Attention is 12 * N * L * D, not halved for causality (Chowdhery et al. 2022, arXiv 2204.02311,
+    Attention is 12 * N * L * H * K, not halved for causality (Chowdhery et al. 2022, arXiv 2204.02311,
     appendix B). Embedding look-ups, norms, recomputation and the optimizer do not count.
     """
-    head_size = model.dim // model.num_heads
-    attention = 2 * model.dim * head_size * (model.num_heads + model.num_kv_heads)
-    mlp = (3 if model.activation == "swiglu" else 2) * model.dim * model.mlp_dim
+    attention = 2 * model.dim * model.head_dim * (model.num_heads + model.num_kv_heads)
+    mlp = (3 if model.activation in GATED else 2) * model.dim * model.mlp_dim
     weights = model.num_blocks * (attention + mlp) + model.dim * model.vocab_size
-    return 6.0 * weights + 12.0 * model.num_blocks * model.context_length * model.dim
+    return 6.0 * weights + 12.0 * model.num_blocks * model.context_length * model.num_heads * model.head_dim
 
 
 class Meter:

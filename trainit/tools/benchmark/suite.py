@@ -33,7 +33,7 @@ def flops(shape: str) -> float:
     """Returns the FLOPs of a step by `metrics.flops_per_token`: all of attention, even if half is skipped."""
     sizes = SHAPES[shape]
     model = config_lib.model(**{name: size for name, size in sizes.items() if name != "batch"})
-    model.update(num_kv_heads=model.num_heads, mlp_dim=4 * model.dim)
+    model.update(num_kv_heads=model.num_heads, mlp_dim=4 * model.dim, head_dim=model.dim // model.num_heads)
     return metrics.flops_per_token(model) * sizes["batch"] * sizes["context_length"]
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainit.config import Config, ConfigError, model, require
+from trainit.config import Config, ConfigError, require
 from trainit.data.formats import detect
 from trainit.prepare.demo import prepare_demo
 from trainit.tokenizers import Tokenizer, find
@@ -54,6 +54,4 @@ def open_run(workdir: Path, step: int | None) -> FinishedRun:
     step = max(available, default=-1) if step is None else step
     require(step in available, f"{workdir} has no checkpoint of step {step}; there are {available or 'none'}")
     meta = store.meta(step)
-    # Fields that an earlier version did not have are as they were before they existed.
-    config = {**meta["config"], "model": {**model(), **meta["config"]["model"]}}
-    return FinishedRun(workdir, store, step, meta, Config(config))
+    return FinishedRun(workdir, store, step, meta, Config(meta["config"]))

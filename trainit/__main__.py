@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": "turn text into token ids on disk",
     "compare": "compare runs: tables, curves, a page",
     "sweep": "start many runs from one file, and compare them",
+    "generate": "continue texts with a run's model",
     "export": "write a run's model as a folder that transformers loads",
     "import": "make a run of a model in such a folder",
     "evaluate": "measure a trained model's loss on any data",
@@ -79,6 +80,7 @@ def command_parser(name: str) -> cli.Parser:
 def _module(name: str):
     path = {"train": "main", "prepare": "prepare.command", "fields": "tools.fields"}
     path |= {"completion": "tools.completion", "export": "tools.export", "import": "tools.import_model"}
+    path |= {"generate": "generate.command"}
     path |= {name: f"experiments.{name}.command" for name in ("compare", "sweep")}
     return importlib.import_module(f"trainit.{path.get(name, f'tools.{name}.command')}")
 

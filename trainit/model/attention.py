@@ -53,18 +53,22 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: jax.Array | 
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def plain(q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0.0) -> jax.Array:
+def plain(
+    q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0.0, position_BL=None
+) -> jax.Array:
     """Causal softmax attention with scale 1/sqrt(K), with all scores in memory: (B, L, H, K).
 
     H / J query heads share a key head. A token sees only its own document, by number (None: a row is one).
-    The weights of each row and key head have a dropout key (None: no dropout).
+    The weights of each row and key head have a dropout key (None: no dropout). Queries see the keys up to
+    their position among these (None: their own index).
     """
     B, L, H, K = q_BLHK.shape
     S, J = k_BSJK.shape[1:3]
     q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
     # Query heads that share a key head are one axis. Scores are float32, and -inf where nothing may be seen.
     scores = jnp.einsum("bljrk,bsjk->bjrls", q_BLJRK, k_BSJK, preferred_element_type=jnp.float32)
-    visible = jnp.arange(L)[:, None] >= jnp.arange(S)
+    query = jnp.arange(L) if position_BL is None else position_BL[:, None, None]
+    visible = query[..., None] >= jnp.arange(S)
     if document_BL is not None:
         visible = visible & (document_BL[:, None, None, :, None] == document_BL[:, None, None, None, :])
     scores = jnp.where(visible, scores / math.sqrt(K), -jnp.inf)

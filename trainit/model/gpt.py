@@ -165,13 +165,7 @@ class Network(nnx.Module):
         if key is not None:
             key = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(tokens_BL)))
         documents = find_documents(tokens_BL, c.end_of_text) if c.document_mask else None
-
-        with jax.named_scope("embedding"):
-            table_VD = self.token_embedding.embedding[...]
-            learned = None if self.position_embedding is None else self.position_embedding.embedding[...]
-            positions = learned, documents.position_BL if documents else None
-            x_BLD = vocab_parallel_embedding(self.parallel, self.dtype, tokens_BL, table_VD, *positions)
-            x_BLD = dropout(x_BLD, c.gpt_dropout, key, 0)
+        x_BLD = dropout(self.embed(tokens_BL, documents), c.gpt_dropout, key, 0)
 
         # All blocks: one compiled loop over the stacked parameters (scan_layers), or one after the other,
         # which compiles longer and runs faster. `graph` is what layers have in common.
@@ -187,11 +181,22 @@ class Network(nnx.Module):
             block = jax.checkpoint(block, prevent_cse=not c.scan_layers, policy=POLICIES[c.remat])
         unroll = 1 if c.scan_layers else c.num_blocks
         x_BLD, _ = jax.lax.scan(block, x_BLD, (jnp.arange(c.num_blocks), layers), unroll=unroll)
+        return self.read_out(x_BLD)
 
-        with jax.named_scope("head"):
-            x_BLD = self.final_norm(x_BLD, self.head_dtype)
-            weights = self.head.weights if self.head else (self.token_embedding.embedding[...].T, None)
-            return x_BLD, Head(*weights, c.logit_softcap)
+    @jax.named_scope("embedding")
+    def embed(self, tokens_BL: jax.Array, documents: Documents | None) -> jax.Array:
+        """What the first block reads, without dropout."""
+        table_VD = self.token_embedding.embedding[...]
+        learned = None if self.position_embedding is None else self.position_embedding.embedding[...]
+        positions = learned, documents.position_BL if documents else None
+        return vocab_parallel_embedding(self.parallel, self.dtype, tokens_BL, table_VD, *positions)
+
+    @jax.named_scope("head")
+    def read_out(self, x_BLD: jax.Array) -> tuple[jax.Array, Head]:
+        """The last hidden states, from what the last block gives, and the head that makes logits of them."""
+        x_BLD = self.final_norm(x_BLD, self.head_dtype)
+        weights = self.head.weights if self.head else (self.token_embedding.embedding[...].T, None)
+        return x_BLD, Head(*weights, self.c.logit_softcap)
 
 
 class GPT:
@@ -224,6 +229,21 @@ class GPT:
         counted from `first_row`, in the global batch.
         """
         return nnx.merge(self._graph, params)(tokens_BL.astype(jnp.int32), key, first_row)
+
+    def hidden_of_layers(
+        self, params: dict, tokens_BL: jax.Array, documents: Documents | None = None
+    ) -> tuple[jax.Array, Head]:
+        """What `hidden` gives without dropout, where the parameters' "blocks" is a list of each layer's.
+
+        While JAX traces it, `attend` is called once for each layer, in their order. The documents are given.
+        """
+        layers = params["blocks"]
+        network = nnx.merge(self._graph, {**params, "blocks": layers[0]})
+        graph, _ = nnx.split(network.blocks)
+        x_BLD = network.embed(tokens_BL, documents)
+        for parameters in layers:
+            x_BLD = nnx.merge(graph, parameters)(x_BLD, None, documents)
+        return network.read_out(x_BLD)
 
     def __call__(self, params: dict, tokens_BL: jax.Array, key: MaybeArray = None, first_row=0) -> jax.Array:
         """Float32 logits (B, L, V) of the next token, all in memory; arguments as for `hidden`."""

@@ -10,7 +10,7 @@ from trainit.tokenizers import Tokenizer, find
 from trainit.train.checkpoint import CheckpointStore
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FinishedRun:
     """A checkpoint of a run, and what was saved with it."""
 

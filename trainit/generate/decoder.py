@@ -1,0 +1,235 @@
+"""A model that continues token ids, with a cache of keys and values, on a mesh of devices.
+
+Names of arrays carry their dimensions as in `model/gpt.py`; P counts a prompt's tokens, padding included, and
+S the slots of the cache. A row keeps key and value of its token at position p in slot p, and sees the slots
+up to its own position. Padding therefore has no effect, and rows do not depend on each other.
+
+In each step all rows have one token. The rows of a device's share of the batch stand where a sequence's
+tokens stand in training (s counts shares, b rows of one), so that all is split over the mesh as it is there.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from trainit.config import Config
+from trainit.generate import parameters
+from trainit.generate.sampling import Sampling
+from trainit.model import attention
+from trainit.model.gpt import GPT
+from trainit.model.layers import Documents
+from trainit.model.precision import PARTS, PartPrecision
+from trainit.parallel.collectives import Parallel
+from trainit.parallel.layout import replicated_sharding
+from trainit.parallel.mesh import choose_attention, compute_type
+from trainit.train.compiled import CompiledFunction
+from trainit.train.finished.run import FinishedRun
+from trainit.train.state import named_key
+
+SLOTS = 128  # the cache has a multiple of it, and prompts a power of two times it, so that programs are few
+CACHE = ("batch", None, "kv_heads", None, None)  # logical axes of a layer's keys and values (s, b, J, S, K)
+Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What stands between two steps of B rows."""
+
+    cache: Any  # of the tokens before the newest
+    token_B: jax.Array  # the newest; -1 if the row has ended before it
+    position_B: jax.Array  # of the newest
+    left_B: jax.Array  # how many tokens may follow it; 0: the row has ended
+    key_B: jax.Array  # of the row's random numbers
+    seen_BV: Any  # which tokens the row has, or None if nobody asks
+
+
+class Decoder:
+    """The model of a run's checkpoint on some devices."""
+
+    def __init__(self, run: FinishedRun, devices: Sequence[jax.Device], precision: str, end: int, ids: int):
+        """Reads the parameters. The id `end` ends a text; ids from `ids` on are of no token."""
+        # Training settings that change no result, but who calls `attend` how often, are left out.
+        plain = {"remat": "none", "attention": "auto"}
+        self.config, self.precision = Config({**run.config.model.to_dict(), **plain}), precision
+        self.mesh, self._end, self._ids = parameters.mesh_for(self.config, devices), end, ids
+        own = run.config.precision_of if precision == run.config.precision else dict.fromkeys(PARTS, "")
+        types = {part: jnp.dtype(compute_type(own[part], precision)) for part in PARTS}
+        parts = {part: PartPrecision(dtype) for part, dtype in types.items()}
+
+        # The model, whose attention is another one in each program.
+        self._parallel, platform = Parallel(self.mesh), devices[0].platform
+        self._attend = self._whole = attention.kernel_on(
+            choose_attention(self.config, platform, precision), platform, self._parallel
+        )
+        self._model = GPT(self.config, precision, self._attention, self._parallel, parts)
+        self.parameters = parameters.read(run, self._model, self.mesh, types)
+
+        # The programs.
+        small: Any = replicated_sharding(self.mesh)
+        cache = NamedSharding(self.mesh, self._parallel.spec(*CACHE))
+        layout = State(cache, small, small, small, small, small), small
+        self._begin = CompiledFunction("prompt", self.begin, layout, static_argnums=(5, 6))
+        self._go_on = CompiledFunction(
+            "decode", self.go_on, layout, static_argnums=(2, 3), donate_argnums=(1,)
+        )
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the rows are split."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def _attention(self, *arrays, **settings) -> jax.Array:
+        """What a layer calls; each program sets `_attend` while it is traced."""
+        return self._attend(*arrays, **settings)
+
+    def generate(
+        self, rows: Sequence[tuple[np.ndarray, int]], length: int, sampling: Sampling, seed: int, steps: int
+    ) -> Iterator[np.ndarray]:
+        """Yields arrays (n, B) of new tokens as they come, -1 after a row's end; first n = 1, then `steps`.
+
+        A row is a prompt of at least one token, and which of this prompt's samples it is. It ends after
+        end_of_text, after `length` tokens, or when prompt and text fill the model's context.
+        """
+        sizes = np.array([len(prompt) for prompt, _ in rows])
+        context, multiple = self.config.context_length, self.mesh.size
+        slots = min(context, -(-min(sizes.max() + length, context) // SLOTS) * SLOTS)
+        width = min(context, SLOTS * 2 ** int(np.ceil(np.log2(max(1, sizes.max() / SLOTS)))))
+
+        # Rows that the devices lack for equal shares are of one token, and end at once.
+        count = -(-len(rows) // multiple) * multiple
+        tokens_BP, length_B = np.zeros((count, width), np.int32), np.ones(count, np.int32)
+        left_B, entropy_B = np.zeros(count, np.int32), np.zeros((count, 2), np.uint32)
+        for row, (prompt, number) in enumerate(rows):
+            tokens_BP[row, : len(prompt)], length_B[row] = prompt, len(prompt)
+            left_B[row] = min(length, context - len(prompt))
+            entropy_B[row] = zlib.crc32(prompt.astype("<i4").tobytes()), number
+        arrays = jax.device_put(
+            (tokens_BP, length_B, left_B, self._keys(seed, entropy_B)), replicated_sharding(self.mesh)
+        )
+        state, token_B = self._begin(self.parameters, *arrays, sampling, slots)
+        yield np.asarray(token_B)[None, : len(rows)]
+        while (np.asarray(state.left_B) > 0).any():
+            state, tokens = self._go_on(self.parameters, state, sampling, steps)
+            yield np.asarray(tokens)[:, : len(rows)]
+
+    @staticmethod
+    def _keys(seed: int, entropy_B2: np.ndarray) -> jax.Array:
+        """A row's key depends on its prompt and its number among the samples of it."""
+        root = named_key(seed, "generate")
+        return jax.vmap(lambda e: jax.random.fold_in(jax.random.fold_in(root, e[0]), e[1]))(entropy_B2)
+
+    def begin(self, params, tokens_BP, length_B, left_B, key_B, sampling: Sampling, slots: int):
+        """The state after the prompts, and the first new token of each row."""
+        cache: Cache = []
+
+        def attend(q_BPHK, k_BPJK, v_BPJK, *rest, **settings) -> jax.Array:
+            cache.append((self._stored(k_BPJK, slots), self._stored(v_BPJK, slots)))
+            return self._whole(q_BPHK, k_BPJK, v_BPJK, *rest, **settings)
+
+        self._attend = attend
+        x_BPD, head = self._model.hidden_of_layers(params, tokens_BP)
+        x_BD = jnp.take_along_axis(x_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+        logits_BV = self._parallel.constrain(head(x_BD), None, None)
+        # A text that begins with the end of another, where attention stays within one, has not begun yet.
+        last_B = jnp.take_along_axis(tokens_BP, (length_B - 1)[:, None], axis=1)[:, 0]
+        is_new_B = (last_B == self.config.end_of_text) & self.config.document_mask
+        position_B = jnp.where(is_new_B, -1, length_B - 1)
+        seen_BV = None
+        if sampling.repetition_penalty != 1:
+            is_token_BP = jnp.arange(tokens_BP.shape[1]) < length_B[:, None]
+            rows_B1 = jnp.arange(len(tokens_BP))[:, None]
+            seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BP].max(is_token_BP)
+        state = State(cache, last_B, position_B, left_B, key_B, seen_BV)
+        state = self._choose(logits_BV, state, sampling)
+        return state, state.token_B
+
+    def _stored(self, x_BPJK: jax.Array, slots: int) -> jax.Array:
+        """The cache of a layer's keys or values: those of the prompt, and free slots."""
+        x_BJPK = jnp.swapaxes(x_BPJK, 1, 2)[:, :, :slots]
+        x_BJSK = jnp.pad(x_BJPK, ((0, 0), (0, 0), (0, slots - x_BJPK.shape[2]), (0, 0)))
+        return self._parallel.constrain(x_BJSK.reshape(self.shares, -1, *x_BJSK.shape[1:]), *CACHE)
+
+    def go_on(self, params, state: State, sampling: Sampling, steps: int):
+        """The state after at most `steps` more tokens, and these (steps, B); -1 where a row has ended."""
+
+        def is_unfinished(carry) -> jax.Array:
+            index, state, _ = carry
+            return (index < steps) & jnp.any(state.left_B > 0)
+
+        def step(carry):
+            index, state, tokens = carry
+            logits_BV, cache = self.logits(params, state)
+            state = self._choose(logits_BV, replace(state, cache=cache), sampling)
+            return index + 1, state, tokens.at[index].set(state.token_B)
+
+        tokens = jnp.full((steps, len(state.token_B)), -1, jnp.int32)
+        _, state, tokens = jax.lax.while_loop(is_unfinished, step, (0, state, tokens))
+        return state, tokens
+
+    def logits(self, params, state: State) -> tuple[jax.Array, Cache]:
+        """The float32 logits (B, V) after the newest tokens, and the cache with these."""
+        slots = state.cache[0][0].shape[3]
+        token_sb = jnp.maximum(state.token_B, 0).reshape(self.shares, -1)
+        position_sb = jnp.minimum(state.position_B, slots - 1).reshape(self.shares, -1)
+        layers, cache = iter(state.cache), []
+
+        def attend(q_sbHK, k_sbJK, v_sbJK, *_, **settings) -> jax.Array:
+            p = self._parallel
+            heads, kv_heads = p.spec("batch", None, "heads", None), p.spec("batch", None, "kv_heads", None)
+            inputs = (heads, kv_heads, kv_heads, p.spec(*CACHE), p.spec(*CACHE), p.spec("batch", None))
+            outputs = heads, (p.spec(*CACHE), p.spec(*CACHE))
+
+            def kernel(*arrays):
+                return attend_to_cache(*arrays, **settings)
+
+            mapped = p.shard_map_if_needed(kernel, inputs, outputs)
+            y_sbHK, layer = mapped(q_sbHK, k_sbJK, v_sbJK, *next(layers), position_sb)
+            cache.append(layer)
+            return y_sbHK
+
+        self._attend = attend
+        documents = Documents(jnp.zeros_like(position_sb), position_sb)
+        x_sbD, head = self._model.hidden_of_layers(params, token_sb, documents)
+        logits = self._parallel.constrain(head(x_sbD), None, None, None)
+        return logits.reshape(len(state.token_B), -1), cache
+
+    def _choose(self, logits_BV: jax.Array, state: State, sampling: Sampling) -> State:
+        """The state with the next token of each row that has not ended."""
+        logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < self._ids, logits_BV, -jnp.inf)
+        position_B, goes_on_B = state.position_B + 1, state.left_B > 0
+        key_B = jax.vmap(jax.random.fold_in)(state.key_B, position_B)
+        token_B = jnp.where(goes_on_B, sampling.choose(logits_BV, state.seen_BV, key_B), -1)
+        left_B = jnp.where(token_B == self._end, 0, jnp.maximum(state.left_B - 1, 0))
+        seen_BV = state.seen_BV
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+        return replace(state, token_B=token_B, position_B=position_B, left_B=left_B, seen_BV=seen_BV)
+
+
+def attend_to_cache(q_sbHK, k_sbJK, v_sbJK, keys, values, position_sb, **settings) -> tuple[jax.Array, tuple]:
+    """Puts keys and values into their slots, and attends up to them: (s, b, H, K), and the new cache."""
+    position_B = position_sb.reshape(-1)
+    rows_B = jnp.arange(len(position_B))
+
+    def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+        cache = cache.reshape(-1, *cache.shape[2:])
+        return cache.at[rows_B, :, position_B].set(new.reshape(-1, *new.shape[2:]).astype(cache.dtype))
+
+    keys_BJSK, values_BJSK = put(keys, k_sbJK), put(values, v_sbJK)
+    q_B1HK = q_sbHK.reshape(-1, 1, *q_sbHK.shape[2:])
+    arrays = jnp.swapaxes(keys_BJSK, 1, 2), jnp.swapaxes(values_BJSK, 1, 2)
+    y_B1HK = attention.plain(q_B1HK, *arrays, position_BL=position_B[:, None], **settings)
+    return y_B1HK.reshape(q_sbHK.shape), (keys_BJSK.reshape(keys.shape), values_BJSK.reshape(values.shape))
+
+
+def cache_bytes(model: Config, rows: int, slots: int, bytes_of_a_number: int) -> int:
+    """The size of the cache: keys and values of each layer, key head and slot."""
+    head_size = model.dim // model.num_heads
+    return 2 * model.num_blocks * rows * model.num_kv_heads * slots * head_size * bytes_of_a_number

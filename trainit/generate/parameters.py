@@ -1,0 +1,58 @@
+"""A checkpoint's parameters as they are used for texts: on a mesh for this, one tree for each layer."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from trainit.config import Config
+from trainit.model.gpt import GPT
+from trainit.model.precision import PARTS
+from trainit.parallel.layout import is_stacked, logical_axes, parameter_kind, partition_spec, state_shardings
+from trainit.parallel.mesh import make_mesh
+from trainit.parallel.trees import path_name
+from trainit.train.finished.run import FinishedRun
+
+
+def mesh_for(model: Config, devices: Sequence[jax.Device]) -> Mesh:
+    """The devices as a mesh: over tensor as many as its sizes allow, the others over fsdp, or else data."""
+    names = ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "context_length")
+    count = len(devices)
+    fits = [n for n in range(1, count + 1) if count % n == 0 and not any(model[name] % n for name in names)]
+    rest = count // max(fits)
+    fsdp = rest if model.dim % rest == 0 else 1
+    return make_mesh({"data": rest // fsdp, "fsdp": fsdp, "tensor": max(fits), "context": 1}, devices)
+
+
+def read(run: FinishedRun, model: GPT, mesh: Mesh, types: Mapping) -> dict:
+    """The parameters, with "blocks" as a list; kernels in the type of their part, that they are used in."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        shapes,
+        state_shardings(shapes, shapes, mesh),
+    )
+    params, layers = run.store.restore_params(run.step, abstract), run.config.model.num_blocks
+
+    # A program that took one layer of a stacked array would copy it first, in each step.
+    def apart(path: tuple, array: jax.Array) -> list[jax.Array]:
+        name = path_name(path)
+        part = next((part for part in PARTS if part in name.split("/")), "")
+        dtype = types[part] if part and parameter_kind(name) != "vector" else array.dtype
+        stacked, axes = is_stacked(name), logical_axes(name)
+        layout = NamedSharding(mesh, partition_spec(axes[1:] if stacked else axes))
+
+        def split(x: jax.Array) -> list[jax.Array]:
+            return [layer.astype(dtype) for layer in (x if stacked else [x])]
+
+        result = jax.jit(split, out_shardings=[layout] * (layers if stacked else 1))(array)
+        array.delete()
+        return result
+
+    lists = jax.tree.map_with_path(apart, params)
+
+    def layer(tree: dict, index: int) -> dict:
+        return jax.tree.map(lambda arrays: arrays[index], tree, is_leaf=lambda x: isinstance(x, list))
+
+    blocks = [layer(lists["blocks"], index) for index in range(layers)]
+    return {name: layer(tree, 0) for name, tree in lists.items() if name != "blocks"} | {"blocks": blocks}

@@ -1,0 +1,78 @@
+"""Texts for prompts, by a run's model and tokenizer."""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from trainit.config import require
+from trainit.generate import texts
+from trainit.generate.decoder import Decoder
+from trainit.generate.sampling import Sampling
+from trainit.train.finished.run import open_run
+
+STEPS, STEPS_SHOWN = 32, 8  # tokens of each row between two looks at them; where somebody reads along
+
+
+class Writer:
+    """Continues prompts as the flags of the command say."""
+
+    def __init__(self, arguments: argparse.Namespace, workdir: Path, cache: Path):
+        """Opens the run. Raises ConfigError if it has no such checkpoint or no tokenizer."""
+        self._flags, self._run = arguments, open_run(workdir, arguments.step)
+        tokenizer = self._run.tokenizer(arguments.tokenizer, cache)
+        require(tokenizer is not None, "--tokenizer=none: a text needs a tokenizer; name the run's")
+        assert tokenizer is not None
+        self._tokenizer, self._context = tokenizer, self._run.config.model.context_length
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        self._sampling = Sampling(**{name: getattr(arguments, name) for name in names})
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        devices, run, tokenizer = jax.devices(), self._run, self._tokenizer
+        on_cpu = devices[0].platform == "cpu"
+        precision = self._flags.precision or ("float32" if on_cpu else run.config.precision)
+        decoder = Decoder(run, devices, precision, tokenizer.end_of_text, tokenizer.vocab_size)
+        sizes = ", ".join(f"{axis} {size}" for axis, size in decoder.mesh.shape.items() if size > 1)
+        where = f"{len(devices)} × {devices[0].device_kind}" + f" ({sizes})" * bool(sizes)
+        logging.info("%-10s %s step %d, %s, on %s", "model", run.workdir, run.step, precision, where)
+        return decoder
+
+    def encode(self, prompt: str) -> np.ndarray:
+        """The ids of a prompt; errors as of `texts.encode`."""
+        return texts.encode(self._tokenizer, prompt, self._context)
+
+    def write(
+        self, rows: Sequence[tuple[np.ndarray, int]], show: Callable[[str], None] | None = None
+    ) -> list[texts.Text]:
+        """The texts of rows, each a prompt's ids and which of this prompt's texts it is.
+
+        `show` is called with each part of the first text as soon as it is sure.
+        """
+        f = self._flags
+        limits = [min(f.length, self._context - len(ids)) for ids, _ in rows]
+        found = [
+            texts.Text(self._tokenizer, ids, limit, f.stop)
+            for (ids, _), limit in zip(rows, limits, strict=True)
+        ]
+        steps = STEPS_SHOWN if show else STEPS
+        for tokens in self._decoder.generate(rows, f.length, self._sampling, f.seed, steps):
+            for row, text in enumerate(found):
+                more = text.add(tokens[:, row])
+                if show and row == 0 and more:
+                    show(more)
+            if all(text.ended for text in found):
+                break
+        for text, limit in zip(found, limits, strict=True):
+            if text.ended == "limit":
+                text.ended = "length" if limit == f.length else "context"
+        return found
+
+    def explain(self, text: texts.Text) -> None:
+        """Says why a text ends, where its reader may wonder."""
+        if text.ended == "context":
+            logging.info("%-10s after the model's context of %d tokens", "ended", self._context)

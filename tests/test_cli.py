@@ -209,6 +209,7 @@ TYPED = {
         "prepare",
         "compare",
         "sweep",
+        "generate",
         "export",
         "import",
         "evaluate",

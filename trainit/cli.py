@@ -133,9 +133,10 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add("--silence_seconds", type=number(float, 3), default=40.0, help=silence)
 
 
-def add_finished_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_finished_run_arguments(parser: argparse.ArgumentParser, foreign: bool = True) -> None:
     """Adds the flags that say which checkpoint of which run is meant, and its tokenizer."""
-    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    of = "folder of the run, or hf: and a folder that transformers reads" if foreign else "folder of the run"
+    parser.add_argument("run", metavar="RUN", help=of)
     add = parser.add_argument_group("model").add_argument
     add("--step", type=number(int, 0), default=None, help="checkpoint to take; by default the newest")
     known = "the tokenizer, if the run's dataset is elsewhere now; none: without one"

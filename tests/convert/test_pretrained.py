@@ -50,11 +50,11 @@ MODELS = {
 }
 
 
-def make_folder(name: str, folder: Path) -> torch.nn.Module:
-    """A folder with a model of random weights and a tokenizer of 300 ids; the model."""
+def make_folder(name: str, folder: Path, rows: int = 384) -> torch.nn.Module:
+    """A folder with a model of random weights and a tokenizer of at most 300 ids; the model."""
     kind, fields = MODELS[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(vocab_size=384, eos_token_id=0, **fields)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=rows, eos_token_id=0, **fields)
     ending = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     model = getattr(transformers, kind + ending)._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -69,6 +69,8 @@ def make_folder(name: str, folder: Path) -> torch.nn.Module:
     trainer = library.trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
     made.train_from_iterator(["some words and more words"] * 9, trainer)
     made.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
     return model
 
 

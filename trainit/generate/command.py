@@ -10,7 +10,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainit import cli
@@ -86,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         require(bool(prompts), "no prompt: give --prompt=TEXT, --prompts=FILE, or lines in the input")
     devices.configure("", 1, cli.cache())
     devices.initialize("", Place("alone"))
-    writer = Writer(arguments, Path(arguments.run), cli.cache())
+    writer = Writer(arguments, arguments.run, cli.cache())
     if asks:
         _ask(writer)
     else:

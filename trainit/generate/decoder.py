@@ -29,7 +29,7 @@ from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import replicated_sharding
 from trainit.parallel.mesh import choose_attention, compute_type
 from trainit.train.compiled import CompiledFunction
-from trainit.train.finished.run import FinishedRun
+from trainit.train.finished.run import FinishedRun, PretrainedModel
 from trainit.train.state import named_key
 
 SLOTS = 128  # the cache has a multiple of it, and prompts a power of two times it, so that programs are few
@@ -53,7 +53,14 @@ class State:
 class Decoder:
     """The model of a run's checkpoint on some devices."""
 
-    def __init__(self, run: FinishedRun, devices: Sequence[jax.Device], precision: str, end: int, ids: int):
+    def __init__(
+        self,
+        run: FinishedRun | PretrainedModel,
+        devices: Sequence[jax.Device],
+        precision: str,
+        end: int,
+        ids: int,
+    ):
         """Reads the parameters. The id `end` ends a text; ids from `ids` on are of no token."""
         # Training settings that change no result, but who calls `attend` how often, are left out.
         plain = {"remat": "none", "attention": "auto"}

@@ -11,7 +11,7 @@ from trainit.model.precision import PARTS
 from trainit.parallel.layout import is_stacked, logical_axes, parameter_kind, partition_spec, state_shardings
 from trainit.parallel.mesh import make_mesh
 from trainit.parallel.trees import path_name
-from trainit.train.finished.run import FinishedRun
+from trainit.train.finished.run import FinishedRun, PretrainedModel
 
 
 def mesh_for(model: Config, devices: Sequence[jax.Device]) -> Mesh:
@@ -24,7 +24,7 @@ def mesh_for(model: Config, devices: Sequence[jax.Device]) -> Mesh:
     return make_mesh({"data": rest // fsdp, "fsdp": fsdp, "tensor": max(fits), "context": 1}, devices)
 
 
-def read(run: FinishedRun, model: GPT, mesh: Mesh, types: Mapping) -> dict:
+def read(run: FinishedRun | PretrainedModel, model: GPT, mesh: Mesh, types: Mapping) -> dict:
     """The parameters, with "blocks" as a list; kernels in the type of their part, that they are used in."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     abstract = jax.tree.map(
@@ -32,7 +32,7 @@ def read(run: FinishedRun, model: GPT, mesh: Mesh, types: Mapping) -> dict:
         shapes,
         state_shardings(shapes, shapes, mesh),
     )
-    params, layers = run.store.restore_params(run.step, abstract), run.config.model.num_blocks
+    params, layers = run.parameters(abstract), run.config.model.num_blocks
 
     # A program that took one layer of a stacked array would copy it first, in each step.
     def apart(path: tuple, array: jax.Array) -> list[jax.Array]:

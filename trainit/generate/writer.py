@@ -13,7 +13,7 @@ from trainit.config import require
 from trainit.generate import texts
 from trainit.generate.decoder import Decoder
 from trainit.generate.sampling import Sampling
-from trainit.train.finished.run import open_run
+from trainit.train.finished.run import open_model
 
 STEPS, STEPS_SHOWN = 32, 8  # tokens of each row between two looks at them; where somebody reads along
 
@@ -21,9 +21,9 @@ STEPS, STEPS_SHOWN = 32, 8  # tokens of each row between two looks at them; wher
 class Writer:
     """Continues prompts as the flags of the command say."""
 
-    def __init__(self, arguments: argparse.Namespace, workdir: Path, cache: Path):
+    def __init__(self, arguments: argparse.Namespace, source: str, cache: Path):
         """Opens the run. Raises ConfigError if it has no such checkpoint or no tokenizer."""
-        self._flags, self._run = arguments, open_run(workdir, arguments.step)
+        self._flags, self._run = arguments, open_model(source, arguments.step)
         tokenizer = self._run.tokenizer(arguments.tokenizer, cache)
         require(tokenizer is not None, "--tokenizer=none: a text needs a tokenizer; name the run's")
         assert tokenizer is not None
@@ -39,7 +39,7 @@ class Writer:
         decoder = Decoder(run, devices, precision, tokenizer.end_of_text, tokenizer.vocab_size)
         sizes = ", ".join(f"{axis} {size}" for axis, size in decoder.mesh.shape.items() if size > 1)
         where = f"{len(devices)} × {devices[0].device_kind}" + f" ({sizes})" * bool(sizes)
-        logging.info("%-10s %s step %d, %s, on %s", "model", run.workdir, run.step, precision, where)
+        logging.info("%-10s %s, %s, on %s", "model", run.name, precision, where)
         return decoder
 
     def encode(self, prompt: str) -> np.ndarray:

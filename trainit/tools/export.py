@@ -16,7 +16,7 @@ DESCRIPTION = "Writes a run's model and tokenizer as a folder that transformers 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    cli.add_finished_run_arguments(parser)
+    cli.add_finished_run_arguments(parser, foreign=False)
     add = parser.add_argument_group("export").add_argument
     add("--output", default="", help="folder that is made; there must be none")
     types = ("float32", "bfloat16", "float16")

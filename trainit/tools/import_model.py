@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from trainit import __version__
 from trainit.cluster import files, logs
 from trainit.cluster.process import DONE
-from trainit.config import DATASETS, ConfigError, defaults, require, resolve
 
 DESCRIPTION = "Makes a run of a model in a folder of transformers."
 
@@ -38,32 +37,21 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
     """Writes the run; returns how many parameters it has."""
     import jax
 
-    from trainit import optimizers, tokenizers
     from trainit.convert.pretrained import PREFIX, Pretrained
     from trainit.data.loader import START
     from trainit.model.gpt import GPT
     from trainit.train.checkpoint import CheckpointStore
+    from trainit.train.finished.run import config_of
 
     jax.config.update("jax_platforms", "cpu")
     pretrained = Pretrained(PREFIX + source.removeprefix(PREFIX))
-    config = defaults()
-    config.steps = 1
-    config.optimizer = optimizers.choices()["adamw"]()
-    config.model.context_length = pretrained.fields["context_length"]
-    config.dataset = DATASETS["jsonl"]()
-    pretrained.fill(config)
-    choice = pretrained.tokenizer_choice()
-    require(bool(choice), f"{source} has neither tokenizer.json nor tokenizer.model")
-    try:
-        tokenizer = tokenizers.find(choice, "--tokenizer", end_of_text)
-    except ValueError as error:
-        raise ConfigError(str(error).replace("with end_of_text", "with --end_of_text")) from None
+    config, _ = config_of(pretrained, end_of_text)
     # The run keeps the tokenizer's file, so that it needs the folder no more.
-    kind, _, file = choice.partition(":")
-    config.dataset.tokenizer = f"{kind}:{folder.with_suffix('').absolute() / Path(file).name}"
-    config.dataset.end_of_text = tokenizer.end_name
+    kind, _, file = config.dataset.tokenizer.partition(":")
     shutil.copyfile(file, folder / Path(file).name)
-    config = resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
+    own = f"{kind}:{folder.with_suffix('').absolute() / Path(file).name}"
+    content = config.to_dict()
+    content["dataset"]["tokenizer"] = own
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(GPT(config.model).init, jax.random.key(0))
@@ -71,8 +59,8 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
     state = SimpleNamespace(params=pretrained.parameters(layout), diagnostics={}, loss_scale={})
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     store = CheckpointStore(folder, copied_gb=-(-largest // 10**9))
-    store.save(0, state, {"config": config.to_dict(), **START.to_meta(), "version": __version__})
+    store.save(0, state, {"config": content, **START.to_meta(), "version": __version__})
     store.wait()
     store.close()
-    files.write_json(folder / "config.json", config.to_dict())
+    files.write_json(folder / "config.json", content)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

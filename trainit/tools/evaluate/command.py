@@ -5,13 +5,18 @@ trainit evaluate hf:models/pythia --dataset=jsonl --config.dataset.validation_pa
 """
 
 import argparse
+import importlib.util
 import json
 import math
+from typing import TYPE_CHECKING
 
 from trainit import cli
 from trainit.cluster import logs
 from trainit.cluster.process import DONE
-from trainit.config import DATASETS
+from trainit.config import DATASETS, ConfigError
+
+if TYPE_CHECKING:
+    from trainit.tools.evaluate.loaded import LoadedModel
 
 DESCRIPTION = "The validation loss of a trained model, by subset, on any data that the trainer reads."
 
@@ -24,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", choices=DATASETS, default=None, help=kinds)
     example = "sets a field, e.g. --config.eval.sequences=0 for all of the data"
     add("--config.FIELD", metavar="VALUE", default=argparse.SUPPRESS, help=example)
+    add = parser.add_argument_group("tasks of lm-evaluation-harness (package lm-eval)").add_argument
+    add("--tasks", metavar="NAME[,NAME...]", default="", help="run these, in place of a validation")
+    add("--include_path", metavar="FOLDER", default="", help="more tasks, in YAML, as of lm_eval")
+    add("--limit", type=cli.number(int, 1), default=None, help="documents of each task; by default all")
+    add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="one object of JSON, for programs")
 
 
@@ -32,18 +42,32 @@ def run(arguments: argparse.Namespace) -> int:
     logs.log_to_terminal(lead=not arguments.json)
     from trainit.tools.evaluate.loaded import load
 
-    model = load(arguments.run, arguments.step, arguments.dataset, arguments.overrides, cli.cache())
+    model = load(arguments, needs_data=not arguments.tasks)
+    if arguments.tasks:
+        return _tasks(model, arguments)
     metrics = model.validate()
-    about = {"model": arguments.run, "step": model.step, "data": model.data.source}
+    assert model.data is not None
     if arguments.json:
+        about = {"model": arguments.run, "step": model.source.step, "data": model.data.source}
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         print(json.dumps(about | finite))
         return DONE
-    print(f"{about['model']}" + f", step {model.step}" * (model.step is not None) + f", on {about['data']}")
+    print(f"{model.source.name}, on {model.data.source}")
     print(_table(metrics))
     for name, value in metrics.items():
         if name.startswith("tasks/"):
             print(f"{name.removeprefix('tasks/')}  {value:.4f}")
+    return DONE
+
+
+def _tasks(model: "LoadedModel", arguments: argparse.Namespace) -> int:
+    """Runs tasks of lm-evaluation-harness, and prints what it prints."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'trainit[tasks]'")
+    from trainit.tools.evaluate import harness
+
+    results, table = harness.run(model, arguments.tasks, arguments.include_path, arguments.limit)
+    print(json.dumps(results) if arguments.json else table)
     return DONE
 
 

@@ -20,6 +20,7 @@ from trainit.config import (
     defaults,
     field,
     flatten,
+    layers_with_window,
     of_this_version,
     resolve,
     walk,
@@ -75,10 +76,20 @@ def test_resolve_fills_what_follows():
 def test_a_config_of_an_earlier_version_has_the_fields_since():
     config = resolve(make(), 50257).to_dict()
     since = {"head_dim", "norm_epsilon", "parallel_residual", "rope_interleaved", "rotary_fraction"}
-    since |= {"rope_scaling", "qkv_bias", "init_std"}
+    since |= {"rope_scaling", "qkv_bias", "init_std", "window", "window_layers", "attention_scale"}
+    since |= {"attention_softcap"}
     model = {name: value for name, value in config["model"].items() if name not in since}
     assert len(model) == len(config["model"]) - len(since)
     assert of_this_version({**config, "model": model}) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [(":", [0, 1, 2, 3, 4]), ("::2", [0, 2, 4]), ("3:", [3, 4]), ("0, -1", [0, 4]), ("1:3,4", [1, 2, 4])],
+)
+def test_layers_with_window(text, layers):
+    model = resolve(make(model__num_blocks=5, model__window=3, model__window_layers=text), 50257).model
+    assert [i for i, has in enumerate(layers_with_window(model)) if has] == layers
 
 
 @pytest.mark.parametrize(
@@ -113,6 +124,11 @@ def test_a_config_of_an_earlier_version_has_the_fields_since():
             {"model.rope_scaling.low_frequency_factor": 4.0},
             r"rope_scaling.low_frequency_factor=4 must be below high_frequency_factor=4",
         ),
+        ({"model.window_layers": "::2, x"}, "window_layers='::2, x': 'x' is no layer below num_blocks=12"),
+        ({"model.window_layers": "12"}, "'12' is no layer below num_blocks=12, and no slice"),
+        ({"model.window_layers": "::0"}, "'::0' is no layer"),
+        ({"model.window": 9, "model.window_layers": "12:"}, "window=9 needs a layer: .*='12:' has none"),
+        ({"model.attention": "cudnn", "model.attention_softcap": 9.0}, "cannot do model.attention_softcap=9"),
         ({"model.attention": "cudnn", "model.attn_dropout": 0.1}, "cudnn cannot do model.attn_dropout=0.1"),
         ({"model.tied_embeddings": True, "model.head_bias": True}, "exclude each other"),
         ({"schedule.warmup": 60_000}, "last 60000 steps, more than steps=50000"),

@@ -27,6 +27,10 @@ def test_flops_of_the_modern_parts_by_hand():
     model = resolved(num_kv_heads=4, activation="swiglu", mlp_dim=2048, num_blocks=2, context_length=256)
     weights = 2 * (2 * 768**2 + 2 * 768 * 256 + 3 * 768 * 2048) + 768 * 50304
     assert metrics.flops_per_token(model) == 6 * weights + 12 * 2 * 256 * 768
+    sizes = {"num_kv_heads": 4, "mlp_dim": 2048, "num_blocks": 2, "context_length": 256, "head_dim": 32}
+    model = resolved(**sizes, activation="geglu", window=100, window_layers="0")
+    weights = 2 * (2 * 768 * 384 + 2 * 768 * 128 + 3 * 768 * 2048) + 768 * 50304
+    assert metrics.flops_per_token(model) == 6 * weights + 12 * (100 + 256) * 12 * 32
 
 
 @pytest.mark.parametrize(

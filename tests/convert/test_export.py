@@ -49,6 +49,13 @@ MODELS = {
     "Llama 3": ("LlamaForCausalLM", {**MODERN, **SCALED, "num_kv_heads": 2, "norm_epsilon": 0.1}),
     "Qwen2": ("Qwen2ForCausalLM", {**MODERN, "qkv_bias": True, "num_kv_heads": 2}),
     "Qwen2, tied": ("Qwen2ForCausalLM", {**MODERN, "qkv_bias": True, "tied_embeddings": True}),
+    "Mistral": ("MistralForCausalLM", {**MODERN, "num_kv_heads": 2, "head_dim": 12, "window": 7}),
+    "Mistral, tied": ("MistralForCausalLM", {**MODERN, "window": 1, "tied_embeddings": True}),
+    "Qwen2, windows": (
+        "Qwen2ForCausalLM",
+        {**MODERN, "qkv_bias": True, "window": 5, "window_layers": "1:", "num_blocks": 3},
+    ),
+    "Qwen3, windows": ("Qwen3ForCausalLM", {**MODERN, "qk_norm": True, "window": 9, "window_layers": "0"}),
     "Qwen3": ("Qwen3ForCausalLM", {**MODERN, "qk_norm": True, "num_kv_heads": 1}),
     "Qwen3, own head size, tied": (
         "Qwen3ForCausalLM",

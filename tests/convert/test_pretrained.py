@@ -46,6 +46,11 @@ MODELS = {
     ),
     "Llama 3": ("Llama", {**LLAMA, "rope_parameters": SCALED}),
     "Qwen2": ("Qwen2", {**LLAMA, "rms_norm_eps": 1e-6}),
+    "Qwen2, windows": (
+        "Qwen2",
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "Mistral": ("Mistral", {**LLAMA, "sliding_window": 9, "head_dim": 12}),
     "Qwen3": ("Qwen3", {**LLAMA, "head_dim": 12}),
 }
 

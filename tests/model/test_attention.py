@@ -20,6 +20,15 @@ BLOCK = 4
 LENGTHS = {"one": 1, "a_block": 4, "one_more": 5, "stages": 31, "blocks_in_stages": 70}
 
 
+NONE = attention.Form()
+FORMS = {
+    "window": attention.Form(window=6),
+    "narrow": attention.Form(window=2, softcap=0.5),
+    "wide": attention.Form(window=40, scale=0.8),
+    "softcap": attention.Form(softcap=1.5, scale=0.3),
+}
+
+
 def draw(B, L, H, J, K, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     shapes = (B, L, H, K), (B, L, J, K), (B, L, J, K), (B, L, H, K)
@@ -31,22 +40,27 @@ def documents_of(B, L):
     return np.cumsum(np.random.default_rng(1).random((B, L)) < 0.15, axis=1).astype(np.int32)
 
 
-def exact(q, k, v, g, document):
+def exact(q, k, v, g, document, form=NONE):
     """Output and gradients of sum(output * g), float64, one query after another, derived by hand."""
     q, k, v, g = (np.asarray(array, np.float64) for array in (q, k, v, g))
     (B, L, H, K), J = q.shape, k.shape[2]
     y, dq, dk, dv = (np.zeros_like(array) for array in (q, q, k, v))
     for b, i, h in np.ndindex(B, L, H):
         j = h // (H // J)
-        seen = np.arange(i + 1)
+        seen = np.arange(max(i + 1 - form.window, 0) if form.window else 0, i + 1)
         if document is not None:
             seen = seen[document[b, seen] == document[b, i]]
-        weights = np.exp(k[b, seen, j] @ q[b, i, h] / np.sqrt(K))
+        scale = form.scale or 1 / np.sqrt(K)
+        scores, slope = k[b, seen, j] @ q[b, i, h] * scale, scale
+        if form.softcap:
+            slope = scale / np.cosh(scores / form.softcap) ** 2
+            scores = form.softcap * np.tanh(scores / form.softcap)
+        weights = np.exp(scores)
         weights /= weights.sum()
         y[b, i, h] = weights @ v[b, seen, j]
         dv[b, seen, j] += weights[:, None] * g[b, i, h]
         d_weights = v[b, seen, j] @ g[b, i, h]
-        d_scores = weights * (d_weights - weights @ d_weights) / np.sqrt(K)
+        d_scores = weights * (d_weights - weights @ d_weights) * slope
         dq[b, i, h] = d_scores @ k[b, seen, j]
         dk[b, seen, j] += d_scores[:, None] * q[b, i, h]
     return y, dq, dk, dv
@@ -77,6 +91,29 @@ def test_kernels_equal_float64(kernel, L, masked, dtype):
         np.testing.assert_allclose(np.asarray(mine, np.float64), right, rtol=0, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.evidence(
+    "windows, soft caps and scales of attention, in blocks and plain, against float64, forward and gradient, "
+    "with documents"
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "documents"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_forms_equal_float64(form, masked):
+    """Of 70 queries in blocks of 4, the last of which is padded."""
+    *qkv, g = draw(2, 70, 4, 2, 8)
+    document, kernels = documents_of(2, 70) if masked else None, {}
+    kernels = {"plain": attention.plain, "blockwise": partial(attention.blockwise, block=BLOCK)}
+    want = exact(*qkv, g, document, form)
+    for name, kernel in kernels.items():
+
+        @jax.jit
+        def run(q, k, v, kernel=kernel):
+            y, pull = jax.vjp(lambda *qkv: kernel(*qkv, document_BL=document, form=form), q, k, v)
+            return y, *pull(g)
+
+        for mine, right in zip(run(*qkv), want, strict=True):
+            np.testing.assert_allclose(mine, right, rtol=0, atol=1e-5 * np.abs(right).max(), err_msg=name)
+
+
 def compiled(kernel, L):
     *qkv, g = draw(1, L, 2, 2, 16)
     gradient = jax.grad(lambda q, k, v: jnp.sum(kernel(q, k, v) * g), argnums=(0, 1, 2))
@@ -95,6 +132,9 @@ def test_blockwise_is_linear_in_memory_and_spares_products():
     # Of 8 stages, each looks at the keys up to its own end: 36 of 64 parts; scores are made twice.
     flops = [compiled(kernel, 1024).cost_analysis()["flops"] for kernel in sizes]
     assert flops[1] < 0.72 * flops[0]
+    # With a window of one block, a stage looks at its own part and the one before.
+    windowed = partial(attention.blockwise, form=attention.Form(window=attention.BLOCK))
+    assert compiled(windowed, 1024).cost_analysis()["flops"] < 0.3 * flops[0]
 
 
 def test_blockwise_drops_in_every_block_and_alike_in_the_gradient():
@@ -126,7 +166,15 @@ def test_blockwise_drops_in_every_block_and_alike_in_the_gradient():
         assert abs((moved[0] - moved[1]) / 2e-2 - slope) < 5e-3 * max(1.0, abs(slope)), argument
 
 
-@pytest.mark.parametrize("changes", [{}, {"document_mask": True, "end_of_text": 3}], ids=["all", "documents"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"document_mask": True, "end_of_text": 3},
+        {"window": 50, "window_layers": "1:", "attention_softcap": 2.0, "remat": "dots"},
+    ],
+    ids=["all", "documents", "window"],
+)
 def test_a_model_is_the_same_with_either_kernel(changes):
     c = model_config(**changes, num_kv_heads=2, context_length=attention.BLOCK + 32)
     parameters = random_parameters(GPT(c), seed=5)

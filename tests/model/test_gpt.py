@@ -52,6 +52,11 @@ VARIANTS = {
         "use_bias": False,
         "qkv_bias": True,
     },
+    "window": {"window": 5, "attention_scale": 0.5},
+    "window_layers": {
+        **{"window": 3, "window_layers": "::2", "attention_softcap": 0.3, "remat": "dots"},
+        "num_blocks": 3,
+    },
     "softcap": {"logit_softcap": 3.0},
     "no_bias": {"use_bias": False},
     "no_bias_but_head": {"use_bias": False, "head_bias": True},
@@ -155,8 +160,9 @@ def numpy_gelu(h, exact=False):
     return 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
 
 
-def numpy_attention(x_LD, p, c):
+def numpy_attention(x_LD, p, c, layer):
     """One sequence through one layer's attention, head by head."""
+    has_window = c.window and (c.window_layers == ":" or layer % 2 == 0)
     L, out = len(x_LD), np.zeros_like(x_LD)
     for head in range(c.num_heads):
         kv_head = head // (c.num_heads // c.num_kv_heads)
@@ -172,8 +178,12 @@ def numpy_attention(x_LD, p, c):
         if c.positions == "rope":
             q, k = numpy_rotate(q, c), numpy_rotate(k, c)
         for i in range(L):
-            weights = np.exp(k[: i + 1] @ q[i] / np.sqrt(q.shape[1]))
-            out[i] += (weights / weights.sum()) @ v[: i + 1] @ p["out"]["kernel"][head]
+            seen = slice(max(0, i + 1 - c.window) if has_window else 0, i + 1)
+            scores = k[seen] @ q[i] * (c.attention_scale or 1 / np.sqrt(q.shape[1]))
+            if c.attention_softcap:
+                scores = c.attention_softcap * np.tanh(scores / c.attention_softcap)
+            weights = np.exp(scores)
+            out[i] += (weights / weights.sum()) @ v[seen] @ p["out"]["kernel"][head]
     return out + (p["out"]["bias"] if c.use_bias else 0.0)
 
 
@@ -203,7 +213,7 @@ def numpy_logits(parameters, tokens_BL, c):
         for n in range(c.num_blocks):
             layer = jax.tree.map(lambda leaf, n=n: leaf[n], p["blocks"])
             before, read = x, numpy_norm(x, layer["attention_norm"], c.norm, c)
-            x = x + numpy_attention(read, layer["attention"], c)
+            x = x + numpy_attention(read, layer["attention"], c, n)
             read = numpy_norm(before if c.parallel_residual else x, layer["mlp_norm"], c.norm, c)
             x = x + numpy_mlp(read, layer["mlp"], c)
         x = numpy_norm(x, p["final_norm"], c.norm, c)
@@ -617,6 +627,13 @@ def test_bfloat16_keeps_norms_and_softmax_in_float32():
 def test_choose_attention(asked, platform, precision, attn_dropout, expected):
     c = model_config(dim=64, num_heads=1, attention=asked, attn_dropout=attn_dropout)
     assert choose_attention(c, platform, precision) == expected
+
+
+def test_cudnn_has_windows_and_no_soft_cap():
+    c = {"dim": 64, "num_heads": 1}
+    windowed = model_config(**c, window=8, window_layers="::2", attention_scale=0.1)
+    assert choose_attention(windowed, "cuda", "bfloat16") == "cudnn"
+    assert choose_attention(model_config(**c, attention_softcap=9.0), "cuda", "bfloat16") == "blockwise"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from trainit.config.resolve import (
     OPTIMIZER_FIELDS,
     USUAL_FIELDS,
     check_mesh,
+    layers_with_window,
     of_this_version,
     resolve,
     shrink,

@@ -92,7 +92,22 @@ def model(**changes: Any) -> ConfigDict:
     m.context_length = field(1024, "tokens of a sequence; a multiple of mesh.tensor", above=0)
     m.mlp_dim = field(0, "width of the MLP; 0: 4 * dim (gated: 8/3 * dim, a multiple of 64)", at_least=0)
     m.vocab_size = field(0, "rows of the embedding; 0: the tokenizer's, up to a multiple of 128", at_least=0)
-    # Architecture.
+    _architecture(m)
+    # How it is computed; none of these changes the result.
+    m.attention = field("auto", "auto: cudnn, else blockwise, with memory linear in length", one_of=KERNELS)
+    m.remat = field(
+        "none",
+        "what the backward pass computes again instead of keeping; attention: scores; dots: all except "
+        "matrix products; block: all except a layer's input; offload: as dots, with products in host memory",
+        one_of=("none", "attention", "dots", "block", "offload"),
+    )
+    m.scan_layers = field(True, "one compiled layer in a loop; False: all layers compiled one after another")
+    m.update(changes)
+    return m
+
+
+def _architecture(m: ConfigDict) -> None:
+    """Adds the fields that say what a model computes, of these sizes."""
     m.norm = field("layernorm", "normalization", one_of=("layernorm", "rmsnorm"))
     m.norm_epsilon = field(1e-5, "added to the mean square by whose root norms divide", above=0)
     m.parallel_residual = field(False, "attention and MLP of a layer read the same residual stream")
@@ -118,23 +133,22 @@ def model(**changes: Any) -> ConfigDict:
     m.tied_embeddings = field(False, "the head is the token embedding")
     m.document_mask = field(False, "attention stays within a document, where positions start from 0 again")
     m.end_of_text = field(-1, "id that ends a document, for document_mask; -1: the tokenizer's")
+    m.window = field(0, "keys that a query sees, its own the last; 0: all before it", at_least=0)
+    m.window_layers = field(
+        ":", "layers with the window, as slices: '::2' each second, '0, 4:' the first, 4 on"
+    )
+    m.attention_scale = field(
+        0.0, "queries times keys times this are scores; 0: 1 / sqrt(head_dim)", at_least=0
+    )
+    m.attention_softcap = field(
+        0.0, "scores pass through cap * tanh(scores / cap); 0: they do not", at_least=0
+    )
     m.logit_softcap = field(0.0, "logits pass through cap * tanh(logits / cap); 0: they do not", at_least=0)
     m.init_std = field(0.02, "standard deviation of initial weights", above=0)
     m.gpt_dropout = field(0.0, "dropout of the sum of embeddings", at_least=0, below=1)
     m.attn_dropout = field(0.0, "dropout of attention weights", at_least=0, below=1)
     m.attn_linear_dropout = field(0.0, "dropout of attention's output", at_least=0, below=1)
     m.transformer_dropout = field(0.0, "dropout of the MLP's output", at_least=0, below=1)
-    # How it is computed; none of these changes the result.
-    m.attention = field("auto", "auto: cudnn, else blockwise, with memory linear in length", one_of=KERNELS)
-    m.remat = field(
-        "none",
-        "what the backward pass computes again instead of keeping; attention: scores; dots: all except "
-        "matrix products; block: all except a layer's input; offload: as dots, with products in host memory",
-        one_of=("none", "attention", "dots", "block", "offload"),
-    )
-    m.scan_layers = field(True, "one compiled layer in a loop; False: all layers compiled one after another")
-    m.update(changes)
-    return m
 
 
 def dataset(path: str) -> ConfigDict:

@@ -28,8 +28,10 @@ def shrink(config: ConfigDict, keep: Collection[str]) -> ConfigDict:
     sizes = {"dim": 96, "num_heads": 4, "num_blocks": 2, "mlp_dim": 0, "vocab_size": 0, "head_dim": 0}
     sizes["num_kv_heads"] = 2 if config.model.num_kv_heads else 0
     sizes["context_length"] = min(config.model.context_length, 64)
+    sizes["window"] = min(config.model.window, 32)
+    layers = ":" if config.model.window_layers == ":" else "::2"
     groups = {
-        "model": sizes,
+        "model": {**sizes, "window_layers": layers},
         "eval": {"every_steps": 5, "sequences": 32},
         "checkpoint": {"save_steps": 5, "load_path": ""},
         "log": {"every_steps": 1},
@@ -121,13 +123,36 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -
         f"model.rope_scaling.low_frequency_factor={scaling.low_frequency_factor:g} must be below "
         f"high_frequency_factor={scaling.high_frequency_factor:g}",
     )
-    for name in ("attn_dropout", "document_mask"):
+    has_window = layers_with_window(m)
+    require(
+        not m.window or any(has_window),
+        f"model.window={m.window} needs a layer: model.window_layers={m.window_layers!r} has none of "
+        f"num_blocks={m.num_blocks}",
+    )
+    for name in ("attn_dropout", "document_mask", "attention_softcap"):
         message = f"model.attention=cudnn cannot do model.{name}={m[name]}; take attention=auto"
         require(m.attention != "cudnn" or not m[name], message)
     if m.tied_embeddings and m.head_bias:
         raise ConfigError("model.head_bias=True and model.tied_embeddings=True exclude each other")
     if m.vocab_size < ids:
         raise ConfigError(f"model.vocab_size={m.vocab_size} is smaller than the tokenizer's {ids}; 0 fits it")
+
+
+def layers_with_window(m: Mapping[str, Any]) -> list[bool]:
+    """Whether each layer of a model has its window. ConfigError: window_layers is no list of slices."""
+    layers, chosen = range(m["num_blocks"]), set()
+    for part in m["window_layers"].split(","):
+        try:
+            if ":" in part:
+                chosen |= {*layers[slice(*(int(end) if end.strip() else None for end in part.split(":")))]}
+            else:
+                chosen.add(layers[int(part)])
+        except (ValueError, TypeError, IndexError):
+            raise ConfigError(
+                f"model.window_layers={m['window_layers']!r}: {part.strip()!r} is no layer below "
+                f"num_blocks={m['num_blocks']}, and no slice such as '::2'"
+            ) from None
+    return [bool(m["window"]) and layer in chosen for layer in layers]
 
 
 def of_this_version(config: dict) -> dict:

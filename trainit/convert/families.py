@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainit.config import Config, ConfigError, flatten
+from trainit.config import Config, ConfigError, flatten, layers_with_window
 from trainit.parallel.layout import matrix_shape, parameter_kind
 
 QKV = ("query", "key", "value")
@@ -55,7 +55,8 @@ def _one_of(name: str, *values: object) -> Callable[[Config], bool]:
 _PLAIN: Mapping[str, object] = {
     **{"use_bias": False, "qkv_bias": False, "head_bias": False, "qk_norm": False, "logit_softcap": 0.0},
     **{"parallel_residual": False, "rope_interleaved": False, "rotary_fraction": 1.0},
-    "rope_scaling.factor": 1.0,
+    **{"rope_scaling.factor": 1.0, "window": 0, "attention_softcap": 0.0},
+    "attention_scale": lambda m: m.attention_scale in (0, m.head_dim**-0.5),
     "num_kv_heads": lambda m: m.num_kv_heads == m.num_heads,
     "head_dim": lambda m: m.head_dim * m.num_heads == m.dim,
 }
@@ -110,8 +111,19 @@ def _llama(m: Config) -> dict:
     return _sizes(m) | heads | about | {"attention_bias": m.use_bias, "mlp_bias": m.use_bias} | _rope(m)
 
 
+def _mistral(m: Config) -> dict:
+    return _llama(m) | {"sliding_window": m.window}
+
+
 def _qwen(m: Config) -> dict:
-    return _llama(m) | {"use_sliding_window": False}
+    has_window = layers_with_window(m)
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    return _llama(m) | {
+        "use_sliding_window": any(has_window),
+        "sliding_window": m.window or None,
+        "max_window_layers": [*has_window, True].index(True),  # versions without layer_types read it
+        "layer_types": [kinds[has] for has in has_window],
+    }
 
 
 def _gpt_neox(m: Config) -> dict:
@@ -181,8 +193,24 @@ FAMILIES = (
         fused="heads",
     ),
     Family("llama", "LlamaForCausalLM", {**_MODERN, **_OWN_HEAD_DIM, "use_bias": _any}, _llama, _LLAMA_NAMES),
-    Family("qwen2", "Qwen2ForCausalLM", {**_MODERN, "qkv_bias": True}, _qwen, _LLAMA_NAMES),
-    Family("qwen3", "Qwen3ForCausalLM", {**_MODERN, "head_dim": _any, "qk_norm": True}, _qwen, _LLAMA_NAMES),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        {
+            **{**_MODERN, "head_dim": _any, "window": lambda m: m.window > 0},
+            "window_layers": lambda m: len(set(layers_with_window(m))) == 1,
+        },
+        _mistral,
+        _LLAMA_NAMES,
+    ),
+    Family("qwen2", "Qwen2ForCausalLM", {**_MODERN, "qkv_bias": True, "window": _any}, _qwen, _LLAMA_NAMES),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        {**_MODERN, "head_dim": _any, "qk_norm": True, "window": _any},
+        _qwen,
+        _LLAMA_NAMES,
+    ),
 )
 
 

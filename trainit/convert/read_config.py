@@ -10,7 +10,15 @@ from trainit.convert.families import Family
 
 # What may differ from what Trainit would write: it changes no logits.
 _FREE = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"}
-_FREE |= {"tie_word_embeddings", "initializer_range", "embd_pdrop", "attn_pdrop", "resid_pdrop"}
+_FREE |= {
+    "tie_word_embeddings",
+    "initializer_range",
+    "sliding_window",
+    "max_window_layers",
+    "embd_pdrop",
+    "attn_pdrop",
+    "resid_pdrop",
+}
 # What must be off where Trainit would not write it.
 _OFF = {"use_sliding_window", "sliding_window", "rope_scaling", "add_cross_attention", "is_encoder_decoder"}
 _OFF |= {"scale_attn_by_inverse_layer_idx", "attention_bias", "mlp_bias", "use_parallel_residual"}
@@ -66,8 +74,23 @@ def _llama(a: Mapping) -> dict[str, Any]:
     return _sizes(a) | {"use_bias": bool(a.get("attention_bias"))}
 
 
+def _with_windows(a: Mapping) -> dict[str, Any]:
+    """The fields of a family with windows, in the layers that layer_types names, or in the last ones."""
+    window = a.get("sliding_window") if a.get("use_sliding_window", True) else None
+    count = a["num_hidden_layers"]
+    kinds = a.get("layer_types") or ["sliding_attention"] * count
+    first = 0 if a.get("layer_types") else a.get("max_window_layers", 0)
+    chosen = [i for i in range(first, count) if kinds[i] == "sliding_attention"]
+    if not window or not chosen:
+        return _sizes(a)
+    slices = {":": slice(0, None), "::2": slice(0, None, 2), f"{chosen[0]}:": slice(chosen[0], None)}
+    short = [text for text, of in slices.items() if [*range(count)[of]] == chosen]
+    return _sizes(a) | {"window": window, "window_layers": [*short, ",".join(map(str, chosen))][0]}
+
+
 READERS: dict[str, Callable[[Mapping], dict[str, Any]]]
-READERS = {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "llama": _llama, "qwen2": _sizes, "qwen3": _sizes}
+READERS = {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "llama": _llama, "qwen2": _with_windows}
+READERS |= {"qwen3": _with_windows, "mistral": _with_windows}
 
 
 def read(about: Mapping[str, Any], tied: bool, where: str) -> tuple[Family, dict[str, Any]]:
@@ -110,7 +133,7 @@ def _compare(there: Mapping, here: Mapping, where: str) -> None:
                 same in (here[key], None),
                 f"{where}: {key}={value!r} is not known together with the rest; Trainit knows {here[key]!r}",
             )
-        elif key in _OFF:
+        elif key in _OFF and key not in here:
             require(not value, f"{where}: {key}={value!r} is not known")
         elif key == "layer_types":
             require(set(value or ()) <= {"full_attention"}, f"{where}: {key} has other than full_attention")

@@ -238,5 +238,4 @@ def attend_to_cache(q_sbHK, k_sbJK, v_sbJK, keys, values, position_sb, **setting
 
 def cache_bytes(model: Config, rows: int, slots: int, bytes_of_a_number: int) -> int:
     """The size of the cache: keys and values of each layer, key head and slot."""
-    head_size = model.dim // model.num_heads
-    return 2 * model.num_blocks * rows * model.num_kv_heads * slots * head_size * bytes_of_a_number
+    return 2 * model.num_blocks * rows * model.num_kv_heads * slots * model.head_dim * bytes_of_a_number

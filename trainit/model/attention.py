@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,35 @@ SCORES_MIB = 1.0  # scores in memory at once: on CPUs they stay in a core's cach
 SCORES_MIB_OF_GPUS = 256.0
 
 
+@dataclass(frozen=True)
+class Form:
+    """How products of queries and keys become scores, and which keys a query sees."""
+
+    scale: float = 0.0  # of the products; 0: 1 / sqrt(K)
+    softcap: float = 0.0  # 0: none
+    window: int = 0  # keys that a query sees, its own the last; 0: all up to its own
+
+    def divisor(self, size: int) -> float:
+        return 1 / self.scale if self.scale else math.sqrt(size)
+
+    def scores(self, products: jax.Array, size: int) -> jax.Array:
+        """Scores of products over a head size."""
+        scores = products / self.divisor(size)
+        return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores
+
+    def pull(self, d_scores: jax.Array, scores: jax.Array, size: int) -> jax.Array:
+        """The gradient by the products. Scores may be -inf, where their gradient is 0."""
+        d_products = d_scores / self.divisor(size)
+        if not self.softcap:
+            return d_products
+        return d_products * (1 - jnp.square(jnp.maximum(scores, -self.softcap) / self.softcap))
+
+    def visible(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """Whether a query sees a key, by their positions in the row."""
+        visible = query >= key
+        return visible & (query - key < self.window) if self.window else visible
+
+
 def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
     """The kernel of this name (`RunShape.attention`), so that each device computes its own rows and heads."""
     scores_mib = SCORES_MIB if platform == "cpu" else SCORES_MIB_OF_GPUS  # GPUs need larger blocks to be busy
@@ -32,8 +62,8 @@ def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
     keys = parallel.spec("batch", "length", "kv_heads", None)
     inputs = (queries, keys, keys, parallel.spec("batch", "length"), parallel.spec("batch", "kv_heads"))
 
-    def attend(*arrays, rate: float) -> jax.Array:
-        kernel = functools.partial(kernels[name], rate=rate)
+    def attend(*arrays, rate: float, form: Form) -> jax.Array:
+        kernel = functools.partial(kernels[name], rate=rate, form=form)
         return parallel.shard_map_if_needed(kernel, inputs, queries)(*arrays)
 
     return attend
@@ -54,9 +84,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: jax.Array | 
 
 
 def plain(
-    q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0.0, position_BL=None
+    q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0.0, form=Form(), position_BL=None
 ) -> jax.Array:
-    """Causal softmax attention with scale 1/sqrt(K), with all scores in memory: (B, L, H, K).
+    """Causal softmax attention, with all scores in memory: (B, L, H, K).
 
     H / J query heads share a key head. A token sees only its own document, by number (None: a row is one).
     The weights of each row and key head have a dropout key (None: no dropout). Queries see the keys up to
@@ -68,36 +98,46 @@ def plain(
     # Query heads that share a key head are one axis. Scores are float32, and -inf where nothing may be seen.
     scores = jnp.einsum("bljrk,bsjk->bjrls", q_BLJRK, k_BSJK, preferred_element_type=jnp.float32)
     query = jnp.arange(L) if position_BL is None else position_BL[:, None, None]
-    visible = query[..., None] >= jnp.arange(S)
+    visible = form.visible(query[..., None], jnp.arange(S))
     if document_BL is not None:
         visible = visible & (document_BL[:, None, None, :, None] == document_BL[:, None, None, None, :])
-    scores = jnp.where(visible, scores / math.sqrt(K), -jnp.inf)
+    scores = jnp.where(visible, form.scores(scores, K), -jnp.inf)
     # Weights are rounded to the values' type only after softmax and dropout.
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key_BJ, 0).astype(v_BSJK.dtype)
     y_BLHK = jnp.einsum("bjrls,bsjk->bljrk", weights, v_BSJK).reshape(B, L, H, K)
     return checkpoint_name(y_BLHK, PRODUCT)
 
 
-def cudnn(q_BLHK, k_BLJK, v_BLJK, document_BL=None, key_BJ=None, rate: float = 0.0) -> jax.Array:
-    """What `plain` gives, without documents and dropout, by cuDNN's kernel for NVIDIA GPUs."""
-    y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLJK, v_BLJK, is_causal=True, implementation="cudnn")
-    return checkpoint_name(y_BLHK, PRODUCT)
+def cudnn(q_BLHK, k_BLJK, v_BLJK, document_BL=None, key_BJ=None, rate: float = 0.0, form=Form()) -> jax.Array:
+    """What `plain` gives, without documents, dropout and soft cap, by cuDNN's kernel for NVIDIA GPUs."""
+    options: dict[str, Any] = {"is_causal": True, "implementation": "cudnn"}
+    options |= {"scale": form.scale} if form.scale else {}
+    options |= {"local_window_size": (form.window - 1, 0)} if form.window else {}
+    return checkpoint_name(jax.nn.dot_product_attention(q_BLHK, k_BLJK, v_BLJK, **options), PRODUCT)
 
 
 def blockwise(
-    q_BLHK, k_BLJK, v_BLJK, document_BL=None, key_BJ=None, rate=0.0, block=BLOCK, scores_mib=SCORES_MIB
+    q_BLHK,
+    k_BLJK,
+    v_BLJK,
+    document_BL=None,
+    key_BJ=None,
+    rate=0.0,
+    form=Form(),
+    block=BLOCK,
+    scores_mib=SCORES_MIB,
 ) -> jax.Array:
     """What `plain` gives, except for other dropout masks, in memory linear in L.
 
     Only the scores of `block` queries and some heads are in memory at once. They are computed again for the
     gradient, from the logarithm of each softmax's denominator, as in FlashAttention (Dao et al. 2022, arXiv
     2205.14135). A row is divided into up to STAGES parts; the queries of one see the keys up to its end, so
-    that little more than half of all products are computed. `scores_mib` is the most MiB of scores in memory
-    at once, unless those of a single head are more.
+    that little more than half of all products are computed; with a window, only those that one of them sees.
+    `scores_mib` is the most MiB of scores in memory at once, unless those of a single head are more.
     """
     if q_BLHK.shape[1] <= block:
-        return plain(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate)
-    return _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, block, scores_mib)
+        return plain(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, form)
+    return _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, form, block, scores_mib)
 
 
 @dataclass(frozen=True)
@@ -106,6 +146,7 @@ class _Blocks:
 
     shape: tuple[int, int, int, int]
     key_heads: int  # J
+    form: Form
     block: int
     scores_mib: float
 
@@ -118,7 +159,8 @@ class _Blocks:
     def group(self) -> int:
         """g: how many key heads are computed at once; the scores of as many fit into `scores_mib`."""
         heads = self.shape[0] * self.key_heads
-        maximum = self.scores_mib * 2**20 / (4 * self.shared * self.block * self.shape[1])
+        widest = max(end - start for start, end in map(self.seen_keys, range(self.stages)))
+        maximum = self.scores_mib * 2**20 / (4 * self.shared * self.block * widest)
         return max(g for g in range(1, heads + 1) if heads % g == 0 and g <= max(maximum, 1))
 
     @property
@@ -130,9 +172,11 @@ class _Blocks:
     def stages(self) -> int:
         return -(-self.shape[1] // (self.block * self.per_stage))
 
-    def visible_keys(self, stage: int) -> int:
-        """How many keys the queries of a stage see."""
-        return min((stage + 1) * self.per_stage * self.block, self.shape[1])
+    def seen_keys(self, stage: int) -> tuple[int, int]:
+        """Between which keys all lie that the queries of a stage see."""
+        size = self.per_stage * self.block
+        first = max(stage * size - self.form.window + 1, 0) if self.form.window else 0
+        return first - first % self.block, min((stage + 1) * size, self.shape[1])
 
     def of_stage(self, stage: int, arrays):
         """The blocks (n, ...) of one stage, from a tree of arrays of all blocks."""
@@ -175,24 +219,30 @@ class _Blocks:
         rows = jnp.swapaxes(rows.reshape(len(keys), self.group, -1, self.block), 1, 2)
         return jnp.tile(rows, self.shared), keys
 
-    def scores(self, q_gXK, kt_gKS, index, query_gX, key_gL) -> jax.Array:
-        """Scaled float32 scores (g, X, S) of the block with this index; -inf for keys it must not see."""
+    def scores(self, q_gXK, kt_gKS, first, index, query_gX, key_gL) -> jax.Array:
+        """Float32 scores (g, X, S) of the block with this index; -inf for keys it must not see.
+
+        The first key is the row's `first`.
+        """
         X, S = q_gXK.shape[1], kt_gKS.shape[2]
-        scores = jnp.matmul(q_gXK, kt_gKS, preferred_element_type=jnp.float32)
-        visible = (index * self.block + jnp.arange(X) % self.block)[:, None] >= jnp.arange(S)
+        products = jnp.matmul(q_gXK, kt_gKS, preferred_element_type=jnp.float32)
+        query_X = index * self.block + jnp.arange(X) % self.block
+        if self.form.window:  # what pads the last block sees as much as the row's last query
+            query_X = jnp.minimum(query_X, self.shape[1] - 1)
+        visible = self.form.visible(query_X[:, None], first + jnp.arange(S))
         if query_gX is not None:
-            visible = visible & (query_gX[:, :, None] == key_gL[:, None, :S])
-        return jnp.where(visible, scores / math.sqrt(q_gXK.shape[2]), -jnp.inf)
+            visible = visible & (query_gX[:, :, None] == key_gL[:, None, first : first + S])
+        return jnp.where(visible, self.form.scores(products, q_gXK.shape[2]), -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, block: int, scores_mib: float):
-    return _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, block, scores_mib)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, *cut):
+    return _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, *cut)[0]
 
 
-def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, block: int, scores_mib: float):
+def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, *how):
     """The result, and what the backward pass needs: the inputs, the result, logarithms of denominators."""
-    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], block, scores_mib)
+    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], *how)
     indices = jnp.arange(cut.stages * cut.per_stage)
 
     # One group of heads after the other, then one stage, in it one block of queries.
@@ -200,12 +250,13 @@ def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, block: in
         q_ngXK, k_gLK, v_gLK, (query_ngX, key_gL), key_g = arrays
         kt_gKL, parts = jnp.swapaxes(k_gLK, 1, 2), []
         for stage in range(cut.stages):
-            kt_gKS, v_gSK = kt_gKL[..., : cut.visible_keys(stage)], v_gLK[:, : cut.visible_keys(stage)]
+            start, end = cut.seen_keys(stage)
+            kt_gKS, v_gSK = kt_gKL[..., start:end], v_gLK[:, start:end]
 
-            def attend(indexed, kt_gKS=kt_gKS, v_gSK=v_gSK):
+            def attend(indexed, kt_gKS=kt_gKS, v_gSK=v_gSK, start=start):
                 index, q_gXK, query_gX = indexed
                 # Softmax with the largest score subtracted, divided by its denominator after the product.
-                scores = cut.scores(q_gXK, kt_gKS, index, query_gX, key_gL)
+                scores = cut.scores(q_gXK, kt_gKS, start, index, query_gX, key_gL)
                 top = jnp.max(scores, axis=-1, keepdims=True)
                 weights = jnp.exp(scores - top)
                 total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -223,14 +274,14 @@ def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, block: in
     return y_BLHK, (q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, y_BLHK, log_mngX)
 
 
-def _backward(rate: float, block: int, scores_mib: float, residuals, dy_BLHK):
+def _backward(rate: float, form: Form, block: int, scores_mib: float, residuals, dy_BLHK):
     """The gradients of queries, keys and values.
 
     Each product takes its large matrix as it lies in memory, because on CPUs others take up to three times as
     long. So the gradients of keys and values are summed in transposed form.
     """
     q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, y_BLHK, log_mngX = residuals
-    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], block, scores_mib)
+    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], form, block, scores_mib)
     indices = jnp.arange(cut.stages * cut.per_stage)
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
@@ -240,25 +291,26 @@ def _backward(rate: float, block: int, scores_mib: float, residuals, dy_BLHK):
         # `zeros_like` of what is summed, so that shard_map takes them to differ between devices as well.
         totals, parts = jnp.zeros_like(jnp.stack([kt_gKL, vt_gKL]), jnp.float32), []
         for stage in range(cut.stages):
-            end = cut.visible_keys(stage)
-            kt_gKS, vt_gKS, k_gSK = kt_gKL[..., :end], vt_gKL[..., :end], k_gLK[:, :end]
+            start, end = cut.seen_keys(stage)
+            kt_gKS, vt_gKS, k_gSK = kt_gKL[..., start:end], vt_gKL[..., start:end], k_gLK[:, start:end]
 
-            def pull(total, indexed, kt_gKS=kt_gKS, vt_gKS=vt_gKS, k_gSK=k_gSK):
+            def pull(total, indexed, kt_gKS=kt_gKS, vt_gKS=vt_gKS, k_gSK=k_gSK, start=start):
                 index, (q_gXK, query_gX, dy_gXK, delta_gX1, log_gX) = indexed
                 # The softmax again, the gradient by its inputs (the scores), and by keys and values.
-                weights = jnp.exp(cut.scores(q_gXK, kt_gKS, index, query_gX, key_gL) - log_gX[..., None])
+                scores = cut.scores(q_gXK, kt_gKS, start, index, query_gX, key_gL)
+                weights = jnp.exp(scores - log_gX[..., None])
                 d_weights = dropout(product(dy_gXK, vt_gKS), rate, key_g, index)
-                d_scores = weights * (d_weights - delta_gX1) / math.sqrt(q_gXK.shape[2])
+                d_scores = form.pull(weights * (d_weights - delta_gX1), scores, q_gXK.shape[2])
                 d_scores = d_scores.astype(q_gXK.dtype)
                 weights = dropout(weights, rate, key_g, index).astype(q_gXK.dtype)
                 d_keys = product(jnp.swapaxes(q_gXK, 1, 2), d_scores)
                 d_values = product(jnp.swapaxes(dy_gXK, 1, 2), weights)
                 return total + jnp.stack([d_keys, d_values]), product(d_scores, k_gSK).astype(q_gXK.dtype)
 
-            zeros = jnp.zeros_like(totals[..., :end])
+            zeros = jnp.zeros_like(totals[..., start:end])
             # Gradients of keys and values add up over all blocks that saw them.
             total, dq_ngXK = jax.lax.scan(pull, zeros, cut.of_stage(stage, (indices, tuple(of_queries))))
-            totals = totals.at[..., :end].add(total)
+            totals = totals.at[..., start:end].add(total)
             parts.append(dq_ngXK)
         return jnp.concatenate(parts), *totals.astype(k_gLK.dtype)
 

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainit.config import GATED, Config
-from trainit.model.attention import dropout, plain
+from trainit.config import GATED, Config, layers_with_window
+from trainit.model.attention import Form, dropout, plain
 from trainit.model.layers import Documents, Embedding, Head, Linear, Norm, find_documents, rope
 from trainit.model.precision import PARTS, PartPrecision
 from trainit.parallel.collectives import ONE_DEVICE, MaybeArray, Parallel
@@ -32,6 +32,7 @@ from trainit.parallel.matmul import PRODUCT, column_parallel, row_parallel
 
 Attend = Callable[..., jax.Array]  # with the arguments and the result of `attention.plain`
 Parts = Mapping[str, PartPrecision]
+Windowed = bool | jax.Array  # whether a layer has the model's window; an array where layers share a program
 
 
 class Attention(nnx.Module):
@@ -47,7 +48,9 @@ class Attention(nnx.Module):
         self.query_norm = Norm(size, False, False, c.norm_epsilon) if c.qk_norm else None
         self.key_norm = Norm(size, False, False, c.norm_epsilon) if c.qk_norm else None
 
-    def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None, windowed: Windowed
+    ) -> jax.Array:
         c = self.c
         number_BL, position_BL = (documents.number_BL, documents.position_BL) if documents else (None, None)
 
@@ -60,10 +63,18 @@ class Attention(nnx.Module):
             q_BLHK, k_BLJK = (rope(x, c, position_BL) for x in (q_BLHK, k_BLJK))
 
         # What each query takes of the values.
-        attend: Attend = functools.partial(self.attend, rate=c.attn_dropout)
-        attend = jax.checkpoint(attend) if c.remat == "attention" else attend
         keys_BJ = _keys_of_heads(key, c.num_kv_heads) if key is not None and c.attn_dropout else None
-        y_BLHK = attend(q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BJ)
+
+        def attend(window: int) -> Attend:
+            form = Form(c.attention_scale, c.attention_softcap, window)
+            kernel = functools.partial(self.attend, rate=c.attn_dropout, form=form)
+            return jax.checkpoint(kernel) if c.remat == "attention" else kernel
+
+        arrays = q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BJ
+        if isinstance(windowed, bool):
+            y_BLHK = attend(c.window if windowed else 0)(*arrays)
+        else:  # layers of both kinds share this program, which has both kernels
+            y_BLHK = jax.lax.cond(windowed, attend(c.window), attend(0), *arrays)
         y_BLD = row_parallel(self.parallel, y_BLHK, *self.out.weights, float8=self.float8)
         return dropout(y_BLD, c.attn_linear_dropout, key, 1)
 
@@ -121,9 +132,11 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(*norm)
         self.mlp = MLP(c, parallel, rngs, parts["mlp"].float8)
 
-    def __call__(self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None, windowed: Windowed = False
+    ) -> jax.Array:
         with jax.named_scope("attention"):
-            y_BLD = self.attention(self.attention_norm(x_BLD, self.types[0]), key, documents)
+            y_BLD = self.attention(self.attention_norm(x_BLD, self.types[0]), key, documents, windowed)
             sum_BLD = x_BLD + y_BLD.astype(x_BLD.dtype)
         with jax.named_scope("mlp"):
             read_BLD = x_BLD if self.c.parallel_residual else sum_BLD
@@ -170,11 +183,14 @@ class Network(nnx.Module):
         # All blocks: one compiled loop over the stacked parameters (scan_layers), or one after the other,
         # which compiles longer and runs faster. `graph` is what layers have in common.
         graph, layers = nnx.split(self.blocks)
+        has_window = layers_with_window(c)
+        differ = len(set(has_window)) > 1
 
         def block(x_BLD, layer):
             index, parameters = layer
             layer_key = None if key is None else jax.vmap(jax.random.fold_in, (0, None))(key, index + 1)
-            return nnx.merge(graph, parameters)(x_BLD, layer_key, documents), None
+            windowed = jnp.array(has_window)[index] if differ else has_window[0]
+            return nnx.merge(graph, parameters)(x_BLD, layer_key, documents, windowed), None
 
         # In a loop, XLA cannot merge what is recomputed with what was computed before: no barrier is needed.
         if c.remat in POLICIES:
@@ -241,8 +257,8 @@ class GPT:
         network = nnx.merge(self._graph, {**params, "blocks": layers[0]})
         graph, _ = nnx.split(network.blocks)
         x_BLD = network.embed(tokens_BL, documents)
-        for parameters in layers:
-            x_BLD = nnx.merge(graph, parameters)(x_BLD, None, documents)
+        for parameters, windowed in zip(layers, layers_with_window(network.c), strict=True):
+            x_BLD = nnx.merge(graph, parameters)(x_BLD, None, documents, windowed)
         return network.read_out(x_BLD)
 
     def __call__(self, params: dict, tokens_BL: jax.Array, key: MaybeArray = None, first_row=0) -> jax.Array:

@@ -118,12 +118,14 @@ def choose_attention(config: Config, platform: str, precision: str) -> str:
     """
     size = config.head_dim
     fits = precision == "bfloat16" and size % 8 == 0 and size <= 128  # larger ones not on every card
-    possible = platform == "cuda" and fits and not config.attn_dropout and not config.document_mask
+    plain = not config.attn_dropout and not config.document_mask and not config.attention_softcap
+    possible = platform == "cuda" and fits and plain
     require(
         config.attention != "cudnn" or possible,
         f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16, a head size that 8 divides up to "
-        f"128, no document mask; here are platform={platform}, precision={precision}, head size {size}, "
-        f"document_mask={config.document_mask}; take model.attention=auto",
+        f"128, no document mask, no attention_softcap; here are platform={platform}, precision={precision}, "
+        f"head size {size}, document_mask={config.document_mask}, attention_softcap="
+        f"{config.attention_softcap:g}; take model.attention=auto",
     )
     automatic = "cudnn" if possible else "blockwise"
     return automatic if config.attention == "auto" else config.attention

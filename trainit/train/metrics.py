@@ -8,7 +8,7 @@ import jax
 from trainit import __version__
 from trainit.cluster.devices import peak_memory
 from trainit.cluster.hardware import peak_flops
-from trainit.config import GATED, Config
+from trainit.config import GATED, Config, layers_with_window
 from trainit.parallel.trees import total_bytes
 
 
@@ -32,13 +32,16 @@ def facts(model: Config, state) -> dict:
 def flops_per_token(model: Config) -> float:
     """Model FLOPs of forward and backward pass per token: 6 * weights in matrix products + attention.
 
-    Attention is 12 * N * L * H * K, not halved for causality (Chowdhery et al. 2022, arXiv 2204.02311,
-    appendix B). Embedding look-ups, norms, recomputation and the optimizer do not count.
+    Attention is 12 * L * H * K a layer, not halved for causality (Chowdhery et al. 2022, arXiv 2204.02311,
+    appendix B); a layer's window takes the place of a longer L. Embedding look-ups, norms, recomputation and
+    the optimizer do not count.
     """
     attention = 2 * model.dim * model.head_dim * (model.num_heads + model.num_kv_heads)
     mlp = (3 if model.activation in GATED else 2) * model.dim * model.mlp_dim
     weights = model.num_blocks * (attention + mlp) + model.dim * model.vocab_size
-    return 6.0 * weights + 12.0 * model.num_blocks * model.context_length * model.num_heads * model.head_dim
+    length = model.context_length
+    keys = sum(min(model.window, length) if has else length for has in layers_with_window(model))
+    return 6.0 * weights + 12.0 * keys * model.num_heads * model.head_dim
 
 
 class Meter:

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parent.parent
 FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jaxlib.__version__.startswith("0.10."):  # later ones do not know the flag, and end at once
     FAST += " --xla_cpu_use_fusion_emitters=false"
+# For runs in which the mesh is not looked at: two devices, for which programs take two thirds of the time.
+TWO = "--config.cpu_devices=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"
 # With the tests' usual rate of 1e-2, rounding grows to percents in some 150 steps; with this one it does not.
 SMOOTH = "--config.optimizer.learning_rate=1e-3"
 

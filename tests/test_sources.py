@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import tiny
-from processes import Fork, end, last_step, metrics, run_imported, wait_for
+from processes import TWO, Fork, end, last_step, metrics, run_imported, wait_for
 
 from trainit import config as config_lib
 from trainit.config import ConfigError
@@ -216,6 +216,7 @@ def test_a_run_on_a_mixture_with_a_document_mask(subset_dataset, tmp_path):
         "--config.dataset.mixture=Alpha 0.5, Gamma 0.5; 12: Beta (1) 1",
         *("--config.dataset.order=blocks", "--config.dataset.block_tokens=320"),
         *("--config.model.document_mask=True", "--config.schedule.warmup=2", "--config.steps=24"),
+        *TWO,
     )
     run_imported(*arguments, f"--workdir={tmp_path}/whole")
     process = Fork(*arguments, f"--workdir={tmp_path}/parts")

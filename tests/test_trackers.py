@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from processes import ROOT, end, last_step, metrics, on_a_terminal, run_imported, start, wait_for
+from processes import ROOT, TWO, end, last_step, metrics, on_a_terminal, run_imported, start, wait_for
 
 from trainit.cluster.logs import quantity
 from trainit.config import resolve
@@ -155,6 +155,7 @@ def test_wandb_offline_and_resumed(random_dataset, tmp_path):
         f"--config={ROOT}/tests/tiny.py",
         f"--config.dataset.path={random_dataset}",
         f"--workdir={tmp_path}",
+        *TWO,
         "--config.steps=40",
         "--config.wandb.project=tests",
         "--config.wandb.name=offline",

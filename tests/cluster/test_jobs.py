@@ -91,6 +91,9 @@ def test_stopped_then_each_process_killed_then_left_alone(job, tmp_path):
 
     end(job(2, steps), 0)
     assert exact(metrics(run)) == exact(metrics(calm))
+    for rank in (0, 1):  # the program that process 0 of the first job has put into the cache is for all
+        *_, last = re.findall("program    train: .*", _log(run, rank))
+        assert "from the cache" in last
 
 
 @pytest.mark.parametrize("rank", [0, 1])

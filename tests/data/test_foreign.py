@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from processes import ROOT, metrics, run_imported
+from processes import ROOT, TWO, metrics, run_imported
 
 from trainit import tokenizers
 from trainit.data import loader
@@ -546,7 +546,7 @@ def test_a_run(random_dataset, tmp_path):
         shards = sorted(random_dataset.glob(f"{name}-*.tokens"))
         ids = np.concatenate([np.fromfile(shard, "<u2") for shard in shards])
         ids.tofile(tmp_path / "data" / file)
-    tiny = f"--config={ROOT}/tests/tiny.py", "--config.steps=6", "--config.eval.every_steps=3"
+    tiny = f"--config={ROOT}/tests/tiny.py", *TWO, "--config.steps=6", "--config.eval.every_steps=3"
     run_imported(*tiny, f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}/ours")
     theirs = (
         *(*tiny, f"--config.dataset.path={tmp_path}/data", "--config.dataset.tokenizer=bytes"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import ROOT, run, run_imported
+from processes import ROOT, TWO, run_imported
 
 from trainit.__main__ import main as trainit_command
 from trainit.data.documents import inputs
@@ -112,7 +112,7 @@ def test_prepare_notices_an_edit_while_it_reads(tmp_path, monkeypatch, capsys):
 def streamed(tmp_path) -> list[str]:
     (tmp_path / "train.jsonl").write_text(lines(600, 1))
     (tmp_path / "val.jsonl").write_text(lines(60, 2))
-    flags = [f"--config={ROOT}/tests/tiny.py:dataset=jsonl", f"--workdir={tmp_path}/run"]
+    flags = [f"--config={ROOT}/tests/tiny.py:dataset=jsonl", f"--workdir={tmp_path}/run", *TWO]
     flags += [f"--config.dataset.path={tmp_path}/train.jsonl", "--config.dataset.tokenizer=bytes"]
     flags += [f"--config.dataset.validation_path={tmp_path}/val.jsonl", "--config.dataset.streams=4"]
     return [*flags, "--config.dataset.workers=0", "--config.dataset.window=8", "--config.eval.sequences=8"]
@@ -124,12 +124,12 @@ def test_a_resume_names_the_file_that_was_replaced(streamed, tmp_path):
     more = "--config.steps=6", "--config.checkpoint.overwrite_config=True"
     for name in ("train", "val"):
         edit(tmp_path / f"{name}.jsonl", 500)
-        output = run(*streamed, "--config.steps=3", expect=2)
+        output = run_imported(*streamed, "--config.steps=3", expect=2)
         assert f"made with other data: {name}.jsonl, whose content has changed" in output
         edit(tmp_path / f"{name}.jsonl", 500)
     # Validation may be replaced on request, and the data to train on continue.
     edit(tmp_path / "val.jsonl", 500)
-    output = run(*streamed, *more)
+    output = run_imported(*streamed, *more)
     assert "changed    data: val.jsonl, whose content has changed" in output
     assert "from the beginning" not in output
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import zstandard
-from processes import ROOT, exact, last_step, metrics, run, run_imported, start, wait_for
+from processes import ROOT, TWO, exact, last_step, metrics, run, run_imported, start, wait_for
 
 from trainit.config import ConfigError, jsonl, resolve
 from trainit.data import loader
@@ -355,6 +355,7 @@ def command(folder):
         f"--config.dataset.validation_path={validation}",
         *("--config.dataset.tokenizer=bytes", "--config.dataset.streams=4", "--config.dataset.window=8"),
         "--config.dataset.subset_field=meta.set",
+        *TWO,
     )
 
 
@@ -381,8 +382,8 @@ def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path):
 
 def test_a_batch_that_grows_is_the_run_gone_on_with_a_larger_one(command, tmp_path):
     """Bit for bit; streams continue from where they are, within a window."""
-    plain = [*command, "--config.cpu_devices=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]
-    plain += ["--config.batch_size=8", "--config.eval.every_steps=0", "--config.eval.sequences=8"]
+    plain = [*command, "--config.batch_size=8"]
+    plain += ["--config.eval.every_steps=0", "--config.eval.sequences=8"]
     plain[0] += ",schedule=constant"
     plain += ["--config.schedule.warmup=1", "--config.dataset.workers=0"]
     grown = "--config.steps=6", "--config.batch_schedule=3: 16", f"--workdir={tmp_path}/grown"

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from processes import ROOT, run_imported
+from processes import ROOT, TWO, run_imported
 from tokenizers import normalizers, pre_tokenizers
 from vocabularies import EXACT, KINDS, piece_model, with_bytes
 
@@ -138,7 +138,7 @@ def test_each_start_warns(tmp_path, capfd):
     (tmp_path / "theirs").mkdir()
     for name in ("train", "val"):
         (np.arange(9000) % 500).astype("<u2").tofile(tmp_path / "theirs" / f"{name}.bin")
-    tiny = f"--config={ROOT}/tests/tiny.py", "--config.steps=1", "--config.eval.sequences=8"
+    tiny = f"--config={ROOT}/tests/tiny.py", *TWO, "--config.steps=1", "--config.eval.sequences=8"
     ways = {
         "prepared": [f"--config.dataset.path={tmp_path}/data"],
         "theirs": [f"--config.dataset.path={tmp_path}/theirs", f"--config.dataset.tokenizer={choice}"],

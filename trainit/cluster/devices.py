@@ -45,6 +45,8 @@ def initialize(platform: str, place: Place, coordinator: str = ""):
     except (RuntimeError, AssertionError) as error:
         reason = str(error) or "JAX has no such backend"
         raise SetupError(f"platform={platform!r} cannot be used here: {reason}") from None
+    if place.num_processes > 1 and devices[0].platform == "cpu":
+        _share_programs()
     if place.gpus and platform != "cpu" and len(devices) != place.gpus:
         raise SetupError(
             f"{place.source} promises {place.gpus} GPUs to process {place.process_id} on "
@@ -69,6 +71,20 @@ def _connect(place: Place, coordinator: str):
         heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=20,
     )
+
+
+def _share_programs():
+    """Makes the processes of a job on CPUs find the programs in the cache that process 0 has put there.
+
+    JAX names a program by its devices, and describes CPUs differently in each process: without this, all but
+    process 0 compile at each start. May go when JAX's names are those of all processes, as they are for GPUs.
+    """
+    from jax._src import cache_key
+
+    def describe(digest, devices):
+        digest.update(str([(device.device_kind, device.process_index) for device in devices.flat]).encode())
+
+    cache_key._hash_accelerator_config = describe
 
 
 def peak_memory() -> int:

@@ -22,7 +22,10 @@ from pages import ROOT, Block, all_blocks, commands, words
 from processes import metrics
 
 SHORT = {  # added so that a command that trains for minutes takes seconds; nothing else changes
-    "train": ["--config.steps=6", "--config.eval.every_steps=3", "--config.checkpoint.save_steps=3"],
+    "train": [
+        *("--config.steps=6", "--config.eval.every_steps=3", "--config.eval.sequences=16"),
+        "--config.checkpoint.save_steps=3",
+    ],
     "benchmark": ["--tokens=2000000", "--steps=3"],
 }
 REPLACED = {  # in pages, for the same reason

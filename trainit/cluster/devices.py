@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import jax
+from jax._src import cache_key
 
 from trainit.cluster import hardware, xla_flags
 from trainit.cluster.place import Place, SetupError
@@ -46,7 +47,11 @@ def initialize(platform: str, place: Place, coordinator: str = ""):
         reason = str(error) or "JAX has no such backend"
         raise SetupError(f"platform={platform!r} cannot be used here: {reason}") from None
     if place.num_processes > 1 and devices[0].platform == "cpu":
-        _share_programs()
+        # Process 0 alone writes the cache of programs. JAX's names for them describe CPUs differently in each
+        # process: the others would find none. May go when the names are the same, as they are for GPUs.
+        cache_key._hash_accelerator_config = lambda hash_obj, accelerators: hash_obj.update(
+            repr([(device.device_kind, device.process_index) for device in accelerators.flat]).encode()
+        )
     if place.gpus and platform != "cpu" and len(devices) != place.gpus:
         raise SetupError(
             f"{place.source} promises {place.gpus} GPUs to process {place.process_id} on "
@@ -71,20 +76,6 @@ def _connect(place: Place, coordinator: str):
         heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=20,
     )
-
-
-def _share_programs():
-    """Makes the processes of a job on CPUs find the programs in the cache that process 0 has put there.
-
-    JAX names a program by its devices, and describes CPUs differently in each process: without this, all but
-    process 0 compile at each start. May go when JAX's names are those of all processes, as they are for GPUs.
-    """
-    from jax._src import cache_key
-
-    def describe(digest, devices):
-        digest.update(str([(device.device_kind, device.process_index) for device in devices.flat]).encode())
-
-    cache_key._hash_accelerator_config = describe
 
 
 def peak_memory() -> int:

@@ -240,6 +240,10 @@ def test_what_the_config_says_must_agree(tmp_path):
     make_folder("Llama", tmp_path)
     pretrained = Pretrained(f"hf:{tmp_path}")
     config = tiny.get_config()
+    config.checkpoint.load_step = 5
+    with pytest.raises(ConfigError, match=r"checkpoint.load_step=5: the model in .* has no steps"):
+        pretrained.fill(config)
+    config.checkpoint.load_step = -1
     with pytest.raises(ConfigError, match=r"model.num_heads=3, but the model in .* has 4; leave it out"):
         config.model.num_heads = 3
         pretrained.fill(config)

@@ -41,6 +41,8 @@ class Pretrained:
     def fill(self, config: ConfigDict) -> None:
         """Sets the model's fields, in place. Raises ConfigError where the config has set another value."""
         usual, mine = flatten(model()), flatten(config.model)
+        given = config.checkpoint.load_step
+        require(given == -1, f"checkpoint.load_step={given}: the model in {self.folder} has no steps")
         for name, value in self.fields.items():
             require(
                 name == "context_length" or mine[name] in (usual[name], value),

@@ -44,7 +44,7 @@ def read(given: str) -> Task:
     try:
         text = path.read_text("utf8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"task {given}: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(f"eval.tasks={given}: {getattr(error, 'strerror', None) or error}") from None
     questions = []
     for where, item in _items(text, path):
         try:

@@ -77,7 +77,8 @@ def test_a_config_of_an_earlier_version_has_the_fields_since():
     config = resolve(make(), 50257).to_dict()
     since = {"head_dim", "norm_epsilon", "parallel_residual", "rope_interleaved", "rotary_fraction"}
     since |= {"rope_scaling", "qkv_bias", "init_std", "window", "window_layers", "attention_scale"}
-    since |= {"attention_softcap"}
+    since |= {"attention_softcap", "norm_placement", "norm_unit_offset", "qk_norm_over_heads"}
+    since |= {"embedding_scale"}
     model = {name: value for name, value in config["model"].items() if name not in since}
     assert len(model) == len(config["model"]) - len(since)
     assert of_this_version({**config, "model": model}) == config

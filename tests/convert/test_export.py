@@ -37,6 +37,12 @@ SCALED = {  # some frequencies stay, some are divided, some lie between
     **{"rope_scaling.factor": 8.0, "rope_scaling.original_context": 16, "rope_theta": 100.0},
     **{"rope_scaling.low_frequency_factor": 0.5, "rope_scaling.high_frequency_factor": 2.0},
 }
+OLMO = {**MODERN, "norm_placement": "after", "qk_norm": True, "qk_norm_over_heads": True}
+GEMMA = {
+    **{**MODERN, "activation": "geglu", "norm_placement": "both", "norm_unit_offset": True},
+    **{"embedding_scale": 0.0, "window": 7, "window_layers": "::2", "attention_softcap": 3.0},
+    **{"attention_scale": 5**-0.5, "logit_softcap": 4.0, "head_dim": 12},
+}
 MODELS = {
     "GPT-2": ("GPT2LMHeadModel", {}),
     "GPT-2, tied": ("GPT2LMHeadModel", {"tied_embeddings": True, "mlp_dim": 72}),
@@ -56,6 +62,13 @@ MODELS = {
         {**MODERN, "qkv_bias": True, "window": 5, "window_layers": "1:", "num_blocks": 3},
     ),
     "Qwen3, windows": ("Qwen3ForCausalLM", {**MODERN, "qk_norm": True, "window": 9, "window_layers": "0"}),
+    "OLMo 2": ("Olmo2ForCausalLM", {**OLMO, "num_kv_heads": 2}),
+    "OLMo 2, tied": ("Olmo2ForCausalLM", {**OLMO, **SCALED, "tied_embeddings": True, "norm_epsilon": 0.1}),
+    "Gemma 2": ("Gemma2ForCausalLM", {**GEMMA, "num_kv_heads": 2, "tied_embeddings": True}),
+    "Gemma 2, no caps": (
+        "Gemma2ForCausalLM",
+        {**GEMMA, "attention_softcap": 0.0, "logit_softcap": 0.0, "window": 0, "norm_epsilon": 0.1},
+    ),
     "Qwen3": ("Qwen3ForCausalLM", {**MODERN, "qk_norm": True, "num_kv_heads": 1}),
     "Qwen3, own head size, tied": (
         "Qwen3ForCausalLM",

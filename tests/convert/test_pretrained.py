@@ -50,6 +50,11 @@ MODELS = {
         "Qwen2",
         {**LLAMA, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
     ),
+    "OLMo 2": ("Olmo2", LLAMA),
+    "Gemma 2": (
+        "Gemma2",
+        {**LLAMA, "head_dim": 12, "sliding_window": 9, "query_pre_attn_scalar": 5},
+    ),
     "Mistral": ("Mistral", {**LLAMA, "sliding_window": 9, "head_dim": 12}),
     "Qwen3": ("Qwen3", {**LLAMA, "head_dim": 12}),
 }

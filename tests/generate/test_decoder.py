@@ -18,6 +18,7 @@ MODELS = {
     "GPT-2": {},
     "Llama": {**MODERN, "num_kv_heads": 2},
     "Qwen3, tied": {**MODERN, "qk_norm": True, "num_kv_heads": 2, "tied_embeddings": True},
+    "windows": {**MODERN, "window": 9, "window_layers": "::2", "attention_softcap": 2.0, "head_dim": 12},
     "documents": {**MODERN, "document_mask": True, "logit_softcap": 30.0, "activation": "relu2"},
 }
 GREEDY, END, IDS = Sampling(), 256, 257

@@ -185,14 +185,30 @@ def test_a_model_is_the_same_with_either_kernel(changes):
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5 * np.abs(logits[0]).max())
 
 
-def test_blockwise_over_a_mesh_is_that_of_one_device():
-    """Two steps with dropout, documents and shared key heads, on 8 devices and on one: the same losses."""
+FAMILIES = {
+    **{"norm": "rmsnorm", "activation": "geglu", "positions": "rope", "use_bias": False, "qkv_bias": True},
+    **{"norm_placement": "both", "norm_unit_offset": True, "qk_norm": True, "qk_norm_over_heads": True},
+    **{"window": 50, "window_layers": "::2", "attention_softcap": 3.0, "attention_scale": 0.4},
+    **{"head_dim": 12, "rotary_fraction": 0.5, "rope_scaling.factor": 4.0, "embedding_scale": 0.0},
+    **{"attn_dropout": 0.0, "remat": "dots", "parallel_residual": True},
+}
+
+
+@pytest.mark.evidence("models with the parts of all families train on a mesh as on one device")
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [({"data": 2, "fsdp": 2, "tensor": 2}, {}), ({"data": 1, "fsdp": 4, "tensor": 2}, FAMILIES)],
+    ids=["dropout", "families"],
+)
+def test_blockwise_over_a_mesh_is_that_of_one_device(sizes, changes):
+    """Two steps with documents and shared key heads, on 8 devices and on one: the same losses."""
 
     def losses(sizes):
         config = tiny.get_config()
         config.update(batch_size=8, device_batch_size=0)
         config.model.update(num_kv_heads=2, context_length=attention.BLOCK + 32, attention="blockwise")
         config.model.update(document_mask=True, end_of_text=3)
+        config.model.update_from_flattened_dict(changes)
         config = config_lib.resolve(config, 100)
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         steps = step.build(config, shape_on(config, mesh))
@@ -205,5 +221,5 @@ def test_blockwise_over_a_mesh_is_that_of_one_device():
         return found
 
     one = losses({"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
-    many = losses({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    many = losses({**sizes, "context": 1})
     np.testing.assert_allclose(many, one, rtol=2e-5)

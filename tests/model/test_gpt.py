@@ -57,6 +57,8 @@ VARIANTS = {
         **{"window": 3, "window_layers": "::2", "attention_softcap": 0.3, "remat": "dots"},
         "num_blocks": 3,
     },
+    "olmo2": MODERN | {"norm_placement": "after", "qk_norm_over_heads": True, "num_kv_heads": 2},
+    "norms_everywhere": {"norm_placement": "both", "norm_unit_offset": True, "embedding_scale": 0.0},
     "softcap": {"logit_softcap": 3.0},
     "no_bias": {"use_bias": False},
     "no_bias_but_head": {"use_bias": False, "head_bias": True},
@@ -122,7 +124,7 @@ def numpy_norm(x, p, kind, c):
         y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_epsilon)
     else:
         y = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon)
-    return y * p["scale"] + p.get("bias", 0.0)
+    return y * (p["scale"] + c.norm_unit_offset) + p.get("bias", 0.0)
 
 
 def numpy_frequencies(count, c):
@@ -171,8 +173,15 @@ def numpy_attention(x_LD, p, c, layer):
             bias = p[name]["bias"][index] if c.use_bias or c.qkv_bias else 0.0
             return x_LD @ p[name]["kernel"][:, index] + bias
 
+        def over_heads(name, index, heads):
+            whole = np.concatenate([project(name, h) for h in range(heads)], axis=-1)
+            return np.split(numpy_norm(whole, p[f"{name}_norm"], "rmsnorm", c), heads, axis=-1)[index]
+
         q, k, v = project("query", head), project("key", kv_head), project("value", kv_head)
-        if c.qk_norm:
+        if c.qk_norm_over_heads:
+            q = over_heads("query", head, c.num_heads)
+            k = over_heads("key", kv_head, c.num_kv_heads)
+        elif c.qk_norm:
             q = numpy_norm(q, p["query_norm"], "rmsnorm", c)
             k = numpy_norm(k, p["key_norm"], "rmsnorm", c)
         if c.positions == "rope":
@@ -210,12 +219,17 @@ def numpy_logits(parameters, tokens_BL, c):
         x = p["token_embedding"]["embedding"][tokens_L]
         if c.positions == "learned":
             x = x + p["position_embedding"]["embedding"][np.arange(len(tokens_L))]
+        x = x * (c.embedding_scale or np.sqrt(c.dim))
         for n in range(c.num_blocks):
             layer = jax.tree.map(lambda leaf, n=n: leaf[n], p["blocks"])
-            before, read = x, numpy_norm(x, layer["attention_norm"], c.norm, c)
-            x = x + numpy_attention(read, layer["attention"], c, n)
-            read = numpy_norm(before if c.parallel_residual else x, layer["mlp_norm"], c.norm, c)
-            x = x + numpy_mlp(read, layer["mlp"], c)
+
+            def norm(y, name, layer=layer):
+                return numpy_norm(y, layer[name], c.norm, c) if name in layer else y
+
+            y = numpy_attention(norm(x, "attention_norm"), layer["attention"], c, n)
+            before, x = x, x + norm(y, "attention_out_norm")
+            y = numpy_mlp(norm(before if c.parallel_residual else x, "mlp_norm"), layer["mlp"], c)
+            x = x + norm(y, "mlp_out_norm")
         x = numpy_norm(x, p["final_norm"], c.norm, c)
         if c.tied_embeddings:
             y = x @ p["token_embedding"]["embedding"].T
@@ -373,13 +387,17 @@ def expected_shapes(c) -> dict:
         shapes[f"{path}/kernel"] = kernel
         if c.use_bias or (c.qkv_bias and path.endswith(("query", "key", "value"))):
             shapes[f"{path}/bias"] = bias
-    for path, leading in (("final_norm", ()), ("blocks/attention_norm", (N,)), ("blocks/mlp_norm", (N,))):
+    norms = {"final_norm": ()}
+    for part in ("attention", "mlp"):
+        norms |= {f"blocks/{part}_norm": (N,)} if c.norm_placement != "after" else {}
+        norms |= {f"blocks/{part}_out_norm": (N,)} if c.norm_placement != "before" else {}
+    for path, leading in norms.items():
         shapes[f"{path}/scale"] = (*leading, D)
         if c.use_bias and c.norm == "layernorm":
             shapes[f"{path}/bias"] = (*leading, D)
     if c.qk_norm:
-        shapes["blocks/attention/query_norm/scale"] = (N, K)
-        shapes["blocks/attention/key_norm/scale"] = (N, K)
+        shapes["blocks/attention/query_norm/scale"] = (N, K * (H if c.qk_norm_over_heads else 1))
+        shapes["blocks/attention/key_norm/scale"] = (N, K * (J if c.qk_norm_over_heads else 1))
     return shapes
 
 
@@ -552,6 +570,8 @@ def test_logical_axes_name_the_right_dimensions(changes):
         "mlp": c.mlp_dim,
     }
     for path, leaf in by_path(jax.eval_shape(GPT(c).init, jax.random.key(0))).items():
+        if c.qk_norm_over_heads:
+            sizes["qk_norm"] = c.head_dim * (c.num_heads if "query" in path else c.num_kv_heads)
         assert tuple(sizes[axis] for axis in logical_axes(path)) == leaf.shape, path
         if path.endswith(("bias", "scale")):
             expected = "vector"

@@ -109,6 +109,12 @@ def model(**changes: Any) -> ConfigDict:
 def _architecture(m: ConfigDict) -> None:
     """Adds the fields that say what a model computes, of these sizes."""
     m.norm = field("layernorm", "normalization", one_of=("layernorm", "rmsnorm"))
+    m.norm_placement = field(
+        "before",
+        "norms of what attention and MLP read, of their results, or both",
+        one_of=("before", "after", "both"),
+    )
+    m.norm_unit_offset = field(False, "norms multiply by 1 + scale, which starts from 0")
     m.norm_epsilon = field(1e-5, "added to the mean square by whose root norms divide", above=0)
     m.parallel_residual = field(False, "attention and MLP of a layer read the same residual stream")
     activations = ("gelu", "gelu_exact", "relu2", *GATED)
@@ -130,6 +136,8 @@ def _architecture(m: ConfigDict) -> None:
     m.qkv_bias = field(False, "biases of queries, keys and values even without use_bias")
     m.head_bias = field(False, "bias of the output head")
     m.qk_norm = field(False, "RMSNorm on each head's queries and keys")
+    m.qk_norm_over_heads = field(False, "qk_norm takes all heads together, with a scale for each number")
+    m.embedding_scale = field(1.0, "what blocks read first is multiplied by it; 0: sqrt(dim)", at_least=0)
     m.tied_embeddings = field(False, "the head is the token embedding")
     m.document_mask = field(False, "attention stays within a document, where positions start from 0 again")
     m.end_of_text = field(-1, "id that ends a document, for document_mask; -1: the tokenizer's")

@@ -1,5 +1,6 @@
 """Fills and checks a config across its fields, shrinks it for --debug, and freezes it."""
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from itertools import pairwise
@@ -96,6 +97,7 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -
     """Fills and checks the sub-config `model`."""
     # What 0 and -1 stand for.
     m.num_kv_heads = m.num_kv_heads or m.num_heads
+    m.embedding_scale = m.embedding_scale or math.sqrt(m.dim)
     if not m.head_dim:
         _check_multiple("model.dim", m.dim, "model.num_heads", m.num_heads)
         m.head_dim = m.dim // m.num_heads

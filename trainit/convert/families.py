@@ -4,12 +4,14 @@ The numbers are those of the checkpoint: nothing is computed, kernels are only t
 Shapes and meanings are those of the classes' code there.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from trainit.config import Config, ConfigError, flatten, layers_with_window
+from trainit.convert import config_parts
 from trainit.parallel.layout import matrix_shape, parameter_kind
 
 QKV = ("query", "key", "value")
@@ -56,6 +58,8 @@ _PLAIN: Mapping[str, object] = {
     **{"use_bias": False, "qkv_bias": False, "head_bias": False, "qk_norm": False, "logit_softcap": 0.0},
     **{"parallel_residual": False, "rope_interleaved": False, "rotary_fraction": 1.0},
     **{"rope_scaling.factor": 1.0, "window": 0, "attention_softcap": 0.0},
+    **{"norm_placement": "before", "norm_unit_offset": False, "qk_norm_over_heads": False},
+    "embedding_scale": 1.0,
     "attention_scale": lambda m: m.attention_scale in (0, m.head_dim**-0.5),
     "num_kv_heads": lambda m: m.num_kv_heads == m.num_heads,
     "head_dim": lambda m: m.head_dim * m.num_heads == m.dim,
@@ -65,12 +69,6 @@ _MODERN: Mapping[str, object] = {
     **{"rope_scaling.factor": _any, "num_kv_heads": _any},
 }
 _OWN_HEAD_DIM = {"head_dim": lambda m: m.dim % m.num_heads == 0}  # checked there, needed or not
-# Names there.
-GELU = {"gelu": "gelu_new", "gelu_exact": "gelu"}
-ROPE_SCALING = {
-    **{"factor": "factor", "original_context": "original_max_position_embeddings"},
-    **{"low_frequency_factor": "low_freq_factor", "high_frequency_factor": "high_freq_factor"},
-}
 _LAYER = "model.layers.{}."
 _LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
@@ -84,66 +82,10 @@ _LLAMA_NAMES = {
     "blocks/attention/key_norm": _LAYER + "self_attn.k_norm",
     **{f"blocks/mlp/{part}": f"{_LAYER}mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
-
-
-def _rope(m: Config, **more: float) -> dict:
-    """transformers 5 reads rope_parameters; 4.57 and other programs read the old fields alone."""
-    scaled = {"rope_type": "llama3", **{ROPE_SCALING[name]: value for name, value in m.rope_scaling.items()}}
-    is_scaled = m.rope_scaling.factor != 1
-    parameters = {"rope_theta": m.rope_theta, **(scaled if is_scaled else {"rope_type": "default"}), **more}
-    old = {"rope_scaling": scaled} if is_scaled else {}
-    return {"rope_theta": m.rope_theta, **old, "rope_parameters": parameters}
-
-
-def _sizes(m: Config) -> dict:
-    return {
-        "hidden_size": m.dim,
-        "intermediate_size": m.mlp_dim,
-        "num_hidden_layers": m.num_blocks,
-        "num_attention_heads": m.num_heads,
-        "max_position_embeddings": m.context_length,
-    }
-
-
-def _llama(m: Config) -> dict:
-    heads = {"num_key_value_heads": m.num_kv_heads, "head_dim": m.head_dim}
-    about = {"rms_norm_eps": m.norm_epsilon, "hidden_act": "silu"}
-    return _sizes(m) | heads | about | {"attention_bias": m.use_bias, "mlp_bias": m.use_bias} | _rope(m)
-
-
-def _mistral(m: Config) -> dict:
-    return _llama(m) | {"sliding_window": m.window}
-
-
-def _qwen(m: Config) -> dict:
-    has_window = layers_with_window(m)
-    kinds = {True: "sliding_attention", False: "full_attention"}
-    return _llama(m) | {
-        "use_sliding_window": any(has_window),
-        "sliding_window": m.window or None,
-        "max_window_layers": [*has_window, True].index(True),  # versions without layer_types read it
-        "layer_types": [kinds[has] for has in has_window],
-    }
-
-
-def _gpt_neox(m: Config) -> dict:
-    about = {"layer_norm_eps": m.norm_epsilon, "hidden_act": GELU[m.activation], "attention_bias": True}
-    about |= {"use_parallel_residual": m.parallel_residual}
-    old = {"rotary_emb_base": m.rope_theta, "rotary_pct": m.rotary_fraction}
-    return _sizes(m) | about | old | _rope(m, partial_rotary_factor=m.rotary_fraction)
-
-
-def _gpt2(m: Config) -> dict:
-    return {
-        **{"n_embd": m.dim, "n_inner": m.mlp_dim, "n_layer": m.num_blocks, "n_head": m.num_heads},
-        **{"n_positions": m.context_length, "layer_norm_epsilon": m.norm_epsilon},
-        **{
-            "activation_function": GELU[m.activation],
-            "embd_pdrop": m.gpt_dropout,
-            "attn_pdrop": m.attn_dropout,
-        },
-        "resid_pdrop": m.transformer_dropout,
-    }
+_OUT_NORMS = {
+    "blocks/attention_out_norm": _LAYER + "post_attention_layernorm",
+    "blocks/mlp_out_norm": _LAYER + "post_feedforward_layernorm",
+}
 
 
 FAMILIES = (
@@ -152,9 +94,9 @@ FAMILIES = (
         "GPT2LMHeadModel",
         {
             **{"positions": "learned", "norm": "layernorm", "use_bias": True},
-            "activation": _one_of("activation", *GELU),
+            "activation": _one_of("activation", *config_parts.GELU),
         },
-        _gpt2,
+        config_parts.gpt2,
         {
             "token_embedding": "transformer.wte",
             "position_embedding": "transformer.wpe",
@@ -175,10 +117,10 @@ FAMILIES = (
         "GPTNeoXForCausalLM",
         {
             **{"positions": "rope", "norm": "layernorm", "use_bias": True},
-            "activation": _one_of("activation", *GELU),
+            "activation": _one_of("activation", *config_parts.GELU),
             **{"parallel_residual": _any, "rotary_fraction": _any},
         },
-        _gpt_neox,
+        config_parts.gpt_neox,
         {
             "token_embedding": "gpt_neox.embed_in",
             "final_norm": "gpt_neox.final_layer_norm",
@@ -192,7 +134,13 @@ FAMILIES = (
         },
         fused="heads",
     ),
-    Family("llama", "LlamaForCausalLM", {**_MODERN, **_OWN_HEAD_DIM, "use_bias": _any}, _llama, _LLAMA_NAMES),
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        {**_MODERN, **_OWN_HEAD_DIM, "use_bias": _any},
+        config_parts.llama,
+        _LLAMA_NAMES,
+    ),
     Family(
         "mistral",
         "MistralForCausalLM",
@@ -200,16 +148,43 @@ FAMILIES = (
             **{**_MODERN, "head_dim": _any, "window": lambda m: m.window > 0},
             "window_layers": lambda m: len(set(layers_with_window(m))) == 1,
         },
-        _mistral,
+        config_parts.mistral,
         _LLAMA_NAMES,
     ),
-    Family("qwen2", "Qwen2ForCausalLM", {**_MODERN, "qkv_bias": True, "window": _any}, _qwen, _LLAMA_NAMES),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        {**_MODERN, "qkv_bias": True, "window": _any},
+        config_parts.qwen,
+        _LLAMA_NAMES,
+    ),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
         {**_MODERN, "head_dim": _any, "qk_norm": True, "window": _any},
-        _qwen,
+        config_parts.qwen,
         _LLAMA_NAMES,
+    ),
+    Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        {**_MODERN, "norm_placement": "after", "qk_norm": True, "qk_norm_over_heads": True},
+        config_parts.llama,
+        {**_LLAMA_NAMES, **_OUT_NORMS},
+    ),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        {
+            **{**_MODERN, **_OWN_HEAD_DIM, "activation": "geglu", "norm_placement": "both"},
+            **{"norm_unit_offset": True, "window": _any, "attention_softcap": _any, "logit_softcap": _any},
+            "embedding_scale": lambda m: math.isclose(m.embedding_scale, math.sqrt(m.dim)),
+            "attention_scale": lambda m: math.isclose(
+                config_parts.inverse_square(m), round(config_parts.inverse_square(m))
+            ),
+        },
+        config_parts.gemma2,
+        {**_LLAMA_NAMES, **_OUT_NORMS, "blocks/mlp_norm": _LAYER + "pre_feedforward_layernorm"},
     ),
 )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from trainit.config import ConfigError, check_fields, require
 from trainit.config import model as model_config
-from trainit.convert import families
+from trainit.convert import config_parts, families
 from trainit.convert.families import Family
 
 # What may differ from what Trainit would write: it changes no logits.
@@ -22,9 +22,15 @@ _FREE |= {
 # What must be off where Trainit would not write it.
 _OFF = {"use_sliding_window", "sliding_window", "rope_scaling", "add_cross_attention", "is_encoder_decoder"}
 _OFF |= {"scale_attn_by_inverse_layer_idx", "attention_bias", "mlp_bias", "use_parallel_residual"}
-_OFF |= {"attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "quantization_config"}
+_OFF |= {
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "clip_qkv",
+    "use_bidirectional_attention",
+    "quantization_config",
+}
 _SAME = {"gelu_pytorch_tanh": "gelu_new"}
-_ACTIVATIONS = {**{there: here for here, there in families.GELU.items()}, "gelu_pytorch_tanh": "gelu"}
+_ACTIVATIONS = {**{there: here for here, there in config_parts.GELU.items()}, "gelu_pytorch_tanh": "gelu"}
 
 
 def _gpt2(a: Mapping) -> dict[str, Any]:
@@ -39,7 +45,7 @@ def _sizes(a: Mapping) -> dict[str, Any]:
     heads, rope = a["num_attention_heads"], _rope(a)
     scaling = {}
     if rope.get("rope_type") == "llama3":
-        there = families.ROPE_SCALING.items()
+        there = config_parts.ROPE_SCALING.items()
         scaling = {f"rope_scaling.{ours}": rope[theirs] for ours, theirs in there}
     return {
         "dim": a["hidden_size"],
@@ -88,9 +94,19 @@ def _with_windows(a: Mapping) -> dict[str, Any]:
     return _sizes(a) | {"window": window, "window_layers": [*short, ",".join(map(str, chosen))][0]}
 
 
+def _gemma2(a: Mapping) -> dict[str, Any]:
+    kinds = [f"{('sliding', 'full')[i % 2]}_attention" for i in range(a["num_hidden_layers"])]
+    return _with_windows({**a, "layer_types": a.get("layer_types") or kinds}) | {
+        "attention_scale": a["query_pre_attn_scalar"] ** -0.5,
+        "attention_softcap": a["attn_logit_softcapping"] or 0.0,
+        "logit_softcap": a["final_logit_softcapping"] or 0.0,
+        "embedding_scale": a["hidden_size"] ** 0.5,
+    }
+
+
 READERS: dict[str, Callable[[Mapping], dict[str, Any]]]
 READERS = {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "llama": _llama, "qwen2": _with_windows}
-READERS |= {"qwen3": _with_windows, "mistral": _with_windows}
+READERS |= {"qwen3": _with_windows, "mistral": _with_windows, "olmo2": _sizes, "gemma2": _gemma2}
 
 
 def read(about: Mapping[str, Any], tied: bool, where: str) -> tuple[Family, dict[str, Any]]:
@@ -128,9 +144,9 @@ def _compare(there: Mapping, here: Mapping, where: str) -> None:
         if isinstance(value, Mapping) and isinstance(here.get(key), Mapping):
             _compare(value, here[key], f"{where}: {key}")
         elif key in here and key not in _FREE:
-            same = _SAME.get(value, value) if isinstance(value, str) else value
+            same, ours = (_SAME.get(v, v) if isinstance(v, str) else v for v in (value, here[key]))
             require(
-                same in (here[key], None),
+                same in (ours, None),
                 f"{where}: {key}={value!r} is not known together with the rest; Trainit knows {here[key]!r}",
             )
         elif key in _OFF and key not in here:

@@ -45,8 +45,12 @@ class Attention(nnx.Module):
         self.key = Linear((c.dim,), (c.num_kv_heads, size), bias, std, rngs)
         self.value = Linear((c.dim,), (c.num_kv_heads, size), bias, std, rngs)
         self.out = Linear((c.num_heads, size), (c.dim,), c.use_bias, std / math.sqrt(2 * c.num_blocks), rngs)
-        self.query_norm = Norm(size, False, False, c.norm_epsilon) if c.qk_norm else None
-        self.key_norm = Norm(size, False, False, c.norm_epsilon) if c.qk_norm else None
+
+        def norm(heads: int) -> Norm | None:
+            shape = (heads, size) if c.qk_norm_over_heads else (size,)
+            return Norm(c, shape, center=False) if c.qk_norm else None
+
+        self.query_norm, self.key_norm = norm(c.num_heads), norm(c.num_kv_heads)
 
     def __call__(
         self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None, windowed: Windowed
@@ -120,29 +124,37 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each of the normalized residual stream, and added to it."""
+    """One layer: attention and MLP, each of the residual stream, and added to it; norms before or after."""
 
     def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, parts: Parts):
         self.c, self.parallel = c, parallel
         # The residual stream has the model's precision; norms round what each half reads to its own.
         self.types = parts["attention"].dtype, parts["mlp"].dtype
-        norm = c.dim, c.norm == "layernorm", c.use_bias, c.norm_epsilon
-        self.attention_norm = Norm(*norm)
+
+        def norm(unless: str) -> Norm | None:
+            return None if c.norm_placement == unless else Norm(c, (c.dim,), c.norm == "layernorm")
+
+        self.attention_norm, self.attention_out_norm = norm("after"), norm("before")
         self.attention = Attention(c, attend, parallel, rngs, parts["attention"].float8)
-        self.mlp_norm = Norm(*norm)
+        self.mlp_norm, self.mlp_out_norm = norm("after"), norm("before")
         self.mlp = MLP(c, parallel, rngs, parts["mlp"].float8)
 
     def __call__(
         self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None, windowed: Windowed = False
     ) -> jax.Array:
         with jax.named_scope("attention"):
-            y_BLD = self.attention(self.attention_norm(x_BLD, self.types[0]), key, documents, windowed)
-            sum_BLD = x_BLD + y_BLD.astype(x_BLD.dtype)
+            read_BLD = _normalized(self.attention_norm, x_BLD, self.types[0])
+            y_BLD = self.attention(read_BLD, key, documents, windowed)
+            sum_BLD = x_BLD + _normalized(self.attention_out_norm, y_BLD, x_BLD.dtype)
         with jax.named_scope("mlp"):
             read_BLD = x_BLD if self.c.parallel_residual else sum_BLD
-            y_BLD = self.mlp(self.mlp_norm(read_BLD, self.types[1]), key)
-            sum_BLD = sum_BLD + y_BLD.astype(x_BLD.dtype)
+            y_BLD = self.mlp(_normalized(self.mlp_norm, read_BLD, self.types[1]), key)
+            sum_BLD = sum_BLD + _normalized(self.mlp_out_norm, y_BLD, x_BLD.dtype)
         return self.parallel.constrain(sum_BLD, "batch", "residual_length", None)
+
+
+def _normalized(norm: Norm | None, x: jax.Array, dtype) -> jax.Array:
+    return x.astype(dtype) if norm is None else norm(x, dtype)
 
 
 # What a block keeps for its backward pass in addition to its input, by model.remat. The rest is recomputed.
@@ -168,7 +180,7 @@ class Network(nnx.Module):
         # All layers are created at once, each with a key of its own, and their parameters are stacked.
         keys = jax.random.split(rngs.params(), c.num_blocks)
         self.blocks = nnx.vmap(lambda key: Block(c, attend, parallel, nnx.Rngs(params=key), parts))(keys)
-        self.final_norm = Norm(c.dim, c.norm == "layernorm", c.use_bias, c.norm_epsilon)
+        self.final_norm = Norm(c, (c.dim,), c.norm == "layernorm")
         head = (c.dim,), (c.vocab_size,), c.head_bias, c.init_std, rngs
         self.head = None if c.tied_embeddings else Linear(*head)
 
@@ -205,7 +217,8 @@ class Network(nnx.Module):
         table_VD = self.token_embedding.embedding[...]
         learned = None if self.position_embedding is None else self.position_embedding.embedding[...]
         positions = learned, documents.position_BL if documents else None
-        return vocab_parallel_embedding(self.parallel, self.dtype, tokens_BL, table_VD, *positions)
+        x_BLD = vocab_parallel_embedding(self.parallel, self.dtype, tokens_BL, table_VD, *positions)
+        return x_BLD if self.c.embedding_scale == 1 else x_BLD * self.c.embedding_scale
 
     @jax.named_scope("head")
     def read_out(self, x_BLD: jax.Array) -> tuple[jax.Array, Head]:

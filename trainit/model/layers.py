@@ -30,17 +30,21 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm (Ba et al., arXiv 1607.06450), with `center`, or RMSNorm (Zhang & Sennrich, 1910.07467)."""
 
-    def __init__(self, size: int, center: bool, bias: bool, epsilon: float):
-        self.center, self.epsilon = center, epsilon
-        self.scale = nnx.Param(jnp.ones(size))
-        self.bias = nnx.Param(jnp.zeros(size)) if center and bias else None
+    def __init__(self, c: Config, shape: tuple[int, ...], center: bool):
+        """`c` is the config of the model, `shape` that of the last axes, which are normalized together."""
+        self.c, self.shape, self.center = c, shape, center
+        size = math.prod(shape)
+        self.scale = nnx.Param(jnp.zeros(size) if c.norm_unit_offset else jnp.ones(size))
+        self.bias = nnx.Param(jnp.zeros(size)) if center and c.use_bias else None
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
-        """Normalizes the last axis; the result is `dtype`, by default that of x."""
+        """Normalizes the last axes; the result is `dtype`, by default that of x."""
         y = x.astype(jnp.float32)  # squares and their mean lose too much in 16 bits
+        axes = tuple(range(-len(self.shape), 0))
+        scale = self.scale[...].reshape(self.shape) + (1 if self.c.norm_unit_offset else 0)
         if self.center:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+            y = y - jnp.mean(y, axes, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axes, keepdims=True) + self.c.norm_epsilon) * scale
         return (y if self.bias is None else y + self.bias[...]).astype(dtype or x.dtype)
 
 

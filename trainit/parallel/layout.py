@@ -41,7 +41,7 @@ PARAMETERS = (
     ("head/kernel", ("embed", "vocab"), "head"),
     ("head/bias", ("vocab",), "vector"),
     ("final_norm/(scale|bias)", ("norm",), "vector"),
-    ("blocks/(attention|mlp)_norm/(scale|bias)", ("layers", "norm"), "vector"),
+    ("blocks/(attention|mlp)(_out)?_norm/(scale|bias)", ("layers", "norm"), "vector"),
     ("blocks/attention/query/kernel", ("layers", "embed", "heads", "head_size"), "matrix"),
     ("blocks/attention/(key|value)/kernel", ("layers", "embed", "kv_heads", "head_size"), "matrix"),
     ("blocks/attention/query/bias", ("layers", "heads", "head_size"), "vector"),

@@ -223,7 +223,7 @@ def damage(folder: Path, what: str) -> None:
         ("an array more", r"has no place for: model\.layers\.0\.self_attn\.q_proj\.bias"),
         ("a shard less", r"model-00001-of-00002\.safetensors: No such file"),
         ('{"vocab_size": 512}', r"weight has the shape \[384, 32\], .* of \[(512, 32|32, 512)\]"),
-        ('{"model_type": "mamba"}', "model_type='mamba' is not known; there are gpt2, "),
+        ('{"model_type": "mamba"}', "model_type='mamba' is not known; there are gemma2, gpt2, "),
         ('{"rms_norm_eps": 0.25, "hidden_act": "relu"}', "hidden_act='relu' is not known"),
         ('{"num_hidden_layers": null}', r"config\.json: model\.num_blocks=None must be a whole number"),
         ('{"quantization_config": {"bits": 4}}', "quantization_config=.* is not known"),

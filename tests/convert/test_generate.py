@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trainit.__main__ import main as trainit_command
 from trainit.generate.decoder import Decoder
+from trainit.generate.parameters import mesh_for
 from trainit.generate.sampling import Sampling
 from trainit.train.finished.run import open_run
 
@@ -31,7 +32,8 @@ def test_greedy_is_that_of_transformers(name, penalty, random_dataset, tmp_path)
     draw = np.random.default_rng(5)
     prompts = [draw.integers(0, 256, size).astype(np.int32) for size in LENGTHS]
     run = open_run(tmp_path / "run", None)
-    made = Decoder(run, jax.devices()[:1], "float32", 256, 257)
+    mesh = mesh_for(run.config.model, jax.devices()[:1])
+    made = Decoder(run.config, mesh, "float32", 256, 257).restore(run)
     rows = [(prompt, 0) for prompt in prompts]
     parts = made.generate(rows, 64, Sampling(repetition_penalty=penalty), 0, 16)
     ours = [row[row >= 0].tolist() for row in np.concatenate(list(parts)).T]

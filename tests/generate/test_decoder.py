@@ -9,6 +9,7 @@ import pytest
 from finished import make_run
 
 from trainit.generate.decoder import Decoder, cache_bytes
+from trainit.generate.parameters import mesh_for
 from trainit.generate.sampling import Sampling
 from trainit.model.gpt import GPT
 from trainit.train.finished.run import open_run
@@ -47,7 +48,8 @@ def run_of(random_dataset, tmp_path_factory):
 
 @functools.cache
 def decoder(run, devices: int = 1) -> Decoder:
-    return Decoder(run, jax.devices()[:devices], "float32", END, IDS)
+    mesh = mesh_for(run.config.model, jax.devices()[:devices])
+    return Decoder(run.config, mesh, "float32", END, IDS).restore(run)
 
 
 def texts(
@@ -62,10 +64,9 @@ def begin(decoder: Decoder, rows: int, ids: np.ndarray | None = None):
     """The state after prompts of one length, by default of 4 tokens, with a cache of 32 slots."""
     ids = np.ones((rows, 4), np.int32) if ids is None else ids
     lengths, left = np.full(rows, ids.shape[1], np.int32), np.full(rows, 9, np.int32)
-    keys = jax.random.split(jax.random.key(0), rows)
-    return jax.jit(decoder.begin, static_argnums=(5, 6))(
-        decoder.parameters, ids, lengths, left, keys, GREEDY, 32
-    )[0]
+    entropy = np.zeros((rows, 2), np.uint32)
+    made = jax.jit(decoder.begin, static_argnums=(6, 7))
+    return made(decoder.parameters, ids, lengths, left, entropy, np.uint32(0), GREEDY, 32)[0]
 
 
 def greedy(model: GPT, params: dict, prompt: np.ndarray, length: int) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from trainit.config import Config
 from trainit.generate import parameters
@@ -51,41 +51,41 @@ class State:
 
 
 class Decoder:
-    """The model of a run's checkpoint on some devices."""
+    """The model of a config on a mesh. `take` or `restore` gives it parameters."""
 
-    def __init__(
-        self,
-        run: FinishedRun | PretrainedModel,
-        devices: Sequence[jax.Device],
-        precision: str,
-        end: int,
-        ids: int,
-    ):
-        """Reads the parameters. The id `end` ends a text; ids from `ids` on are of no token."""
-        # Training settings that change no result, but who calls `attend` how often, are left out.
+    def __init__(self, config: Config, mesh: Mesh, precision: str, end: int, ids: int):
+        """Takes a run's resolved config. The id `end` ends a text; ids from `ids` on are of no token."""
+        # Training settings that change no result, except how often a layer calls attention, are left out.
         plain = {"remat": "none", "attention": "auto"}
-        self.config, self.precision = Config({**run.config.model.to_dict(), **plain}), precision
-        self.mesh, self._end, self._ids = parameters.mesh_for(self.config, devices), end, ids
-        own = run.config.precision_of if precision == run.config.precision else dict.fromkeys(PARTS, "")
-        types = {part: jnp.dtype(compute_type(own[part], precision)) for part in PARTS}
-        parts = {part: PartPrecision(dtype) for part, dtype in types.items()}
+        self.config = model = Config({**config.model.to_dict(), **plain})
+        self.mesh, self._end, self._ids = mesh, end, ids
+        self.parameters: dict = {}
+        own = config.precision_of if precision == config.precision else dict.fromkeys(PARTS, "")
+        self._types = {part: jnp.dtype(compute_type(own[part], precision)) for part in PARTS}
+        parts = {part: PartPrecision(dtype) for part, dtype in self._types.items()}
 
         # The model, whose attention is another one in each program.
-        self._parallel, platform = Parallel(self.mesh), devices[0].platform
-        self._attend = self._whole = attention.kernel_on(
-            choose_attention(self.config, platform, precision), platform, self._parallel
-        )
-        self._model = GPT(self.config, precision, self._attention, self._parallel, parts)
-        self.parameters = parameters.read(run, self._model, self.mesh, types)
+        self._parallel, platform = Parallel(mesh), mesh.devices.flat[0].platform
+        kernel = choose_attention(model, platform, precision)
+        self._attend = self._whole = attention.kernel_on(kernel, platform, self._parallel)
+        self._model = GPT(model, precision, self._attention, self._parallel, parts)
 
         # The programs.
-        small: Any = replicated_sharding(self.mesh)
-        cache = NamedSharding(self.mesh, self._parallel.spec(*CACHE))
+        small: Any = replicated_sharding(mesh)
+        cache = NamedSharding(mesh, self._parallel.spec(*CACHE))
         layout = State(cache, small, small, small, small, small), small
-        self._begin = CompiledFunction("prompt", self.begin, layout, static_argnums=(5, 6))
-        self._go_on = CompiledFunction(
-            "decode", self.go_on, layout, static_argnums=(2, 3), donate_argnums=(1,)
-        )
+        self._begin = CompiledFunction("prompt", self.begin, layout, static_argnums=(6, 7))
+        options: dict = {"static_argnums": (2, 3), "donate_argnums": (1,)}
+        self._go_on = CompiledFunction("decode", self.go_on, layout, **options)
+
+    def restore(self, run: FinishedRun | PretrainedModel) -> "Decoder":
+        """Takes the parameters of a run or of another program; returns this decoder."""
+        self.take(parameters.restore(run, self._model, self.mesh), keep=False)
+        return self
+
+    def take(self, params: dict, keep: bool = True) -> None:
+        """Takes parameters as they are in training, of which it makes its own."""
+        self.parameters = parameters.apart(params, self.mesh, self._types, keep)
 
     @property
     def shares(self) -> int:
@@ -107,18 +107,20 @@ class Decoder:
         sizes = np.array([len(prompt) for prompt, _ in rows])
         context, multiple = self.config.context_length, self.mesh.size
         slots = min(context, -(-min(sizes.max() + length, context) // SLOTS) * SLOTS)
-        width = min(context, SLOTS * 2 ** int(np.ceil(np.log2(max(1, sizes.max() / SLOTS)))))
+        width = SLOTS * 2 ** int(np.ceil(np.log2(max(1, sizes.max() / SLOTS))))
+        width = min(context, -(-width // self.mesh.shape["tensor"]) * self.mesh.shape["tensor"])
 
         # Rows that the devices lack for equal shares are of one token, and end at once.
         count = -(-len(rows) // multiple) * multiple
         tokens_BP, length_B = np.zeros((count, width), np.int32), np.ones(count, np.int32)
-        left_B, entropy_B = np.zeros(count, np.int32), np.zeros((count, 2), np.uint32)
+        left_B, entropy_B2 = np.zeros(count, np.int32), np.zeros((count, 2), np.uint32)
         for row, (prompt, number) in enumerate(rows):
             tokens_BP[row, : len(prompt)], length_B[row] = prompt, len(prompt)
             left_B[row] = min(length, context - len(prompt))
-            entropy_B[row] = zlib.crc32(prompt.astype("<i4").tobytes()), number
+            entropy_B2[row] = zlib.crc32(prompt.astype("<i4").tobytes()), number
+        seed_ = np.uint32(seed)
         arrays = jax.device_put(
-            (tokens_BP, length_B, left_B, self._keys(seed, entropy_B)), replicated_sharding(self.mesh)
+            (tokens_BP, length_B, left_B, entropy_B2, seed_), replicated_sharding(self.mesh)
         )
         state, token_B = self._begin(self.parameters, *arrays, sampling, slots)
         yield np.asarray(token_B)[None, : len(rows)]
@@ -126,14 +128,11 @@ class Decoder:
             state, tokens = self._go_on(self.parameters, state, sampling, steps)
             yield np.asarray(tokens)[:, : len(rows)]
 
-    @staticmethod
-    def _keys(seed: int, entropy_B2: np.ndarray) -> jax.Array:
-        """A row's key depends on its prompt and its number among the samples of it."""
-        root = named_key(seed, "generate")
-        return jax.vmap(lambda e: jax.random.fold_in(jax.random.fold_in(root, e[0]), e[1]))(entropy_B2)
+    def begin(self, params, tokens_BP, length_B, left_B, entropy_B2, seed, sampling: Sampling, slots: int):
+        """The state after the prompts, and the first new token of each row.
 
-    def begin(self, params, tokens_BP, length_B, left_B, key_B, sampling: Sampling, slots: int):
-        """The state after the prompts, and the first new token of each row."""
+        `entropy_B2` are a row's two numbers that make its random key, with the seed.
+        """
         cache: Cache = []
 
         def attend(q_BPHK, k_BPJK, v_BPJK, *rest, **settings) -> jax.Array:
@@ -153,6 +152,8 @@ class Decoder:
             is_token_BP = jnp.arange(tokens_BP.shape[1]) < length_B[:, None]
             rows_B1 = jnp.arange(len(tokens_BP))[:, None]
             seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BP].max(is_token_BP)
+        root = named_key(seed, "generate")
+        key_B = jax.vmap(lambda e: jax.random.fold_in(jax.random.fold_in(root, e[0]), e[1]))(entropy_B2)
         state = State(cache, last_B, position_B, left_B, key_B, seen_BV)
         state = self._choose(logits_BV, state, sampling)
         return state, state.token_B
@@ -237,5 +238,5 @@ def attend_to_cache(q_sbHK, k_sbJK, v_sbJK, keys, values, position_sb, **setting
 
 
 def cache_bytes(model: Config, rows: int, slots: int, bytes_of_a_number: int) -> int:
-    """The size of the cache: keys and values of each layer, key head and slot."""
+    """The size of the cache: keys and values of each layer, key head, row and slot."""
     return 2 * model.num_blocks * rows * model.num_kv_heads * slots * model.head_dim * bytes_of_a_number

@@ -1,8 +1,10 @@
 """A checkpoint's parameters as they are used for texts: on a mesh for this, one tree for each layer."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from trainit.config import Config
@@ -24,35 +26,45 @@ def mesh_for(model: Config, devices: Sequence[jax.Device]) -> Mesh:
     return make_mesh({"data": rest // fsdp, "fsdp": fsdp, "tensor": max(fits), "context": 1}, devices)
 
 
-def read(run: FinishedRun | PretrainedModel, model: GPT, mesh: Mesh, types: Mapping) -> dict:
-    """The parameters, with "blocks" as a list; kernels in the type of their part, that they are used in."""
+def restore(run: FinishedRun | PretrainedModel, model: GPT, mesh: Mesh) -> dict:
+    """The parameters of a run or of another program, as they are in training."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     abstract = jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
         shapes,
         state_shardings(shapes, shapes, mesh),
     )
-    params, layers = run.parameters(abstract), run.config.model.num_blocks
+    return run.parameters(abstract)
 
-    # A program that took one layer of a stacked array would copy it first, in each step.
-    def apart(path: tuple, array: jax.Array) -> list[jax.Array]:
+
+def apart(params: dict, mesh: Mesh, types: Mapping, keep: bool) -> dict:
+    """The parameters with "blocks" as a list; kernels in the type of their part, in which they are used.
+
+    A program that took one layer of a stacked array would copy it first, in each step. Unless they are to be
+    kept, arrays are given up one after the other.
+    """
+
+    def lists(path: tuple, array: jax.Array) -> list[jax.Array]:
         name = path_name(path)
         part = next((part for part in PARTS if part in name.split("/")), "")
         dtype = types[part] if part and parameter_kind(name) != "vector" else array.dtype
         stacked, axes = is_stacked(name), logical_axes(name)
         layout = NamedSharding(mesh, partition_spec(axes[1:] if stacked else axes))
-
-        def split(x: jax.Array) -> list[jax.Array]:
-            return [layer.astype(dtype) for layer in (x if stacked else [x])]
-
-        result = jax.jit(split, out_shardings=[layout] * (layers if stacked else 1))(array)
-        array.delete()
+        result = _split(array if stacked else array[None], dtype, layout)
+        if not keep:
+            array.delete()
         return result
 
-    lists = jax.tree.map_with_path(apart, params)
+    tree = jax.tree.map_with_path(lists, params)
 
-    def layer(tree: dict, index: int) -> dict:
-        return jax.tree.map(lambda arrays: arrays[index], tree, is_leaf=lambda x: isinstance(x, list))
+    def layer(part: dict, index: int) -> dict:
+        return jax.tree.map(lambda arrays: arrays[index], part, is_leaf=lambda x: isinstance(x, list))
 
-    blocks = [layer(lists["blocks"], index) for index in range(layers)]
-    return {name: layer(tree, 0) for name, tree in lists.items() if name != "blocks"} | {"blocks": blocks}
+    layers = len(jax.tree.leaves(tree["blocks"], is_leaf=lambda x: isinstance(x, list))[0])
+    blocks = [layer(tree["blocks"], index) for index in range(layers)]
+    return {name: layer(part, 0) for name, part in tree.items() if name != "blocks"} | {"blocks": blocks}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _split(stacked: jax.Array, dtype: jnp.dtype, layout: NamedSharding) -> list[jax.Array]:
+    return [jax.lax.with_sharding_constraint(layer.astype(dtype), layout) for layer in stacked]

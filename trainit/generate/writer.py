@@ -12,6 +12,7 @@ from absl import logging
 from trainit.config import require
 from trainit.generate import texts
 from trainit.generate.decoder import Decoder
+from trainit.generate.parameters import mesh_for
 from trainit.generate.sampling import Sampling
 from trainit.train.finished.run import open_model
 
@@ -36,11 +37,12 @@ class Writer:
         devices, run, tokenizer = jax.devices(), self._run, self._tokenizer
         on_cpu = devices[0].platform == "cpu"
         precision = self._flags.precision or ("float32" if on_cpu else run.config.precision)
-        decoder = Decoder(run, devices, precision, tokenizer.end_of_text, tokenizer.vocab_size)
+        mesh = mesh_for(run.config.model, devices)
+        decoder = Decoder(run.config, mesh, precision, tokenizer.end_of_text, tokenizer.vocab_size)
         sizes = ", ".join(f"{axis} {size}" for axis, size in decoder.mesh.shape.items() if size > 1)
         where = f"{len(devices)} × {devices[0].device_kind}" + f" ({sizes})" * bool(sizes)
         logging.info("%-10s %s, %s, on %s", "model", run.name, precision, where)
-        return decoder
+        return decoder.restore(run)
 
     def encode(self, prompt: str) -> np.ndarray:
         """The ids of a prompt; errors as of `texts.encode`."""

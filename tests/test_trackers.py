@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def test_bar_on_a_terminal():
     """On a real terminal (a pty): one bar that is rewritten, messages above it."""
     code = """
 import time
+import types
 from trainit.cluster import logs
 from trainit.train.reports import trackers
 
@@ -146,6 +148,34 @@ def test_wandb_gets_each_step_once(is_offline, tmp_path, monkeypatch):
         logger.close(0)
     assert given == [(step, step, step / 2) for step in range(1, 10)]
     assert [record["step"] for record in metrics(tmp_path)] == list(range(1, 10))
+
+
+def test_texts_are_in_a_file_and_in_wandb_each_once(tmp_path, monkeypatch):
+    """Those of steps that a resume does again replace the ones before."""
+    import wandb
+
+    tables = {}
+    fake = types.SimpleNamespace(
+        offline=False,
+        starting_step=3,
+        define_metric=lambda *_, **__: None,
+        log=lambda record, step: tables.update({step: record["samples"].data}),
+        finish=lambda exit_code: None,
+    )
+    monkeypatch.setattr(wandb, "init", lambda **_: fake)
+    config = {"wandb": {"project": "tests", "name": ""}, "steps": 9}
+    for kept, steps in ((-1, (2, 4)), (2, (4, 6))):
+        logger = RunLogger(True, tmp_path, config, 0, kept, "abc")
+        for step in steps:
+            logger.log_texts(step, [{"step": step, "prompt": p, "text": f"{p}{kept}"} for p in "ab"])
+        logger.sync()
+        logger.close(0)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["text"]) for line in lines] == [
+        *((2, "a-1"), (2, "b-1")),
+        *((step, text) for step in (4, 6) for text in ("a2", "b2")),
+    ]
+    assert tables == {step: [["a", "a2"], ["b", "b2"]] for step in (4, 6)}  # step 2 was there already
 
 
 def test_wandb_offline_and_resumed(random_dataset, tmp_path):

@@ -29,6 +29,7 @@ from trainit.cluster.process import Exit
 from trainit.config import Config, ConfigError
 from trainit.data.documents.inputs import fingerprint
 from trainit.data.documents.reader import BrokenInputError
+from trainit.generate.at_validation import Samples
 from trainit.parallel.mesh import run_shape
 from trainit.train import loop as train
 from trainit.train.recorder import NonFiniteError
@@ -72,6 +73,7 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
     # What is wrong with config or data is known before anything is waited for.
     with start.part("data"):
         config, dataset = cli.read(cli.load_config(arguments), arguments)
+        write_texts = Samples(config, dataset.tokenizer)
     own_files = optimizers.own_files_hash(config.optimizer, config.parameter_groups)
     config = Config({**config.to_dict(), "optimizer_files": own_files})
     folder = run_lock.make_folder(cli.workdir(arguments), place.process_id)
@@ -105,7 +107,7 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
 
     monitor.set_limits(config.stall_seconds, log, config.max_minutes, start.launched)
     shape = run_shape(config, jax.devices(), shrink_to_fit=arguments.debug)
-    code = train.run(train.Job(config, dataset, shape, folder, monitor, start))
+    code = train.run(train.Job(config, dataset, shape, folder, monitor, start, write_texts))
     monitor.close()
     return code
 

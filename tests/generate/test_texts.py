@@ -18,7 +18,7 @@ def grown(text: texts.Text, ids, size: int) -> list[str]:
 def test_only_whole_characters_are_sure(size):
     tokenizer = ByteTokenizer()
     prompt, ids = tokenizer.encode(["ab", SAMPLE])
-    text = texts.Text(tokenizer, prompt, 1000, [])
+    text = texts.Text(tokenizer, prompt, 1000, 9999, [])
     parts = grown(text, ids, size)
     assert "".join(parts) == text.text == SAMPLE
     assert text.ended == ""
@@ -27,22 +27,22 @@ def test_only_whole_characters_are_sure(size):
 
 
 def test_broken_characters_are_shown_at_the_end():
-    text = texts.Text(ByteTokenizer(), np.array([97]), 3, [])
+    text = texts.Text(ByteTokenizer(), np.array([97]), 3, 9, [])
     assert [text.add([206]), text.add([98]), text.add([206])] == ["", "\ufffdb", "\ufffd"]
-    assert text.ended == "limit"
+    assert text.ended == "length"
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_a_text_ends_before_a_stop(size):
     tokenizer = ByteTokenizer()
     [ids] = tokenizer.encode([SAMPLE])
-    text = texts.Text(tokenizer, np.array([97]), 1000, ["don'x", "n't st", "."])
+    text = texts.Text(tokenizer, np.array([97]), 1000, 9999, ["don'x", "n't st", "."])
     assert "".join(grown(text, ids, size)) == text.text == SAMPLE.partition("n't st")[0]
     assert text.ended == "stop"
 
 
 def test_end_of_text_ends_it():
-    text = texts.Text(ByteTokenizer(), np.array([97]), 1000, ["bcd"])
+    text = texts.Text(ByteTokenizer(), np.array([97]), 1000, 9999, ["bcd"])
     assert text.add([98, 99, 256, 100]) == "bc"
     assert (text.ended, text.ids) == ("end_of_text", [98, 99, 256])
 
@@ -51,7 +51,7 @@ def test_a_space_that_a_tokenizer_takes_off_the_beginning():
     """Pieces carry the space before a word: after a prompt it stays."""
     tokenizer = SentencePieceTokenizer.train(["some words and some more words"] * 20, 300)
     prompt, ids = tokenizer.encode(["some", " words and"])
-    text = texts.Text(tokenizer, prompt, 1000, [])
+    text = texts.Text(tokenizer, prompt, 1000, 9999, [])
     assert "".join(grown(text, ids, 1)) == " words and"
 
 

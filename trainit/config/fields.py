@@ -62,6 +62,8 @@ def defaults() -> ConfigDict:
     c.eval.every_steps = field(1000, "steps between validations; 0: only at the end", at_least=0)
     c.eval.sequences = field(1024, "validation sequences, evenly spaced, always the same; 0: all", at_least=0)
     c.eval.tasks = field((), "files of questions with choices, FILE or NAME=FILE, that the model answers")
+    c.eval.prompts = field((), "texts that are continued at each validation, into samples.jsonl; empty: none")
+    c.eval.length = field(64, "most tokens that are added to each of them", above=0)
     c.log = field(ConfigDict(), "the log of metrics")
     c.log.every_steps = field(1, "steps between lines of metrics.jsonl", above=0)
     c.checkpoint = field(ConfigDict(), "saving and loading")

@@ -104,8 +104,7 @@ def _write(writer: "Writer", arguments: argparse.Namespace, prompts: Sequence[st
         found = writer.write([(encoded[index], number) for index, number in some])
         for (index, number), text in zip(some, found, strict=True):
             if arguments.json:
-                about = {"prompt": prompts[index], "number": number, "text": text.text}
-                print(json.dumps(about | {"tokens": len(text.ids), "ended": text.ended}), flush=True)
+                print(json.dumps({"prompt": prompts[index], "number": number, **text.facts()}), flush=True)
             else:
                 sample = f", {number + 1} of {arguments.number}" * (arguments.number > 1)
                 print(f"--- prompt {index + 1}{sample}\n{prompts[index]}{text.text}", flush=True)

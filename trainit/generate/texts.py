@@ -65,13 +65,15 @@ def encode(tokenizer: Tokenizer, prompt: str, context_length: int) -> np.ndarray
 class Text:
     """What follows a prompt, as it grows token by token."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, limit: int, stops: Sequence[str]):
-        """A text has at most `limit` tokens, and ends before the first of `stops`."""
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: np.ndarray, length: int, context: int, stops: Sequence[str]
+    ):
+        """A text has at most `length` tokens, with its prompt `context`, and ends before one of `stops`."""
         self.ids: list[int] = []
-        self.ended = ""  # by what: "end_of_text", "stop" or "limit"; empty: it has not
+        self.ended = ""  # by what: "end_of_text", "stop", "length" or "context"; empty: it has not
         self.text = ""  # what is sure of it
-        self._tokenizer, self._prompt, self._limit, self._stops = tokenizer, prompt.tolist(), limit, stops
-        self._begin = len(tokenizer.decode(self._prompt))
+        self._tokenizer, self._prompt, self._length, self._stops = tokenizer, prompt.tolist(), length, stops
+        self._begin, self._room = len(tokenizer.decode(self._prompt)), context - len(prompt)
 
     def add(self, ids: Iterable[int]) -> str:
         """Takes the next tokens; returns what of the text has become sure: it is never taken back.
@@ -83,8 +85,8 @@ class Text:
                 self.ids.append(int(token))
                 if token == self._tokenizer.end_of_text:
                     self.ended = "end_of_text"
-                elif len(self.ids) == self._limit:
-                    self.ended = "limit"
+                elif len(self.ids) == min(self._length, self._room):
+                    self.ended = "length" if self._length <= self._room else "context"
         # Decoded together, since a space between two tokens may belong to neither.
         text = self._tokenizer.decode([*self._prompt, *self.ids])[self._begin :]
         if found := [at for stop in self._stops if (at := text.find(stop)) >= 0]:
@@ -95,3 +97,7 @@ class Text:
             text = text[: len(text) - max((len(part) for part in parts if text.endswith(part)), default=0)]
         more, self.text = text[len(self.text) :], max(text, self.text, key=len)
         return more
+
+    def facts(self) -> dict:
+        """What a JSON object says of the text."""
+        return {"text": self.text, "tokens": len(self.ids), "ended": self.ended}

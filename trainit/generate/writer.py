@@ -56,11 +56,7 @@ class Writer:
         `show` is called with each part of the first text as soon as it is sure.
         """
         f = self._flags
-        limits = [min(f.length, self._context - len(ids)) for ids, _ in rows]
-        found = [
-            texts.Text(self._tokenizer, ids, limit, f.stop)
-            for (ids, _), limit in zip(rows, limits, strict=True)
-        ]
+        found = [texts.Text(self._tokenizer, ids, f.length, self._context, f.stop) for ids, _ in rows]
         steps = STEPS_SHOWN if show else STEPS
         for tokens in self._decoder.generate(rows, f.length, self._sampling, f.seed, steps):
             for row, text in enumerate(found):
@@ -69,9 +65,6 @@ class Writer:
                     show(more)
             if all(text.ended for text in found):
                 break
-        for text, limit in zip(found, limits, strict=True):
-            if text.ended == "limit":
-                text.ended = "length" if limit == f.length else "context"
         return found
 
     def explain(self, text: texts.Text) -> None:

@@ -1,5 +1,6 @@
 """Training: `run` has the order of events; each of them is in a file of its own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from trainit.train.resume import Resume, warm_up_again
 from trainit.train.save_retry import SaveRetry
 from trainit.train.state import TrainState
 from trainit.train.step import build
+
+WriteTexts = Callable[[int, dict, RunShape], list[dict]]  # of step and parameters, for samples.jsonl
 
 
 def run(job: "Job") -> int:
@@ -91,6 +94,7 @@ class Job:
     workdir: Path  # the run's folder; a checkpoint in it is resumed
     monitor: JobMonitor  # connects this process with the others of the job
     timer: StartupTimer  # measures what this process does until its first step is done
+    write_texts: WriteTexts = lambda *_: []
 
     def __post_init__(self):
         """Makes the functions of the run, and the state and position that it begins with."""
@@ -152,6 +156,9 @@ class Job:
         record = recorder.newest()
         validation = self._validate(step, state.params) if validate and not reason else None
         reason = reason or self.monitor.stop_reason()
+        if validation and c.eval.prompts:
+            with self.monitor.watchdog.long_task("writing texts"):
+                self.logger.log_texts(step, self.write_texts(step, state.params, self.shape))
         recorder.finish(step, record, validate, validation)
         if save or reason:
             self.saves.save(step, state)

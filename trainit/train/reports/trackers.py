@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -94,6 +94,8 @@ class RunLogger:
         if not lead:
             return
         self._jsonl = JsonLines(workdir / "metrics.jsonl", keep_through)
+        self._samples: JsonLines | None = None
+        self._open_samples = lambda: JsonLines(workdir / "samples.jsonl", keep_through)
         self._wandb = None
         project, name = config["wandb"]["project"], config["wandb"]["name"] or workdir.name
         if project:
@@ -116,15 +118,30 @@ class RunLogger:
             if self._wandb and step > self._known:
                 self._wandb.log({"step": step, **metrics}, step=step)
 
+    def log_texts(self, step: int, texts: Sequence[Mapping]):
+        """Appends objects of a prompt and its text to samples.jsonl, and shows them in W&B."""
+        if self._lead:
+            self._samples = self._samples or self._open_samples()
+            for text in texts:
+                self._samples.log(text)
+            if self._wandb and step > self._known:
+                import wandb
+
+                table = wandb.Table(["prompt", "text"], data=[[t["prompt"], t["text"]] for t in texts])
+                self._wandb.log({"samples": table}, step=step)
+
     def sync(self):
         """Returns when everything that was logged is on disk."""
-        if self._lead:
-            self._jsonl.sync()
+        for file in (self._jsonl, self._samples) if self._lead else ():
+            if file:
+                file.sync()
 
     def close(self, code: int):
         """Closes everything; W&B learns the exit code."""
         if self._lead:
             self._progress.close()
             self._jsonl.close()
+            if self._samples:
+                self._samples.close()
             if self._wandb:
                 self._wandb.finish(exit_code=code)

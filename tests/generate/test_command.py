@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import types
 
 import pytest
 from finished import make_run
@@ -70,6 +71,24 @@ def test_stops_and_the_context(generate):
     stop = whole["text"][5:7]
     cut = objects(generate("--prompt=one two", "--length=400", "--json", "--stop=\0\0", f"--stop={stop}")[1])
     assert (cut[0]["text"], cut[0]["ended"]) == (whole["text"].partition(stop)[0], "stop")
+
+
+def test_it_asks_at_a_terminal(generate, monkeypatch):
+    """Each line is a prompt of its own; an error ends none of the others."""
+    typed = iter(["one two", "a" * 40, "one two"])
+
+    def read(shown: str) -> str:
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", read)
+    code, output, errors = generate("--length=5")
+    first, second, last = output.split("\n", 2)
+    assert (code, first, last) == (0, second, "\n")
+    assert first.startswith("one two")
+    assert errors.count("has 40 tokens, and the model's context is of 32") == 1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from trainit.cluster import devices
 from trainit.config import MESH_AXES, defaults, model, resolve
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
-from trainit.tools.benchmark import contender, suite
+from trainit.tools.benchmark import contender, generating, suite
 from trainit.tools.benchmark import profile as where
 from trainit.train import step
 
@@ -29,7 +29,8 @@ def test_unknown_part(random_dataset):
     assert process.returncode == 2
     assert (
         output.strip()
-        == "trainit: error: --only=loder: there are loader, step, save, processes, optimizer, loss, prepare"
+        == "trainit: error: --only=loder: there are loader, step, save, processes, optimizer, loss, prepare, "
+        "generate"
     )
 
 
@@ -125,6 +126,22 @@ def test_contenders_train_the_same_kind_of_model(name, monkeypatch, tmp_path):
     losses = [train() for _ in range(20)]
     assert abs(losses[0] - np.log(256)) < 0.7
     assert losses[-1] < losses[0]
+
+
+def test_texts_are_compared_with_transformers(monkeypatch):
+    """Medians over rounds; the first round compiles, so that its first token does not count."""
+    results = {
+        "trainit": [{"first": 9.0, "seconds": 4.0}, {"first": 1.0, "seconds": 2.0}],
+        "transformers": [{"first": 0.5, "seconds": 6.0}] * 2,
+    }
+    turns = {name: iter(of * 2) for name, of in results.items()}
+    monkeypatch.setattr(generating, "_run", lambda name, *_: next(turns[name]))
+    lines = list(generating.measure(length=30, rounds=2))
+    # 30 tokens in 4 and in 2 seconds, 11.25 a second; there 5.
+    assert lines[0].startswith("11.2 tokens/s  1 at once, 2.25 times transformers (5.0); 1.0 s from loaded")
+    assert lines[1].startswith("180.0 tokens/s  16 at once, 2.25 times transformers (80.0)")
+    monkeypatch.setattr(generating, "_run", lambda *_: {"error": "transformers: No module named 'torch'"})
+    assert next(generating.measure(30, 1)) == "1 at once: transformers: No module named 'torch'"
 
 
 def test_a_suite_counts_the_flops_of_its_model():

@@ -4,6 +4,7 @@
     trainit benchmark --config=configs/debug.py --sweep
     trainit benchmark --suite=cpu
     trainit benchmark --only=prepare --corpus=FILES
+    trainit benchmark --only=generate
 
 Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
 """
@@ -25,11 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cli.add_config_arguments(parser)
     add = parser.add_argument_group("what is measured").add_argument
     count, steps = cli.number(int, 1), cli.number(int, 3)
-    add("--only", default="loader,step,save", help=f"some of {', '.join(PARTS)}; or prepare alone")
+    add(
+        "--only", default="loader,step,save", help=f"some of {', '.join(PARTS)}; or prepare or generate alone"
+    )
     add("--sweep", action="store_true", help="try other settings of the step that change no result")
     add("--suite", choices=("cpu", "gpu"), help="compare other programs on the same work; needs no config")
     add("--corpus", default="", help="files of documents to prepare, for --only=prepare")
     add("--tokens", type=count, default=1 << 27, help="tokens of the loader's synthetic dataset")
+    add("--length", type=count, default=256, help="tokens of each text, for --only=generate")
     add("--rounds", type=count, default=3, help="turns of each of the things that are compared")
     add("--steps", type=steps, default=20, help="train steps that are timed")
 
@@ -37,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints; returns the exit code."""
     only, steps, rounds = arguments.only.split(","), arguments.steps, arguments.rounds
-    unknown = sorted(set(only) - {*PARTS, "prepare"})
-    require(not unknown, f"--only={','.join(unknown)}: there are {', '.join(PARTS)}, prepare")
+    unknown = sorted(set(only) - {*PARTS, "prepare", "generate"})
+    require(not unknown, f"--only={','.join(unknown)}: there are {', '.join(PARTS)}, prepare, generate")
     # What needs no config, and compares programs that are started without our settings.
     if arguments.suite:
         from trainit.tools.benchmark import suite
@@ -50,6 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
         from trainit.tools.benchmark import preparing
 
         return _print("prepare", preparing.measure(arguments.corpus, rounds))
+    if "generate" in only:
+        require(only == ["generate"], "--only=generate stands alone")
+        from trainit.tools.benchmark import generating
+
+        return _print("texts", generating.measure(arguments.length, rounds))
 
     # As the command that trains.
     tune_process()

@@ -71,7 +71,8 @@ def trainit(rows: int, length: int) -> dict:
 
     devices.configure("", 1, Path())  # JAX_COMPILATION_CACHE_DIR names the cache
     config = config_lib.defaults()
-    config.update(precision="float32", optimizer=optimizers.choices()["adamw"]())
+    config.precision = "float32"
+    config.optimizer = optimizers.choices()["adamw"]()  # which is not used
     config.model.tied_embeddings = True
     config = config_lib.resolve(config, VOCABULARY)
     # No id ends a text: all have their length.

@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -59,8 +58,10 @@ class HarnessModel(LM):
     @functools.cached_property
     def _decoder(self) -> Decoder:
         m = self._model
-        own, end, ids = m.config.precision, m.tokenizer.end_of_text, m.tokenizer.vocab_size
-        return Decoder(m.source, jax.devices(), own, end, ids)
+        ends = m.tokenizer.end_of_text, m.tokenizer.vocab_size
+        decoder = Decoder(m.config, m.shape.device_mesh, m.config.precision, *ends)
+        decoder.take(m.params)
+        return decoder
 
     def _text(self, context: str, settings: Mapping[str, Any]) -> str:
         """What follows a context, of which what does not fit loses its beginning."""
@@ -69,7 +70,7 @@ class HarnessModel(LM):
         stops = [until] if isinstance(until, str) else list(until)
         heat = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
         ids = self._tokenizer.encode([context])[0][-(self._longest - length) :]
-        text = Text(self._tokenizer, ids, length, stops)
+        text = Text(self._tokenizer, ids, length, self._model.config.model.context_length, stops)
         for tokens in self._decoder.generate([(ids, 0)], length, Sampling(temperature=heat), 0, 32):
             text.add(tokens[:, 0])
             if text.ended:

@@ -20,6 +20,11 @@ GQA = {"num_kv_heads": 4, "norm": "rmsnorm", "activation": "swiglu", "use_bias":
 MODERN = GQA | {"positions": "rope", "qk_norm": True, "tied_embeddings": True}
 DOCUMENTS = {"document_mask": True, "end_of_text": 5}
 DOTS = {"remat": "dots"}
+FAMILIES = {
+    **{"norm": "rmsnorm", "activation": "geglu", "positions": "rope", "use_bias": False, "qkv_bias": True},
+    **{"norm_placement": "both", "norm_unit_offset": True, "window": 50, "window_layers": "::2"},
+    **{"attention_softcap": 3.0, "head_dim": 48, "embedding_scale": 0.0},
+}
 STEPS = {
     "hierarchical": ({"data": 2, "fsdp": 4}, {}, {}),
     "accumulated": ({"fsdp": 8}, {"remat": "block", **DOCUMENTS}, {"device_batch_size": 1}),
@@ -39,6 +44,7 @@ STEPS = {
         MODERN | DOCUMENTS | {"remat": "block"},
         {"device_batch_size": 1},
     ),
+    "families": ({"fsdp": 4, "tensor": 2}, FAMILIES, {}),
     "unrolled": ({"fsdp": 4, "tensor": 2}, {"scan_layers": False, "head_bias": True}, {"z_loss": 0.1}),
 }
 

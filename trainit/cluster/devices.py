@@ -49,7 +49,8 @@ def initialize(platform: str, place: Place, coordinator: str = ""):
     if place.num_processes > 1 and devices[0].platform == "cpu":
         # Process 0 alone writes the cache of programs. JAX's names for them describe CPUs differently in each
         # process: the others would find none. May go when the names are the same, as they are for GPUs.
-        cache_key._hash_accelerator_config = lambda hash_obj, accelerators: hash_obj.update(
+        # A JAX without this function compiles in each process, as it did before.
+        cache_key._hash_accelerator_config = lambda hash_obj, accelerators, *_, **__: hash_obj.update(
             repr([(device.device_kind, device.process_index) for device in accelerators.flat]).encode()
         )
     if place.gpus and platform != "cpu" and len(devices) != place.gpus:

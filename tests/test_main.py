@@ -148,7 +148,8 @@ def test_debug_runs_the_cluster_config_here_and_refuses_another_model(tmp_path):
     assert config["precision"] == "bfloat16"
 
     line = error_of(*command, "--config.model.dim=128", "--config.model.num_blocks=3")
-    assert "model.dim: 96 -> 128; model.mlp_dim: 384 -> 512; model.num_blocks: 2 -> 3" in line
+    changes = "dim: 96 -> 128", "head_dim: 24 -> 32", "mlp_dim: 384 -> 512", "num_blocks: 2 -> 3"
+    assert "; ".join(f"model.{change}" for change in changes) in line
     assert "overwrite_config=True" in line
     line = error_of(*command, "--config.model.dim=128", "--config.checkpoint.overwrite_config=True")
     assert "params/blocks/attention/key/bias is float32[2,4,24] there and float32[2,4,32] here" in line

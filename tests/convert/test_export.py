@@ -1,6 +1,5 @@
 """Exported models next to transformers: logits, tokens, files."""
 
-import dataclasses
 import io
 import json
 import re
@@ -13,6 +12,7 @@ import sentencepiece
 import tiny
 import tokenizers as library
 import torch
+from finished import make_run, random_params
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,12 +21,9 @@ from trainit.cluster.files import write_json
 from trainit.config import resolve
 from trainit.convert import families, weights
 from trainit.model.gpt import GPT
-from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.parallel.trees import path_name
 from trainit.prepare.demo import write_dataset
 from trainit.tokenizers import SentencePieceTokenizer, find
-from trainit.train import step
-from trainit.train.checkpoint import CheckpointStore
 
 MODERN = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "use_bias": False}
 PYTHIA = {
@@ -75,29 +72,6 @@ MODELS = {
         {**MODERN, **SCALED, "qk_norm": True, "head_dim": 12, "tied_embeddings": True, "norm_epsilon": 0.1},
     ),
 }
-
-
-def make_run(folder: Path, data: Path, vocab_size: int, end_of_text: int, **model) -> tuple[dict, dict]:
-    """A run with one checkpoint, of parameters that are all drawn, also biases; they, and the config."""
-    config = tiny.get_config()
-    config.dataset.path = str(data)
-    config.mesh.update(data=1, fsdp=1, tensor=1)
-    config.model.update_from_flattened_dict(model)
-    config = resolve(config, vocab_size, end_of_text)
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
-    state = step.build(config, shape_on(config, make_mesh(sizes, jax.devices()[:1]))).init()
-    params = random_params(state.params)
-    store = CheckpointStore(folder)
-    state = dataclasses.replace(state, params=jax.tree.map(jax.numpy.asarray, params))
-    store.save(7, state, {"config": config.to_dict(), "version": "0", "tokens": 99})
-    store.wait()
-    store.close()
-    return params, config
-
-
-def random_params(params: dict) -> dict:
-    draw = np.random.default_rng(0)
-    return jax.tree.map(lambda x: np.asarray(x) + draw.normal(0, 0.2, x.shape).astype("f4"), params)
 
 
 def logits_there(folder: Path, ids: np.ndarray) -> np.ndarray:

@@ -249,15 +249,14 @@ def groups(paths: list[str], family: Family) -> list[list[str]]:
     """Trainit's paths, those that share an array together: what has to be in memory at once."""
     found: dict[str, list[str]] = {}
     for path in paths:
-        module, _, leaf = path.rpartition("/")
-        found.setdefault(f"{family.names[module]} {leaf}", []).append(path)
+        found.setdefault(array_name(family, path), []).append(path)
     return list(found.values())
 
 
 def tensors(family: Family, arrays: Arrays, vocab_size: int) -> dict[str, np.ndarray]:
     """The arrays of one of the `groups` under their names there; those of blocks are cut into layers."""
-    module, _, leaf = next(iter(arrays)).rpartition("/")
-    name = f"{family.names[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    path = next(iter(arrays))
+    module, name = path.rpartition("/")[0], array_name(family, path)
     if not module.startswith("blocks/"):
         return {name: _one(family, arrays, module, vocab_size)}
     count = len(next(iter(arrays.values())))

@@ -70,7 +70,7 @@ class HarnessModel(LM):
         stops = [until] if isinstance(until, str) else list(until)
         heat = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
         ids = self._tokenizer.encode([context])[0][-(self._longest - length) :]
-        text = Text(self._tokenizer, ids, length, self._model.config.model.context_length, stops)
+        text = Text(self._tokenizer, ids, length, self._longest, stops)
         for tokens in self._decoder.generate([(ids, 0)], length, Sampling(temperature=heat), 0, 32):
             text.add(tokens[:, 0])
             if text.ended:

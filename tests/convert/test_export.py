@@ -12,6 +12,7 @@ import sentencepiece
 import tiny
 import tokenizers as library
 import torch
+import transformers
 from finished import make_run, random_params
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,6 +101,10 @@ def test_logits_are_the_same(name, tmp_path):
     weights.write(tmp_path, parts, "float32")
     write_json(tmp_path / "config.json", families.config_json(family, model, 257, 256, "float32"))
 
+    if transformers.__version__.startswith("4.") and name == "OLMo 2, tied":
+        with pytest.raises(ValueError, match="`rope_scaling` must be a dictionary"):
+            logits_there(tmp_path, np.zeros((1, 1), np.int64))
+        return  # that version has no scaling of RoPE in this family, and says so
     ids = np.random.default_rng(1).integers(0, 257, (3, 32))
     expected = np.asarray(jax.jit(GPT(model))(params, ids))[..., :257]
     actual = logits_there(tmp_path, ids)

@@ -63,6 +63,11 @@ MODELS = {
 def make_folder(name: str, folder: Path, rows: int = 384) -> torch.nn.Module:
     """A folder with a model of random weights and a tokenizer of at most 300 ids; the model."""
     kind, fields = MODELS[name]
+    if transformers.__version__.startswith("4.") and "rope_parameters" in fields:  # which 5 has instead
+        scaling = dict(fields["rope_parameters"])
+        theta = scaling.pop("rope_theta")
+        fields = {"rope_theta": theta, "rope_scaling": scaling, **fields}
+        del fields["rope_parameters"]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(vocab_size=rows, eos_token_id=0, **fields)
     ending = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"

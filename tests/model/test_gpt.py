@@ -10,6 +10,7 @@ import pytest
 
 import trainit.config
 from trainit import optimizers
+from trainit.convert import families
 from trainit.model.attention import dropout, plain
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import PARAMETERS, logical_axes, parameter_kind
@@ -552,6 +553,39 @@ def test_every_parameter_of_every_model_choice_has_its_row(name):
     assert {path: leaf.shape for path, leaf in parameters.items()} == expected_shapes(c)
     for path, leaf in parameters.items():
         assert len(logical_axes(path)) == leaf.ndim, path
+
+
+# Rows of the embedding, parameters as the models' authors give them, and the model class of transformers.
+OPEN_MODELS = {
+    "llama2_7b": (32_000, 6_738_415_616, "llama"),
+    "pythia_160m": (50_304, 162_322_944, "gpt_neox"),
+    "pythia_1b": (50_304, 1_011_781_632, "gpt_neox"),
+    "pythia_12b": (50_688, 11_846_072_320, "gpt_neox"),
+    "llama3_1b": (128_256, 1_235_814_400, "llama"),
+    "llama3_8b": (128_256, 8_030_261_248, "llama"),
+    "llama3_70b": (128_256, 70_553_706_496, "llama"),
+    "mistral_7b": (32_000, 7_241_732_096, "mistral"),
+    "qwen2_7b": (152_064, 7_615_616_512, "qwen2"),
+    "qwen3_600m": (151_936, 596_049_920, "qwen3"),
+    "qwen3_8b": (151_936, 8_190_735_360, "qwen3"),
+    "olmo2_1b": (100_352, 1_484_916_736, "olmo2"),
+    "olmo2_7b": (100_352, 7_298_617_344, "olmo2"),
+    "gemma2_2b": (256_000, 2_614_341_888, "gemma2"),
+    "gemma2_9b": (256_000, 9_241_705_984, "gemma2"),
+}
+
+
+@pytest.mark.parametrize("name", OPEN_MODELS)
+def test_a_choice_has_as_many_parameters_as_the_model_that_it_is_named_after(name):
+    rows, count, family = OPEN_MODELS[name]
+    config = trainit.config.defaults()
+    config.model = trainit.config.MODELS[name]()
+    config.model.vocab_size = rows
+    config.optimizer = optimizers.choices()["adamw"]()
+    c = trainit.config.resolve(config, rows).model
+    shapes = by_path(jax.eval_shape(GPT(c).init, jax.random.key(0))).values()
+    assert sum(math.prod(leaf.shape) for leaf in shapes) == count
+    assert families.find(c).name == family
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)

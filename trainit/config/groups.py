@@ -1,16 +1,17 @@
 """Whole groups of fields by name, as in --config=FILE:model=gpt2_medium,schedule=cosine."""
 
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from trainit.config.fields import LINEAR, dataset, diagnostics, jsonl, model, schedule
 from trainit.config.schema import ConfigDict, ConfigError, names
 
 Maker = Callable[[], ConfigDict]  # of the fields of a choice
-_modern = partial(model, norm="rmsnorm", activation="swiglu", positions="rope", use_bias=False)
-_llama2 = partial(_modern, context_length=4096)
+_OPEN_MODELS = tomllib.loads(Path(__file__).with_name("open_models.toml").read_text("utf-8"))
 MODELS: dict[str, Maker] = {
     # Radford et al. 2019, with the head untied.
     "gpt2": model,
@@ -18,12 +19,13 @@ MODELS: dict[str, Maker] = {
     "gpt2_large": partial(model, dim=1280, num_heads=20, num_blocks=36),
     "gpt2_xl": partial(model, dim=1600, num_heads=25, num_blocks=48),
     # GPT-2's sizes with what models have used since.
-    "modern": partial(_modern, qk_norm=True),
+    "modern": partial(
+        model, norm="rmsnorm", activation="swiglu", positions="rope", use_bias=False, qk_norm=True
+    ),
     # GPT-3 XL, 1.3B (Brown et al. 2020, arXiv 2005.14165, table 2.1; heads of 128).
     "gpt3_xl": partial(model, dim=2048, num_heads=16, num_blocks=24, context_length=2048),
-    # Touvron et al. 2023, arXiv 2307.09288.
-    "llama2_7b": partial(_llama2, dim=4096, num_heads=32, num_blocks=32, mlp_dim=11_008),
-    "llama2_70b": partial(_llama2, dim=8192, num_heads=64, num_kv_heads=8, num_blocks=80, mlp_dim=28_672),
+    # Llama 2 and 3, Pythia, Mistral, Qwen, OLMo, Gemma.
+    **{name: partial(model, **fields) for name, fields in _OPEN_MODELS.items()},
 }
 
 _SCHEDULES: dict[str, dict[str, Any]] = {

@@ -242,10 +242,11 @@ def test_micro_steps_are_the_fewest_that_fit():
     def micro_steps(config, sizes: dict[str, int]) -> int:
         return shape_on(config, abstract_mesh({"tensor": 1, "context": 1, **sizes})).batch_at(0).micro_steps
 
-    config = resolve(make(batch_size=96, device_batch_size=5), 50257)
+    named = {"logits_mib": 64.0, "model__remat": "none", "model__scan_layers": True}
+    config = resolve(make(batch_size=96, device_batch_size=5, **named), 50257)
     assert micro_steps(config, {"data": 2, "fsdp": 4}) == 3  # 12 a device: 3 times 4
     assert micro_steps(config, {"data": 1, "fsdp": 96}) == 1
-    unbound = resolve(make(batch_size=96, device_batch_size=0), 50257)
+    unbound = resolve(make(batch_size=96, device_batch_size=0, **named), 50257)
     assert micro_steps(unbound, {"data": 1, "fsdp": 1}) == 1
 
 

@@ -69,6 +69,7 @@ def test_a_run_tells_its_start_and_its_step_once(random_dataset, tmp_path):
     """Only the first step of a run with more; the line's parts add up to the total, except for rounding."""
     small = {"dataset.path": random_dataset, "steps": 2, "batch_size": 2, "model.num_blocks": 1}
     small |= {"cpu_devices": 1, "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "eval.sequences": 2}
+    small |= {"logits_mib": "auto"}
     fields = [f"--config.{name}={value}" for name, value in small.items()]
     log = run(f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path}", *fields)
     ((step, total, parts),) = LINE.findall(log)
@@ -78,5 +79,8 @@ def test_a_run_tells_its_start_and_its_step_once(random_dataset, tmp_path):
     assert set(parts) == set(names.split())
     assert total == pytest.approx(sum(parts.values()), abs=0.05 * (len(parts) + 1) + 1e-9)
     assert min(parts.values()) >= 0
+    assert re.search(
+        r"computing  remat=none, scan_layers=True, logits_mib=64 \(auto\): some 0\.0 of [\d.]+ GiB", log
+    )
     assert len(re.findall(r"program    train: [\d.]+ s, ", log)) == 1
     assert (tmp_path / "logs/process_0.log").read_text().count("start      to the end of step") == 1

@@ -30,8 +30,8 @@ from trainit.config import Config, ConfigError
 from trainit.data.documents.inputs import fingerprint
 from trainit.data.documents.reader import BrokenInputError
 from trainit.generate.at_validation import Samples
-from trainit.parallel.mesh import run_shape
 from trainit.train import loop as train
+from trainit.train.automatic import choice
 from trainit.train.recorder import NonFiniteError
 from trainit.train.reports.startup_timer import StartupTimer
 from trainit.train.save_retry import SaveError
@@ -106,7 +106,8 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
         devices.initialize(config.platform, place, coordinator)
 
     monitor.set_limits(config.stall_seconds, log, config.max_minutes, start.launched)
-    shape = run_shape(config, jax.devices(), shrink_to_fit=arguments.debug)
+    config, shape, chosen = choice.on_devices(config, shrink_to_fit=arguments.debug)
+    logging.info("%-10s %s", "computing", chosen)
     code = train.run(train.Job(config, dataset, shape, folder, monitor, start, write_texts))
     monitor.close()
     return code

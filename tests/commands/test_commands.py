@@ -37,6 +37,7 @@ REPLACED = {  # in pages, for the same reason
     "--config.schedule.rewarm_at=250": "--config.schedule.rewarm_at=6 --config.schedule.rewarm=1",
     "--config.steps=100": "--config.steps=6",
     "--config.steps=20": "--config.steps=6",
+    "--rows=16 --devices=8,64": "--rows=16 --devices=8,64 --config.model.num_blocks=2",
 }
 REPORTS = (
     r"8 × cpu, \d+ cores, JAX",

@@ -20,6 +20,7 @@ from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.tools.benchmark import contender, generating, suite
 from trainit.tools.benchmark import profile as where
 from trainit.train import step
+from trainit.train.automatic import choice
 
 
 def test_unknown_part(random_dataset):
@@ -96,7 +97,7 @@ def test_a_real_profile_finds_every_part():
     config.update(batch_size=2, precision="float32")
     config.model = model(dim=32, num_heads=2, num_blocks=2, context_length=32, vocab_size=128)
     config.optimizer = optimizers.choices()["adamw"]()
-    config = resolve(config, 100)
+    config, _ = choice.settle(resolve(config, 100), dict(mesh.shape), "cpu", 1e9)
     steps = step.build(config, shape_on(config, mesh))
     batch = {"tokens": np.zeros((1, 2, 33), np.uint16), "lengths": np.full((1, 2), 32, np.int32)}
     state, batch = steps.init(), jax.device_put(batch, batch_sharding(mesh))

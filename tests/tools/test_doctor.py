@@ -86,8 +86,9 @@ def test_alone(random_dataset, tmp_path):
     found = verdicts(output)
     assert set(found.values()) == {OK, NOTE}
     named = {"config", "settings", "devices", "all-reduce", "workdir", "shared", "mesh", "dataset", "clocks"}
+    named |= {"computing"}
     assert named <= set(found)
-    assert "all 15 checks passed" in output
+    assert "all 16 checks passed" in output
     assert not list((tmp_path / "run/logs").iterdir())  # it leaves nothing behind
 
 

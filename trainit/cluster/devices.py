@@ -18,6 +18,12 @@ from trainit.cluster.process import delay_abort
 # JAX gives a silent process up after this long. Trainit's own monitor reacts earlier and says more.
 JAX_HEARTBEAT_SECONDS = 90
 
+# Where Linux says how much memory a container or a job may use, in versions 2 and 1; "max": without a limit.
+CONTROL_GROUPS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
 
 def configure(platform: str, cpu_devices: int, cache: Path, place: Place | None = None) -> str:
     """Chooses the devices and their settings, which it returns for the log. Call it before any use of JAX.
@@ -77,6 +83,21 @@ def _connect(place: Place, coordinator: str):
         heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=20,
     )
+
+
+def memory(processes: int = 1) -> int:
+    """The bytes that each device of this process has; on CPUs, with this many of the job's processes there.
+
+    Devices that do not know it have 0. Without a limit of the system, a CPU has what the machine has.
+    """
+    own = jax.local_devices()
+    if own[0].platform != "cpu":
+        return min((device.memory_stats() or {}).get("bytes_limit", 0) for device in own)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [
+        int(file.read_text()) for file in CONTROL_GROUPS if file.exists() and file.read_text()[0] != "m"
+    ]
+    return min(limits) // (len(own) * processes)
 
 
 def peak_memory() -> int:

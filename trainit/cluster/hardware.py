@@ -22,6 +22,7 @@ class Accelerator:
     node: int = 0  # GPUs that share a machine
     inside: float = 0.0  # bytes a second of a GPU in one direction within its machine
     across: float = 0.0  # bytes a second of a GPU in one direction between machines
+    memory: float = 0.0  # bytes
 
     @property
     def flops(self) -> float:
@@ -31,20 +32,21 @@ class Accelerator:
 
 # Teraflops are from the vendors' data sheets. Links are those of NVIDIA's DGX A100, H100, H200 and B200: half
 # of NVLink's rate, which counts both directions, and one network card for each GPU, of 200 Gb/s (HDR) or
-# 400 Gb/s (NDR). The first name that a device's kind contains as whole words counts: longer ones come first.
+# 400 Gb/s (NDR). The A100 is the one with the larger memory. The first name that a device's kind contains as
+# whole words counts: longer ones come first.
 ACCELERATORS = (
     Accelerator("GB300", family="Blackwell"),
     Accelerator("GB200", 2500.0, "Blackwell"),
     Accelerator("B300", family="Blackwell"),
-    Accelerator("B200", 2250.0, "Blackwell", 8, 900e9, 50e9),
+    Accelerator("B200", 2250.0, "Blackwell", 8, 900e9, 50e9, 180e9),
     Accelerator("GH200", family="Hopper"),
-    Accelerator("H200", 989.4, "Hopper", 8, 450e9, 50e9),
+    Accelerator("H200", 989.4, "Hopper", 8, 450e9, 50e9, 141e9),
     Accelerator("H100 PCIe", 756.0, "Hopper"),
     Accelerator("H100 NVL", 835.0, "Hopper"),
-    Accelerator("H100", 989.4, "Hopper", 8, 450e9, 50e9),
+    Accelerator("H100", 989.4, "Hopper", 8, 450e9, 50e9, 80e9),
     Accelerator("H800", family="Hopper"),
     Accelerator("H20", family="Hopper"),
-    Accelerator("A100", 312.0, "Ampere", 8, 300e9, 25e9),
+    Accelerator("A100", 312.0, "Ampere", 8, 300e9, 25e9, 80e9),
     Accelerator("A800", 312.0),
     Accelerator("A40", 149.7),
     Accelerator("L40S", 362.0),

@@ -31,7 +31,8 @@ def defaults() -> ConfigDict:
     c.batch_size = field(128, "sequences of an optimizer step; a multiple of mesh.data * mesh.fsdp", above=0)
     c.batch_schedule = field("", "later batch sizes, as in '20%: 256; 2e9 tokens: 512'; empty: none")
     c.device_batch_size = field(16, "most sequences of a device in a micro-step; 0: no bound", at_least=0)
-    c.logits_mib = field(256.0, "most MiB of float32 logits in a device's memory; 0: no bound", at_least=0)
+    logits = "most MiB of float32 logits in a device's memory; 0: no bound; auto: by device and memory"
+    c.logits_mib = field("auto", logits, types=(str, float), at_least=0)
     c.z_loss = field(0.0, "weight in the loss of log(the softmax's denominator)^2; 0: none", at_least=0)
     c.clip_norm = field(10.0, "maximum of the gradient's global l2 norm; 0: no clipping", at_least=0)
     c.stall_seconds = field(300.0, "seconds, or 20 steps, without a step: end the run; 0: never", at_least=0)
@@ -98,12 +99,14 @@ def model(**changes: Any) -> ConfigDict:
     # How it is computed; none of these changes the result.
     m.attention = field("auto", "auto: cudnn, else blockwise, with memory linear in length", one_of=KERNELS)
     m.remat = field(
-        "none",
+        "auto",
         "what the backward pass computes again instead of keeping; attention: scores; dots: all except "
-        "matrix products; block: all except a layer's input; offload: as dots, with products in host memory",
-        one_of=("none", "attention", "dots", "block", "offload"),
+        "matrix products; block: all except a layer's input; offload: as dots, with products in host memory; "
+        "auto: the fastest for device and memory",
+        one_of=("auto", "none", "attention", "dots", "block", "offload"),
     )
-    m.scan_layers = field(True, "one compiled layer in a loop; False: all layers compiled one after another")
+    loop = "one compiled layer in a loop; False: all layers compiled one after another; auto: as remat"
+    m.scan_layers = field("auto", loop, types=(str, bool), one_of=("auto", True, False))
     m.update(changes)
     return m
 

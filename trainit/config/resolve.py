@@ -64,6 +64,8 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
     check_fields(config, config)
     lacking = "the config has no optimizer: config.optimizer = optimizers.choices()['adamw']()"
     require(len(config.optimizer) > 0, lacking)
+    is_number = config.logits_mib == "auto" or not isinstance(config.logits_mib, str)
+    require(is_number, f"logits_mib={config.logits_mib!r} must be a number of MiB, or auto")
     _resolve_model(config.model, tokenizer_vocab_size, end_of_text)
     check_mesh(config.mesh, config)
     _check_schedule(config)

@@ -80,6 +80,7 @@ def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
 
     Raises ConfigError if they lack the attention kernel that is asked for.
     """
+    assert "auto" not in (config.logits_mib, config.model.remat, config.model.scan_layers)  # train/automatic
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
     # cuDNN's attention kernel needs bfloat16 units, which came with compute capability 8 (Ampere).
     ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8

@@ -102,11 +102,11 @@ def _take_devices(config: Config, debug: bool) -> Config:
 
     from trainit.cluster import devices
     from trainit.cluster.place import Place
-    from trainit.parallel.mesh import run_shape
+    from trainit.parallel.mesh import mesh_sizes
 
     devices.configure(config.platform, config.cpu_devices, cli.cache())
     devices.initialize(config.platform, Place("alone"))
     kind, cores = jax.devices()[0].device_kind, os.cpu_count()
     print(f"{jax.device_count()} × {kind}, {cores} cores, JAX {jax.__version__}", flush=True)
-    sizes = run_shape(config, jax.devices(), shrink_to_fit=debug).sizes
+    sizes = mesh_sizes(config, jax.device_count(), shrink_to_fit=debug)
     return Config({**config.to_dict(), "mesh": sizes})

@@ -40,7 +40,7 @@ def ids(shape: dict) -> np.ndarray:
 
 
 def trainit(shape: dict, precision: str) -> Callable[[], float]:
-    """Returns Trainit's own step as a run would make it, except for the data."""
+    """Returns Trainit's own step as a run makes it by default, except for the data."""
     import jax
 
     from trainit import config as config_lib
@@ -49,20 +49,22 @@ def trainit(shape: dict, precision: str) -> Callable[[], float]:
     from trainit.parallel.layout import batch_sharding
     from trainit.parallel.mesh import make_mesh, shape_on
     from trainit.train import step
+    from trainit.train.automatic import choice
 
     devices.configure("", 1, Path())  # JAX_COMPILATION_CACHE_DIR names the cache
-    on_cpu, dim = jax.devices()[0].platform == "cpu", shape["dim"]
     config = config_lib.defaults()
     config.update(batch_size=shape["batch"], precision=precision, clip_norm=CLIP_NORM, steps=1000)
-    config.update(device_batch_size=0, logits_mib=64.0 if on_cpu else 1024.0)
     config.model = config_lib.model(**{name: size for name, size in shape.items() if name != "batch"})
-    config.model.remat = "dots" if on_cpu or dim == 2048 else "block" if dim > 2048 else "none"
-    config.model.scan_layers = on_cpu or dim > 1024
     config.optimizer = optimizers.choices()["adamw"]()
     config = config_lib.resolve(config, shape["vocab_size"])
-    mesh = make_mesh(dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[:1])
-    steps = step.build(config, shape_on(config, mesh))
-    batch = {"tokens": ids(shape)[None], "lengths": np.full((1, shape["batch"]), shape["context_length"])}
+    sizes, device = dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[0]
+    config, _ = choice.settle(config, sizes, device.platform, devices.memory())
+    mesh = make_mesh(sizes, [device])
+    steps, (micro_steps, rows, length) = step.build(config, own := shape_on(config, mesh)), own.batch_at(0)
+    batch = {
+        "tokens": ids(shape).reshape(micro_steps, rows, -1),
+        "lengths": np.full((micro_steps, rows), length),
+    }
     batch = jax.device_put(batch, batch_sharding(mesh))
     steps.train.compile_ahead(steps.abstract_state, batch)
     state = [steps.init()]

@@ -25,11 +25,12 @@ from trainit.data.training_data import TrainingData
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.layers import Head
 from trainit.parallel.collectives import Parallel
-from trainit.parallel.mesh import make_mesh, run_shape
+from trainit.parallel.mesh import make_mesh
 from trainit.parallel.trees import total_bytes
 from trainit.tools.benchmark.step import Bench
 from trainit.tools.timing import WARMUP, in_turn, seconds
 from trainit.train import step
+from trainit.train.automatic import choice
 from trainit.train.checkpoint import CheckpointStore
 
 SAVES = 6  # of which the first is reported separately: it allocates and compiles
@@ -37,7 +38,8 @@ SAVES = 6  # of which the first is reported separately: it allocates and compile
 
 def measure_save(config: Config) -> Iterator[str]:
     """Yields how long a save blocks the loop, and how long it takes to be durable."""
-    state = jax.block_until_ready(step.build(config, run_shape(config, jax.devices())).init())
+    config, shape, _ = choice.on_devices(config)
+    state = jax.block_until_ready(step.build(config, shape).init())
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = CheckpointStore(Path(folder), keep=1)
         saves = []  # the seconds for which each blocks, and until it is durable
@@ -114,6 +116,7 @@ def measure_optimizer(config: Config, dataset: TrainingData, steps: int) -> Iter
 def measure_loss(config: Config, rounds: int) -> Iterator[str]:
     """Yields the time and memory of GPT-2's head and loss with gradients, against optax's on all logits."""
     mesh = make_mesh(dict.fromkeys(MESH_AXES, 1), jax.local_devices()[:1])
+    config, _, _ = choice.on_devices(config)
     own = CrossEntropy(Parallel(mesh), config.logits_mib)
 
     def plain(head, x_BLD, targets_BL, mask_BL):

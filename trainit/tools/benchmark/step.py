@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
 from trainit.cluster import hardware
-from trainit.config import Config, ConfigDict
+from trainit.config import Config
 from trainit.data.training_data import TrainingData
 from trainit.parallel.layout import batch_sharding
-from trainit.parallel.mesh import run_shape
 from trainit.tools.benchmark import profile
 from trainit.tools.plan import hlo
 from trainit.tools.timing import WARMUP, in_turn
 from trainit.train import metrics, step
+from trainit.train.automatic import choice
 
 # What --sweep tries, one field after the other, starting from the config's settings and continuing with the
 # fastest. None of them changes what a run computes.
@@ -34,7 +34,7 @@ class Bench:
     """A config's train step, compiled for all devices, with its state and its batches."""
 
     def __init__(self, config: Config, dataset: TrainingData):
-        self.shape = run_shape(config, jax.devices())
+        config, self.shape, self.computing = choice.on_devices(config)
         self.steps = step.build(config, self.shape)
         layout = batch_sharding(self.shape.mesh)
         self.batches = dataset.reader(self.shape.batch_at(0), layout).batches()
@@ -60,6 +60,7 @@ def measure(config: Config, dataset: TrainingData, count: int) -> Iterator[str]:
     [times] = in_turn([bench.run], count)
     seconds, tokens = median(times), config.batch_size * config.model.context_length
     flops = metrics.flops_per_token(config.model) * tokens / seconds
+    yield f"computing {bench.computing}"
     yield f"{bench.compile_seconds:7.1f} s  to compile, or to read what was compiled before"
     yield f"{1e3 * seconds:7.1f} ms  median of {count}; {1e3 * min(times):.1f} to {1e3 * max(times):.1f}"
     yield (
@@ -95,8 +96,10 @@ class _Trial(NamedTuple):
 
 def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _Trial:
     """Times the step with these fields changed."""
-    changed = ConfigDict(config.to_dict())
-    changed.update_from_flattened_dict(changes)
+    changed = config.to_dict()
+    for name, value in changes.items():
+        group, _, field = name.rpartition(".")
+        (changed[group] if group else changed)[field] = value
     try:
         bench = Bench(Config(changed), dataset)
         [times] = in_turn([bench.run], count)

@@ -21,11 +21,12 @@ from trainit.data.dataset import DatasetError
 from trainit.data.documents.inputs import fingerprint
 from trainit.data.training_data import TrainingData
 from trainit.parallel.layout import batch_sharding
-from trainit.parallel.mesh import RunShape, run_shape
+from trainit.parallel.mesh import RunShape
 from trainit.tools import timing
 from trainit.tools.doctor import environment
 from trainit.tools.doctor.network import check_all_reduces
 from trainit.tools.doctor.report import FAIL, OK, Result, group_processes, name_failures
+from trainit.train.automatic import choice
 
 DATA_SECONDS = 1.0  # for which the loader is timed
 
@@ -114,13 +115,13 @@ def _check_data(
     if config is None or dataset is None:
         return []
     try:
-        shape = run_shape(config, jax.devices(), shrink_to_fit=debug)
+        config, shape, computing = choice.on_devices(config, shrink_to_fit=debug)
     except ConfigError as error:
         return [Result("mesh", FAIL, str(error))]
     batch = shape.batch_at(0)
     mesh = " × ".join(f"{axis} {size}" for axis, size in shape.sizes.items())
     finding = f"{mesh}; {config.batch_size} sequences are {batch.micro_steps} micro-steps of {batch.rows}"
-    results = [Result("mesh", OK, finding)]
+    results = [Result("mesh", OK, finding), Result("computing", OK, computing)]
 
     rates, errors = _gather(_attempt(lambda: _data_rate(dataset, shape)))
     if failures := name_failures(errors, processes):

@@ -10,9 +10,10 @@ from trainit import cli, config, optimizers, tokenizers
 from trainit.cluster import devices
 from trainit.config import Config, ConfigDict, ConfigError, require
 from trainit.data.training_data import TrainingData
-from trainit.parallel.mesh import RunShape, run_shape
+from trainit.parallel.mesh import RunShape
 from trainit.tokenizers import Tokenizer
 from trainit.train import step as train_step
+from trainit.train.automatic import choice
 from trainit.train.evaluate import Validation
 from trainit.train.finished.run import FinishedRun, PretrainedModel, open_model
 from trainit.train.step import CompiledSteps
@@ -66,7 +67,7 @@ def load(arguments: argparse.Namespace, needs_data: bool = True) -> LoadedModel:
         assert own is not None
         resolved, tokenizer = config.resolve(wanted, own.vocab_size, own.end_of_text), own
 
-    shape = run_shape(resolved, jax.devices())
+    resolved, shape, _ = choice.on_devices(resolved)
     steps = train_step.build(resolved, shape)
     params = model.parameters(steps.abstract_state.params)
     return LoadedModel(model, resolved, shape, steps, params, tokenizer, data)

@@ -16,6 +16,7 @@ from trainit.parallel.trees import device_bytes
 from trainit.tools.plan import formula, hlo, roofline
 from trainit.tools.plan.hlo import Collective
 from trainit.train import metrics, step
+from trainit.train.automatic import choice
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Plan:
     predicted: list[Collective]
     compiled: list[Collective] | None  # None: not compiled
     times: roofline.Times
+    computing: str  # what was chosen for the GPUs, and why
 
 
 def plan(config: Config, devices: int, gpu: Accelerator, efficiency: float, compiles: bool) -> Plan:
@@ -40,6 +42,7 @@ def plan(config: Config, devices: int, gpu: Accelerator, efficiency: float, comp
     If it is to be compiled, JAX must have that many virtual devices.
     """
     compiled, temporaries = None, math.nan
+    config, computing = _settle(config, devices, gpu)
     if compiles:
         shape = run_shape(config, jax.devices()[:devices])
         built = step.build(config, shape)
@@ -62,5 +65,23 @@ def plan(config: Config, devices: int, gpu: Accelerator, efficiency: float, comp
     times = roofline.times(config, shape, predicted, gpu, efficiency)
     parameters, state_bytes = metrics.parameter_count(state.params), device_bytes(split)
     return Plan(
-        *(config, gpu, efficiency, shape, parameters, state_bytes, temporaries, predicted, compiled, times)
+        *(
+            config,
+            gpu,
+            efficiency,
+            shape,
+            parameters,
+            state_bytes,
+            temporaries,
+            predicted,
+            compiled,
+            times,
+            computing,
+        )
     )
+
+
+def _settle(config: Config, devices: int, gpu: Accelerator) -> tuple[Config, str]:
+    """The config as a run on these GPUs has it. JAX takes this part of their memory: `xla_flags.SETTINGS`."""
+    part = 0.9 if devices <= gpu.node else 0.85
+    return choice.settle(config, mesh_sizes(config, devices), "cuda", part * gpu.memory)

@@ -23,7 +23,8 @@ def describe(plan: Plan) -> str:
     lines = [
         f"mesh       {_mesh(p.shape.sizes) or 'one device'}; {micro_steps} micro-steps of "
         f"{rows // p.shape.shares} sequences of {length} tokens on each part of data × fsdp",
-        f"model      {quantity(p.parameters)} parameters, remat {p.config.model.remat}",
+        f"model      {quantity(p.parameters)} parameters",
+        f"computing  {p.computing}",
         f"memory     {memory}",
         f"time       {1e3 * t.step:.2f} ms on {p.gpu.name}, MFU {t.mfu:.1%}, if exchanges overlap with "
         f"computation; {1e3 * t.unhidden:.2f} ms, MFU {t.mfu_unhidden:.1%}, if none does",

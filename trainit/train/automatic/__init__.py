@@ -1,0 +1,1 @@
+"""What a config leaves open by "auto", chosen when the devices are known."""

@@ -246,6 +246,8 @@ def test_differences_survive_json():
         ("dataset.tokenizer", True),
         ("dataset.workers", True),
         ("model.remat", True),
+        ("model.scan_layers", True),
+        ("logits_mib", True),
         ("checkpoint.keep", True),
         ("eval.every_steps", True),
         ("model.dim", False),

@@ -275,8 +275,10 @@ def zero(path: Path):
 @pytest.mark.parametrize("of", ["meta/metadata", "state/_METADATA", "state/ocdbt.process_0/d/*"])
 @pytest.mark.parametrize("damage", [Path.unlink, cut, zero])
 def test_a_damaged_checkpoint_is_named(damage, of, saved, tmp_path):
-    """Whatever is wrong with its files, as after a copy that was cut off."""
+    """Whatever is wrong with its files, also where it has no digests, as those of earlier versions."""
     shutil.copytree(saved[0] / "checkpoints/3", tmp_path / "checkpoints/3")
+    (tmp_path / "checkpoints/3/digests.json").unlink()
+    (tmp_path / "checkpoints/3/_CHECKPOINT_METADATA").unlink()
     files = (tmp_path / "checkpoints/3").glob(of)
     damage(max(files, key=lambda path: path.stat().st_size))
     checkpoints = CheckpointStore(tmp_path)

@@ -213,6 +213,7 @@ TYPED = {
         "export",
         "import",
         "evaluate",
+        "verify",
         "plan",
         "benchmark",
         "doctor",

@@ -235,7 +235,7 @@ def test_preparing(case, tmp_path, monkeypatch, capsys):
         (("plan", "--rows=1e3"), 2, "--rows: 1e3 must be at least 0, a whole number"),
         (("fields", "["), 2, "no field and no choice has '[' in its name"),
         (("--debug",), 2, "unknown command '--debug'"),
-        (("prepare", "--verify", "--output=none"), 1, "--output='none' does not exist"),
+        (("verify", "none"), 2, "none is no folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

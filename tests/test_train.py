@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ from trainit.prepare.demo import write_dataset
 from trainit.tokenizers import ByteTokenizer
 from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore
+from trainit.train.saved import digests
 
 KILLS = 10
 # One program, compiled as users' are, for most runs here; others, with which one run is made, are given FAST.
@@ -124,6 +126,30 @@ def test_ten_kills_change_nothing(command, undisturbed, tmp_path):
     assert mid_save >= 2, "too few of the kills hit a save"
     run(*command, f"--workdir={tmp_path}")
     assert exact(metrics(tmp_path)) == exact(undisturbed)
+
+
+@pytest.mark.evidence(
+    "a damaged checkpoint: exit code 2, its file and the newest whole one, from which `fallback` continues"
+)
+def test_a_damaged_checkpoint_ends_the_run_or_is_passed_over(command, whole, undisturbed, tmp_path):
+    """One bit is flipped in the newest one. The run from the one before writes the same metrics again."""
+    copy = Path(shutil.copytree(whole, tmp_path / "run"))
+    path = max((copy / "checkpoints/40").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    output = run(*command, f"--workdir={copy}", expect=2)
+    (line,) = (line for line in output.splitlines() if "error" in line)
+    assert f"checkpoint {copy}/checkpoints/40 is damaged: {path.relative_to(copy / 'checkpoints/40')}" in line
+    assert "of step 39: --config.checkpoint.fallback=True takes that" in line
+    assert exact(metrics(copy)) == exact(undisturbed)
+
+    output = run(*command, f"--workdir={copy}", "--config.checkpoint.fallback=True")
+    assert "the run continues from step 39" in output
+    assert exact(metrics(copy)) == exact(undisturbed)
+    assert CheckpointStore(copy, read_only=True).steps() == [36, 39, 40]
+    assert [step for step in (36, 39, 40) if digests.problems(copy / f"checkpoints/{step}")] == []
+    assert (copy / "checkpoints/40.damaged").is_dir()
 
 
 def _inode(workdir) -> int | None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "write a run's model as a folder that transformers loads",
     "import": "make a run of a model in such a folder",
     "evaluate": "measure a trained model's loss on any data",
+    "verify": "compare a run's checkpoints, or prepared data, with their digests",
     "plan": "predict memory, communication and time on many GPUs",
     "benchmark": "measure the loader, the train step and saves on this machine",
     "doctor": "check a config, the processes and the machines before a run",
@@ -80,7 +81,7 @@ def command_parser(name: str) -> cli.Parser:
 def _module(name: str):
     path = {"train": "main", "prepare": "prepare.command", "fields": "tools.fields"}
     path |= {"completion": "tools.completion", "export": "tools.export", "import": "tools.import_model"}
-    path |= {"generate": "generate.command"}
+    path |= {"verify": "tools.verify", "generate": "generate.command"}
     path |= {name: f"experiments.{name}.command" for name in ("compare", "sweep")}
     return importlib.import_module(f"trainit.{path.get(name, f'tools.{name}.command')}")
 

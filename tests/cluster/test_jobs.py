@@ -25,6 +25,7 @@ from processes import (
 )
 
 from trainit.train.checkpoint import CheckpointStore
+from trainit.train.saved import digests
 
 pytestmark = pytest.mark.evidence(
     "jobs of several processes: each kind of stop, loss, stall and failed save of the page Faults"
@@ -91,6 +92,9 @@ def test_stopped_then_each_process_killed_then_left_alone(job, tmp_path):
 
     end(job(2, steps), 0)
     assert exact(metrics(run)) == exact(metrics(calm))
+    newest = run / "checkpoints/90"
+    assert digests.problems(newest) == []
+    assert {digests._writer(name) for name in digests.read(newest)} == {0, 1}
     for rank in (0, 1):  # the program that process 0 of the first job has put into the cache is for all
         *_, last = re.findall("program    train: .*", _log(run, rank))
         assert "from the cache" in last
@@ -325,6 +329,7 @@ save_retry.RETRY_SECONDS = (1, 1, 1)
 if RANK == 1:
     import resource
     from trainit.train.checkpoint import CheckpointStore
+from trainit.train.saved import digests
     save, left = CheckpointStore.save, [FAILURES]
     def fail(self, *args):
         left[0] -= 1

@@ -17,7 +17,7 @@ from corpus import TEXT
 from processes import ROOT
 
 from trainit.__main__ import main as trainit_command
-from trainit.data.dataset import DatasetError, open_dataset
+from trainit.data.dataset import open_dataset
 from trainit.prepare import merge
 from trainit.prepare.verify import verify
 from trainit.prepare.writer import GrowingFile
@@ -134,7 +134,7 @@ def test_duplicates_are_left_out_everywhere(undisturbed):
     assert len(expected) < len(plain) - 40
     assert read_back(undisturbed["unique"], "train") == expected
     check_counts(undisturbed["unique"])
-    assert verify(open_dataset(undisturbed["unique"]))
+    assert not any(verify(undisturbed["unique"]))
     info = json.loads((undisturbed["unique"] / "dataset.json").read_text())
     lost = len(validation) - len({text for text, _ in validation})
     assert info["duplicates"] == len(plain) - len(expected) + lost
@@ -312,7 +312,7 @@ def test_other_tokenizers(tokenizer, corpus, tmp_path):
     assert read_back(tmp_path / "out", "validation") == [
         (row["text"], row["meta"]["pile_set_name"]) for row in rows
     ]
-    verify(open_dataset(tmp_path / "out"))
+    assert not any(verify(tmp_path / "out"))
 
 
 def test_validation_by_hash(corpus, tmp_path):
@@ -416,13 +416,19 @@ def test_a_subset_field_that_no_document_has_is_named(tmp_path, capsys):
 
 def test_verify_names_what_is_torn(undisturbed, tmp_path, capsys):
     copy = shutil.copytree(undisturbed["plain"], tmp_path / "copy")
-    assert trainit_command(["prepare", "--verify", f"--output={copy}"]) == 0
+    assert trainit_command(["verify", str(copy)]) == 0
+    count = len([file for file in copy.iterdir() if file.is_file()]) - 1
+    assert capsys.readouterr().out == f"{copy}: {count} files were compared with dataset.json\n"
     for part in ("tokens", "documents", "subsets"):
         path = copy / f"train-00001-00000.{part}"
         good = path.read_bytes()
         path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
-        assert trainit_command(["prepare", "--verify", f"--output={copy}"]) == 1
-        assert f"train-00001-00000.{part} has SHA-256" in capsys.readouterr().err
+        (copy / "train-00000-00000.bytes").rename(copy / "moved")
+        assert trainit_command(["verify", str(copy)]) == 1
+        first, second, _ = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"{copy}/train-00000-00000.bytes: No such file")
+        assert second.startswith(f"{copy}/train-00001-00000.{part} has SHA-256")
+        (copy / "moved").rename(copy / "train-00000-00000.bytes")
         path.write_bytes(good)
     # A hash that fits does not help ids that the vocabulary lacks.
     path = copy / "train-00001-00000.tokens"
@@ -433,8 +439,8 @@ def test_verify_names_what_is_torn(undisturbed, tmp_path, capsys):
     (shard,) = (s for s in info["splits"]["train"]["shards"] if s["file"] == path.name)
     shard["sha256"]["tokens"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (copy / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(DatasetError, match="id 60000; the vocabulary has 50257"):
-        verify(open_dataset(copy))
+    assert trainit_command(["verify", str(copy)]) == 1
+    assert f"{path} has the id 60000; the vocabulary has 50257" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -499,9 +505,10 @@ def test_outputs_that_cannot_be(output, code, message, tmp_path, monkeypatch, ca
     assert {path: path.stat().st_size for path in tmp_path.rglob("*")} == before
 
 
-def test_verify_names_its_flag(tmp_path, capsys):
-    assert trainit_command(["prepare", "--verify", f"--output={tmp_path}/none"]) == 1
-    assert f"--output='{tmp_path}/none' does not exist" in capsys.readouterr().err
+def test_verify_of_a_damaged_description(tmp_path, capsys):
+    (tmp_path / "dataset.json").write_text('{"format": ')
+    assert trainit_command(["verify", str(tmp_path)]) == 1
+    assert f"{tmp_path}/dataset.json is damaged" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_reported_with_the_file(tmp_path, capsys):

@@ -70,9 +70,8 @@ def defaults() -> ConfigDict:
     c.checkpoint = field(ConfigDict(), "saving and loading")
     c.checkpoint.save_steps = field(1000, "every N steps; N, M: at these; 0: at the end", types=(int, tuple))
     c.checkpoint.keep = field(3, "newest checkpoints that stay; 0: all", at_least=0)
-    c.checkpoint.load_path = field(
-        "", "another run's folder, or hf:FOLDER, to start from without a checkpoint"
-    )
+    c.checkpoint.fallback = field(False, "if the newest is damaged: continue from the newest whole one")
+    c.checkpoint.load_path = field("", "another run's folder, or hf:FOLDER, to start from at first")
     c.checkpoint.load_step = field(-1, "step of the checkpoint in load_path; -1: the newest", at_least=-1)
     c.checkpoint.overwrite_config = field(False, "resume with this config where the checkpoint's differs")
     c.checkpoint.overwrite_optimizer = field(False, "load only parameters and data position from load_path")

@@ -248,24 +248,35 @@ def open_dataset(folder: Path, option: str = "dataset.path") -> Dataset:
 
     Raises DatasetError if it is missing, unfinished, of an unknown format, or a file has not its size.
     """
-    named, about = f"{option}={str(folder)!r}", folder / "dataset.json"
+    info = read_info(folder, f"{option}=")
+    try:
+        return Dataset(folder, info, {name: _open_split(folder, name, info) for name in info["splits"]})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, error) from None
+
+
+def read_info(folder: Path, named: str) -> dict:
+    """Returns what dataset.json says. Raises DatasetError, which begins with `named` and the folder."""
+    named += repr(str(folder))
     if not folder.is_dir():
         demo = "prepare it, or try the demo text with --config.dataset.path=demo"
         raise DatasetError(f"{named} does not exist; {demo}")
     try:
-        info = json.loads(about.read_bytes())
-        if info["format"] != FORMAT:
-            other = f"{named} has format {info['format']}, this Trainit reads {FORMAT}"
-            raise DatasetError(f"{other}: prepare it again")
-        splits = {name: _open_split(folder, name, info) for name in info["splits"]}
+        info = json.loads((folder / "dataset.json").read_bytes())
+        if info["format"] == FORMAT:
+            return info
     except FileNotFoundError:
         raise DatasetError(
             f"{named} has neither dataset.json nor tokens that others prepared: it is unfinished; prepare it "
             f"again. JSON lines as they are need --config=FILE:dataset=jsonl"
         ) from None
-    except (json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{about} is damaged ({error}); prepare the dataset again") from None
-    return Dataset(folder, info, splits)
+    except (json.JSONDecodeError, UnicodeError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from None
+    raise DatasetError(f"{named} has format {info['format']}, this Trainit reads {FORMAT}: prepare it again")
+
+
+def _damaged(folder: Path, error: Exception) -> DatasetError:
+    return DatasetError(f"{folder / 'dataset.json'} is damaged ({error}); prepare the dataset again")
 
 
 def _open_split(folder: Path, name: str, info: dict) -> Split:

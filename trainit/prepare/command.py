@@ -2,7 +2,6 @@
 
     trainit prepare --input='pile/train/*.jsonl.zst' --validation='pile/val.jsonl.zst' \\
         --tokenizer=gpt2 --output=data/pile [--workers=N] [--shard=3/30] [--join]
-    trainit prepare --verify --output=data/pile
 
 Exit codes: 0 all is done, 75 stopped on request with everything kept, 2 wrong usage, 1 anything else.
 """
@@ -53,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard_tokens", type=int, default=Recipe.shard_tokens, help="tokens after which a file is closed")
     add("--unit_bytes", type=int, default=1 << 26, help="smaller files in a row are one unit of work")
     add = parser.add_argument_group("other work").add_argument
-    add("--verify", action="store_true", help="read a finished dataset and check all of it")
     add("--train_tokenizer", action="store_true", help="make the model of --tokenizer=sentencepiece:FILE")
     add("--vocab_size", type=int, default=32_000, help="ids of the tokenizer that is made")
 

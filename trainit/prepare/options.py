@@ -14,8 +14,6 @@ from trainit.prepare.writer import Unit
 def check(args: argparse.Namespace):
     """Raises ConfigError for flags that do not go together."""
     require(bool(args.output or args.train_tokenizer), "--output= is missing: the folder of the dataset")
-    if args.verify:
-        return
     require(bool(args.input), "--input= is missing: the files of the train split")
     require(bool(args.tokenizer), f"--tokenizer= is missing: one of {tokenizers.KINDS}")
     require(args.workers > 0, f"--workers={args.workers} must be above 0")

@@ -20,13 +20,12 @@ from trainit import tokenizers
 from trainit.cluster.files import write_atomically
 from trainit.cluster.process import DONE, FAILED
 from trainit.config import ConfigError, require
-from trainit.data.dataset import FORMAT, open_dataset
+from trainit.data.dataset import FORMAT
 from trainit.data.documents import reader
 from trainit.data.documents.inputs import difference
 from trainit.data.documents.reader import Position
 from trainit.prepare import options, workers
 from trainit.prepare.merge import COUNTS, join
-from trainit.prepare.verify import verify
 from trainit.prepare.writer import Recipe, StateError
 from trainit.tokenizers import Tokenizer, losses
 from trainit.tokenizers.base import digest
@@ -163,11 +162,6 @@ def _finish(info: dict) -> int:
 def prepare(args: argparse.Namespace) -> int:
     """Does what the options say; returns the exit code."""
     options.check(args)
-    if args.verify:
-        print(
-            f"{args.output}: {verify(open_dataset(args.output, '--output'))} files are as dataset.json says"
-        )
-        return DONE
     # What is to be done, and with which tokenizer.
     units, inputs = options.plan(args)
     try:

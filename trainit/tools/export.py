@@ -39,7 +39,7 @@ def _write(arguments: argparse.Namespace, workdir: Path, folder: Path) -> str:
 
     from trainit.convert import card, families, weights
     from trainit.tokenizers import to_json
-    from trainit.train.checkpoint import parameter_shapes, read_parameters
+    from trainit.train.finished.parameters import parameter_shapes, read_parameters
     from trainit.train.finished.run import open_run
 
     jax.config.update("jax_platforms", "cpu")

@@ -4,21 +4,20 @@ Each process writes its own shards in the background; a checkpoint's folder has 
 """
 
 import contextlib
-import functools
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from trainit.cluster import sync
 from trainit.cluster.run_lock import try_to_write
-from trainit.config import ConfigError, of_this_version
+from trainit.config import ConfigError, of_this_version, require
 from trainit.parallel.trees import path_name
+from trainit.train.saved import digests
+from trainit.train.saved.compared import Compared
+from trainit.train.saved.watched import watch
 
 # Fields of a state that are saved as items of their own: a resume may have others of them, or none.
 SEPARATE = ("diagnostics", "loss_scale")
@@ -44,6 +43,7 @@ class CheckpointStore:
         self._keep, self._read_only, self._copied_gb = keep, read_only, copied_gb
         self._error: Exception | None = None
         self._times_opened, self._newest_save = 0, -1
+        self.compared = Compared(self.folder)
         self._manager = self._open() if self.folder.is_dir() else None
 
     def _open(self) -> ocp.CheckpointManager:
@@ -62,13 +62,16 @@ class CheckpointStore:
             read_only=self._read_only,
             save_interval_steps=0 if self._read_only else 1,
             cleanup_tmp_directories=not self._read_only,
-            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT_SECONDS),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=TIMEOUT_SECONDS,
+                post_finalization_callback=lambda: digests.collect(self._unfinished),
+            ),
             multiprocessing_options=barriers,
         )
         handlers = {"meta": ocp.JsonCheckpointHandler()}
         for name in ("state", *SEPARATE):
             handler = ocp.StandardCheckpointHandler(save_concurrent_gb=self._copied_gb)
-            handlers[name] = _watch(handler, self._fail)
+            handlers[name] = watch(handler, self._fail, self._written)
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
@@ -79,6 +82,11 @@ class CheckpointStore:
 
     def _fail(self, error: Exception):
         self._error = self._error or error
+
+    def _written(self, item: Path):
+        """Called when this process has written its part of an item of a checkpoint."""
+        self._unfinished = item.parent
+        digests.digest_own_part(item, jax.process_index())
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, in order."""
@@ -91,6 +99,7 @@ class CheckpointStore:
         reports it. All processes of a job call this together; if one cannot write to the folder, none begins.
         """
         self._newest_save = step
+        self.compared.forget(step)
         if jax.process_count() > 1:
             try:
                 try_to_write(self.folder, jax.process_index())
@@ -103,7 +112,8 @@ class CheckpointStore:
         items |= {name: ocp.args.StandardSave(tree) for name, tree in separate.items() if tree}
         try:
             self._manager = self._manager or self._open()
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            args, about = ocp.args.Composite(**items), {"digests": digests.ALGORITHM}
+            self._manager.save(step, args=args, force=True, custom_metadata=about)
         except Exception as error:
             if jax.process_count() > 1:  # the others are in the middle of it and cannot be called back
                 raise
@@ -117,6 +127,8 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def reading(self, step: int) -> Iterator[None]:
+        """Raises ConfigError if the checkpoint is damaged, or the block fails to read it."""
+        require(not (damage := self.compared.damage(step)), damage)
         try:
             yield
         except (ConfigError, RuntimeError):  # RuntimeError: devices and other processes raise it
@@ -158,23 +170,11 @@ class CheckpointStore:
     def _check(self, step: int, expected: dict):
         """Raises ConfigError unless the checkpoint has every array of `expected` in its shape and type."""
         with self.reading(step):
-            saved, wanted = _shapes(self.opened.item_metadata(step)["state"].tree), _shapes(expected)
+            saved = _shapes(self.opened.item_metadata(step)["state"].tree)
         if set(expected) == {"params"}:
             saved = {path: shape for path, shape in saved.items() if path.startswith("params/")}
-        differing = [path for path in wanted.keys() | saved.keys() if wanted.get(path) != saved.get(path)]
-        if differing:
-            # Parameters first: if they differ, so does the optimizer's state, which would only distract.
-            path = min(differing, key=lambda path: (not path.startswith("params/"), path))
-            remedy = "set the model fields that it was made with"
-            if path.startswith("opt_state/"):
-                remedy = (
-                    "take its parameters alone into a new --workdir with --config.checkpoint.load_path= and "
-                    "--config.checkpoint.overwrite_optimizer=True"
-                )
-            raise ConfigError(
-                f"checkpoint {self.folder / str(step)} is of another model or optimizer: {path} is "
-                f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"
-            )
+        other = f"checkpoint {self.folder / str(step)} is of another model or optimizer: "
+        require(not (differing := _differing(saved, _shapes(expected))), other + differing)
 
     def busy(self) -> bool:
         """Whether a save is under way."""
@@ -212,61 +212,10 @@ class CheckpointStore:
             self._manager.close()
 
 
-def parameter_shapes(store: CheckpointStore, step: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all parameters in the checkpoint of `step`, by their paths."""
-    with store.reading(step):
-        tree = store.opened.item_metadata(step)["state"].tree["params"]
-    return {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def read_parameters(store: CheckpointStore, step: int, paths: Sequence[str]) -> dict[str, np.ndarray]:
-    """Some parameters of the checkpoint of `step`, whole, by their paths; nothing else is read."""
-    item: dict = {}
-    for path in paths:
-        *groups, leaf = ["params", *path.split("/")]
-        functools.reduce(lambda tree, key: tree.setdefault(key, {}), groups, item)[leaf] = 0
-    numpy_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    args = ocp.args.PyTreeRestore(item, restore_args=numpy_arrays, partial_restore=True)
-    with store.reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.restore(store.folder / str(step) / "state", args=args)["params"]
-    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
 def _split(state) -> tuple[dict, dict]:
     """A state's fields without those in `SEPARATE`, and these."""
     fields = dict(vars(state))
     return fields, {name: fields.pop(name) for name in SEPARATE}
-
-
-def _watch(handler, on_error: Callable[[Exception], None]):
-    """Returns the handler, changed so that `on_error` is called at once when a write fails on this process.
-
-    Orbax reports a failed write only after every process has finished, and the processes that succeeded wait
-    for the one that failed: without this, a full disk on one host delays the job by up to `TIMEOUT_SECONDS`.
-    Orbax has no hook for it, hence the replaced method.
-    """
-    save = handler.async_save
-
-    async def async_save(*args, **kwargs):
-        return [_WatchedFuture(future, on_error) for future in await save(*args, **kwargs) or []]
-
-    handler.async_save = async_save
-    return handler
-
-
-@dataclass(frozen=True)
-class _WatchedFuture:
-    """One of Orbax's futures; calls `on_error` before it raises."""
-
-    future: Any
-    on_error: Callable[[Exception], None]
-
-    def result(self, timeout: float | None = None):
-        try:
-            return self.future.result(timeout=timeout)
-        except Exception as error:
-            self.on_error(error)
-            raise
 
 
 def _shapes(tree) -> dict[str, str]:
@@ -276,3 +225,19 @@ def _shapes(tree) -> dict[str, str]:
         for path, leaf in jax.tree.leaves_with_path(tree)
         if hasattr(leaf, "shape")
     }
+
+
+def _differing(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    """The first array in which two trees differ, and what to do; empty if they are the same."""
+    differing = [path for path in wanted.keys() | saved.keys() if wanted.get(path) != saved.get(path)]
+    if not differing:
+        return ""
+    # Parameters first: if they differ, so does the optimizer's state, which would only distract.
+    path = min(differing, key=lambda path: (not path.startswith("params/"), path))
+    remedy = "set the model fields that it was made with"
+    if path.startswith("opt_state/"):
+        remedy = (
+            "take its parameters alone into a new --workdir with --config.checkpoint.load_path= and "
+            "--config.checkpoint.overwrite_optimizer=True"
+        )
+    return f"{path} is {saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; {remedy}"

@@ -20,6 +20,7 @@ from trainit.optimizers.common import schedules
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
 from trainit.train.checkpoint import CheckpointStore
+from trainit.train.saved.fallback import set_aside, whole
 from trainit.train.state import TrainState
 from trainit.train.step import CompiledSteps
 
@@ -85,6 +86,11 @@ class Resume:
         # Which checkpoint is it, and does it fit?
         is_resumed = self._latest >= 0
         source, step = (self.checkpoints, self._latest) if is_resumed else self._find_to_load()
+        takes_newest = is_resumed or c.load_step < 0
+        option = f"--config.checkpoint.{'fallback=True' if takes_newest else 'load_step={step}'}"
+        step = whole(source, step, option, c.fallback and takes_newest)
+        if is_resumed and step < self._latest:
+            set_aside(source, step)
         meta = source.meta(step)
         position, changes = self._check(meta, f"checkpoint {source.folder / str(step)}", step)
 

@@ -37,21 +37,33 @@ SAVES = 6  # of which the first is reported separately: it allocates and compile
 
 
 def measure_save(config: Config) -> Iterator[str]:
-    """Yields how long a save blocks the loop, and how long it takes to be durable."""
+    """Yields how long a save blocks the loop and takes to be durable, and what its digests take."""
     config, shape, _ = choice.on_devices(config)
-    state = jax.block_until_ready(step.build(config, shape).init())
+    steps = step.build(config, shape)
+
+    def trained(leaf: jax.Array) -> jax.Array:  # zeros, as of moments, would be compressed to nothing
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype) if is_float else leaf
+
+    layout = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract_state)
+    state = jax.jit(lambda state: jax.tree.map(trained, state), out_shardings=layout)(steps.init())
+    state = jax.block_until_ready(state)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = CheckpointStore(Path(folder), keep=1)
         saves = []  # the seconds for which each blocks, and until it is durable
         for number in range(SAVES):
             blocked = seconds(partial(checkpoints.save, number, state, {}))
             saves.append((blocked, blocked + seconds(checkpoints.wait)))
+        compared = seconds(partial(checkpoints.compared.damage, number))
+        restored = seconds(partial(checkpoints.restore, number, steps.abstract_state))
         checkpoints.close()
     (first, first_total), *later = saves
     block, total = map(median, zip(*later, strict=True))
     share = median(block / total for block, total in later)
     yield f"{total_bytes(state) / 2**30:7.3f} GiB; the first blocks {first:.3f} s of {first_total:.3f} s"
     yield f"{share:7.1%} of the time of a later one is blocked: {block:.3f} s of {total:.3f} s"
+    shares = f"{compared / total:.1%} of a save, {compared / restored:.1%} of a restore ({restored:.3f} s)"
+    yield f"{compared:7.3f} s to digest all of it: {shares}"
 
 
 def _step_seconds(processes: int, steps: int, flags: list[str]) -> list[float]:

@@ -11,6 +11,7 @@ from trainit.data.formats import detect
 from trainit.prepare.demo import prepare_demo
 from trainit.tokenizers import Tokenizer, find
 from trainit.train.checkpoint import CheckpointStore
+from trainit.train.saved.fallback import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ def open_run(workdir: Path, step: int | None) -> FinishedRun:
     available = store.steps()
     step = max(available, default=-1) if step is None else step
     require(step in available, f"{workdir} has no checkpoint of step {step}; there are {available or 'none'}")
-    meta = store.meta(step)
+    meta = store.meta(whole(store, step, "--step={step}"))
     return FinishedRun(workdir, store, step, meta, Config(meta["config"]))
 
 

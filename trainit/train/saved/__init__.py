@@ -1,0 +1,1 @@
+"""What a checkpoint has in addition to its arrays: digests of its files, and early news of failed writes."""

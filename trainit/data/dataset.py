@@ -77,10 +77,18 @@ class MappedIds:
 
     def __init__(self, path: str, dtype: str, offset: int = 0):
         self._file, self._offset = Path(path).open("rb"), offset  # noqa: SIM115, open as long as the ids are
+        self._bytes = os.fstat(self._file.fileno()).st_size
         self._ids = np.memmap(self._file, dtype, "r", offset).view(np.ndarray)
         self._view = functools.cache(functools.partial(np.lib.stride_tricks.sliding_window_view, self._ids))
 
+    def _check_size(self) -> None:
+        """Raises DatasetError if the file has been cut off: to read beyond its end would kill the process."""
+        if (size := os.fstat(self._file.fileno()).st_size) < self._bytes:
+            now = f"{self._file.name} has {size} bytes; it had {self._bytes} when it was opened"
+            raise DatasetError(f"{now}: it was cut off while it was read; copy or prepare it again")
+
     def __getitem__(self, part: slice) -> np.ndarray:
+        self._check_size()
         return self._ids[part]
 
     def windows(self, starts: np.ndarray, size: int) -> np.ndarray:
@@ -89,6 +97,7 @@ class MappedIds:
         The system learns all places first, to read them together. Without that, each read waits for the one
         before, and reads ahead in vain.
         """
+        self._check_size()
         width, file = self._ids.itemsize, self._file.fileno()
         for start in starts.tolist() if hasattr(os, "posix_fadvise") else ():  # macOS lacks it
             os.posix_fadvise(file, self._offset + start * width, size * width, os.POSIX_FADV_WILLNEED)
@@ -105,7 +114,7 @@ class Split(PickledFields):
     dtype: str  # of the rows that are read
     bytes: int | None  # UTF-8 bytes of its text; None: not known
     stored: int = 0  # tokens of each stored sequence; 0: they differ, or there are none
-    below: int = 0  # ids that are read must be below it; 0: they were checked before
+    below: int = 0  # ids that are read must be below it; 0: any may come
     subsets: tuple[str, ...] = ()  # names by number; empty: the subsets of documents are not known
     openers: tuple[Callable[[], Any], ...] = ()  # each opens a shard, whose slices are ids; empty: flat files
 
@@ -177,9 +186,12 @@ class Split(PickledFields):
         """Checks ids (n, size), read from these places of a shard on."""
         if self.below and windows.max() >= self.below:
             row, at = np.argwhere(windows >= self.below)[0]
+            of, remedy = "the tokenizer", "the file is damaged; copy or prepare it again"
+            if self.openers:
+                of, remedy = "dataset.tokenizer", "name the tokenizer that these tokens were made with"
             raise DatasetError(
-                f"{self.paths[shard]}: token {starts[row] + at} is the id {windows[row, at]}, but "
-                f"dataset.tokenizer has {self.below} ids: name the tokenizer that these tokens were made with"
+                f"{self.paths[shard]}: token {starts[row] + at} is the id {windows[row, at]}, but {of} has "
+                f"{self.below} ids: {remedy}"
             )
 
 
@@ -192,8 +204,8 @@ class Dataset:
     splits: dict[str, Split]
     named: Tokenizer | None = None  # the tokenizer, if the folder has none
     parts: dict[str, Any] = field(default_factory=dict)  # splits and subsets that a mixture is made of
-    part_fingerprints: tuple[str, ...] = ()  # those of other datasets among the parts
-    inputs: dict[str, list] = field(default_factory=dict)  # by split or part: files that others made
+    others: tuple["Dataset", ...] = ()  # other datasets among the parts
+    inputs: dict[str, list] = field(default_factory=dict)  # by split or part: files of tokens
 
     @property
     def vocab_size(self) -> int:
@@ -224,14 +236,24 @@ class Dataset:
             raise DatasetError(f"the tokenizer of dataset.path={str(self.folder)!r}: {error}") from None
 
     @property
+    def digests(self) -> dict[Path, str]:
+        """The SHA-256 of each file, as far as Trainit has prepared the data; with those of the `others`."""
+        if self.info["format"] != FORMAT:
+            return {}
+        shards = [shard for split in self.info["splits"].values() for shard in split["shards"]]
+        files = [(self.folder / shard["file"], shard["sha256"]) for shard in shards]
+        own = {path.with_suffix(f".{part}"): digest for path, of in files for part, digest in of.items()}
+        return functools.reduce(dict.__or__, (other.digests for other in self.others), own)
+
+    @property
     def fingerprint(self) -> str:
         """A text that is the same for the same tokens in the same order, wherever the folder lies.
 
         For data of other programs it depends on the format, names and sizes of files, not on their content.
         """
         content = {key: self.info[key] for key in ("format", "tokenizer", "vocab_size", "dtype", "splits")}
-        if self.part_fingerprints:
-            content["parts"] = self.part_fingerprints
+        if self.others:
+            content["parts"] = [other.fingerprint for other in self.others]
         return digest(json.dumps(content, sort_keys=True).encode())[:16]
 
 
@@ -293,4 +315,5 @@ def _open_split(folder: Path, name: str, info: dict) -> Split:
                 raise DatasetError(f"{wrong}; copy or prepare the dataset again")
     paths = tuple(str(folder / shard["file"]) for shard in split["shards"])
     sizes = tuple(shard["tokens"] for shard in split["shards"])
-    return Split(name, paths, sizes, info["dtype"], split["bytes"], subsets=tuple(info["subsets"]))
+    about = {"below": info["vocab_size"], "subsets": tuple(info["subsets"])}
+    return Split(name, paths, sizes, info["dtype"], split["bytes"], **about)

@@ -156,9 +156,8 @@ def with_parts(dataset: Dataset, text: str, cache: Path) -> Dataset:
     own = subsets.open_subsets(train, numbers.values(), cache / f"subsets-{dataset.fingerprint}")
     others = {name: _open_part(name, dataset) for name in names if name not in numbers}
     parts = {n: own[numbers[n]] if n in numbers else others[n].splits["train"] for n in names}
-    prints = tuple(other.fingerprint for other in others.values())
     inputs = dataset.inputs | {f"part {n}": other.inputs.get("train", []) for n, other in others.items()}
-    return dataclasses.replace(dataset, parts=parts, part_fingerprints=prints, inputs=inputs)
+    return dataclasses.replace(dataset, parts=parts, others=tuple(others.values()), inputs=inputs)
 
 
 def _open_part(name: str, dataset: Dataset) -> Dataset:

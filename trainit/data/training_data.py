@@ -66,6 +66,10 @@ class TrainingData(Protocol):
     def identity(self) -> dict[str, Any]:
         """For `documents.inputs.changes`: "dataset", the same for the same tokens in order, and "inputs"."""
 
+    @property
+    def digests(self) -> dict[Path, str]:
+        """The SHA-256 of the files that Trainit has prepared, to be compared while a run trains."""
+
     def describe(self) -> str:
         """Returns how much there is to train on, and in which form, on one line."""
 
@@ -128,6 +132,10 @@ class PreparedData:
     @property
     def identity(self) -> dict[str, Any]:
         return {"dataset": self.dataset.fingerprint, "inputs": self.dataset.inputs}
+
+    @property
+    def digests(self) -> dict[Path, str]:
+        return self.dataset.digests
 
     @functools.cached_property
     def batch_sizes(self) -> BatchSizes:

@@ -1,5 +1,6 @@
 """Training: `run` has the order of events; each of them is in a file of its own."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from absl import logging
 from trainit import __version__
 from trainit.cluster import files, sync
 from trainit.cluster.monitor import JobMonitor
-from trainit.cluster.process import DONE, FAILED, STOPPED
+from trainit.cluster.process import DONE, FAILED, STOPPED, USAGE
 from trainit.config import Config
+from trainit.data.checks import background
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape
 from trainit.train import metrics
@@ -130,6 +132,8 @@ class Job:
 
         data, shape, meter, monitor = self.data, self.shape, metrics.Meter(c.model), self.monitor
         self.feed = BatchFeed(data, shape, monitor, meter, start.step, start.position)
+        fail = functools.partial(monitor.end_job, code=USAGE)
+        background.compare(data.digests, jax.process_index(), jax.process_count(), fail)
         self._validate = Validation(c, data, shape, self._steps, monitor, self.timer)
 
         # Lines of metrics.jsonl that this job is going to write again are dropped.

@@ -24,14 +24,14 @@ class Input(NamedTuple):
     samples: str = ""  # digest of samples, or of all of a small file; empty in records of earlier versions
 
 
-def describe(path: str | Path, name: str, known: Input | None = None) -> Input:
-    """Describes a file. Its content is not read if it has size and time of change of the `known` one."""
+def describe(path: str | Path, name: str, known: Input | None = None, count: int = SAMPLES) -> Input:
+    """Describes a file, by `count` samples, or as the `known` one if it has its size and time of change."""
     with Path(path).open("rb") as file:
         about = os.fstat(file.fileno())
         if known and known[1:3] == (about.st_size, about.st_mtime_ns):
             return known
         samples = hashlib.blake2b(digest_size=8)
-        for start in np.linspace(0, max(about.st_size - SAMPLE, 0), SAMPLES).astype(int).tolist():
+        for start in np.linspace(0, max(about.st_size - SAMPLE, 0), count).astype(int).tolist():
             file.seek(start)
             samples.update(file.read(SAMPLE))
     return Input(name, about.st_size, about.st_mtime_ns, samples.hexdigest())
@@ -63,10 +63,10 @@ def short_names(paths: Sequence[str | Path]) -> list[str]:
     return [str(Path(path).relative_to(common)) for path in paths]
 
 
-def describe_all(paths: Iterable[str | Path], names: Iterable[str]) -> list[Input]:
-    """Describes files, several at a time."""
+def describe_all(paths: Iterable[str | Path], names: Iterable[str], count: int = SAMPLES) -> list[Input]:
+    """Describes files by `count` samples of each, several files at a time."""
     with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(describe, paths, names))
+        return list(threads.map(lambda path, name: describe(path, name, count=count), paths, names))
 
 
 def difference(before: Iterable[Sequence[Any]], now: Iterable[Input]) -> str:

@@ -13,6 +13,7 @@ more, they are read as they are, in their order. Ids that are read must be in th
 and none is known to end a text.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -20,12 +21,13 @@ from pathlib import Path
 
 from trainit import tokenizers
 from trainit.data.dataset import Dataset, DatasetError, Split, dtype_of, find_tokenizer, open_dataset
-from trainit.data.documents.inputs import describe_all, short_names
+from trainit.data.documents.inputs import SAMPLES, describe_all, short_names
 from trainit.data.formats import arrow, binary
 from trainit.data.formats.binary import Shard
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import digest
 
+PREPARED_SAMPLES = 256  # of all shards of a prepared dataset, at least 2 of each
 WORDS = {  # words in names, and their splits; a test split is read only if there is no validation split
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "eval", "dev"), "validation"),
@@ -52,7 +54,10 @@ def open_path(
             if value:
                 why = f"the prepared dataset.path={path!r} has its own; leave it empty"
                 raise DatasetError(f"dataset.{field}={value!r}: {why}")
-        return dataset
+        # There may be thousands of files, whose digests are compared in full while the run trains.
+        samples = PREPARED_SAMPLES // sum(len(split.paths) for split in dataset.splits.values())
+        inputs = _inputs(dataset.splits, min(max(samples, 2), SAMPLES))
+        return dataclasses.replace(dataset, inputs=inputs)
     found = _by_split(files, Path(path))
     if "train" not in found:
         raise DatasetError(f"dataset.path={path!r} has files to validate only, such as {files[0].name}")
@@ -77,8 +82,14 @@ def open_path(
         "dtype": dtype_of(named.vocab_size),
         "splits": {name: {"stored": split.stored, "files": _files(split)} for name, split in splits.items()},
     }
-    inputs = {name: describe_all(split.paths, short_names(split.paths)) for name, split in splits.items()}
-    return Dataset(Path(path), info, splits, named, inputs=inputs)
+    return Dataset(Path(path), info, splits, named, inputs=_inputs(splits))
+
+
+def _inputs(splits: dict[str, Split], samples: int = SAMPLES) -> dict[str, list]:
+    """Describes the files of splits, each by this many samples of its content."""
+    return {
+        name: describe_all(split.paths, short_names(split.paths), samples) for name, split in splits.items()
+    }
 
 
 def find(path: Path) -> list[Path]:

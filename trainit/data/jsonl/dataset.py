@@ -231,6 +231,10 @@ class StreamedData:
     def identity(self) -> dict[str, Any]:
         return {"dataset": self.fingerprint, "inputs": self.inputs}
 
+    @property
+    def digests(self) -> dict[Path, str]:
+        return {}
+
     def reader(
         self, shape: tuple[int, int, int], layout: jax.sharding.NamedSharding, position: DataPosition = START
     ) -> StreamReader:

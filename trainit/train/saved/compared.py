@@ -36,5 +36,5 @@ class Compared:
         return self._damage[step]
 
     def forget(self, step: int) -> None:
-        """Compares the checkpoint again when it is asked for: it has been written anew."""
+        """Compares the checkpoint again when it is asked for: it is being written."""
         self._damage.pop(step, None)

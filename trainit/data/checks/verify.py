@@ -1,4 +1,4 @@
-"""Checks all files of a prepared dataset against its dataset.json."""
+"""Compares all files of a prepared dataset with its dataset.json."""
 
 import hashlib
 from collections.abc import Iterator

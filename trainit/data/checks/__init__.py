@@ -1,0 +1,1 @@
+"""Whether prepared data on the disk are as they were written."""

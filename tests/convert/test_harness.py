@@ -52,7 +52,7 @@ def ask(kind: str, arguments: list[tuple]) -> list[Instance]:
 
 
 @pytest.mark.evidence("log-likelihoods and texts in lm-evaluation-harness are those of its own model class")
-def test_numbers_are_those_of_the_harness(both):
+def test_numbers_are_those_of_the_harness(both, monkeypatch):
     _, ours, theirs = both
     pairs = ask("loglikelihood", PAIRS)
     for (score, greedy), (expected, expected_greedy) in zip(
@@ -65,7 +65,13 @@ def test_numbers_are_those_of_the_harness(both):
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(expected, rel=1e-4)
     longer = {"until": ["zzz"], "max_gen_toks": 9}
     texts = ask("generate_until", [("some words", UNTIL), (TEXT, UNTIL), ("more", longer)])
-    assert ours.generate_until(texts) == theirs.generate_until(texts)
+    expected = theirs.generate_until(texts)
+    assert ours.generate_until(texts) == expected
+
+    # An empty context is an end of text. One text at a time, or several together: they are the same.
+    [begun] = theirs.generate_until(ask("generate_until", [("<|endoftext|>", longer)]))
+    monkeypatch.setattr(harness, "TEXTS", 1)
+    assert ours.generate_until([*texts, *ask("generate_until", [("", longer)])]) == [*expected, begun]
 
 
 @pytest.mark.parametrize("both", ["GPT-2"], indirect=True)

@@ -131,6 +131,12 @@ def test_other_seeds_and_samples_are_others(run_of):
     assert sample(0, 0) == sample(0, 0)
     assert len({str(sample(seed, number)) for seed in (0, 1) for number in (0, 1)}) == 4
 
+    # Another temperature is an argument of the programs that are there.
+    programs = len(made._go_on._compiled)
+    first, drawn = sample(0, 0), Sampling(temperature=0.01)
+    assert sample(0, 0) != first
+    assert len(made._go_on._compiled) == programs
+
 
 def test_size_of_the_cache(run_of):
     """The formula of the page; rows of a share and slots are rounded up."""

@@ -51,7 +51,7 @@ def test_counts(case, dtype):
     keys = jax.random.split(jax.random.key(1), DRAWS)
     rows = jax.numpy.broadcast_to(logits, (DRAWS, 40))
     seen_rows = np.broadcast_to(seen, (DRAWS, 40)) if penalty != 1 else None
-    tokens = np.asarray(Sampling(**case).choose(rows, seen_rows, keys))
+    tokens = np.asarray(Sampling(**case).arguments().choose(rows, seen_rows, keys))
     counts = np.bincount(tokens, minlength=40)
     assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
     common = expected * DRAWS >= 5
@@ -65,7 +65,9 @@ def test_counts(case, dtype):
 def test_equal_logits_in_bfloat16_are_all_drawn():
     """Random numbers of bfloat16 have 8 bits and reach few of them."""
     rows = jax.numpy.zeros((4000, 1024), "bfloat16")
-    tokens = Sampling(temperature=1.0).choose(rows, None, jax.random.split(jax.random.key(2), 4000))
+    tokens = (
+        Sampling(temperature=1.0).arguments().choose(rows, None, jax.random.split(jax.random.key(2), 4000))
+    )
     assert len(np.unique(tokens)) > 950  # 1003 are expected
     assert np.bincount(tokens).max() < 20
 
@@ -73,6 +75,6 @@ def test_equal_logits_in_bfloat16_are_all_drawn():
 def test_the_most_likely_token_needs_no_key_and_is_lowered_by_the_penalty():
     logits = jax.numpy.asarray([[1.0, 2.0, -1.0], [-3.0, -2.0, -2.5]])
     keys = jax.random.split(jax.random.key(0), 2)
-    assert Sampling().choose(logits, None, keys).tolist() == [1, 1]
+    assert Sampling().arguments().choose(logits, None, keys).tolist() == [1, 1]
     seen = np.array([[False, True, False], [False, True, False]])
-    assert Sampling(repetition_penalty=2.5).choose(logits, seen, keys).tolist() == [0, 2]
+    assert Sampling(repetition_penalty=2.5).arguments().choose(logits, seen, keys).tolist() == [0, 2]

@@ -30,7 +30,8 @@ _OFF |= {
     "quantization_config",
 }
 _SAME = {"gelu_pytorch_tanh": "gelu_new"}
-_ACTIVATIONS = {**{there: here for here, there in config_parts.GELU.items()}, "gelu_pytorch_tanh": "gelu"}
+_ACTIVATIONS = {there: here for here, there in config_parts.GELU.items()}
+_ACTIVATIONS |= {other: _ACTIVATIONS[name] for other, name in _SAME.items()}
 
 
 def _gpt2(a: Mapping) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Samples:
         try:
             require(all(isinstance(prompt, str) for prompt in self._prompts), "one is no text")
             length = config.model.context_length
-            self._ids = [texts.encode(tokenizer, prompt, length) for prompt in self._prompts]
+            self._ids = [texts.encode_with_room(tokenizer, prompt, length) for prompt in self._prompts]
         except ConfigError as error:
             raise ConfigError(f"eval.prompts={self._prompts!r}: {error}") from None
 

@@ -74,8 +74,8 @@ class Decoder:
         small: Any = replicated_sharding(mesh)
         cache = NamedSharding(mesh, self._parallel.spec(*CACHE))
         layout = State(cache, small, small, small, small, small), small
-        self._begin = CompiledFunction("prompt", self.begin, layout, static_argnums=(6, 7))
-        options: dict = {"static_argnums": (2, 3), "donate_argnums": (1,)}
+        self._begin = CompiledFunction("prompt", self.begin, layout, static_argnums=(7,))
+        options: dict = {"static_argnums": (3,), "donate_argnums": (1,)}
         self._go_on = CompiledFunction("decode", self.go_on, layout, **options)
 
     def restore(self, run: FinishedRun | PretrainedModel) -> "Decoder":
@@ -118,18 +118,16 @@ class Decoder:
             tokens_BP[row, : len(prompt)], length_B[row] = prompt, len(prompt)
             left_B[row] = min(length, context - len(prompt))
             entropy_B2[row] = zlib.crc32(prompt.astype("<i4").tobytes()), number
-        seed_ = np.uint32(seed)
-        arrays = jax.device_put(
-            (tokens_BP, length_B, left_B, entropy_B2, seed_), replicated_sharding(self.mesh)
-        )
-        state, token_B = self._begin(self.parameters, *arrays, sampling, slots)
+        arrays = tokens_BP, length_B, left_B, entropy_B2, np.uint32(seed), sampling.arguments()
+        *arrays, arguments = jax.device_put(arrays, replicated_sharding(self.mesh))
+        state, token_B = self._begin(self.parameters, *arrays, arguments, slots)
         yield np.asarray(token_B)[None, : len(rows)]
         while (np.asarray(state.left_B) > 0).any():
-            state, tokens = self._go_on(self.parameters, state, sampling, steps)
+            state, tokens = self._go_on(self.parameters, state, arguments, steps)
             yield np.asarray(tokens)[:, : len(rows)]
 
     def begin(self, params, tokens_BP, length_B, left_B, entropy_B2, seed, sampling: Sampling, slots: int):
-        """The state after the prompts, and the first new token of each row.
+        """The state after the prompts, and the first new token of each row. `sampling` is of `arguments`.
 
         `entropy_B2` are a row's two numbers that make its random key, with the seed.
         """
@@ -148,7 +146,7 @@ class Decoder:
         is_new_B = (last_B == self.config.end_of_text) & self.config.document_mask
         position_B = jnp.where(is_new_B, -1, length_B - 1)
         seen_BV = None
-        if sampling.repetition_penalty != 1:
+        if sampling.repetition_penalty is not None:
             is_token_BP = jnp.arange(tokens_BP.shape[1]) < length_B[:, None]
             rows_B1 = jnp.arange(len(tokens_BP))[:, None]
             seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BP].max(is_token_BP)

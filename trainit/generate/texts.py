@@ -45,15 +45,20 @@ def read_file(path: str) -> list[str]:
     return prompts
 
 
-def encode(tokenizer: Tokenizer, prompt: str, context_length: int) -> np.ndarray:
+def encode(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
     """A prompt's ids; an empty one is end_of_text, after which a text begins.
 
-    Raises ConfigError unless there is room for a token after it.
+    Raises ConfigError if it has what the tokenizer cannot encode.
     """
     try:
-        ids = tokenizer.encode([prompt])[0] if prompt else np.array([tokenizer.end_of_text], np.int32)
+        return tokenizer.encode([prompt])[0] if prompt else np.array([tokenizer.end_of_text], np.int32)
     except ValueError as error:
         raise ConfigError(f"the prompt {prompt[:40]!r} has {error}") from None
+
+
+def encode_with_room(tokenizer: Tokenizer, prompt: str, context_length: int) -> np.ndarray:
+    """As `encode`. Raises ConfigError unless there is room for a token after the prompt."""
+    ids = encode(tokenizer, prompt)
     require(
         len(ids) < context_length,
         f"the prompt {prompt[:40]!r} has {len(ids)} tokens, and the model's context is of {context_length}, "

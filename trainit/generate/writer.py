@@ -45,8 +45,8 @@ class Writer:
         return decoder.restore(run)
 
     def encode(self, prompt: str) -> np.ndarray:
-        """The ids of a prompt; errors as of `texts.encode`."""
-        return texts.encode(self._tokenizer, prompt, self._context)
+        """The ids of a prompt; errors as of `texts.encode_with_room`."""
+        return texts.encode_with_room(self._tokenizer, prompt, self._context)
 
     def write(
         self, rows: Sequence[tuple[np.ndarray, int]], show: Callable[[str], None] | None = None

@@ -2,10 +2,11 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lm_eval
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
@@ -14,9 +15,11 @@ from lm_eval.utils import make_table
 from trainit.config import ConfigError
 from trainit.generate.decoder import Decoder
 from trainit.generate.sampling import Sampling
-from trainit.generate.texts import Text
+from trainit.generate.texts import Text, encode
 from trainit.tools.evaluate.loaded import LoadedModel
 from trainit.train import tasks
+
+TEXTS = 16  # written at once
 
 
 class HarnessModel(LM):
@@ -52,8 +55,28 @@ class HarnessModel(LM):
         return found
 
     def generate_until(self, requests: Sequence[Instance], **_: Any) -> list[str]:
-        """Of (context, settings): the text that follows, up to one of settings["until"]."""
-        return [self._text(context, settings) for context, settings in (r.args for r in requests)]
+        """Of (context, settings): the text that follows, up to one of settings["until"].
+
+        Requests with the same settings are written TEXTS at a time, those of one length together.
+        """
+        alike: dict[tuple, list[tuple[int, np.ndarray]]] = {}
+        for index, (context, settings) in enumerate(request.args for request in requests):
+            length = min(int(settings.get("max_gen_toks", 256)), self._longest // 2)
+            until = settings.get("until") or []
+            stops = (until,) if isinstance(until, str) else tuple(until)
+            heat = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
+            # Of a context that does not fit, the beginning is left out.
+            ids = encode(self._tokenizer, context)[-(self._longest - length) :]
+            alike.setdefault((length, stops, heat), []).append((index, ids))
+
+        texts = [""] * len(requests)
+        for settings, rows in alike.items():
+            rows.sort(key=lambda row: len(row[1]))
+            for begin in range(0, len(rows), TEXTS):
+                indices, prompts = zip(*rows[begin : begin + TEXTS], strict=True)
+                for index, text in zip(indices, self._texts(prompts, *settings), strict=True):
+                    texts[index] = text
+        return texts
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
@@ -63,19 +86,19 @@ class HarnessModel(LM):
         decoder.take(m.params)
         return decoder
 
-    def _text(self, context: str, settings: Mapping[str, Any]) -> str:
-        """What follows a context, of which what does not fit loses its beginning."""
-        length = min(int(settings.get("max_gen_toks", 256)), self._longest // 2)
-        until = settings.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        heat = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
-        ids = self._tokenizer.encode([context])[0][-(self._longest - length) :]
-        text = Text(self._tokenizer, ids, length, self._longest, stops)
-        for tokens in self._decoder.generate([(ids, 0)], length, Sampling(temperature=heat), 0, 32):
-            text.add(tokens[:, 0])
-            if text.ended:
+    def _texts(
+        self, prompts: Sequence[np.ndarray], length: int, stops: Sequence[str], heat: float
+    ) -> list[str]:
+        """What follows prompts."""
+        texts = [Text(self._tokenizer, ids, length, self._longest, stops) for ids in prompts]
+        rows, sampling = [(ids, 0) for ids in prompts], Sampling(temperature=heat)
+        for tokens in self._decoder.generate(rows, length, sampling, 0, 32):
+            for text, new in zip(texts, tokens.T, strict=True):
+                if not text.ended:
+                    text.add(new)
+            if all(text.ended for text in texts):
                 break
-        return text.text
+        return [text.text for text in texts]
 
 
 @functools.cache

@@ -45,7 +45,8 @@ start = functools.partial(processes.Fork, XLA_FLAGS="")
 
 @pytest.fixture(scope="session")
 def command(random_dataset):
-    return f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={random_dataset}"
+    tiny_run = f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={random_dataset}"
+    return *tiny_run, "--config.cpu_devices=2", "--config.mesh.data=1", "--config.mesh.tensor=1"
 
 
 @pytest.fixture(scope="session")
@@ -164,11 +165,11 @@ def _inode(workdir) -> int | None:
 def test_other_sizes_go_on_with_the_same_run(command, undisturbed, tmp_path):
     """Stopped half-way on 8 devices, resumed on 4, then on 1: the same except for rounding."""
     workdir = f"--workdir={tmp_path}"
-    _run_until(20, tmp_path, *command, workdir)
-    mesh = [f"--config.mesh.{axis}=1" for axis in ("data", "tensor")]
-    four = *command, workdir, "--config.cpu_devices=4", "--config.mesh.data=1"
-    _run_until(30, tmp_path, *four, XLA_FLAGS=FAST)
-    run(*command, workdir, "--config.cpu_devices=1", *mesh, "--config.mesh.fsdp=1", XLA_FLAGS=FAST)
+    eight = "--config.cpu_devices=8", "--config.mesh.data=2", "--config.mesh.tensor=2"
+    _run_until(20, tmp_path, *command, workdir, *eight, XLA_FLAGS=FAST)
+    four = "--config.cpu_devices=4", "--config.mesh.tensor=2"
+    _run_until(30, tmp_path, *command, workdir, *four, XLA_FLAGS=FAST)
+    run(*command, workdir, "--config.cpu_devices=1", "--config.mesh.fsdp=1", XLA_FLAGS=FAST)
     assert_same_but_for_rounding(metrics(tmp_path), undisturbed)
 
 
@@ -289,7 +290,7 @@ def test_load_path(command, whole, undisturbed, tmp_path):
 
     # The parameters with a new optimizer: steps and schedule begin, the data continues where it was.
     fresh = "--config.checkpoint.overwrite_config=True", "--config.checkpoint.overwrite_optimizer=True"
-    sgdm = f"{command[0]}:optimizer=sgdm", command[1], "--config.steps=20"
+    sgdm = f"{command[0]}:optimizer=sgdm", *command[1:], "--config.steps=20"
     run(*sgdm, f"--workdir={third}", load, *fresh, XLA_FLAGS=FAST)
     records = metrics(third)
     assert [r["step"] for r in records] == list(range(21))

@@ -41,10 +41,93 @@ def test_lines_that_are_no_steps_are_dropped(tmp_path):
     lines.close()
 
 
+def written(path: Path, steps: int) -> tuple[list[str], dict]:
+    """A file of steps from 1 on, and what a checkpoint after them keeps of it."""
+    lines = JsonLines(path, keep_through=-1)
+    for step in range(1, steps + 1):
+        lines.log({"step": step, "train/loss": step / 3})
+    saved = json.loads(json.dumps(lines.sync()))
+    lines.close()
+    return path.read_text().splitlines(keepends=True), saved
+
+
+@pytest.mark.evidence(
+    "lines of metrics.jsonl that were torn, changed or lost are found again in the checkpoint"
+)
+@pytest.mark.parametrize("damage", ["torn", "changed", "lost", "file lost"])
+def test_lines_before_a_checkpoint_are_found_again(damage, tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines, saved = written(path, 9)
+    damaged = {
+        "torn": [*lines[:3], lines[3][:9] + "\n", *lines[4:]],
+        "changed": [*lines[:3], lines[3].replace("1.3", "1.4"), *lines[4:]],
+        "lost": [*lines[:3], *lines[4:]],
+        "file lost": [],
+    }[damage]
+    path.write_text("".join(damaged) + '{"step": 10}\n{"st')  # of steps that a resume does again
+    if damage == "file lost":
+        path.unlink()
+    JsonLines(path, 9, saved).close()
+    assert path.read_text() == "".join(lines)
+    count = 9 if damage == "file lost" else 1
+    assert (
+        f"{path} lacked {count} of 9 lines or had others: {count} are written again, 0 are lost"
+        in caplog.text
+    )
+    caplog.clear()
+    JsonLines(path, 9, saved).close()
+    assert (path.read_text(), caplog.text) == ("".join(lines), "")
+
+
+def test_lines_that_nobody_has_are_reported_as_lost(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(trackers, "SAVED_LINES", 4)
+    path = tmp_path / "metrics.jsonl"
+    lines, saved = written(path, 9)
+    assert saved == {"lines": 9, "newest": lines[5:]}
+    path.write_text("".join([lines[0], *lines[2:7]]))
+    again = JsonLines(path, 9, saved)
+    assert path.read_text() == "".join([lines[0], *lines[2:]])
+    assert f"{path} lacked 3 of 9 lines or had others: 2 are written again, 1 are lost" in caplog.text
+    assert again.sync()["lines"] == 8  # so that it is reported once
+    again.close()
+
+
+@pytest.mark.evidence("metrics.jsonl that is deleted, replaced or cut off during a run is written again")
+@pytest.mark.parametrize("damage", ["deleted", "replaced", "cut off"])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_file_that_goes_during_a_run_is_noticed(damage, at_end, tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path, keep_through=-1)
+    for step in range(1, 6):
+        lines.log({"step": step})
+    assert not caplog.text
+    if damage == "cut off":
+        path.write_text("")
+    else:
+        path.unlink()
+    if damage == "replaced":
+        path.write_text('{"step": 1}\n{"step": 2}\n')
+    if at_end:
+        lines.sync()
+    else:
+        lines.log({"step": 6})
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5, *[6] * (not at_end)]
+    assert f"{path} lacked {3 if damage == 'replaced' else 5} of 5 lines" in caplog.text
+    assert lines.sync()["lines"] == 5 + (not at_end)
+    lines.close()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"Is a directory: .*metrics\.jsonl"):
+        JsonLines(tmp_path / "metrics.jsonl", keep_through=-1)
+
+
 def test_a_full_disk_is_reported_with_the_file(tmp_path):
     """The first error stays the one that is reported: closing the file, which tries again, raises none."""
     lines = JsonLines(tmp_path / "metrics.jsonl", keep_through=-1)
     lines._file.close()
+    lines._check = lambda: None  # which would find that it is another file
     with Path("/dev/full").open("a", buffering=1) as lines._file:
         with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
             lines.log({"step": 1})

@@ -133,7 +133,10 @@ def test_ten_kills_change_nothing(command, undisturbed, tmp_path):
     "a damaged checkpoint: exit code 2, its file and the newest whole one, from which `fallback` continues"
 )
 def test_a_damaged_checkpoint_ends_the_run_or_is_passed_over(command, whole, undisturbed, tmp_path):
-    """One bit is flipped in the newest one. The run from the one before writes the same metrics again."""
+    """One bit is flipped in the newest one. The run from the one before writes the same metrics again.
+
+    A line of metrics.jsonl, torn long before that, is found in the checkpoint; as a folder, it is an error.
+    """
     copy = Path(shutil.copytree(whole, tmp_path / "run"))
     path = max((copy / "checkpoints/40").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
@@ -145,12 +148,22 @@ def test_a_damaged_checkpoint_ends_the_run_or_is_passed_over(command, whole, und
     assert "of step 39: --config.checkpoint.fallback=True takes that" in line
     assert exact(metrics(copy)) == exact(undisturbed)
 
+    path = copy / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 20,', "", 1))
     output = run(*command, f"--workdir={copy}", "--config.checkpoint.fallback=True")
+    assert f"{path} lacked 1 of 40 lines or had others: 1 are written again, 0 are lost" in output
     assert "the run continues from step 39" in output
     assert exact(metrics(copy)) == exact(undisturbed)
     assert CheckpointStore(copy, read_only=True).steps() == [36, 39, 40]
     assert [step for step in (36, 39, 40) if digests.problems(copy / f"checkpoints/{step}")] == []
     assert (copy / "checkpoints/40.damaged").is_dir()
+
+    shutil.rmtree(copy / "checkpoints/40")
+    path.unlink()
+    path.mkdir()
+    output = run(*command, f"--workdir={copy}", expect=1)
+    assert f"error: [Errno 21] Is a directory: '{path}'" in output
+    assert "Traceback" not in output
 
 
 def _inode(workdir) -> int | None:

@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
     except Exception as error:
         monitor.report_failure(error, FAILED, patience=3)
         known = isinstance(error, BrokenInputError | SaveError | NonFiniteError)  # a line says it all
+        known = known or (isinstance(error, OSError) and error.filename is not None)
         logging.error("trainit: error: %s", error, exc_info=not known)
         leave(FAILED)
     leave(code, together=True)

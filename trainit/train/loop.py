@@ -140,7 +140,8 @@ class Job:
         is_resumed, is_postponed = start.saved_step is not None, start.postponed is not None
         last_kept = start.step - is_postponed if is_resumed else -1
         with self.timer.part("trackers"):
-            self.logger = RunLogger(is_lead, self.workdir, c.to_dict(), start.step, last_kept, start.wandb_id)
+            kept = last_kept, start.wandb_id, start.metrics
+            self.logger = RunLogger(is_lead, self.workdir, c.to_dict(), start.step, *kept)
         self.recorder = StepRecorder(c, start.position.tokens, self.logger, meter, monitor, start.postponed)
         self.saves = SaveRetry(self._checkpoints, monitor, self._checkpoint_meta, start.saved_step)
 
@@ -193,8 +194,9 @@ class Job:
 
     def _checkpoint_meta(self) -> dict:
         """What a checkpoint holds in addition to the state. All processes call it when a save starts."""
-        self.logger.sync()  # metrics that a resume will not write again must be on disk before it
+        # Metrics that a resume will not write again must be on disk before it.
         return {
+            "metrics": self.logger.sync(),
             "config": self.config.to_dict(),
             **self.feed.position()._replace(tokens=self.recorder.tokens).to_meta(),
             **self.data.identity,

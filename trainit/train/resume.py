@@ -36,6 +36,7 @@ class StartPoint:
     wandb_id: str  # of the W&B run
     postponed: dict | None  # record of `step` whose validation the job before has left to this one
     changes: list  # [step, what]: where the run continued with another config
+    metrics: dict | None = None  # what the checkpoint has of metrics.jsonl; None: nothing
 
     def is_validated(self, workdir: Path) -> bool:
         """Whether no validation after `step` is left to do. All processes call it together."""
@@ -115,7 +116,8 @@ class Resume:
         if not is_resumed:
             return StartPoint(state, step, position, None, wandb_id, None, changes if step else [])
         wandb_id, postponed = meta.get("wandb_id") or wandb_id, meta.get("postponed")
-        return StartPoint(state, step, position, step, wandb_id, postponed, changes)
+        about = postponed, changes, meta.get("metrics")
+        return StartPoint(state, step, position, step, wandb_id, *about)
 
     def _begin(self, params: dict) -> TrainState:
         self._compile_ahead(0)

@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl, W&B, a progress bar."""
 
+import collections
 import contextlib
 import json
 import math
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from trainit.cluster.files import errors_name, write_atomically
 from trainit.cluster.logs import quantity
 
+SAVED_LINES = 1000  # of metrics.jsonl, in each checkpoint
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 SHOWN = {  # as progress
     "train/loss": "loss {:.3f}".format,
@@ -27,27 +29,61 @@ class JsonLines:
     """metrics.jsonl: one JSON object per logged step, appended.
 
     Lines of steps after `keep_through`, which a resume does again, are dropped, and such as are no steps.
+    Lines that a checkpoint has `saved` (see `sync`) replace those that are missing or damaged.
     """
 
-    def __init__(self, path: Path, keep_through: int):
-        kept, self.newest = [], -1  # the newest step that was there before
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    def __init__(self, path: Path, keep_through: float, saved: Mapping | None = None):
+        self._path = path
+        self._open(keep_through, saved or {"lines": 0, "newest": []})
+
+    def _open(self, keep_through: float, saved: Mapping):
+        """Reads the file, writes it again as it should be, and opens it to append."""
+        kept: dict[int, list[str]] = {}
+        self.newest = -1  # step that was there before
+        for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 self.newest = int(json.loads(line)["step"])
-                kept += [line + "\n"] if self.newest <= keep_through else []
-        write_atomically(path, "".join(kept))
-        self._path, self._file = path, path.open("a", buffering=1)  # each line is written at once
+                kept.setdefault(self.newest, []).append(line + "\n")
+        known: dict[int, list[str]] = {}
+        for line in saved["newest"]:
+            known.setdefault(json.loads(line)["step"], []).append(line)
+        found = [line for step, own in known.items() for line in own if line not in kept.get(step, ())]
+        lines = [line for step, own in sorted((kept | known).items()) if step <= keep_through for line in own]
+        if found or len(lines) < saved["lines"]:
+            text = "metrics    %s lacked %d of %d lines or had others: %d are written again, %d are lost"
+            lost = max(saved["lines"] - len(lines), 0)
+            logging.warning(text, self._path, len(found) + lost, saved["lines"], len(found), lost)
+        write_atomically(self._path, "".join(lines))
+        self._file = self._path.open("a", buffering=1)  # each line is written at once
+        self._lines, self._bytes = len(lines), self._path.stat().st_size
+        self._last = collections.deque(lines[-SAVED_LINES:], SAVED_LINES)
 
     def log(self, record: Mapping):
         # JSON has no NaN and no infinity.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._check()
+        self._last.append(json.dumps(finite) + "\n")
         with errors_name(self._path):
-            self._file.write(json.dumps(finite) + "\n")
+            self._bytes += self._file.write(self._last[-1])
+        self._lines += 1
 
-    def sync(self):
-        """Returns when all lines are on disk."""
+    def _check(self):
+        """Writes the newest lines again if the file was deleted, replaced or cut off."""
+        try:
+            now, own = self._path.stat(), os.fstat(self._file.fileno())
+            is_whole = os.path.samestat(now, own) and now.st_size >= self._bytes
+        except FileNotFoundError:
+            is_whole = False
+        if not is_whole:
+            self._file.close()
+            self._open(math.inf, {"lines": self._lines, "newest": list(self._last)})
+
+    def sync(self) -> dict:
+        """Returns, when all lines are on disk, what a checkpoint keeps of them: how many, and the newest."""
+        self._check()
         with errors_name(self._path):
             os.fsync(self._file.fileno())
+        return {"lines": self._lines, "newest": list(self._last)}
 
     def close(self):
         with contextlib.suppress(OSError):  # all lines are written, unless `log` has failed
@@ -88,14 +124,19 @@ class Progress:
 class RunLogger:
     """Logs a run's metrics: to metrics.jsonl, W&B and as progress. Only on process 0 does it do anything."""
 
-    def __init__(self, lead: bool, workdir: Path, config: dict, start: int, keep_through: int, wandb_id: str):
-        """Begins at step `start`, in metrics.jsonl after `keep_through`, in a new or continued W&B run."""
+    def __init__(
+        self, lead: bool, workdir: Path, config: dict, start: int, keep: int, wandb_id: str, saved=None
+    ):
+        """Begins at step `start`, in metrics.jsonl after step `keep`, in a new or continued W&B run.
+
+        `saved` is what the checkpoint has from `sync`.
+        """
         self._lead = lead
         if not lead:
             return
-        self._jsonl = JsonLines(workdir / "metrics.jsonl", keep_through)
+        self._jsonl = JsonLines(workdir / "metrics.jsonl", keep, saved)
         self._samples: JsonLines | None = None
-        self._open_samples = lambda: JsonLines(workdir / "samples.jsonl", keep_through)
+        self._open_samples = lambda: JsonLines(workdir / "samples.jsonl", keep)
         self._wandb = None
         project, name = config["wandb"]["project"], config["wandb"]["name"] or workdir.name
         if project:
@@ -130,11 +171,11 @@ class RunLogger:
                 table = wandb.Table(["prompt", "text"], data=[[t["prompt"], t["text"]] for t in texts])
                 self._wandb.log({"samples": table}, step=step)
 
-    def sync(self):
-        """Returns when everything that was logged is on disk."""
-        for file in (self._jsonl, self._samples) if self._lead else ():
-            if file:
-                file.sync()
+    def sync(self) -> dict:
+        """Returns, when everything that was logged is on disk, what a checkpoint keeps of metrics.jsonl."""
+        if self._lead and self._samples:
+            self._samples.sync()
+        return self._jsonl.sync() if self._lead else {}
 
     def close(self, code: int):
         """Closes everything; W&B learns the exit code."""

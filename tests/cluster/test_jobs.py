@@ -329,7 +329,6 @@ save_retry.RETRY_SECONDS = (1, 1, 1)
 if RANK == 1:
     import resource
     from trainit.train.checkpoint import CheckpointStore
-from trainit.train.saved import digests
     save, left = CheckpointStore.save, [FAILURES]
     def fail(self, *args):
         left[0] -= 1

@@ -17,7 +17,6 @@ from trainit import config as config_lib
 from trainit import tokenizers
 from trainit.__main__ import main as trainit_command
 from trainit.cluster.monitor import JobMonitor
-from trainit.data.checks.verify import verify
 from trainit.data.dataset import DatasetError, open_dataset
 from trainit.data.documents.targets import Targets
 from trainit.data.jsonl import dataset as jsonl
@@ -25,6 +24,7 @@ from trainit.data.jsonl.stream import Corpus
 from trainit.data.training_data import PreparedData
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.prepare.demo import write_dataset
+from trainit.prepare.verify import verify
 from trainit.train import step
 from trainit.train.evaluate import Validation
 from trainit.train.reports.startup_timer import StartupTimer

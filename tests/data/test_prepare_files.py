@@ -17,9 +17,9 @@ from corpus import TEXT
 from processes import ROOT
 
 from trainit.__main__ import main as trainit_command
-from trainit.data.checks.verify import verify
 from trainit.data.dataset import open_dataset
 from trainit.prepare import merge
+from trainit.prepare.verify import verify
 from trainit.prepare.writer import GrowingFile
 from trainit.tokenizers import SentencePieceTokenizer
 

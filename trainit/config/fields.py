@@ -144,7 +144,7 @@ def _architecture(m: ConfigDict) -> None:
     m.embedding_scale = field(1.0, "what blocks read first is multiplied by it; 0: sqrt(dim)", at_least=0)
     m.tied_embeddings = field(False, "the head is the token embedding")
     m.document_mask = field(False, "attention stays within a document, where positions start from 0 again")
-    m.end_of_text = field(-1, "id that ends a document, for document_mask; -1: the tokenizer's")
+    m.end_of_text = field(-1, "id that ends a document, for document_mask; -1: the tokenizer's; -2: no id")
     m.window = field(0, "keys that a query sees, its own the last; 0: all before it", at_least=0)
     m.window_layers = field(
         ":", "layers with the window, as slices: '::2' each second, '0, 4:' the first, 4 on"
@@ -193,6 +193,18 @@ def jsonl(path: str = "pile/train", validation_path: str = "pile/val.jsonl.zst")
     d.streams = field(16, "parts of the data, each read by one worker; a divisor of all batch sizes", above=0)
     d.window = field(256, "sequences of a stream that are shuffled among themselves", above=0)
     d.workers = field(2, "worker processes of each process of the job", at_least=0)
+    return d
+
+
+def chat(path: str = "chat/train", validation_path: str = "chat/val.jsonl") -> ConfigDict:
+    """Returns the fields of conversations in JSON lines, of which what the assistant writes counts."""
+    d = jsonl(path, validation_path)
+    d.text_field = field("messages", "dotted path of the messages in a line's JSON")
+    d.subset_field = field("", "dotted path of the subset, by which validation is reported; empty: none")
+    d.template = field(
+        "", "chat template: a file, or chatml; empty: next to the tokenizer's file, else chatml"
+    )
+    d.date = field("2024-07-26", "the day that templates take for today")
     return d
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainit.config.fields import LINEAR, dataset, diagnostics, jsonl, model, schedule
+from trainit.config.fields import LINEAR, chat, dataset, diagnostics, jsonl, model, schedule
 from trainit.config.schema import ConfigDict, ConfigError, names
 
 Maker = Callable[[], ConfigDict]  # of the fields of a choice
@@ -38,8 +38,8 @@ _SCHEDULES: dict[str, dict[str, Any]] = {
     "piecewise_linear": {"warmup": 0, "boundaries": ("0%", "50%", "100%"), "values": (0.0, 1.0, 0.0)},
 }
 SCHEDULES: dict[str, Maker] = {name: partial(schedule, name, **fields) for name, fields in _SCHEDULES.items()}
-DATASETS: dict[str, Maker]
-DATASETS = {"pile": partial(dataset, "data/pile"), "demo": partial(dataset, "demo"), "jsonl": jsonl}
+DATASETS: dict[str, Maker] = {"pile": partial(dataset, "data/pile"), "demo": partial(dataset, "demo")}
+DATASETS |= {"jsonl": jsonl, "chat": chat}
 _COSTLY = ("last_gradient", "past_gradients", "last_parameters", "last_loss")  # copies, a forward pass
 DIAGNOSTICS: dict[str, Maker] = {
     "none": partial(diagnostics, every_steps=0),
@@ -50,11 +50,11 @@ DIAGNOSTICS: dict[str, Maker] = {
 GROUPS: dict[str, dict[str, Maker]]
 GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS, "diagnostics": DIAGNOSTICS}
 
-# Fields that say where and how a run runs, and not what it is: they may change at a resume.
+# Fields that say where and how a run runs, and not what it is (data have fingerprints): they may change.
 FREE = re.compile(
     r"(max_minutes|stall_seconds|max_skipped|device_batch_size|logits_mib|platform|cpu_devices)$"
     r"|model\.(attention|remat|scan_layers)$"
-    r"|dataset\.(path|validation_path|subset_field|tokenizer|end_of_text|workers|prefetch)$"  # fingerprints
+    r"|dataset\.(path|validation_path|subset_field|tokenizer|template|end_of_text|workers|prefetch)$"
     r"|(mesh|eval|log|checkpoint|diagnostics|wandb)\."
 )
 

@@ -113,7 +113,7 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -
     rotary, ids, scaling = int(m.rotary_fraction * m.head_dim), tokenizer_vocab_size, m.rope_scaling
     _check_multiple("model.num_heads", m.num_heads, "model.num_kv_heads", m.num_kv_heads)
     require(
-        not m.document_mask or 0 <= m.end_of_text < ids,
+        not m.document_mask or m.end_of_text == -2 or 0 <= m.end_of_text < ids,
         f"model.document_mask=True needs an id that ends documents, from 0 to {ids - 1}, not "
         f"model.end_of_text={m.end_of_text}",
     )

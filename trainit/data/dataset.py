@@ -7,6 +7,7 @@
     SPLIT-UNIT-00000.documents     uint64: where in the shard each document starts
     SPLIT-UNIT-00000.bytes         uint64: where in the shard's text, in UTF-8 bytes, each document ends
     SPLIT-UNIT-00000.subsets       uint16: the subset of each document, as a number among dataset.json's
+    SPLIT-UNIT-00000.marks         of conversations, in place of ends of text: see chat/marks.py
 
 A split is the concatenation of its shards. With context length L, sequence i is tokens [i*L, i*L + L], so
 that every token of the split, except the first, is a target exactly once. The last sequence may be shorter.
@@ -18,7 +19,6 @@ import bisect
 import functools
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,15 +27,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainit import tokenizers
-from trainit.config import ConfigError
+from trainit.data.formats.mapped import DatasetError as DatasetError
+from trainit.data.formats.mapped import MappedIds, MarkedIds
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import digest
+from trainit.tokenizers.chat import marks
 
-FORMAT = 3
-
-
-class DatasetError(ConfigError):
-    """A dataset that cannot be used. The message is one line and says what to do."""
+FORMAT, CHAT = 3, 4  # texts, and conversations, whose marks earlier versions do not know
 
 
 def dtype_of(vocab_size: int) -> str:
@@ -72,38 +70,6 @@ class PickledFields:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-class MappedIds:
-    """A file of ids after `offset` bytes, which is read only where it is used."""
-
-    def __init__(self, path: str, dtype: str, offset: int = 0):
-        self._file, self._offset = Path(path).open("rb"), offset  # noqa: SIM115, open as long as the ids are
-        self._bytes = os.fstat(self._file.fileno()).st_size
-        self._ids = np.memmap(self._file, dtype, "r", offset).view(np.ndarray)
-        self._view = functools.cache(functools.partial(np.lib.stride_tricks.sliding_window_view, self._ids))
-
-    def _check_size(self) -> None:
-        """Raises DatasetError if the file has been cut off: to read beyond its end would kill the process."""
-        if (size := os.fstat(self._file.fileno()).st_size) < self._bytes:
-            now = f"{self._file.name} has {size} bytes; it had {self._bytes} when it was opened"
-            raise DatasetError(f"{now}: it was cut off while it was read; copy or prepare it again")
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        self._check_size()
-        return self._ids[part]
-
-    def windows(self, starts: np.ndarray, size: int) -> np.ndarray:
-        """Returns (n, size): the ids from each start on.
-
-        The system learns all places first, to read them together. Without that, each read waits for the one
-        before, and reads ahead in vain.
-        """
-        self._check_size()
-        width, file = self._ids.itemsize, self._file.fileno()
-        for start in starts.tolist() if hasattr(os, "posix_fadvise") else ():  # macOS lacks it
-            os.posix_fadvise(file, self._offset + start * width, size * width, os.POSIX_FADV_WILLNEED)
-        return self._view(size)[starts]
-
-
 @dataclass(frozen=True)
 class Split(PickledFields):
     """The tokens of one split. Its files are mapped on first use."""
@@ -116,6 +82,7 @@ class Split(PickledFields):
     stored: int = 0  # tokens of each stored sequence; 0: they differ, or there are none
     below: int = 0  # ids that are read must be below it; 0: any may come
     subsets: tuple[str, ...] = ()  # names by number; empty: the subsets of documents are not known
+    marked: bool = False  # conversations, with their marks
     openers: tuple[Callable[[], Any], ...] = ()  # each opens a shard, whose slices are ids; empty: flat files
 
     @property
@@ -136,6 +103,8 @@ class Split(PickledFields):
     def shards(self) -> list:
         if self.openers:
             return [open_shard() for open_shard in self.openers]
+        if self.marked:
+            return [MarkedIds(path) for path in self.paths]
         return [MappedIds(path, self.dtype) for path in self.paths]
 
     @functools.cached_property
@@ -184,6 +153,7 @@ class Split(PickledFields):
 
     def _check(self, shard: int, starts: Sequence[int] | np.ndarray, windows: np.ndarray) -> None:
         """Checks ids (n, size), read from these places of a shard on."""
+        windows = marks.ids_of(windows) if self.marked else windows
         if self.below and windows.max() >= self.below:
             row, at = np.argwhere(windows >= self.below)[0]
             of, remedy = "the tokenizer", "the file is damaged; copy or prepare it again"
@@ -214,7 +184,7 @@ class Dataset:
     def layout(self, length: int) -> str:
         """Returns which format the data has, and how sequences of `length` targets lie in it, for people."""
         format, stored = self.info["format"], self.splits["train"].stored
-        if format == FORMAT:
+        if format in (FORMAT, CHAT):
             return "prepared"
         if not stored:
             return f"{format}, read as one stream"
@@ -285,7 +255,7 @@ def read_info(folder: Path, named: str) -> dict:
         raise DatasetError(f"{named} does not exist; {demo}")
     try:
         info = json.loads((folder / "dataset.json").read_bytes())
-        if info["format"] == FORMAT:
+        if info["format"] in (FORMAT, CHAT):
             return info
     except FileNotFoundError:
         raise DatasetError(
@@ -302,12 +272,12 @@ def _damaged(folder: Path, error: Exception) -> DatasetError:
 
 
 def _open_split(folder: Path, name: str, info: dict) -> Split:
-    split = info["splits"][name]
+    split, widths = info["splits"][name], {"documents": 8, "bytes": 8, "subsets": 2}
+    widths |= {"tokens": np.dtype(info["dtype"]).itemsize} | ({"marks": 1} if info["format"] == CHAT else {})
     for shard in split["shards"]:
         path = folder / shard["file"]
-        id_bytes = np.dtype(info["dtype"]).itemsize
-        for part, width in {"tokens": id_bytes, "documents": 8, "bytes": 8, "subsets": 2}.items():
-            count = shard["tokens" if part == "tokens" else "documents"]
+        for part, width in widths.items():
+            count = shard["tokens" if part in ("tokens", "marks") else "documents"]
             file, expected = path.with_suffix(f".{part}"), width * count
             actual = file.stat().st_size if file.exists() else "no"
             if actual != expected:
@@ -315,5 +285,7 @@ def _open_split(folder: Path, name: str, info: dict) -> Split:
                 raise DatasetError(f"{wrong}; copy or prepare the dataset again")
     paths = tuple(str(folder / shard["file"]) for shard in split["shards"])
     sizes = tuple(shard["tokens"] for shard in split["shards"])
-    about = {"below": info["vocab_size"], "subsets": tuple(info["subsets"])}
-    return Split(name, paths, sizes, info["dtype"], split["bytes"], **about)
+    about = {"below": info["vocab_size"], "subsets": tuple(info["subsets"]), "marked": info["format"] == CHAT}
+    return Split(
+        name, paths, sizes, marks.DTYPE if about["marked"] else info["dtype"], split["bytes"], **about
+    )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from trainit.config import BatchSizes, ConfigError, batch_sizes
-from trainit.data.dataset import Dataset, PickledFields, by_value
+from trainit.data.dataset import CHAT, Dataset, PickledFields, by_value
 from trainit.data.documents import subsets
 from trainit.data.formats import detect
 from trainit.data.order import Ordered
@@ -176,6 +176,8 @@ def _open_part(name: str, dataset: Dataset) -> Dataset:
             f"{theirs['sha256'][:8]}, {where} with {ours['name']} of hash {ours['sha256'][:8]}; prepare both "
             f"with one"
         )
+    if other.info["format"] == CHAT != dataset.info["format"]:
+        raise ConfigError(f"dataset.mixture: {name!r} has conversations, {where} texts: exchange the two")
     if "train" not in other.splits:
         raise ConfigError(f"dataset.mixture: {name!r} has no split train")
     return other

@@ -18,7 +18,7 @@ import numpy as np
 from trainit.cluster.logs import quantity
 from trainit.config import BatchSizes, Config, ConfigError, batch_sizes
 from trainit.data import loader, mixture, order
-from trainit.data.dataset import Dataset, Split, find_tokenizer
+from trainit.data.dataset import CHAT, Dataset, Split, find_tokenizer
 from trainit.data.documents.subsets import Subset
 from trainit.data.documents.targets import Targets
 from trainit.data.formats import detect
@@ -27,6 +27,7 @@ from trainit.data.loader import START, DataPosition, Shape
 from trainit.data.mixture import Mixture
 from trainit.data.order import Ordered, Spaced
 from trainit.tokenizers import Tokenizer
+from trainit.tokenizers.chat.marks import END
 
 
 class BatchReader(Protocol):
@@ -212,6 +213,8 @@ def read(
     d = config.dataset
     if "streams" in d:
         tokenizer = find_tokenizer(d.tokenizer, d.end_of_text)
+        if jsonl.is_chat(d):
+            config.model.update(document_mask=True, end_of_text=END)
         resolved = resolve(config, tokenizer.vocab_size, tokenizer.end_of_text)
         length, sequences = resolved.model.context_length, resolved.eval.sequences
         streamed = jsonl.open_files(resolved.dataset, tokenizer, resolved.seed, length, sequences)
@@ -224,6 +227,8 @@ def read(
         raise ConfigError(f"dataset.path={d.path!r} cannot be used: {error}") from None
     for name in ("train", "validation"):
         _check_size(f"dataset.path={d.path!r}: split {name}", dataset.splits.get(name))
+    if dataset.info["format"] == CHAT:
+        config.model.update(document_mask=True, end_of_text=END)
     resolved = resolve(config, dataset.vocab_size, dataset.tokenizer.end_of_text)
     if d.mixture:
         try:

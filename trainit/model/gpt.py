@@ -184,12 +184,12 @@ class Network(nnx.Module):
         head = (c.dim,), (c.vocab_size,), c.head_bias, c.init_std, rngs
         self.head = None if c.tied_embeddings else Linear(*head)
 
-    def __call__(self, tokens_BL: jax.Array, key: jax.Array | None, first_row) -> tuple[jax.Array, Head]:
+    def __call__(self, tokens_BL: jax.Array, key: MaybeArray, first_row, ends_BL) -> tuple[jax.Array, Head]:
         c = self.c
         # Each row has its own dropout key, by its place in the global batch.
         if key is not None:
             key = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(tokens_BL)))
-        documents = find_documents(tokens_BL, c.end_of_text) if c.document_mask else None
+        documents = find_documents(tokens_BL, c.end_of_text, ends_BL) if c.document_mask else None
         x_BLD = dropout(self.embed(tokens_BL, documents), c.gpt_dropout, key, 0)
 
         # All blocks: one compiled loop over the stacked parameters (scan_layers), or one after the other,
@@ -250,14 +250,14 @@ class GPT:
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
     def hidden(
-        self, params: dict, tokens_BL: jax.Array, key: MaybeArray = None, first_row=0
+        self, params: dict, tokens_BL: jax.Array, key: MaybeArray = None, first_row=0, ends_BL=None
     ) -> tuple[jax.Array, Head]:
         """The last hidden states (B, L, D) in the head's type, and the head that makes logits of them.
 
         The key is for this step's dropout (None: no dropout), whose masks depend on the place of each row,
-        counted from `first_row`, in the global batch.
+        counted from `first_row`, in the global batch. `ends_BL` says which tokens end a document, too.
         """
-        return nnx.merge(self._graph, params)(tokens_BL.astype(jnp.int32), key, first_row)
+        return nnx.merge(self._graph, params)(tokens_BL.astype(jnp.int32), key, first_row, ends_BL)
 
     def hidden_of_layers(
         self, params: dict, tokens_BL: jax.Array, documents: Documents | None = None

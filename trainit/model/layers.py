@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainit.config import Config
+from trainit.parallel.collectives import MaybeArray
 
 
 class Linear(nnx.Module):
@@ -80,13 +81,15 @@ class Documents:
     position_BL: jax.Array
 
 
-def find_documents(tokens_BL: jax.Array, end_of_text: int) -> Documents:
+def find_documents(tokens_BL: jax.Array, end_of_text: int, ends_BL: MaybeArray = None) -> Documents:
     """Finds the documents in each row by the end-of-text id, which belongs to the document that it ends.
 
-    A row's first tokens count as a document of their own, even if their document began in the row before.
+    `ends_BL` says which other tokens end one. A row's first tokens count as a document of their own, even if
+    their document began in the row before.
     """
     # A document starts after each end-of-text id; the latest start up to a token is its document's.
-    ends_BL = jnp.pad(tokens_BL[:, :-1] == end_of_text, ((0, 0), (1, 0)))
+    ends_BL = (tokens_BL == end_of_text) | (False if ends_BL is None else ends_BL)
+    ends_BL = jnp.pad(ends_BL[:, :-1], ((0, 0), (1, 0)))
     index_L = jnp.arange(tokens_BL.shape[1])
     starts_BL = jax.lax.cummax(jnp.where(ends_BL, index_L, 0), axis=1)
     return Documents(jnp.cumsum(ends_BL, axis=1), index_L - starts_BL)

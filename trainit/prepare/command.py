@@ -41,8 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="token that ends a text; else the one that the tokenizer's files name",
     )
     add("--output", type=lambda path: path and Path(path), help="folder of the dataset")
-    add("--text_field", default="text", help="dotted path of the text in JSON or parquet")
-    add("--subset_field", default="meta.pile_set_name", help="dotted path of the subset's name")
+    add("--text_field", help="dotted path of the text in JSON or parquet (text), or of messages (messages)")
+    add(
+        "--chat",
+        action="store_const",
+        const=True,
+        help="lines of JSON are conversations; what the assistant writes counts",
+    )
+    add(
+        "--template", default="", help="chat template: FILE or chatml; else the tokenizer folder's, or chatml"
+    )
+    add("--date", default="2024-07-26", help="the day that chat templates take for today")
+    add("--subset_field", help="dotted path of the subset's name (meta.pile_set_name; with --chat, none)")
     add("--on_error", default="stop", choices=("stop", "skip"), help="skip: list and count what is broken")
     add("--deduplicate", action="store_true", help="leave out documents that came before, byte for byte")
     add = parser.add_argument_group("how the work is shared").add_argument

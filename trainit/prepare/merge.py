@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from trainit.cluster.files import write_atomically
-from trainit.data.dataset import FORMAT, dtype_of
-from trainit.prepare.writer import HASH, PARTS, GrowingFile, StateError, Unit, read_journal
+from trainit.data.dataset import CHAT, FORMAT, dtype_of
+from trainit.prepare.writer import HASH, GrowingFile, StateError, Unit, read_journal
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import digest
 
@@ -41,7 +41,7 @@ def join(
     write_atomically(output / "tokenizer.model", content)
     broken = [journal["broken"] for journal in journals.values()]
     info = {
-        "format": FORMAT,
+        "format": CHAT if source.get("chat") else FORMAT,
         "tokenizer": {
             "name": tokenizer.name,
             "file": "tokenizer.model",
@@ -108,14 +108,14 @@ def _place(output: Path, shard: dict, number: np.ndarray, gone: np.ndarray, dtyp
     `number` has the dataset's number of each subset of the shard's unit.
     """
     stem = shard["file"].removesuffix(".tokens")
-    old = {part: output / "unfinished" / f"{stem}.{part}" for part in PARTS}
-    new = {part: output / f"{stem}.{part}" for part in PARTS}
+    old = {part: output / "unfinished" / f"{stem}.{part}" for part in shard["sha256"]}
+    new = {part: output / f"{stem}.{part}" for part in shard["sha256"]}
     of_documents = number[np.fromfile(old["subsets"], "<u2")]
     if len(gone):
         np.subtract.at(counts, of_documents[gone], _copy_without(old, new, gone, dtype, shard))
         of_documents = np.delete(of_documents, gone)
     else:
-        for part in PARTS[:-1]:
+        for part in [*old][:-1]:
             if old[part].exists():  # else a join that was stopped has moved it
                 old[part].replace(new[part])
     if len(of_documents):
@@ -126,16 +126,19 @@ def _place(output: Path, shard: dict, number: np.ndarray, gone: np.ndarray, dtyp
 def _copy_without(old: dict, new: dict, gone: np.ndarray, dtype: str, shard: dict) -> np.ndarray:
     """Copies a shard without some documents; returns [1, tokens, bytes] of each of these. Old files stay."""
     ids = np.memmap(old["tokens"], dtype, "r")
+    marks = np.memmap(old["marks"], np.uint8, "r") if "marks" in old else None
     starts, text_ends = (np.fromfile(old[part], "<i8") for part in ("documents", "bytes"))
     ends, sizes = np.append(starts[1:], len(ids)), np.diff(text_ends, prepend=0)
     removed = np.stack([np.ones_like(gone), (ends - starts)[gone], sizes[gone]], axis=1)
     lengths = np.delete(ends - starts, gone)
     shard["tokens"], shard["documents"] = int(lengths.sum()), len(lengths)
     if len(lengths):  # else there is no such shard
-        copies = {part: GrowingFile(new[part]) for part in PARTS[:-1]}
+        copies = {part: GrowingFile(new[part]) for part in [*old][:-1]}
         for begin, end in zip(np.append(-1, gone) + 1, np.append(gone, len(starts)), strict=True):
             if begin < end:  # a run of documents that stay
                 copies["tokens"].write(ids[starts[begin] : ends[end - 1]])
+                if marks is not None:
+                    copies["marks"].write(marks[starts[begin] : ends[end - 1]])
         copies["documents"].write((np.cumsum(lengths) - lengths).astype("<u8"))
         copies["bytes"].write(np.cumsum(np.delete(sizes, gone)).astype("<u8"))
         for part, copy in copies.items():

@@ -19,6 +19,10 @@ def check(args: argparse.Namespace):
     require(args.workers > 0, f"--workers={args.workers} must be above 0")
     require(args.shard_tokens > 0, f"--shard_tokens={args.shard_tokens} must be above 0")
     require(not (args.shard and args.join), "--shard and --join exclude each other: join comes last")
+    usual = ("messages", "") if args.chat else ("text", "meta.pile_set_name")
+    args.text_field = args.text_field or usual[0]
+    args.subset_field = usual[1] if args.subset_field is None else args.subset_field
+    require(not (args.chat and args.train_tokenizer), "--chat needs a tokenizer: train one on texts first")
     fraction = args.validation_fraction
     require(0 <= fraction < 1, f"--validation_fraction={fraction} must lie in [0, 1)")
     require(
@@ -39,10 +43,10 @@ def shard(text: str) -> tuple[int, int]:
     return int(index) - 1, int(count)
 
 
-def files(patterns: list[str], flag: str) -> tuple[list[Path], list[str]]:
+def files(patterns: list[str], flag: str, chat: bool = False) -> tuple[list[Path], list[str]]:
     """Returns the files that the patterns name, in order, and their names below the common folder."""
     try:
-        return reader.find_files(patterns, f"--{flag}", reader.SUFFIXES)
+        return reader.find_files(patterns, f"--{flag}", reader.LINES if chat else reader.SUFFIXES)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -53,7 +57,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Unit], dict[str, list[Input]]]:
     inputs: dict[str, list[Input]] = {}
     found: dict[str, set[str]] = {}
     for split, flag in ("train", "input"), ("validation", "validation"):
-        paths, names = files(getattr(args, flag), flag)
+        paths, names = files(getattr(args, flag), flag, args.chat)
         found[split], inputs[split] = {*map(os.path.realpath, paths)}, describe_all(paths, names)
         begin, size = 0, 0
         for end, one in enumerate(inputs[split], start=1):

@@ -29,6 +29,8 @@ from trainit.prepare.merge import COUNTS, join
 from trainit.prepare.writer import Recipe, StateError
 from trainit.tokenizers import Tokenizer, losses
 from trainit.tokenizers.base import digest
+from trainit.tokenizers.chat import template
+from trainit.tokenizers.chat.encode import log_template
 
 SAMPLE_BYTES = 1 << 28  # of text, from the beginnings of all files, to train a tokenizer on
 SAMPLE_LINES = 1_000_000
@@ -65,7 +67,8 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
         f"--vocab_size={args.vocab_size}, but {path} has {tokenizer.vocab_size} ids already: remove it to "
         f"train it again, give its number, or name another file",
     )
-    tokenizer.examples = reader.first_texts(options.files(args.input, "input")[0][0], (args.text_field, ""))
+    fields = (args.text_field, "", *(["tools"] if args.chat else []))
+    tokenizer.examples = reader.first_texts(options.files(args.input, "input")[0][0], fields)
     if lost := losses.describe(tokenizer):
         logging.warning("%-10s %s", "warning", lost)
     return tokenizer
@@ -170,6 +173,9 @@ def prepare(args: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from None
     if not args.output:
         return DONE
+    if args.chat:
+        args.chat, where = template.settings(args.template, args.tokenizer, args.date)
+        log_template(where, args.chat, tokenizer)
     source = _source(args, tokenizer, inputs)
     recipe = Recipe(**{field.name: source[field.name] for field in fields(Recipe)})
     if info := _claim(args.output, source):

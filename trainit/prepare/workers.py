@@ -183,7 +183,7 @@ def _batches(
     units: Iterable[Unit], folder: Path, tokenizer: Tokenizer, recipe: Recipe, progress: Progress
 ) -> Iterator[tuple[UnitWriter, Batch | None, int]]:
     """Yields the remaining batches, with the bytes of the file that each took. None follows each unit."""
-    fields, dtype = (recipe.text_field, recipe.subset_field), dtype_of(tokenizer.vocab_size)
+    fields, dtype = recipe.fields, dtype_of(tokenizer.vocab_size)
     for unit in units:
         writer = UnitWriter(folder, unit, dtype, recipe)
         if writer.done:

@@ -24,15 +24,17 @@ from absl import logging
 
 from trainit.cluster.files import errors_name, write_atomically
 from trainit.data.dataset import dtype_of
+from trainit.data.documents import conversations
 from trainit.data.documents.inputs import Input
-from trainit.data.documents.reader import Batch, Broken, BrokenInputError, Position, parse
+from trainit.data.documents.reader import Batch, Broken, BrokenInputError, Fields, Position, parse
 from trainit.data.documents.reader import encode as encode_documents
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import to_bytes
+from trainit.tokenizers.chat import marks
 
 LISTED = 1000  # of what is broken in a unit; all is counted
 HASH = 16  # bytes of a document's hash: BLAKE2b
-PARTS = ("tokens", "documents", "bytes", "subsets")  # the files of a shard
+PARTS = ("tokens", "documents", "bytes", "subsets")  # the files of a shard of texts
 
 
 class StateError(ValueError):
@@ -49,6 +51,19 @@ class Recipe:
     validation_fraction: float = 0.0
     deduplicate: bool = False
     shard_tokens: int = 1 << 28  # half a GiB of uint16
+    chat: str | None = (
+        None  # how conversations are written, of `chat.template.settings`; None: these are texts
+    )
+
+    @property
+    def fields(self) -> Fields:
+        """What is read of a line or row."""
+        return self.text_field, self.subset_field, *(["tools"] if self.chat else [])
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The files of a shard."""
+        return ("marks", *PARTS) if self.chat else PARTS
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class Unit:
 class Part(NamedTuple):
     """The documents of a batch that go to one split; n of them, or pieces of them."""
 
-    ids: np.ndarray  # of all documents, each ended by the end-of-text id
+    ids: np.ndarray  # of all documents, each ended by the end-of-text id; with marks, of conversations
     lengths: np.ndarray  # int64 (n,): ids of each
     bytes: np.ndarray  # int64 (n,): UTF-8 bytes of each
     subsets: np.ndarray  # int64 (n,): number of its subset among the batch's names
@@ -86,8 +101,12 @@ class Encoded(NamedTuple):
 
 def encode(batch: Batch, tokenizer: Tokenizer, recipe: Recipe, split: str) -> Encoded:
     """Parses and encodes a batch; a function of its arguments alone, whoever calls it."""
-    documents, broken = parse(batch, (recipe.text_field, recipe.subset_field))
-    documents, encoded, without_ids = encode_documents(documents, tokenizer, batch.file)
+    documents, broken = parse(batch, recipe.fields)
+    if recipe.chat:
+        documents, encoded, without_ids = conversations.encode(documents, tokenizer, recipe.chat, batch.file)
+        token_bytes = tokenizer.token_bytes()
+    else:
+        documents, encoded, without_ids = encode_documents(documents, tokenizer, batch.file)
     names = list(dict.fromkeys(document.subset for document in documents))
     number = {name: i for i, name in enumerate(names)}
     hashed = recipe.deduplicate or recipe.validation_fraction
@@ -96,23 +115,26 @@ def encode(batch: Batch, tokenizer: Tokenizer, recipe: Recipe, split: str) -> En
         content = to_bytes(document.text)
         digest = document.hash or (hashlib.blake2b(content, digest_size=HASH).digest() if hashed else b"")
         aside = int.from_bytes(digest[:8], "big") < recipe.validation_fraction * 2.0**64
+        size = int(token_bytes[marks.ids_of(ids)].sum()) if recipe.chat else len(content)
         chosen.setdefault("validation" if hashed and aside else split, []).append(
-            (ids, len(content), number[document.subset], document.first, document.last, digest)
+            (ids, size, number[document.subset], document.first, document.last, digest)
         )
-    dtype, end = dtype_of(tokenizer.vocab_size), tokenizer.end_of_text
+    dtype, end = (
+        (marks.DTYPE, None) if recipe.chat else (dtype_of(tokenizer.vocab_size), tokenizer.end_of_text)
+    )
     parts = {name: _part(rows, dtype, end, bool(recipe.deduplicate)) for name, rows in chosen.items()}
     return Encoded(parts, names, sorted([*broken, *without_ids], key=lambda b: b.line))
 
 
-def _part(rows: list[tuple], dtype: str, end_of_text: int, hashed: bool) -> Part:
+def _part(rows: list[tuple], dtype: str, end_of_text: int | None, hashed: bool) -> Part:
     ids, sizes, subsets, first, ends, hashes = zip(*rows, strict=True)
     last = np.array(ends)
-    lengths = np.array([len(one) for one in ids], np.int64) + last
+    lengths = np.array([len(one) for one in ids], np.int64) + (last if end_of_text is not None else 0)
     joined, at = np.empty(lengths.sum(), dtype), 0
     for one, length, is_last in zip(ids, lengths.tolist(), ends, strict=True):
         joined[at : at + len(one)] = one
         at += length
-        if is_last:
+        if is_last and end_of_text is not None:
             joined[at - 1] = end_of_text
     digests = np.frombuffer(b"".join(hashes) if hashed else b"", np.uint8).reshape(-1, HASH)
     return Part(joined, lengths, np.array(sizes), np.array(subsets), np.array(first), last, digests)
@@ -160,7 +182,7 @@ class SplitWriter:
 
     def _open(self, sizes: dict[str, int]) -> dict[str, GrowingFile]:
         shard = f"{self.stem}-{len(self.shards):05d}"
-        return {part: GrowingFile(self.folder / f"{shard}.{part}", sizes[part]) for part in PARTS}
+        return {part: GrowingFile(self.folder / f"{shard}.{part}", sizes[part]) for part in self.recipe.parts}
 
     def write(self, part: Part, subsets: np.ndarray):
         """Appends a part; `subsets` (n,) numbers its documents' subsets in the unit.
@@ -174,7 +196,7 @@ class SplitWriter:
         begin = 0
         while begin < len(ends):
             if not self.files:
-                self.files = self._open(dict.fromkeys(PARTS, 0))
+                self.files = self._open(dict.fromkeys(self.recipe.parts, 0))
             tokens = self.files["tokens"]
             before = tokens.size // np.dtype(self.dtype).itemsize - int(starts[begin])
             full = (ends[begin:] + before >= self.recipe.shard_tokens) & part.last[begin:]
@@ -182,7 +204,11 @@ class SplitWriter:
             stop = begin + int(full.argmax()) + 1 if closes else len(ends)
             first, last = (begin + np.flatnonzero(of[begin:stop]) for of in (part.first, part.last))
             text_before = self.bytes - int(text_ends[begin] - part.bytes[begin])
-            tokens.write(part.ids[starts[begin] : ends[stop - 1]])
+            ids = part.ids[starts[begin] : ends[stop - 1]]
+            if "marks" in self.files:
+                self.files["marks"].write(marks.marks_of(ids))
+                ids = marks.ids_of(ids).astype(self.dtype)
+            tokens.write(ids)
             self.files["documents"].write((starts[first] + before).astype("<u8"))
             self.files["bytes"].write((text_ends[last] + text_before).astype("<u8"))
             self.bytes = int(text_ends[stop - 1]) + text_before

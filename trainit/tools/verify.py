@@ -58,8 +58,8 @@ def _checkpoint(folder: Path) -> Iterator[str]:
 
 def _dataset(folder: Path) -> Iterator[str]:
     """Prints how a dataset is; yields what is wrong with it."""
-    from trainit.data.checks.verify import verify
     from trainit.data.dataset import DatasetError
+    from trainit.prepare.verify import verify
 
     checked = 0
     try:

@@ -96,14 +96,14 @@ def measure_step(
 
     def loss_at(params: dict) -> jax.Array:
         elsewhere = loss_and_gradient.loss_sums(params, batch, state.step)
-        return elsewhere["loss"] / elsewhere["count"]
+        return elsewhere["loss"] / jnp.maximum(elsewhere["count"], 1)
 
     micro_steps, rows = batch["lengths"].shape
     now = Now(
         params=state.params,
         gradients=gradients,
         updates=updates,
-        loss=sums["loss"] / sums["count"],
+        loss=sums["loss"] / jnp.maximum(sums["count"], 1),
         loss_at=loss_at,
         micro_square=sums["square"] / micro_steps if "square" in sums else None,
         batches=(rows, micro_steps * rows),

@@ -93,8 +93,8 @@ def _metrics(sums: list[dict], names: list[str]) -> dict[str, float]:
     totals = {name: sum(batch[name].astype(np.float64) for batch in sums) for name in SUMS}
     loss, correct, count, bytes_ = (float(sum(totals[name])) for name in SUMS)
     result = {
-        "valid/loss": loss / count,
-        "valid/accuracy": correct / count,
+        "valid/loss": loss / (count or math.nan),
+        "valid/accuracy": correct / (count or math.nan),
         "valid/bits_per_byte": loss / math.log(2) / bytes_ if bytes_ else math.nan,
     }
     if not names:

@@ -7,21 +7,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trainit.config import DROPOUTS, Config
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import GPT
-from trainit.parallel.collectives import Parallel
+from trainit.parallel.collectives import MaybeArray, Parallel
 from trainit.parallel.mesh import RunShape, wants_squares
 from trainit.parallel.trees import inner_product
+from trainit.tokenizers.chat import marks
 from trainit.train.state import named_key
 
 
-def inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Splits rows of L + 1 tokens: inputs (b, L) int32, targets (b, L) int32, and which targets count."""
-    tokens = micro_batch["tokens"].astype(jnp.int32)  # small unsigned integers until here
-    mask_BL = jnp.arange(tokens.shape[1] - 1) < micro_batch["lengths"][:, None]
-    return tokens[:, :-1], tokens[:, 1:], mask_BL
+def inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Array, MaybeArray]:
+    """Splits rows of L + 1 tokens: inputs (b, L) int32, targets (b, L) int32, and which targets count.
+
+    The last result is which inputs are marked as a document's end; None: this batch cannot have marks.
+    """
+    tokens, ends_BL = micro_batch["tokens"], None
+    if tokens.dtype == jnp.uint32:
+        ends_BL, tokens = (tokens[:, :-1] & marks.LAST) > 0, tokens % marks.LAST
+    tokens = tokens.astype(jnp.int32)
+    return tokens[:, :-1], tokens[:, 1:], counting(micro_batch), ends_BL
+
+
+def counting(batch: dict) -> jax.Array:
+    """Which targets of a batch, or of a micro-step of it, count: (..., L)."""
+    targets = batch["tokens"][..., 1:]
+    mask = jnp.arange(targets.shape[-1]) < batch["lengths"][..., None]
+    return mask & (targets < np.uint32(marks.IGNORED)) if targets.dtype == jnp.uint32 else mask
 
 
 @dataclass
@@ -63,7 +77,7 @@ class LossAndGradient:
         "square", that of the squared norms of the gradients of the micro-steps' mean losses.
         """
         # Rows at the end of the data may have fewer targets: the mean is over targets, not over rows.
-        count = jnp.sum(batch["lengths"].astype(jnp.float32))
+        count = jnp.maximum(jnp.sum(counting(batch).astype(jnp.float32)), 1)
         arguments = batch, params, step, sampling_key, scale, count
         if self.shape.accumulates_locally(len(batch["lengths"])):
             replica = functools.partial(self._accumulate, self._replica)
@@ -97,7 +111,7 @@ class LossAndGradient:
             if factor is not None:  # the gradient is float32 by now, and needs its scale no more
                 grads = jax.tree.map(lambda g: g / (factor * count), grads)
             if with_square:
-                sums["square"] = inner_product(grads, grads) * (count / sums["count"]) ** 2
+                sums["square"] = inner_product(grads, grads) * (count / jnp.maximum(sums["count"], 1)) ** 2
             return grads, sums
 
         zeros = lay_out(jax.tree.map(jnp.zeros_like, params))
@@ -111,10 +125,10 @@ class LossAndGradient:
         dropout_key = None
         if self._uses_dropout:
             dropout_key = jax.random.fold_in(named_key(self.config.seed, "dropout"), step)
-        inputs_BL, targets_BL, mask_BL = inputs_and_targets(micro_batch)
+        inputs_BL, targets_BL, mask_BL, ends_BL = inputs_and_targets(micro_batch)
         first_row = parallel.first_row(index, len(inputs_BL))
         model, cross_entropy = self.model_for(parallel)
-        x_BLD, head = model.hidden(params, inputs_BL, dropout_key, first_row)
+        x_BLD, head = model.hidden(params, inputs_BL, dropout_key, first_row, ends_BL)
         if sampling_key is not None:
             targets_BL = _sample(jax.lax.stop_gradient(head(x_BLD)), sampling_key, first_row)
         with jax.named_scope("head"):

@@ -67,8 +67,9 @@ class StepRecorder:
             on_device |= measured
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
         skipped_in_a_row = values.pop("skipped_in_a_row")
-        self.tokens += (tokens := int(values.pop("tokens")))
-        record = {"step": step, "tokens": self.tokens} | values | self.meter.step(tokens)
+        self.tokens += int(values.pop("tokens"))
+        in_rows = int(values.pop("rows_tokens"))  # speed is that of all tokens, whether they count or not
+        record = {"step": step, "tokens": self.tokens} | values | self.meter.step(in_rows)
 
         self.monitor.step_done()
         if skipped_in_a_row:

@@ -142,16 +142,18 @@ class TrainStep:
 
         # 5. The new state, and the metrics.
         new_state = self._next_state(state, updates, opt_state, good, kept)
+        count = jnp.maximum(sums["count"], 1)  # of a batch of conversations, no target may count
         return new_state, {
-            "train/loss": sums["loss"] / sums["count"],
-            "train/accuracy": sums["correct"] / sums["count"],
-            **({"train/z_loss": sums["z_loss"] / sums["count"]} if self.config.z_loss else {}),
+            "train/loss": sums["loss"] / count,
+            "train/accuracy": sums["correct"] / count,
+            **({"train/z_loss": sums["z_loss"] / count} if self.config.z_loss else {}),
             "train/grad_norm": grad_norm,
             "train/update_norm": update_norm,
             "train/learning_rate": self.schedule(state.step),
             "train/skipped": new_state.skipped,
             **({"train/loss_scale": scale} if state.loss_scale else {}),
             "tokens": sums["count"],
+            "rows_tokens": jnp.sum(batch["lengths"]),
             "skipped_in_a_row": new_state.skipped_in_a_row,
             "diagnostics": measured,
             **optimizers.logged(new_state.opt_state),
@@ -206,8 +208,8 @@ def _eval_step(
     a batch has no "bytes", those of ids count.
     """
     micro_batch = jax.tree.map(lambda x: x[0], batch)
-    inputs_BL, targets_BL, mask_BL = inputs_and_targets(micro_batch)
-    x_BLD, head = model.hidden(params, inputs_BL)
+    inputs_BL, targets_BL, mask_BL, ends_BL = inputs_and_targets(micro_batch)
+    x_BLD, head = model.hidden(params, inputs_BL, ends_BL=ends_BL)
     tokens = cross_entropy.per_token(head, x_BLD, targets_BL)
     subset_BL = micro_batch["subsets"] if subsets > 1 else jnp.zeros(targets_BL.shape, jnp.int32)
     bytes_BL = micro_batch["bytes"] if "bytes" in micro_batch else token_bytes_V[targets_BL]

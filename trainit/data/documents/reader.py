@@ -23,9 +23,12 @@ from trainit.data.documents.decompress import DamagedError, chunks
 from trainit.data.documents.inputs import files_below, short_names
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import ByteTokenizer, Cut, pieces
+from trainit.tokenizers.chat import conversation
 
 BATCH = 1 << 20  # bytes of text
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
+LINES = SUFFIXES[:3]
+Fields = tuple[str, ...]  # dotted names of text and subset, or of messages, subset and tools
 ALIKE = re.compile(r"\.(jsonl?|txt|parquet)\b", re.IGNORECASE)  # in names that one would expect to be read
 
 
@@ -86,13 +89,12 @@ def suffix(path: Path) -> str | None:
 
 
 def read(
-    path: Path, name: str, fields: tuple[str, str], start: Position, cut: Cut = ByteTokenizer.cut
+    path: Path, name: str, fields: Fields, start: Position, cut: Cut = ByteTokenizer.cut
 ) -> Iterator[Batch]:
     """Yields the batches of a file from `start` on. If its end is damaged, the last batch's `broken` says so.
 
-    Messages call the file `name`. `fields` are the dotted names of text and subset; parquet reads only these
-    columns. `cut` is that of the tokenizer that will encode the pieces of a .txt. Raises OSError if the file
-    cannot be opened or read.
+    Messages call the file `name`. In parquet, only the columns `fields` are read. `cut` is that of the
+    tokenizer that will encode the pieces of a .txt. Raises OSError if the file cannot be opened or read.
     """
     reader = _read_parquet if path.suffix == ".parquet" else _read_lines
     is_text = path.suffix == ".txt"
@@ -106,7 +108,7 @@ def read(
         yield Batch(name, Position(start.file + 1), path.stat().st_size, broken=broken)
 
 
-def _read_lines(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
+def _read_lines(path: Path, name: str, fields: Fields, start: Position) -> Iterator[Batch]:
     """Yields whole lines, about BATCH bytes of them at a time."""
     position, size = start, 0
     parts: list[bytes] = []
@@ -146,7 +148,7 @@ def _is_whole(lines: bytes) -> bool:
         return False
 
 
-def parse(batch: Batch, fields: tuple[str, str]) -> tuple[list[Document], list[Broken]]:
+def parse(batch: Batch, fields: Fields) -> tuple[list[Document], list[Broken]]:
     """Returns the documents of a batch, and its lines that are no documents. Blank lines are skipped."""
     documents, broken = list(batch.documents), list(batch.broken)
     for number, line in enumerate(batch.lines.split(b"\n"), start=batch.line + 1):
@@ -182,7 +184,7 @@ def encode(
     return kept, encoded, broken
 
 
-def first_texts(path: Path, fields: tuple[str, str]) -> list[str]:
+def first_texts(path: Path, fields: Fields) -> list[str]:
     """Returns texts at the beginning of a file, as far as it can be read, to show examples of."""
     try:
         with path.open("rb") as file:
@@ -237,8 +239,10 @@ def _field(record: Any, dotted: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def _document(record: Any, fields: tuple[str, str], line: int) -> Document:
-    text, subset = (_field(record, name) for name in fields)
+def _document(record: Any, fields: Fields, line: int) -> Document:
+    text, subset, *tools = (_field(record, name) for name in fields)
+    if tools:
+        text = conversation.checked(text, *tools)
     if type(text) is not str:
         raise ValueError(f"field {fields[0]} is {'missing' if text is None else 'not a text'}")
     # A subset that is null, or the NaN that tables have for it, is none.
@@ -280,7 +284,7 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
         yield decoder.decode(chunk, final=not chunk)
 
 
-def _read_parquet(path: Path, name: str, fields: tuple[str, str], start: Position) -> Iterator[Batch]:
+def _read_parquet(path: Path, name: str, fields: Fields, start: Position) -> Iterator[Batch]:
     try:
         import pyarrow
         import pyarrow.parquet

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainit.data.dataset import Split, pieces
+from trainit.tokenizers.chat.marks import ids_of
 
 AT_ONCE = 1 << 22  # ids of a long document that are counted together
 
@@ -28,7 +29,7 @@ class Targets:
         if (shard, document) not in self._shares:
             starts, sizes, _ = self._documents(shard)
             begin, *following = starts[document : document + 2].tolist()
-            ids = self.split.shards[shard][begin : following[0] if following else None]
+            ids = ids_of(self.split.shards[shard][begin : following[0] if following else None])
             parts = (self.token_bytes[ids[i : i + AT_ONCE]] for i in range(0, len(ids), AT_ONCE))
             size, of_ids = int(sizes[document]), sum(int(part.sum()) for part in parts)
             self._shares[shard, document] = (size / of_ids, 0.0) if of_ids else (0.0, size / len(ids))
@@ -52,6 +53,6 @@ class Targets:
                 a, b = np.array(shares)[document - document[0]].T
                 own = row, slice(filled, filled + last - first)
                 subsets[own] = of[document]
-                sizes[own] = a * self.token_bytes[self.split.shards[shard][first:last]] + b
+                sizes[own] = a * self.token_bytes[ids_of(self.split.shards[shard][first:last])] + b
                 filled += last - first
         return subsets, sizes

@@ -30,6 +30,8 @@ from trainit.data.jsonl.stream import Corpus, State, Stream, documents
 from trainit.data.loader import START, DataPosition
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import digest, to_bytes
+from trainit.tokenizers.chat import marks, template
+from trainit.tokenizers.chat.encode import log_template
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 
@@ -179,10 +181,12 @@ def hold(corpus: Corpus, name: str, sequences: int) -> Held:
     enough = sequences * corpus.length + 1 if sequences else 1 << 62
     pieces, count, rows = [], 0, []
     subsets: dict[str, int] = {}
+    token_bytes = corpus.tokenizer.token_bytes()
     files = range(len(corpus.paths))
     for _, document, ids in (row for file in files for row in documents(corpus, file, Position())):
         number = min(subsets.setdefault(document.subset, len(subsets)), 0xFFFF)
-        rows.append((count, len(to_bytes(document.text)), number))
+        text = int(token_bytes[marks.ids_of(ids)].sum()) if corpus.chat else len(to_bytes(document.text))
+        rows.append((count, text, number))
         pieces.append(ids)
         count += len(ids)
         if count >= enough:
@@ -193,8 +197,8 @@ def hold(corpus: Corpus, name: str, sequences: int) -> Held:
     )
     tokens, size, names = (min(count, enough),), int(index[1].sum()), tuple(subsets)
     held = Held(name, ("memory",), tokens, corpus.dtype, size, subsets=names, ids=ids, index=tuple(index))
-    if len(cut := corpus.tokenizer.token_bytes()[ids[enough:]]):
-        a, b = Targets(held, corpus.tokenizer.token_bytes()).share(0, len(rows) - 1)
+    if len(cut := token_bytes[marks.ids_of(ids[enough:])]):
+        a, b = Targets(held, token_bytes).share(0, len(rows) - 1)
         held = replace(held, bytes=size - round(a * int(cut.sum()) + b * len(cut)))
     return held
 
@@ -224,7 +228,7 @@ class StreamedData:
         c = self.corpus
         name, content, end_of_text = c.tokenizer_file
         about = [*zip(c.names, c.sizes, strict=True), name, digest(content), end_of_text]
-        about += [c.text_field, c.streams, c.window, c.seed]
+        about += [c.text_field, c.streams, c.window, c.seed, *filter(None, [c.chat])]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
     @property
@@ -254,11 +258,14 @@ class StreamedData:
 def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequences: int) -> StreamedData:
     """Finds the files of a resolved config.dataset, and tokenizes the validation sequences.
 
-    Of the training files, only the first is looked into. Sequences have `length` targets; 0 validation
-    sequences stand for all.
+    Of the training files, only the beginning of the first is looked into. Sequences have `length` targets; 0
+    validation sequences stand for all.
     Raises DatasetError if files are missing or of other kinds, or the validation data cannot be read.
     """
     about = tokenizer.name, tokenizer.serialize(), tokenizer.end_of_text
+    settings, where = (
+        template.settings(config.template, config.tokenizer, config.date) if is_chat(config) else ("", "")
+    )
     corpora = {}
     for path_field in ("path", "validation_path"):
         try:
@@ -274,6 +281,7 @@ def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequen
             about,
             config.text_field,
             length=length,
+            chat=settings,
             inputs=inputs,
         )
     train, validation = corpora["path"], replace(corpora["validation_path"], subset_field=config.subset_field)
@@ -284,6 +292,24 @@ def open_files(config: Any, tokenizer: Tokenizer, seed: int, length: int, sequen
     except (BrokenInputError, OSError) as error:
         raise DatasetError(f"dataset.validation_path={config.validation_path!r}: {error}") from None
     train = replace(train, streams=config.streams, window=config.window, seed=seed)
-    train.tokenizer.examples = first_texts(Path(train.paths[0]), (config.text_field, ""))
+    if settings:
+        _check_chat(train, held, where)
+    train.tokenizer.examples = first_texts(Path(train.paths[0]), train.fields)
     of_all = {"train": train.inputs, f"validation {config.validation_path}": validation.inputs}
     return StreamedData(config.path, train, held, config.workers, config.prefetch, of_all)
+
+
+def is_chat(config: Any) -> bool:
+    """Whether config.dataset is `dataset=chat`."""
+    return "template" in config
+
+
+def _check_chat(train: Corpus, held: Held, where: str) -> None:
+    """Checks that validation has targets, and that conversations can be written; logs how."""
+    if not (held.ids[1:] < marks.IGNORED).any():
+        raise DatasetError("no target of the validation sequences is the assistant's: raise eval.sequences")
+    try:
+        next(documents(train, 0, Position()), None)  # about a MiB of them
+    except (BrokenInputError, OSError) as error:
+        raise DatasetError(f"dataset.path: {error}") from None
+    log_template(where, train.chat, train.tokenizer)

@@ -25,11 +25,12 @@ import numpy as np
 
 from trainit import tokenizers
 from trainit.data.dataset import DatasetError, dtype_of
-from trainit.data.documents import reader
+from trainit.data.documents import conversations, reader
 from trainit.data.documents.inputs import Input, describe
 from trainit.data.documents.reader import Batch, BrokenInputError, Document, Position
 from trainit.data.order import permute
 from trainit.tokenizers import Tokenizer
+from trainit.tokenizers.chat import marks
 
 EQUAL = 0.95  # groups of files count as equal if the smallest has at least this share of the largest
 
@@ -60,6 +61,7 @@ class Corpus:
     seed: int = 0
     length: int = 1  # L, targets of a sequence
     subset_field: str = ""  # empty: subsets are not told apart
+    chat: str = ""  # how conversations are written, of `chat.template.settings`; empty: lines have texts
     inputs: tuple[Input, ...] = ()  # the files as they were when the run began; empty: not known
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,7 +73,12 @@ class Corpus:
 
     @property
     def dtype(self) -> str:
-        return dtype_of(self.tokenizer.vocab_size)
+        return marks.DTYPE if self.chat else dtype_of(self.tokenizer.vocab_size)
+
+    @property
+    def fields(self) -> reader.Fields:
+        """What is read of a line."""
+        return self.text_field, self.subset_field, *(["tools"] if self.chat else [])
 
     @functools.cached_property
     def groups(self) -> list[list[int]]:
@@ -106,13 +113,15 @@ def documents(
 ) -> Iterator[tuple[Position, Document, np.ndarray]]:
     """Yields where each document's line begins, the document, and its ids followed by the end-of-text id.
 
+    Those of conversations are as the template writes them, with marks.
+
     Reading starts at the line that begins at `start`. Only every `parts`-th line is parsed, those whose
     number has the remainder `part`.
     Raises BrokenInputError if a line or the file cannot be read, or its size has changed; OSError if it is
     gone.
     """
     path, name = Path(corpus.paths[file]), corpus.names[file]
-    fields = corpus.text_field, corpus.subset_field
+    fields = corpus.fields
     if (size := path.stat().st_size) != corpus.sizes[file]:
         raise BrokenInputError(f"{name} has {size} bytes; when the run began it had {corpus.sizes[file]}")
     if corpus.inputs and describe(path, name, corpus.inputs[file]).samples != corpus.inputs[file].samples:
@@ -129,14 +138,19 @@ def documents(
             yield Position(0, before + begins[line - batch.line], line), document, ids
 
 
-def _encode(corpus: Corpus, batch: Batch, fields: tuple[str, str]) -> list[tuple[Document, np.ndarray]]:
+def _encode(corpus: Corpus, batch: Batch, fields: reader.Fields) -> list[tuple[Document, np.ndarray]]:
     """Returns the documents of a batch and the ids of each."""
     documents, broken = reader.parse(batch, fields)
-    documents, encoded, without_ids = reader.encode(documents, corpus.tokenizer, batch.file)
+    if corpus.chat:
+        documents, ended, without_ids = conversations.encode(
+            documents, corpus.tokenizer, corpus.chat, batch.file
+        )
+    else:
+        documents, encoded, without_ids = reader.encode(documents, corpus.tokenizer, batch.file)
+        end, dtype = corpus.tokenizer.end_of_text, corpus.dtype
+        ended = [np.append(ids, end).astype(dtype) for ids in encoded]
     if broken or without_ids:
         raise BrokenInputError(str(min([*broken, *without_ids], key=lambda b: b.line)))
-    end, dtype = corpus.tokenizer.end_of_text, corpus.dtype
-    ended = [np.append(ids, end).astype(dtype) for ids in encoded]
     return list(zip(documents, ended, strict=True))
 
 

@@ -80,7 +80,7 @@ def _config(own: Config, dataset: str | None) -> ConfigDict:
     wanted.device_batch_size = ROWS
     wanted.update({name: saved[name] for name in ("precision", "precision_of", "seed", "model", "eval")})
     if "streams" in saved["dataset"]:
-        wanted.dataset = config.DATASETS["jsonl"]()
+        wanted.dataset = config.DATASETS["chat" if "template" in saved["dataset"] else "jsonl"]()
     wanted.dataset.update(saved["dataset"])
     if dataset:
         wanted.dataset = config.DATASETS[dataset]()

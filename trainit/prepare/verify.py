@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from trainit.data.dataset import Dataset, DatasetError, read_info
+from trainit.tokenizers.chat import marks
 
 
 def verify(folder: Path) -> Iterator[str]:
@@ -55,7 +56,11 @@ def _content(path: Path, shard: dict, info: dict) -> str:
     ends = np.append(starts[1:], len(ids)) - 1
     right = 0 < len(starts) == shard["documents"] and starts[0] == 0
     right = right and (starts <= ends).all() and ends.max() < len(ids)
-    if not right or (ids[ends] != info["tokenizer"]["end_of_text"]).any():
+    if right and "marks" in shard["sha256"]:
+        right = np.array_equal(marks.last(np.fromfile(path.with_suffix(".marks"), np.uint8)), ends)
+    elif right:
+        right = (ids[ends] == info["tokenizer"]["end_of_text"]).all()
+    if not right:
         return f"{path.with_suffix('.documents')} does not say where the documents of {path} end"
     if len(text_ends) != len(starts) or (np.diff(text_ends, prepend=0) < 0).any():
         return f"{path.with_suffix('.bytes')} does not say how many bytes each document has"

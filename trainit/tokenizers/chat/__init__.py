@@ -1,0 +1,1 @@
+"""Conversations as text and as token ids, by the chat template of a tokenizer."""

@@ -27,8 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainit import tokenizers
-from trainit.data.formats.mapped import DatasetError as DatasetError
-from trainit.data.formats.mapped import MappedIds, MarkedIds
+from trainit.data.formats.mapped import DatasetError, MappedIds, MarkedIds
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.base import digest
 from trainit.tokenizers.chat import marks

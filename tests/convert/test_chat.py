@@ -80,7 +80,7 @@ def test_the_same_loss(tmp_path):
     config = tiny.get_config()
     config.checkpoint.load_path = f"hf:{folder}"
     pretrained = Pretrained(config.checkpoint.load_path)
-    config.model = tiny.model(context_length=row.shape[2] - 1)
+    config.model = tiny.model(context_length=row.shape[2] - 1, remat="none", scan_layers=True)
     config.mesh.update(ONE)
     pretrained.fill(config)
     config.model.update(document_mask=True, end_of_text=marks.END)

@@ -7,35 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from trainit.config import DROPOUTS, Config
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import GPT
-from trainit.parallel.collectives import MaybeArray, Parallel
+from trainit.parallel.collectives import Parallel
 from trainit.parallel.mesh import RunShape, wants_squares
 from trainit.parallel.trees import inner_product
-from trainit.tokenizers.chat import marks
+from trainit.tokenizers.chat.on_device import counting, inputs_and_targets
 from trainit.train.state import named_key
-
-
-def inputs_and_targets(micro_batch: dict) -> tuple[jax.Array, jax.Array, jax.Array, MaybeArray]:
-    """Splits rows of L + 1 tokens: inputs (b, L) int32, targets (b, L) int32, and which targets count.
-
-    The last result is which inputs are marked as a document's end; None: this batch cannot have marks.
-    """
-    tokens, ends_BL = micro_batch["tokens"], None
-    if tokens.dtype == jnp.uint32:
-        ends_BL, tokens = (tokens[:, :-1] & marks.LAST) > 0, tokens % marks.LAST
-    tokens = tokens.astype(jnp.int32)
-    return tokens[:, :-1], tokens[:, 1:], counting(micro_batch), ends_BL
-
-
-def counting(batch: dict) -> jax.Array:
-    """Which targets of a batch, or of a micro-step of it, count: (..., L)."""
-    targets = batch["tokens"][..., 1:]
-    mask = jnp.arange(targets.shape[-1]) < batch["lengths"][..., None]
-    return mask & (targets < np.uint32(marks.IGNORED)) if targets.dtype == jnp.uint32 else mask
 
 
 @dataclass

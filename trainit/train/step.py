@@ -17,9 +17,10 @@ from trainit.optimizers.common import schedules
 from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import replicated_sharding, state_shardings
 from trainit.parallel.mesh import RunShape
+from trainit.tokenizers.chat.on_device import inputs_and_targets
 from trainit.train import diagnostics, loss_scale
 from trainit.train.compiled import CompiledFunction
-from trainit.train.gradients import LossAndGradient, inputs_and_targets
+from trainit.train.gradients import LossAndGradient
 from trainit.train.state import TrainState, named_key
 
 

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from trainit.parallel.collectives import MaybeArray, Parallel, gather, scatter_sum, sum_over
-from trainit.parallel.cpu_workarounds import computed_after, sum_outer_products
+from trainit.parallel.cpu_workarounds import computed_after, product, sum_outer_products
 from trainit.parallel.float8 import BACKWARD, FORWARD, Factor, dot, factor
 
 PRODUCT = "product"  # the checkpoint name of what remat may keep: results of matrix products, attention's too
@@ -85,11 +85,11 @@ def _column_parallel(p: Parallel, float8: bool, x_BLD: jax.Array, weights: tuple
         dtype = FORWARD if float8 else x_blD.dtype
         x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype, p.axes("batch", "length"))
 
-        def product(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-            y = dot(x_bLD, _gather_kernel(p, kernel, dtype, 0), ((2,), (0,)), x_blD.dtype)
+        def times(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+            y = product(x_bLD, _gather_kernel(p, kernel, dtype, 0), ((2,), (0,)), x_blD.dtype, p.mesh)
             return y if bias is None else y + bias.astype(y.dtype)
 
-        return tuple(product(*pair) for pair in weights)
+        return tuple(times(*pair) for pair in weights)
 
     return p.shard_map_if_needed(on_device, _column_specs(p, weights), p.spec(*WIDE))(x_BLD, weights)
 
@@ -102,12 +102,12 @@ def _column_backward(p: Parallel, float8: bool, saved: tuple, dys: tuple) -> tup
 
         def to_inputs(kernel: jax.Array, dy: Factor) -> jax.Array:
             axes = tuple(range(2, dy.values.ndim)), tuple(range(1, kernel.ndim))
-            return dot(dy, _gather_kernel(p, kernel, dtype, 0), axes, x_blD.dtype)
+            return product(dy, _gather_kernel(p, kernel, dtype, 0), axes, x_blD.dtype, p.mesh)
 
         def to_weights(bias: MaybeArray, dy: jax.Array, dy_factor: Factor) -> Weights:
-            product = dot(x_bLD, dy_factor, ((0, 1), (0, 1)), jnp.float32)
+            d_kernel = dot(x_bLD, dy_factor, ((0, 1), (0, 1)), jnp.float32)
             d_bias = None if bias is None else jnp.sum(dy, (0, 1), dtype=jnp.float32)
-            return p.sum_gradient(product, 0), sum_over(d_bias, p.axes("batch", "length"))
+            return p.sum_gradient(d_kernel, 0), sum_over(d_bias, p.axes("batch", "length"))
 
         # The gradient by x adds up over the kernels, and over tensor, which splits their outputs.
         factors = tuple(factor(dy, backward, p.axes("batch", "length", "mlp")) for dy in dys)
@@ -135,7 +135,7 @@ def _row_parallel(p: Parallel, float8: bool, x: jax.Array, kernel: jax.Array, bi
         x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))
         axes = tuple(range(2, x.ndim)), tuple(range(inputs))
         # Each device has a part of the sum over F; the reduce-scatter adds them and splits the length.
-        y_bLD = dot(x_factor, _gather_kernel(p, kernel, dtype, inputs), axes, x.dtype)
+        y_bLD = product(x_factor, _gather_kernel(p, kernel, dtype, inputs), axes, x.dtype, p.mesh)
         y_blD = scatter_sum(y_bLD, p.sequence_axes, 1)
         return y_blD if bias is None else y_blD + bias.astype(y_blD.dtype)
 
@@ -150,7 +150,7 @@ def _row_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.Array) ->
 
         # By x, which needs the kernel; then by the kernel, which needs x.
         last = kernel.ndim - 1
-        dx = dot(dy_bLD, _gather_kernel(p, kernel, dtype, last), ((2,), (last,)), x.dtype)
+        dx = product(dy_bLD, _gather_kernel(p, kernel, dtype, last), ((2,), (last,)), x.dtype, p.mesh)
         x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))
         d_kernel = p.sum_gradient(sum_outer_products(x_factor, dy_bLD), last)
         d_bias = sum_over(d_bias, p.axes("batch", "residual_length"))

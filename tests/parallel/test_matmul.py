@@ -1,15 +1,19 @@
 """Products and embedding on a mesh, with their gradients, against NumPy in float64 on whole arrays."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from trainit.config import MESH_AXES
 from trainit.parallel.collectives import ONE_DEVICE, Parallel
+from trainit.parallel.cpu_workarounds import keep, product
 from trainit.parallel.embedding import vocab_parallel_embedding
+from trainit.parallel.float8 import Factor
 from trainit.parallel.matmul import column_parallel, row_parallel
 from trainit.parallel.mesh import describe_devices, make_mesh
 
@@ -67,6 +71,29 @@ def test_inner_axes_stay_inside_a_machine(per_process):
     if per_process == 1:
         expected = "1 devices, data 0, fsdp 1, tensor 0, context 0"
     assert describe_devices(mesh, 2) == expected
+
+
+def test_forms_for_cpus_are_for_cpus_only():
+    """On another platform, products and what is kept are as they are written, in JAX's own terms."""
+    cpu, gpu = (
+        SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+        for platform in ("cpu", "cuda")
+    )
+    x, k = draw(jnp.bfloat16, (B, D), (D, F))
+
+    def program(mesh):
+        def function(x, k):
+            y = product(Factor(x, None), Factor(k, None), ((1,), (0,)), x.dtype, mesh)
+            return keep(y, "name", mesh)
+
+        return str(jax.make_jaxpr(function)(x, k))
+
+    plain = str(jax.make_jaxpr(lambda x, k: checkpoint_name(x @ k, "name"))(x, k))
+    assert program(gpu) == program(None)
+    assert program(gpu).count("convert_element_type") == plain.count("convert_element_type") == 0
+    assert program(gpu).count("preferred_element_type=bfloat16") == 1
+    assert program(cpu).count("preferred_element_type=float32") == 1
+    assert "name[name=name]" in program(cpu) and "bf16" in program(cpu).split("name[")[1]
 
 
 @SPLIT

@@ -23,12 +23,11 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from trainit.parallel.collectives import MaybeArray, Parallel, gather, scatter_sum, sum_over
-from trainit.parallel.cpu_workarounds import computed_after, product, sum_outer_products
+from trainit.parallel.cpu_workarounds import computed_after, keep, product, sum_outer_products
 from trainit.parallel.float8 import BACKWARD, FORWARD, Factor, dot, factor
 
 PRODUCT = "product"  # the checkpoint name of what remat may keep: results of matrix products, attention's too
@@ -42,7 +41,7 @@ def column_parallel(parallel: Parallel, x_BLD: jax.Array, *weights: Weights, flo
     x has its length split like the residual stream's; results (B, L, F, ...) have it whole. Weights are
     float32, as are their gradients, and are gathered in the type of x, or in float8 and multiplied in it.
     """
-    return checkpoint_name(_column_parallel(parallel, float8, x_BLD, weights), PRODUCT)
+    return keep(_column_parallel(parallel, float8, x_BLD, weights), PRODUCT, parallel.mesh)
 
 
 def row_parallel(
@@ -55,7 +54,7 @@ def row_parallel(
     not needed in the backward pass.
     """
     y_BLD = _row_parallel(parallel, float8, x, kernel, bias)
-    return checkpoint_name(y_BLD, PRODUCT) if parallel.sequence_axes else y_BLD
+    return keep(y_BLD, PRODUCT, parallel.mesh) if parallel.sequence_axes else y_BLD
 
 
 def _gather_kernel(p: Parallel, kernel: jax.Array, dtype: DTypeLike, dimension: int) -> Factor:

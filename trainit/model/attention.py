@@ -56,7 +56,7 @@ class Form:
 def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
     """The kernel of this name (`RunShape.attention`), so that each device computes its own rows and heads."""
     scores_mib = SCORES_MIB if platform == "cpu" else SCORES_MIB_OF_GPUS  # GPUs need larger blocks to be busy
-    blocks = functools.partial(blockwise, scores_mib=scores_mib)
+    blocks = functools.partial(blockwise, scores_mib=scores_mib, wide=platform == "cpu")
     kernels: dict[str, Callable] = {"plain": plain, "blockwise": blocks, "cudnn": cudnn}
     queries = parallel.spec("batch", "length", "heads", None)
     keys = parallel.spec("batch", "length", "kv_heads", None)
@@ -126,6 +126,7 @@ def blockwise(
     form=Form(),
     block=BLOCK,
     scores_mib=SCORES_MIB,
+    wide=False,
 ) -> jax.Array:
     """What `plain` gives, except for other dropout masks, in memory linear in L.
 
@@ -133,11 +134,12 @@ def blockwise(
     gradient, from the logarithm of each softmax's denominator, as in FlashAttention (Dao et al. 2022, arXiv
     2205.14135). A row is divided into up to STAGES parts; the queries of one see the keys up to its end, so
     that little more than half of all products are computed; with a window, only those that one of them sees.
-    `scores_mib` is the most MiB of scores in memory at once, unless those of a single head are more.
+    `scores_mib` is the most MiB of scores in memory at once, unless those of a single head are more. With
+    `wide`, results of blocks are put together in float32, as CPUs do faster: see `cpu_workarounds.wide`.
     """
     if q_BLHK.shape[1] <= block:
         return plain(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, form)
-    return _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, form, block, scores_mib)
+    return _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, form, block, scores_mib, wide)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class _Blocks:
     form: Form
     block: int
     scores_mib: float
+    wide: bool
 
     @property
     def shared(self) -> int:
@@ -235,7 +238,7 @@ class _Blocks:
         return jnp.where(visible, self.form.scores(products, q_gXK.shape[2]), -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
 def _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, *cut):
     return _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, *cut)[0]
 
@@ -262,7 +265,7 @@ def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, *how):
                 total = jnp.sum(weights, axis=-1, keepdims=True)
                 weights = dropout(weights, rate, key_g, index).astype(v_gSK.dtype)
                 y = jnp.matmul(weights, v_gSK, preferred_element_type=jnp.float32) / total
-                return y.astype(q_gXK.dtype), (top + jnp.log(total))[..., 0]
+                return y.astype(jnp.float32 if cut.wide else q_gXK.dtype), (top + jnp.log(total))[..., 0]
 
             parts.append(jax.lax.map(attend, cut.of_stage(stage, (indices, q_ngXK, query_ngX))))
         return tuple(jnp.concatenate(part) for part in zip(*parts, strict=True))
@@ -271,17 +274,18 @@ def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, *how):
     arrays = (cut.queries(q_BLHK), cut.keys(k_BLJK), cut.keys(v_BLJK), cut.documents(document_BL), keys_mg)
     y_mngXK, log_mngX = jax.lax.map(group, arrays)
     y_BLHK, log_mngX = (checkpoint_name(x, PRODUCT) for x in (cut.join_queries(y_mngXK), log_mngX))
+    y_BLHK = y_BLHK.astype(q_BLHK.dtype)
     return y_BLHK, (q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, y_BLHK, log_mngX)
 
 
-def _backward(rate: float, form: Form, block: int, scores_mib: float, residuals, dy_BLHK):
+def _backward(rate: float, form: Form, block: int, scores_mib: float, wide: bool, residuals, dy_BLHK):
     """The gradients of queries, keys and values.
 
     Each product takes its large matrix as it lies in memory, because on CPUs others take up to three times as
     long. So the gradients of keys and values are summed in transposed form.
     """
     q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, y_BLHK, log_mngX = residuals
-    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], form, block, scores_mib)
+    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], form, block, scores_mib, wide)
     indices = jnp.arange(cut.stages * cut.per_stage)
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
@@ -305,14 +309,15 @@ def _backward(rate: float, form: Form, block: int, scores_mib: float, residuals,
                 weights = dropout(weights, rate, key_g, index).astype(q_gXK.dtype)
                 d_keys = product(jnp.swapaxes(q_gXK, 1, 2), d_scores)
                 d_values = product(jnp.swapaxes(dy_gXK, 1, 2), weights)
-                return total + jnp.stack([d_keys, d_values]), product(d_scores, k_gSK).astype(q_gXK.dtype)
+                dtype = jnp.float32 if cut.wide else q_gXK.dtype
+                return total + jnp.stack([d_keys, d_values]), product(d_scores, k_gSK).astype(dtype)
 
             zeros = jnp.zeros_like(totals[..., start:end])
             # Gradients of keys and values add up over all blocks that saw them.
             total, dq_ngXK = jax.lax.scan(pull, zeros, cut.of_stage(stage, (indices, tuple(of_queries))))
             totals = totals.at[..., start:end].add(total)
             parts.append(dq_ngXK)
-        return jnp.concatenate(parts), *totals.astype(k_gLK.dtype)
+        return jnp.concatenate(parts), *totals.astype(jnp.float32 if cut.wide else k_gLK.dtype)
 
     # The softmax's gradient needs sum(y * dy) for each query (FlashAttention, section 3.1).
     delta_BLH1 = jnp.sum(y_BLHK.astype(jnp.float32) * dy_BLHK, axis=-1, keepdims=True)
@@ -321,7 +326,8 @@ def _backward(rate: float, form: Form, block: int, scores_mib: float, residuals,
     of_queries = (cut.queries(q_BLHK), queries, cut.queries(dy_BLHK), cut.queries(delta_BLH1), log_mngX)
     arrays = (*of_queries, cut.keys(k_BLJK), cut.keys(v_BLJK), keys, keys_mg)
     dq, dk, dv = jax.lax.map(group, arrays)
-    return cut.join_queries(dq), cut.join_keys(dk), cut.join_keys(dv), None, None
+    gradients = cut.join_queries(dq), cut.join_keys(dk), cut.join_keys(dv)
+    return *(gradient.astype(q_BLHK.dtype) for gradient in gradients), None, None
 
 
 _blockwise.defvjp(_forward, _backward)

@@ -14,35 +14,25 @@ from jax.typing import DTypeLike
 from trainit.parallel.float8 import Factor, dot
 
 
-def product(a: Factor, b: Factor, axes: tuple, dtype: DTypeLike, mesh: Mesh | None) -> jax.Array:
-    """The product of two factors, summed over the given axes of each, in this type.
+def wide(dtype: DTypeLike, mesh: Mesh | None) -> DTypeLike:
+    """The type of what is computed or put together on a CPU in a 16-bit type: float32; elsewhere, the type.
 
-    XLA:CPU multiplies in bfloat16 two to six times as fast if the result is float32, which is rounded here to
-    what it would have been. `trainit benchmark --only=products` measures it. May go when it is as fast with a
-    result in bfloat16. A plain product elsewhere, and without a mesh.
+    XLA:CPU multiplies in bfloat16 two to six times as fast if the result is float32 (`trainit benchmark
+    --only=products`). And to write a layer's part of an array of all layers, it converts the whole array to
+    float32 and back: a seventh of the time of a step with six. May go when neither is so.
     """
-    if dtype == jnp.bfloat16 and _on_cpu(mesh):
-        return dot(a, b, axes, jnp.float32).astype(dtype)
-    return dot(a, b, axes, dtype)
+    on_cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
+    return jnp.float32 if on_cpu and jnp.dtype(dtype).itemsize == 2 else dtype
+
+
+def product(a: Factor, b: Factor, axes: tuple, dtype: DTypeLike, mesh: Mesh | None) -> jax.Array:
+    """The product of two factors, summed over the given axes of each, rounded to this type."""
+    return dot(a, b, axes, wide(dtype, mesh)).astype(dtype)
 
 
 def keep(x: Any, name: str, mesh: Mesh | None) -> Any:
-    """Gives arrays a checkpoint name, as `checkpoint_name` does; on a CPU those in 16 bits as float32.
-
-    A loop over layers puts what is kept into arrays for all layers. XLA:CPU does that for bfloat16 by
-    converting the whole array to float32 and back for every layer, a seventh of the time of a step with six.
-    May go when it writes bfloat16 in place. Other platforms keep what they are given.
-    """
-
-    def keep_one(y: jax.Array) -> jax.Array:
-        wide = jnp.float32 if y.dtype.itemsize == 2 and _on_cpu(mesh) else y.dtype
-        return checkpoint_name(y.astype(wide), name).astype(y.dtype)
-
-    return jax.tree.map(keep_one, x)
-
-
-def _on_cpu(mesh: Mesh | None) -> bool:
-    return mesh is not None and mesh.devices.flat[0].platform == "cpu"
+    """Gives arrays the checkpoint name of what a loop over layers keeps, in the type in which it is kept."""
+    return jax.tree.map(lambda y: checkpoint_name(y.astype(wide(y.dtype, mesh)), name).astype(y.dtype), x)
 
 
 def computed_after(x: jax.Array, others: Any, mesh: Mesh | None) -> jax.Array:
@@ -53,7 +43,7 @@ def computed_after(x: jax.Array, others: Any, mesh: Mesh | None) -> jax.Array:
     drop, as 0 * NaN is NaN. (Then the gradient is not finite, and the step does not count anyway.) May go
     when XLA:CPU keeps `jax.lax.optimization_barrier`. A no-op elsewhere, and without a mesh.
     """
-    if not _on_cpu(mesh):
+    if mesh is None or mesh.devices.flat[0].platform != "cpu":
         return x
     return x + sum(0 * other.ravel()[0] for other in jax.tree.leaves(others)).astype(x.dtype)
 

@@ -21,7 +21,7 @@ from trainit.parallel.matmul import PRODUCT
 BLOCK = 128  # queries of a block; matrix units like that
 STAGES = 8  # parts of a row: the blocks of one all read the same keys, so that they are one program
 SCORES_MIB = 1.0  # scores in memory at once: on CPUs they stay in a core's cache; 8 MiB take a third longer
-SCORES_MIB_OF_GPUS = 256.0
+SCORES_MIB_OF_GPUS = 256.0  # which need larger blocks to be busy
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class Form:
 
 def kernel_on(name: str, platform: str, parallel: Parallel) -> Callable:
     """The kernel of this name (`RunShape.attention`), so that each device computes its own rows and heads."""
-    scores_mib = SCORES_MIB if platform == "cpu" else SCORES_MIB_OF_GPUS  # GPUs need larger blocks to be busy
-    blocks = functools.partial(blockwise, scores_mib=scores_mib, wide=platform == "cpu")
+    blocks = functools.partial(blockwise, on_cpu=platform == "cpu")
     kernels: dict[str, Callable] = {"plain": plain, "blockwise": blocks, "cudnn": cudnn}
     queries = parallel.spec("batch", "length", "heads", None)
     keys = parallel.spec("batch", "length", "kv_heads", None)
@@ -117,16 +116,7 @@ def cudnn(q_BLHK, k_BLJK, v_BLJK, document_BL=None, key_BJ=None, rate: float = 0
 
 
 def blockwise(
-    q_BLHK,
-    k_BLJK,
-    v_BLJK,
-    document_BL=None,
-    key_BJ=None,
-    rate=0.0,
-    form=Form(),
-    block=BLOCK,
-    scores_mib=SCORES_MIB,
-    wide=False,
+    q_BLHK, k_BLJK, v_BLJK, document_BL=None, key_BJ=None, rate=0.0, form=Form(), block=BLOCK, on_cpu=True
 ) -> jax.Array:
     """What `plain` gives, except for other dropout masks, in memory linear in L.
 
@@ -134,12 +124,12 @@ def blockwise(
     gradient, from the logarithm of each softmax's denominator, as in FlashAttention (Dao et al. 2022, arXiv
     2205.14135). A row is divided into up to STAGES parts; the queries of one see the keys up to its end, so
     that little more than half of all products are computed; with a window, only those that one of them sees.
-    `scores_mib` is the most MiB of scores in memory at once, unless those of a single head are more. With
-    `wide`, results of blocks are put together in float32, as CPUs do faster: see `cpu_workarounds.wide`.
+    On CPUs, fewer scores are in memory at once, and results of blocks are put together in float32: see
+    `cpu_workarounds.wide`.
     """
     if q_BLHK.shape[1] <= block:
         return plain(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, form)
-    return _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, form, block, scores_mib, wide)
+    return _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, form, block, on_cpu)
 
 
 @dataclass(frozen=True)
@@ -150,8 +140,7 @@ class _Blocks:
     key_heads: int  # J
     form: Form
     block: int
-    scores_mib: float
-    wide: bool
+    on_cpu: bool
 
     @property
     def shared(self) -> int:
@@ -160,10 +149,11 @@ class _Blocks:
 
     @property
     def group(self) -> int:
-        """g: how many key heads are computed at once; the scores of as many fit into `scores_mib`."""
+        """g: how many key heads are computed at once; the most whose scores fit, or one."""
         heads = self.shape[0] * self.key_heads
         widest = max(end - start for start, end in map(self.seen_keys, range(self.stages)))
-        maximum = self.scores_mib * 2**20 / (4 * self.shared * self.block * widest)
+        scores_mib = SCORES_MIB if self.on_cpu else SCORES_MIB_OF_GPUS
+        maximum = scores_mib * 2**20 / (4 * self.shared * self.block * widest)
         return max(g for g in range(1, heads + 1) if heads % g == 0 and g <= max(maximum, 1))
 
     @property
@@ -238,7 +228,7 @@ class _Blocks:
         return jnp.where(visible, self.form.scores(products, q_gXK.shape[2]), -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _blockwise(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, *cut):
     return _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, *cut)[0]
 
@@ -265,7 +255,7 @@ def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, *how):
                 total = jnp.sum(weights, axis=-1, keepdims=True)
                 weights = dropout(weights, rate, key_g, index).astype(v_gSK.dtype)
                 y = jnp.matmul(weights, v_gSK, preferred_element_type=jnp.float32) / total
-                return y.astype(jnp.float32 if cut.wide else q_gXK.dtype), (top + jnp.log(total))[..., 0]
+                return y.astype(jnp.float32 if cut.on_cpu else q_gXK.dtype), (top + jnp.log(total))[..., 0]
 
             parts.append(jax.lax.map(attend, cut.of_stage(stage, (indices, q_ngXK, query_ngX))))
         return tuple(jnp.concatenate(part) for part in zip(*parts, strict=True))
@@ -278,14 +268,14 @@ def _forward(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate: float, *how):
     return y_BLHK, (q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, y_BLHK, log_mngX)
 
 
-def _backward(rate: float, form: Form, block: int, scores_mib: float, wide: bool, residuals, dy_BLHK):
+def _backward(rate: float, form: Form, block: int, on_cpu: bool, residuals, dy_BLHK):
     """The gradients of queries, keys and values.
 
     Each product takes its large matrix as it lies in memory, because on CPUs others take up to three times as
     long. So the gradients of keys and values are summed in transposed form.
     """
     q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, y_BLHK, log_mngX = residuals
-    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], form, block, scores_mib, wide)
+    cut = _Blocks(q_BLHK.shape, k_BLJK.shape[2], form, block, on_cpu)
     indices = jnp.arange(cut.stages * cut.per_stage)
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
@@ -309,7 +299,7 @@ def _backward(rate: float, form: Form, block: int, scores_mib: float, wide: bool
                 weights = dropout(weights, rate, key_g, index).astype(q_gXK.dtype)
                 d_keys = product(jnp.swapaxes(q_gXK, 1, 2), d_scores)
                 d_values = product(jnp.swapaxes(dy_gXK, 1, 2), weights)
-                dtype = jnp.float32 if cut.wide else q_gXK.dtype
+                dtype = jnp.float32 if cut.on_cpu else q_gXK.dtype
                 return total + jnp.stack([d_keys, d_values]), product(d_scores, k_gSK).astype(dtype)
 
             zeros = jnp.zeros_like(totals[..., start:end])
@@ -317,7 +307,7 @@ def _backward(rate: float, form: Form, block: int, scores_mib: float, wide: bool
             total, dq_ngXK = jax.lax.scan(pull, zeros, cut.of_stage(stage, (indices, tuple(of_queries))))
             totals = totals.at[..., start:end].add(total)
             parts.append(dq_ngXK)
-        return jnp.concatenate(parts), *totals.astype(jnp.float32 if cut.wide else k_gLK.dtype)
+        return jnp.concatenate(parts), *totals.astype(jnp.float32 if cut.on_cpu else k_gLK.dtype)
 
     # The softmax's gradient needs sum(y * dy) for each query (FlashAttention, section 3.1).
     delta_BLH1 = jnp.sum(y_BLHK.astype(jnp.float32) * dy_BLHK, axis=-1, keepdims=True)

@@ -46,15 +46,3 @@ def computed_after(x: jax.Array, others: Any, mesh: Mesh | None) -> jax.Array:
     if mesh is None or mesh.devices.flat[0].platform != "cpu":
         return x
     return x + sum(0 * other.ravel()[0] for other in jax.tree.leaves(others)).astype(x.dtype)
-
-
-def sum_outer_products(x: Factor, dy_BLD: Factor) -> jax.Array:
-    """A kernel's gradient x^T dy (F, ..., D), summed over positions, from x (B, L, F, ...); float32.
-
-    XLA:CPU's product in float32 transposes its first factor in memory. dy is the narrower one in an MLP, so
-    that the result is computed as (dy^T x)^T: 6 to 11 % less time for GPT-2's. Other types are converted
-    first, and gain nothing. May go when a product takes equally long either way.
-    """
-    if x.values.dtype == jnp.float32:
-        return jnp.moveaxis(dot(dy_BLD, x, ((0, 1), (0, 1)), jnp.float32), 0, -1)
-    return dot(x, dy_BLD, ((0, 1), (0, 1)), jnp.float32)

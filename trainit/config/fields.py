@@ -99,9 +99,8 @@ def model(**changes: Any) -> ConfigDict:
     m.attention = field("auto", "auto: cudnn, else blockwise, with memory linear in length", one_of=KERNELS)
     m.remat = field(
         "auto",
-        "what the backward pass computes again instead of keeping; attention: scores; dots: all except "
-        "matrix products; block: all except a layer's input; offload: as dots, with products in host memory; "
-        "auto: the fastest for device and memory",
+        "what is computed again, not kept; auto: by device and memory; attention: scores; dots: all except "
+        "matrix products; block: all except a layer's input; offload: as dots, with products in host memory",
         one_of=("auto", "none", "attention", "dots", "block", "offload"),
     )
     loop = "one compiled layer in a loop; False: all layers compiled one after another; auto: as remat"

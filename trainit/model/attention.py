@@ -124,8 +124,7 @@ def blockwise(
     gradient, from the logarithm of each softmax's denominator, as in FlashAttention (Dao et al. 2022, arXiv
     2205.14135). A row is divided into up to STAGES parts; the queries of one see the keys up to its end, so
     that little more than half of all products are computed; with a window, only those that one of them sees.
-    On CPUs, fewer scores are in memory at once, and results of blocks are put together in float32: see
-    `cpu_workarounds.wide`.
+    On CPUs, less is in memory at once, and blocks are put together in float32 (`cpu_workarounds.wide`).
     """
     if q_BLHK.shape[1] <= block:
         return plain(q_BLHK, k_BLJK, v_BLJK, document_BL, key_BJ, rate, form)

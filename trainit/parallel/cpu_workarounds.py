@@ -17,9 +17,9 @@ from trainit.parallel.float8 import Factor, dot
 def wide(dtype: DTypeLike, mesh: Mesh | None) -> DTypeLike:
     """The type of what is computed or put together on a CPU in a 16-bit type: float32; elsewhere, the type.
 
-    XLA:CPU multiplies in bfloat16 two to six times as fast if the result is float32 (`trainit benchmark
-    --only=products`). And to write a layer's part of an array of all layers, it converts the whole array to
-    float32 and back: a seventh of the time of a step with six. May go when neither is so.
+    XLA:CPU multiplies in bfloat16 two to four times as fast if the result is float32 (`trainit benchmark
+    --only=products`), and to write a layer's part of an array of all layers, it converts all of them: a
+    seventh of a step. May go when neither is so.
     """
     on_cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
     return jnp.float32 if on_cpu and jnp.dtype(dtype).itemsize == 2 else dtype
@@ -30,6 +30,13 @@ def product(a: Factor, b: Factor, axes: tuple, dtype: DTypeLike, mesh: Mesh | No
     return dot(a, b, axes, wide(dtype, mesh)).astype(dtype)
 
 
+def sum_outer_products(x: Factor, dy_BLD: Factor) -> jax.Array:
+    """A kernel's gradient x^T dy (F, ..., D), summed over positions, from x (B, L, F, ...); float32."""
+    if x.values.dtype == jnp.float32:  # as (dy^T x)^T, since XLA:CPU transposes the first: a ninth of a step
+        return jnp.moveaxis(dot(dy_BLD, x, ((0, 1), (0, 1)), jnp.float32), 0, -1)
+    return dot(x, dy_BLD, ((0, 1), (0, 1)), jnp.float32)
+
+
 def keep(x: Any, name: str, mesh: Mesh | None) -> Any:
     """Gives arrays the checkpoint name of what a loop over layers keeps, in the type in which it is kept."""
     return jax.tree.map(lambda y: checkpoint_name(y.astype(wide(y.dtype, mesh)), name).astype(y.dtype), x)
@@ -38,10 +45,8 @@ def keep(x: Any, name: str, mesh: Mesh | None) -> Any:
 def computed_after(x: jax.Array, others: Any, mesh: Mesh | None) -> jax.Array:
     """Returns x unchanged, but makes XLA:CPU compute `others` before anything that uses x.
 
-    XLA would otherwise compute e.g. bias gradients at the end of a layer and keep their inputs alive: GPT-2's
-    step takes 5 % more memory. XLA:CPU drops optimization barriers, hence `x + 0 * other`, which it may not
-    drop, as 0 * NaN is NaN. (Then the gradient is not finite, and the step does not count anyway.) May go
-    when XLA:CPU keeps `jax.lax.optimization_barrier`. A no-op elsewhere, and without a mesh.
+    XLA would compute bias gradients at a layer's end and keep their inputs: 5 % more memory. It drops barriers
+    on CPUs, but not 0 * other, which may be NaN: then the step does not count. May go when it keeps barriers.
     """
     if mesh is None or mesh.devices.flat[0].platform != "cpu":
         return x

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from trainit.parallel.collectives import MaybeArray, Parallel, gather, scatter_sum, sum_over
-from trainit.parallel.cpu_workarounds import computed_after, keep, product
+from trainit.parallel.cpu_workarounds import computed_after, keep, product, sum_outer_products
 from trainit.parallel.float8 import BACKWARD, FORWARD, Factor, dot, factor
 
 PRODUCT = "product"  # the checkpoint name of what remat may keep: results of matrix products, attention's too
@@ -151,7 +151,7 @@ def _row_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.Array) ->
         last = kernel.ndim - 1
         dx = product(dy_bLD, _gather_kernel(p, kernel, dtype, last), ((2,), (last,)), x.dtype, p.mesh)
         x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))
-        d_kernel = p.sum_gradient(dot(x_factor, dy_bLD, ((0, 1), (0, 1)), jnp.float32), last)
+        d_kernel = p.sum_gradient(sum_outer_products(x_factor, dy_bLD), last)
         d_bias = sum_over(d_bias, p.axes("batch", "residual_length"))
         return computed_after(dx, (d_kernel, d_bias), p.mesh), d_kernel, d_bias
 

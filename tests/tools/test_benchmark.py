@@ -7,7 +7,6 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from corpus import TEXT
@@ -18,7 +17,7 @@ from trainit.cluster import devices
 from trainit.config import MESH_AXES, defaults, model, resolve
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
-from trainit.tools.benchmark import contender, generating, products, suite
+from trainit.tools.benchmark import contender, generating, suite
 from trainit.tools.benchmark import profile as where
 from trainit.train import step
 from trainit.train.automatic import choice
@@ -32,7 +31,7 @@ def test_unknown_part(random_dataset):
     assert (
         output.strip()
         == "trainit: error: --only=loder: there are loader, step, save, processes, optimizer, loss, prepare, "
-        "generate, products"
+        "generate"
     )
 
 
@@ -144,22 +143,6 @@ def test_texts_are_compared_with_transformers(monkeypatch):
     assert lines[1].startswith("180.0 tokens/s  16 at once, 2.25 times transformers (80.0)")
     monkeypatch.setattr(generating, "_run", lambda *_: {"error": "transformers: No module named 'torch'"})
     assert next(generating.measure(30, 1)) == "1 at once: transformers: No module named 'torch'"
-
-
-def test_forms_of_products_are_measured():
-    """All give the same product, of 2 * 64 * 32 * 16 operations; each has its column, for both types."""
-    lines = list(products.measure(rounds=1, sizes=((64, 32, 16),)))
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "bfloat16, 64 × 32 × 16",
-        "float32, 64 × 32 × 16",
-    ]
-    assert all(re.fullmatch(r"\|.*(\| +\d+ +){6}\|", line) for line in lines[2:])
-    draw = np.random.default_rng(0)
-    x, k, dy = (draw.standard_normal(shape, np.float32) for shape in ((8, 4), (4, 6), (8, 6)))
-    expected = {"x k": x @ k, "dy kT": dy @ k.T, "xT dy": x.T @ dy, "(dyT x)T": x.T @ dy}
-    for name, form in products._forms(jnp.float32).items():
-        a, b = {"x k": (x, k), "dy kT": (dy, k)}.get(name.split(",")[0], (x, dy))
-        np.testing.assert_allclose(form(a, b), expected[name.split(",")[0]], rtol=1e-5, atol=1e-5)
 
 
 def test_a_suite_counts_the_flops_of_its_model():

@@ -17,9 +17,8 @@ from trainit.parallel.float8 import Factor, dot
 def wide(dtype: DTypeLike, mesh: Mesh | None) -> DTypeLike:
     """The type of what is computed or put together on a CPU in a 16-bit type: float32; elsewhere, the type.
 
-    XLA:CPU multiplies in bfloat16 two to four times as fast if the result is float32 (`trainit benchmark
-    --only=products`), and to write a layer's part of an array of all layers, it converts all of them: a
-    seventh of a step. May go when neither is so.
+    XLA:CPU multiplies in bfloat16 two to four times as fast if the result is float32. And to write a layer's
+    part of an array of all layers, it converts all: a seventh of a step. May go when neither is so.
     """
     on_cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
     return jnp.float32 if on_cpu and jnp.dtype(dtype).itemsize == 2 else dtype
@@ -45,8 +44,8 @@ def keep(x: Any, name: str, mesh: Mesh | None) -> Any:
 def computed_after(x: jax.Array, others: Any, mesh: Mesh | None) -> jax.Array:
     """Returns x unchanged, but makes XLA:CPU compute `others` before anything that uses x.
 
-    XLA would compute bias gradients at a layer's end and keep their inputs: 5 % more memory. It drops barriers
-    on CPUs, but not 0 * other, which may be NaN: then the step does not count. May go when it keeps barriers.
+    XLA would compute bias gradients at a layer's end and keep their inputs: 5 % more memory. On CPUs it drops
+    barriers, but not 0 * other, as 0 * NaN is NaN: the step does not count. May go when it keeps barriers.
     """
     if mesh is None or mesh.devices.flat[0].platform != "cpu":
         return x

@@ -5,7 +5,6 @@
     trainit benchmark --suite=cpu
     trainit benchmark --only=prepare --corpus=FILES
     trainit benchmark --only=generate
-    trainit benchmark --only=products
 
 Times are medians over repetitions on this machine as it is; what counts is the ratios within one run.
 """
@@ -20,7 +19,6 @@ from trainit.config import Config, require
 
 DESCRIPTION = "Measures the loader, the train step, saves, and what processes, optimizers and logits cost."
 PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
-ALONE = ("prepare", "generate", "products")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is measured").add_argument
     count, steps = cli.number(int, 1), cli.number(int, 3)
     add(
-        "--only",
-        default="loader,step,save",
-        help=f"some of {', '.join(PARTS)}; or prepare, generate or products alone",
+        "--only", default="loader,step,save", help=f"some of {', '.join(PARTS)}; or prepare or generate alone"
     )
     add("--sweep", action="store_true", help="try other settings of the step that change no result")
     add("--suite", choices=("cpu", "gpu"), help="compare other programs on the same work; needs no config")
@@ -45,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints; returns the exit code."""
     only, steps, rounds = arguments.only.split(","), arguments.steps, arguments.rounds
-    unknown = sorted(set(only) - {*PARTS, *ALONE})
-    require(not unknown, f"--only={','.join(unknown)}: there are {', '.join((*PARTS, *ALONE))}")
+    unknown = sorted(set(only) - {*PARTS, "prepare", "generate"})
+    require(not unknown, f"--only={','.join(unknown)}: there are {', '.join(PARTS)}, prepare, generate")
     # What needs no config, and compares programs that are started without our settings.
     if arguments.suite:
         from trainit.tools.benchmark import suite
@@ -66,11 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     # As the command that trains.
     tune_process()
-    if "products" in only:
-        require(only == ["products"], "--only=products stands alone")
-        from trainit.tools.benchmark import products
-
-        return _print("product", products.measure(rounds))
     from trainit.cluster import logs
     from trainit.tools.benchmark import loader, overheads, step
 

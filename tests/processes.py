@@ -176,12 +176,19 @@ def end(process: subprocess.Popen, expect: int | None, timeout: float = 180) -> 
 
 def pid_of(launcher: subprocess.Popen, rank: int) -> int:
     """The process with this number among the children of launch/local.sh."""
-    for child in subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split():
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            if f"TRAINIT_PROCESS_ID={rank}".encode() in environment:
-                return int(child)
+    for child in with_variable(f"TRAINIT_PROCESS_ID={rank}", "-P", str(launcher.pid)):
+        return child
     raise AssertionError(f"no process {rank}")
+
+
+def with_variable(variable: str, *of_pgrep: str) -> list[int]:
+    """The processes that pgrep finds and whose environment has NAME=VALUE."""
+    found = []
+    for pid in subprocess.check_output(["pgrep", *of_pgrep], text=True).split():
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
+            if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(int(pid))
+    return found
 
 
 def last_step(workdir: Path) -> int:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, SMOOTH, assert_same_but_for_rounding, last_step, metrics
+from processes import ROOT, SMOOTH, assert_same_but_for_rounding, last_step, metrics, with_variable
 
 from trainit.train.checkpoint import CheckpointStore
 
@@ -82,10 +82,8 @@ class Job:
 
     def kill(self, number, with_signal):
         """Sends a signal to the process of this number, wherever it is."""
-        for pid in subprocess.check_output(["pgrep", "-f", f"trainit train.*{self.run}"], text=True).split():
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if f"TRAINIT_PROCESS_ID={number}".encode() in environment:
-                os.kill(int(pid), with_signal)
+        for pid in with_variable(f"TRAINIT_PROCESS_ID={number}", "-f", f"trainit train.*{self.run}"):
+            os.kill(pid, with_signal)
 
 
 @pytest.fixture

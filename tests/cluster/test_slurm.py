@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, SMOOTH, assert_same_but_for_rounding, metrics
+from processes import ROOT, SMOOTH, assert_same_but_for_rounding, metrics, with_variable
 
 from trainit.train.checkpoint import CheckpointStore
 
@@ -137,10 +137,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
     job = submit("--time=10", steps=100_000)
     job.wait(lambda: job.step() >= 2)
-    for pid in subprocess.check_output(["pgrep", "-f", f"trainit train.*{job.run}"], text=True).split():
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if b"SLURM_PROCID=2" in environment:
-            os.kill(int(pid), 9)
+    for pid in with_variable("SLURM_PROCID=2", "-f", f"trainit train.*{job.run}"):
+        os.kill(pid, 9)
     killed = time.monotonic()
     job.wait(job.ended)
     assert time.monotonic() - killed < 60

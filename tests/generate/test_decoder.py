@@ -65,8 +65,8 @@ def begin(decoder: Decoder, rows: int, ids: np.ndarray | None = None):
     ids = np.ones((rows, 4), np.int32) if ids is None else ids
     lengths, left = np.full(rows, ids.shape[1], np.int32), np.full(rows, 9, np.int32)
     entropy = np.zeros((rows, 2), np.uint32)
-    made = jax.jit(decoder.begin, static_argnums=(6, 7))
-    return made(decoder.parameters, ids, lengths, left, entropy, np.uint32(0), GREEDY, 32)[0]
+    made = jax.jit(decoder.begin, static_argnums=(7,))
+    return made(decoder.parameters, ids, lengths, left, entropy, np.uint32(0), GREEDY.arguments(), 32)[0]
 
 
 def greedy(model: GPT, params: dict, prompt: np.ndarray, length: int) -> list[int]:
@@ -144,3 +144,15 @@ def test_size_of_the_cache(run_of):
     cache = begin(decoder(run), 3).cache
     assert cache_bytes(run.config.model, 3, 32, 4) == sum(x.nbytes for layer in cache for x in layer)
     assert cache_bytes(run.config.model, 3, 32, 4) == 2 * 2 * 2 * (32 // 4) * 32 * 3 * 4
+
+
+def test_a_step_copies_no_cache(run_of):
+    """Its temporaries are smaller than the keys of one layer; a copy of the cache is four of these."""
+    _, run = run_of("Llama")
+    made = decoder(run)
+    state = begin(made, 1)
+    long = np.zeros((1, 1, 2, 2**14, 8), np.float32)
+    state = dataclasses.replace(state, cache=[(long, long)] * 2)
+    step = jax.jit(made.go_on, static_argnums=(3,), donate_argnums=(1,))
+    memory = step.lower(made.parameters, state, GREEDY.arguments(), 8).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < long.nbytes

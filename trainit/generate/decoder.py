@@ -8,6 +8,7 @@ In each step all rows have one token. The rows of a device's share of the batch 
 tokens stand in training (s counts shares, b rows of one), so that all is split over the mesh as it is there.
 """
 
+import functools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from trainit.model.gpt import GPT
 from trainit.model.layers import Documents
 from trainit.model.precision import PARTS, PartPrecision
 from trainit.parallel.collectives import Parallel
+from trainit.parallel.cpu_workarounds import computed_after
 from trainit.parallel.layout import replicated_sharding
 from trainit.parallel.mesh import choose_attention, compute_type
 from trainit.train.compiled import CompiledFunction
@@ -186,15 +188,13 @@ class Decoder:
         position_sb = jnp.minimum(state.position_B, slots - 1).reshape(self.shares, -1)
         layers, cache = iter(state.cache), []
 
-        def attend(q_sbHK, k_sbJK, v_sbJK, *_, **settings) -> jax.Array:
+        def attend(q_sbHK, k_sbJK, v_sbJK, *_, form: attention.Form, **__) -> jax.Array:
             p = self._parallel
             heads, kv_heads = p.spec("batch", None, "heads", None), p.spec("batch", None, "kv_heads", None)
             inputs = (heads, kv_heads, kv_heads, p.spec(*CACHE), p.spec(*CACHE), p.spec("batch", None))
             outputs = heads, (p.spec(*CACHE), p.spec(*CACHE))
 
-            def kernel(*arrays):
-                return attend_to_cache(*arrays, **settings)
-
+            kernel = functools.partial(attend_to_cache, mesh=p.mesh, form=form)
             mapped = p.shard_map_if_needed(kernel, inputs, outputs)
             y_sbHK, layer = mapped(q_sbHK, k_sbJK, v_sbJK, *next(layers), position_sb)
             cache.append(layer)
@@ -219,20 +219,36 @@ class Decoder:
         return replace(state, token_B=token_B, position_B=position_B, left_B=left_B, seen_BV=seen_BV)
 
 
-def attend_to_cache(q_sbHK, k_sbJK, v_sbJK, keys, values, position_sb, **settings) -> tuple[jax.Array, tuple]:
-    """Puts keys and values into their slots, and attends up to them: (s, b, H, K), and the new cache."""
+def attend_to_cache(
+    q_sbHK, k_sbJK, v_sbJK, keys, values, position_sb, mesh: Mesh | None, form: attention.Form
+) -> tuple[jax.Array, tuple]:
+    """Attends to the cache and to the new keys and values: (s, b, H, K), and the cache with these.
+
+    The new ones are put into their slots afterwards. If they were read from there, XLA:CPU would compute the
+    update twice, and copy the cache of each layer in each step.
+    """
     position_B = position_sb.reshape(-1)
-    rows_B = jnp.arange(len(position_B))
+    keys_BJSK, values_BJSK = (cache.reshape(-1, *cache.shape[2:]) for cache in (keys, values))
+    k_BJK, v_BJK = (new.reshape(-1, *new.shape[2:]).astype(keys.dtype) for new in (k_sbJK, v_sbJK))
+    (B, J, S, K), R = keys_BJSK.shape, q_sbHK.shape[2] // k_sbJK.shape[2]
+    q_BJRK = q_sbHK.reshape(B, J, R, K)
 
-    def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-        cache = cache.reshape(-1, *cache.shape[2:])
-        return cache.at[rows_B, :, position_B].set(new.reshape(-1, *new.shape[2:]).astype(cache.dtype))
+    # Scores are float32, and -inf where a slot is free or not to be seen. The new key comes last.
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    old_BJRS, new_BJR = product("bjrk,bjsk->bjrs", q_BJRK, keys_BJSK), product("bjrk,bjk->bjr", q_BJRK, k_BJK)
+    query_B1, slot_S = position_B[:, None], jnp.arange(S)
+    visible_BS = form.visible(query_B1, slot_S) & (slot_S < query_B1)
+    old_BJRS = jnp.where(visible_BS[:, None, None], form.scores(old_BJRS, K), -jnp.inf)
+    scores = jnp.concatenate([old_BJRS, form.scores(new_BJR, K)[..., None]], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    y_BJRK = product("bjrs,bjsk->bjrk", weights[..., :-1], values_BJSK)
+    y_BJRK = (y_BJRK + weights[..., -1:] * v_BJK[:, :, None]).astype(q_BJRK.dtype)
 
-    keys_BJSK, values_BJSK = put(keys, k_sbJK), put(values, v_sbJK)
-    q_B1HK = q_sbHK.reshape(-1, 1, *q_sbHK.shape[2:])
-    arrays = jnp.swapaxes(keys_BJSK, 1, 2), jnp.swapaxes(values_BJSK, 1, 2)
-    y_B1HK = attention.plain(q_B1HK, *arrays, position_BL=position_B[:, None], **settings)
-    return y_B1HK.reshape(q_sbHK.shape), (keys_BJSK.reshape(keys.shape), values_BJSK.reshape(values.shape))
+    def put(cache_BJSK: jax.Array, new_BJK: jax.Array) -> jax.Array:
+        new_BJK = computed_after(new_BJK, y_BJRK, mesh)
+        return cache_BJSK.at[jnp.arange(B), :, position_B].set(new_BJK).reshape(keys.shape)
+
+    return y_BJRK.reshape(q_sbHK.shape), (put(keys_BJSK, k_BJK), put(values_BJSK, v_BJK))
 
 
 def cache_bytes(model: Config, rows: int, slots: int, bytes_of_a_number: int) -> int:

@@ -402,7 +402,7 @@ def test_the_doctor_sees_a_folder_that_is_not_shared(random_dataset, tmp_path):
     )
     output = end(launch(2, *arguments, "--config.cpu_devices=4", **environment), 1, 90)
     assert [line.split()[0] for line in output.splitlines() if "  FAIL  " in line] == ["shared"]
-    assert "1 of 15 checks failed" in output
+    assert "1 of 16 checks failed" in output
     assert re.search(r"process 1 \([^)]*\) cannot see what process 0 \(", " ".join(output.split()))
 
 

@@ -1,5 +1,6 @@
 """Conversations as training data: which tokens count, batches prepared and streamed, losses, bad input."""
 
+import hashlib
 import json
 import shutil
 
@@ -273,6 +274,10 @@ def test_conversations_are_left_out_and_put_aside_with_their_marks(tmp_path):
     assert trainit_command(["verify", f"{tmp_path}/data"]) == 0
     dataset = open_dataset(tmp_path / "data")
     assert dataset.info["duplicates"] >= 30
+    # What is compared in the background of a run: all files of all shards, those of the marks among them.
+    files = list((tmp_path / "data").glob("*-0*.*"))
+    assert {path.suffix for path in files} == {".tokens", ".marks", ".documents", ".bytes", ".subsets"}
+    assert dataset.digests == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     found = {}
     for split in dataset.splits.values():
         starts, _, _ = split.documents(0)

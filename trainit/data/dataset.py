@@ -33,6 +33,7 @@ from trainit.tokenizers.base import digest
 from trainit.tokenizers.chat import marks
 
 FORMAT, CHAT = 3, 4  # texts, and conversations, whose marks earlier versions do not know
+PREPARED = FORMAT, CHAT
 
 
 def dtype_of(vocab_size: int) -> str:
@@ -183,7 +184,7 @@ class Dataset:
     def layout(self, length: int) -> str:
         """Returns which format the data has, and how sequences of `length` targets lie in it, for people."""
         format, stored = self.info["format"], self.splits["train"].stored
-        if format in (FORMAT, CHAT):
+        if format in PREPARED:
             return "prepared"
         if not stored:
             return f"{format}, read as one stream"
@@ -207,7 +208,7 @@ class Dataset:
     @property
     def digests(self) -> dict[Path, str]:
         """The SHA-256 of each file, as far as Trainit has prepared the data; with those of the `others`."""
-        if self.info["format"] != FORMAT:
+        if self.info["format"] not in PREPARED:
             return {}
         shards = [shard for split in self.info["splits"].values() for shard in split["shards"]]
         files = [(self.folder / shard["file"], shard["sha256"]) for shard in shards]
@@ -254,7 +255,7 @@ def read_info(folder: Path, named: str) -> dict:
         raise DatasetError(f"{named} does not exist; {demo}")
     try:
         info = json.loads((folder / "dataset.json").read_bytes())
-        if info["format"] in (FORMAT, CHAT):
+        if info["format"] in PREPARED:
             return info
     except FileNotFoundError:
         raise DatasetError(

@@ -2,17 +2,15 @@
 
 import time
 
-import numpy as np
 from absl import logging
 
 from trainit.config import Config, ConfigError, require
 from trainit.generate import texts
 from trainit.generate.decoder import Decoder
-from trainit.generate.sampling import Sampling
 from trainit.parallel.mesh import RunShape
 from trainit.tokenizers import Tokenizer
 
-ROWS, STEPS, SHOWN = 64, 32, 100  # prompts at once; tokens between two looks; characters in the log
+ROWS, SHOWN = 64, 100  # prompts at once; characters in the log
 
 
 class Samples:
@@ -42,7 +40,8 @@ class Samples:
         self._decoder.take(params)
         found = []
         for at in range(0, len(self._ids), ROWS):
-            found += self._write(self._decoder, self._ids[at : at + ROWS])
+            rows = [(ids, 0) for ids in self._ids[at : at + ROWS]]
+            found += texts.write(self._decoder, tokenizer, rows, c.eval.length)
         self._decoder.parameters = {}
 
         # What was written, in short, and in full.
@@ -51,11 +50,3 @@ class Samples:
             logging.info("text       %s | %s", prompt[-SHOWN:], text.text[:SHOWN].replace("\n", "\\n"))
         pairs = zip(self._prompts, found, strict=True)
         return [{"step": step, "prompt": prompt, **text.facts()} for prompt, text in pairs]
-
-    def _write(self, decoder: Decoder, prompts: list[np.ndarray]) -> list[texts.Text]:
-        length, context = self._config.eval.length, self._config.model.context_length
-        found = [texts.Text(self._tokenizer, ids, length, context, ()) for ids in prompts]
-        for tokens in decoder.generate([(ids, 0) for ids in prompts], length, Sampling(), 0, STEPS):
-            for row, text in enumerate(found):
-                text.add(tokens[:, row])
-        return found

@@ -1,17 +1,21 @@
 """Prompts from files, and texts as they grow."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from trainit.config import ConfigError, require
+from trainit.generate.decoder import Decoder
+from trainit.generate.sampling import Sampling
 from trainit.tokenizers import Tokenizer
 
 UNREADABLE = (
     "\N{REPLACEMENT CHARACTER}"  # that stands for bytes which are no character, or not a whole one yet
 )
+STEPS = 32  # tokens of each row between two looks at them
+GREEDY = Sampling()
 
 
 def read_prompts(lines: Iterable[str], name: str) -> list[str]:
@@ -106,3 +110,30 @@ class Text:
     def facts(self) -> dict:
         """What a JSON object says of the text."""
         return {"text": self.text, "tokens": len(self.ids), "ended": self.ended}
+
+
+def write(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    rows: Sequence[tuple[np.ndarray, int]],
+    length: int,
+    stops: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    steps: int = STEPS,
+    show: Callable[[str], None] | None = None,
+) -> list[Text]:
+    """The texts of rows, each a prompt's ids and which of this prompt's texts it is.
+
+    They are looked at after every `steps` tokens, and are done when all have ended. `show` is called with
+    each part of the first text as soon as it is sure.
+    """
+    texts = [Text(tokenizer, ids, length, decoder.config.context_length, stops) for ids, _ in rows]
+    for tokens in decoder.generate(rows, length, sampling, seed, steps):
+        for row, text in enumerate(texts):
+            more = "" if text.ended else text.add(tokens[:, row])
+            if show and row == 0 and more:
+                show(more)
+        if all(text.ended for text in texts):
+            break
+    return texts

@@ -16,7 +16,7 @@ from trainit.generate.parameters import mesh_for
 from trainit.generate.sampling import Sampling
 from trainit.train.finished.run import open_model
 
-STEPS, STEPS_SHOWN = 32, 8  # tokens of each row between two looks at them; where somebody reads along
+STEPS_SHOWN = 8  # tokens between two looks at them where somebody reads along
 
 
 class Writer:
@@ -51,21 +51,10 @@ class Writer:
     def write(
         self, rows: Sequence[tuple[np.ndarray, int]], show: Callable[[str], None] | None = None
     ) -> list[texts.Text]:
-        """The texts of rows, each a prompt's ids and which of this prompt's texts it is.
-
-        `show` is called with each part of the first text as soon as it is sure.
-        """
-        f = self._flags
-        found = [texts.Text(self._tokenizer, ids, f.length, self._context, f.stop) for ids, _ in rows]
-        steps = STEPS_SHOWN if show else STEPS
-        for tokens in self._decoder.generate(rows, f.length, self._sampling, f.seed, steps):
-            for row, text in enumerate(found):
-                more = text.add(tokens[:, row])
-                if show and row == 0 and more:
-                    show(more)
-            if all(text.ended for text in found):
-                break
-        return found
+        """The texts of rows, as `texts.write` has them."""
+        f, steps = self._flags, STEPS_SHOWN if show else texts.STEPS
+        chosen = f.length, f.stop, self._sampling, f.seed, steps
+        return texts.write(self._decoder, self._tokenizer, rows, *chosen, show)
 
     def explain(self, text: texts.Text) -> None:
         """Says why a text ends, where its reader may wonder."""

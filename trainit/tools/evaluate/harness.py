@@ -15,7 +15,7 @@ from lm_eval.utils import make_table
 from trainit.config import ConfigError
 from trainit.generate.decoder import Decoder
 from trainit.generate.sampling import Sampling
-from trainit.generate.texts import Text, encode
+from trainit.generate.texts import encode, write
 from trainit.tools.evaluate.loaded import LoadedModel
 from trainit.train import tasks
 
@@ -67,15 +67,17 @@ class HarnessModel(LM):
             heat = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
             # Of a context that does not fit, the beginning is left out.
             ids = encode(self._tokenizer, context)[-(self._longest - length) :]
-            alike.setdefault((length, stops, heat), []).append((index, ids))
+            alike.setdefault((length, stops, Sampling(temperature=heat)), []).append((index, ids))
 
         texts = [""] * len(requests)
-        for settings, rows in alike.items():
+        for (length, stops, sampling), rows in alike.items():
             rows.sort(key=lambda row: len(row[1]))
             for begin in range(0, len(rows), TEXTS):
-                indices, prompts = zip(*rows[begin : begin + TEXTS], strict=True)
-                for index, text in zip(indices, self._texts(prompts, *settings), strict=True):
-                    texts[index] = text
+                some = rows[begin : begin + TEXTS]
+                prompts = [(ids, 0) for _, ids in some]
+                written = write(self._decoder, self._tokenizer, prompts, length, stops, sampling)
+                for row, text in zip(some, written, strict=True):
+                    texts[row[0]] = text.text
         return texts
 
     @functools.cached_property
@@ -85,20 +87,6 @@ class HarnessModel(LM):
         decoder = Decoder(m.config, m.shape.device_mesh, m.config.precision, *ends)
         decoder.take(m.params)
         return decoder
-
-    def _texts(
-        self, prompts: Sequence[np.ndarray], length: int, stops: Sequence[str], heat: float
-    ) -> list[str]:
-        """What follows prompts."""
-        texts = [Text(self._tokenizer, ids, length, self._longest, stops) for ids in prompts]
-        rows, sampling = [(ids, 0) for ids in prompts], Sampling(temperature=heat)
-        for tokens in self._decoder.generate(rows, length, sampling, 0, 32):
-            for text, new in zip(texts, tokens.T, strict=True):
-                if not text.ended:
-                    text.add(new)
-            if all(text.ended for text in texts):
-                break
-        return [text.text for text in texts]
 
 
 @functools.cache

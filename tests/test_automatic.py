@@ -1,15 +1,12 @@
 """What is chosen where a config says auto: by platform, size and memory, with the same results."""
 
-import jax
 import numpy as np
 import pytest
 import tiny
+from first_steps import losses_and_norms
 
 from trainit import optimizers
 from trainit.config import MESH_AXES, MODELS, ConfigError, defaults, resolve
-from trainit.parallel.layout import batch_sharding
-from trainit.parallel.mesh import make_mesh, shape_on
-from trainit.train import step
 from trainit.train.automatic import choice
 
 GB = 1e9
@@ -111,15 +108,7 @@ def test_results_change_by_rounding_only():
         config = resolve(config, 257)
         if platform:
             config, _ = choice.settle(config, ONE, platform, GB)
-        mesh = make_mesh(ONE, jax.devices()[:1])
-        steps = step.build(config, shape_on(config, mesh))
-        ids = np.random.default_rng(0).integers(0, 257, (1, 2, config.model.context_length + 1))
-        batch = {"tokens": ids.astype(np.uint16), "lengths": np.full((1, 2), ids.shape[2] - 1, np.int32)}
-        batch, state, found = jax.device_put(batch, batch_sharding(mesh)), steps.init(), []
-        for _ in range(3):
-            state, result = steps.train(state, batch)
-            found += [float(result["train/loss"]), float(result["train/grad_norm"])]
-        return np.array(found)
+        return losses_and_norms(config, ONE, 257, 3)
 
     plain = losses("")
     assert plain[0] != plain[4]

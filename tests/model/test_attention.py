@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from first_steps import losses_and_norms
 from test_gpt import model_config, random_parameters, random_tokens
 
 from trainit import config as config_lib
 from trainit.model import attention
 from trainit.model.gpt import GPT
-from trainit.parallel.layout import batch_sharding
-from trainit.parallel.mesh import make_mesh, shape_on
-from trainit.train import step
 
 BLOCK = 4
 LENGTHS = {"one": 1, "a_block": 4, "one_more": 5, "stages": 31, "blocks_in_stages": 70}
@@ -209,16 +207,7 @@ def test_blockwise_over_a_mesh_is_that_of_one_device(sizes, changes):
         config.model.update(num_kv_heads=2, context_length=attention.BLOCK + 32, attention="blockwise")
         config.model.update(document_mask=True, end_of_text=3)
         config.model.update_from_flattened_dict(changes)
-        config = config_lib.resolve(config, 100)
-        mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-        steps = step.build(config, shape_on(config, mesh))
-        ids = np.random.default_rng(0).integers(0, 100, (1, 8, config.model.context_length + 1))
-        batch = {"tokens": ids.astype(np.uint16), "lengths": np.full((1, 8), ids.shape[2] - 1, np.int32)}
-        batch, state, found = jax.device_put(batch, batch_sharding(mesh)), steps.init(), []
-        for _ in range(2):
-            state, result = steps.train(state, batch)
-            found += [float(result["train/loss"]), float(result["train/grad_norm"])]
-        return found
+        return losses_and_norms(config_lib.resolve(config, 100), sizes, 100, 2)
 
     one = losses({"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
     many = losses({**sizes, "context": 1})

@@ -82,22 +82,18 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, site: jax.Array | 
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def plain(
-    q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0.0, form=Form(), position_BL=None
-) -> jax.Array:
+def plain(q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BJ=None, rate: float = 0.0, form=Form()) -> jax.Array:
     """Causal softmax attention, with all scores in memory: (B, L, H, K).
 
     H / J query heads share a key head. A token sees only its own document, by number (None: a row is one).
-    The weights of each row and key head have a dropout key (None: no dropout). Queries see the keys up to
-    their position among these (None: their own index).
+    The weights of each row and key head have a dropout key (None: no dropout).
     """
     B, L, H, K = q_BLHK.shape
     S, J = k_BSJK.shape[1:3]
     q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
     # Query heads that share a key head are one axis. Scores are float32, and -inf where nothing may be seen.
     scores = jnp.einsum("bljrk,bsjk->bjrls", q_BLJRK, k_BSJK, preferred_element_type=jnp.float32)
-    query = jnp.arange(L) if position_BL is None else position_BL[:, None, None]
-    visible = form.visible(query[..., None], jnp.arange(S))
+    visible = form.visible(jnp.arange(L)[:, None], jnp.arange(S))
     if document_BL is not None:
         visible = visible & (document_BL[:, None, None, :, None] == document_BL[:, None, None, None, :])
     scores = jnp.where(visible, form.scores(scores, K), -jnp.inf)

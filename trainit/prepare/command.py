@@ -16,7 +16,7 @@ from absl import logging
 from trainit import tokenizers
 from trainit.cluster import files, logs
 from trainit.cluster.process import FAILED, STOPPED
-from trainit.config import ConfigError
+from trainit.config import DATASETS, ConfigError
 from trainit.data.dataset import DatasetError
 from trainit.data.documents.reader import SUFFIXES
 from trainit.prepare import prepare, workers
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--template", default="", help="chat template: FILE or chatml; else the tokenizer folder's, or chatml"
     )
-    add("--date", default="2024-07-26", help="the day that chat templates take for today")
+    add("--date", default=DATASETS["chat"]().date, help="the day that chat templates take for today")
     add("--subset_field", help="dotted path of the subset's name (meta.pile_set_name; with --chat, none)")
     add("--on_error", default="stop", choices=("stop", "skip"), help="skip: list and count what is broken")
     add("--deduplicate", action="store_true", help="leave out documents that came before, byte for byte")

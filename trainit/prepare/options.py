@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from trainit import tokenizers
-from trainit.config import ConfigError, require
+from trainit.config import DATASETS, ConfigError, require
 from trainit.data.documents import reader
 from trainit.data.documents.inputs import Input, describe_all
 from trainit.prepare.writer import Unit
@@ -19,9 +19,9 @@ def check(args: argparse.Namespace):
     require(args.workers > 0, f"--workers={args.workers} must be above 0")
     require(args.shard_tokens > 0, f"--shard_tokens={args.shard_tokens} must be above 0")
     require(not (args.shard and args.join), "--shard and --join exclude each other: join comes last")
-    usual = ("messages", "") if args.chat else ("text", "meta.pile_set_name")
-    args.text_field = args.text_field or usual[0]
-    args.subset_field = usual[1] if args.subset_field is None else args.subset_field
+    usual = DATASETS["chat" if args.chat else "jsonl"]()
+    args.text_field = args.text_field or usual.text_field
+    args.subset_field = usual.subset_field if args.subset_field is None else args.subset_field
     require(not (args.chat and args.train_tokenizer), "--chat needs a tokenizer: train one on texts first")
     fraction = args.validation_fraction
     require(0 <= fraction < 1, f"--validation_fraction={fraction} must lie in [0, 1)")

@@ -21,7 +21,7 @@ from trainit.cluster.files import write_atomically
 from trainit.cluster.process import DONE, FAILED
 from trainit.config import ConfigError, require
 from trainit.data.dataset import FORMAT
-from trainit.data.documents import reader
+from trainit.data.documents import conversations, reader
 from trainit.data.documents.inputs import difference
 from trainit.data.documents.reader import Position
 from trainit.prepare import options, workers
@@ -67,8 +67,8 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
         f"--vocab_size={args.vocab_size}, but {path} has {tokenizer.vocab_size} ids already: remove it to "
         f"train it again, give its number, or name another file",
     )
-    fields = (args.text_field, "", *(["tools"] if args.chat else []))
-    tokenizer.examples = reader.first_texts(options.files(args.input, "input")[0][0], fields)
+    first = options.files(args.input, "input")[0][0]
+    tokenizer.examples = reader.first_texts(first, conversations.fields(args.text_field, "", args.chat))
     if lost := losses.describe(tokenizer):
         logging.warning("%-10s %s", "warning", lost)
     return tokenizer

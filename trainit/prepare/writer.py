@@ -58,7 +58,7 @@ class Recipe:
     @property
     def fields(self) -> Fields:
         """What is read of a line or row."""
-        return self.text_field, self.subset_field, *(["tools"] if self.chat else [])
+        return conversations.fields(self.text_field, self.subset_field, self.chat)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -2,9 +2,14 @@
 
 import numpy as np
 
-from trainit.data.documents.reader import Broken, Document
+from trainit.data.documents.reader import Broken, Document, Fields
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.chat.encode import encode as encode_one
+
+
+def fields(text: str, subset: str, chat: object) -> Fields:
+    """The dotted names of what is read of a line; conversations (`chat`) may have tools, too."""
+    return text, subset, *(["tools"] if chat else [])
 
 
 def encode(

@@ -78,7 +78,7 @@ class Corpus:
     @property
     def fields(self) -> reader.Fields:
         """What is read of a line."""
-        return self.text_field, self.subset_field, *(["tools"] if self.chat else [])
+        return conversations.fields(self.text_field, self.subset_field, self.chat)
 
     @functools.cached_property
     def groups(self) -> list[list[int]]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
 from trainit.cluster import hardware
-from trainit.config import Config
+from trainit.config import Config, ConfigDict
 from trainit.data.training_data import TrainingData
 from trainit.parallel.layout import batch_sharding
 from trainit.tools.benchmark import profile
@@ -96,10 +96,8 @@ class _Trial(NamedTuple):
 
 def _try(config: Config, dataset: TrainingData, changes: dict, count: int) -> _Trial:
     """Times the step with these fields changed."""
-    changed = config.to_dict()
-    for name, value in changes.items():
-        group, _, field = name.rpartition(".")
-        (changed[group] if group else changed)[field] = value
+    changed = ConfigDict(config.to_dict(), type_safe=False)  # "auto" may become a number
+    changed.update_from_flattened_dict(changes)
     try:
         bench = Bench(Config(changed), dataset)
         [times] = in_turn([bench.run], count)

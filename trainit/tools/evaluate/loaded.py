@@ -9,6 +9,7 @@ from absl import logging
 from trainit import cli, config, optimizers, tokenizers
 from trainit.cluster import devices
 from trainit.config import Config, ConfigDict, ConfigError, require
+from trainit.data.jsonl.dataset import is_chat
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape
 from trainit.tokenizers import Tokenizer
@@ -80,7 +81,7 @@ def _config(own: Config, dataset: str | None) -> ConfigDict:
     wanted.device_batch_size = ROWS
     wanted.update({name: saved[name] for name in ("precision", "precision_of", "seed", "model", "eval")})
     if "streams" in saved["dataset"]:
-        wanted.dataset = config.DATASETS["chat" if "template" in saved["dataset"] else "jsonl"]()
+        wanted.dataset = config.DATASETS["chat" if is_chat(saved["dataset"]) else "jsonl"]()
     wanted.dataset.update(saved["dataset"])
     if dataset:
         wanted.dataset = config.DATASETS[dataset]()

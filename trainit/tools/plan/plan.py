@@ -65,19 +65,17 @@ def plan(config: Config, devices: int, gpu: Accelerator, efficiency: float, comp
     times = roofline.times(config, shape, predicted, gpu, efficiency)
     parameters, state_bytes = metrics.parameter_count(state.params), device_bytes(split)
     return Plan(
-        *(
-            config,
-            gpu,
-            efficiency,
-            shape,
-            parameters,
-            state_bytes,
-            temporaries,
-            predicted,
-            compiled,
-            times,
-            computing,
-        )
+        config,
+        gpu,
+        efficiency,
+        shape,
+        parameters,
+        state_bytes,
+        temporaries,
+        predicted,
+        compiled,
+        times,
+        computing,
     )
 
 

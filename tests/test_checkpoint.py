@@ -183,7 +183,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, 
     (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 3_000_000))
     more = "--config.checkpoint.overwrite_config=True"
     (tmp_path / "sitecustomize.py").write_text(
-        "from trainit.train import save_retry\nsave_retry.RETRY_SECONDS = (1, 1)\n"
+        "from trainit.train.saved import retry\nretry.RETRY_SECONDS = (1, 1)\n"
     )
     output = run(*command, more, expect=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert "No space left on device" in output

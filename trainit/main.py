@@ -34,7 +34,7 @@ from trainit.train import loop as train
 from trainit.train.automatic import choice
 from trainit.train.recorder import NonFiniteError
 from trainit.train.reports.startup_timer import StartupTimer
-from trainit.train.save_retry import SaveError
+from trainit.train.saved.retry import SaveError
 
 
 def run(arguments: argparse.Namespace) -> NoReturn:

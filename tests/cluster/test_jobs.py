@@ -324,8 +324,8 @@ def test_a_mixture_in_blocks_goes_on_in_other_numbers_of_processes(job, subset_d
 
 
 FULL_DISK = """
-from trainit.train import save_retry
-save_retry.RETRY_SECONDS = (1, 1, 1)
+from trainit.train.saved import retry
+retry.RETRY_SECONDS = (1, 1, 1)
 if RANK == 1:
     import resource
     from trainit.train.checkpoint import CheckpointStore
@@ -352,7 +352,7 @@ def test_a_save_that_fails_on_one_process_is_done_again_by_all(job, patched, tmp
 def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
     """After the first save, which is good, no more: the job ends, and that one is whole."""
     never = FULL_DISK.replace("[FAILURES]", "[5]").replace("left[0] >= 0", "left[0] < 4")
-    code = "from trainit.train import save_retry\nsave_retry.RETRY_SECONDS = (1, 1, 1)\n" + never
+    code = "from trainit.train.saved import retry\nretry.RETRY_SECONDS = (1, 1, 1)\n" + never
     output = end(job(2, **patched(code)), 1, 120)
     assert "a checkpoint could not be saved in 4 attempts" in output
     assert CheckpointStore(tmp_path / "run", read_only=True).steps()[-1] == 3

@@ -25,7 +25,7 @@ from trainit.train.reports import startup_report
 from trainit.train.reports.startup_timer import StartupTimer
 from trainit.train.reports.trackers import RunLogger
 from trainit.train.resume import Resume, warm_up_again
-from trainit.train.save_retry import SaveRetry
+from trainit.train.saved.retry import SaveRetry
 from trainit.train.state import TrainState
 from trainit.train.step import build
 

@@ -82,6 +82,7 @@ def _module(name: str):
     path = {"train": "main", "prepare": "prepare.command", "fields": "tools.fields"}
     path |= {"completion": "tools.completion", "export": "tools.export", "import": "tools.import_model"}
     path |= {"verify": "tools.verify", "generate": "generate.command"}
+    path |= {"evaluate": "generate.evaluate.command"}
     path |= {name: f"experiments.{name}.command" for name in ("compare", "sweep")}
     return importlib.import_module(f"trainit.{path.get(name, f'tools.{name}.command')}")
 

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from trainit import cli  # noqa: E402
 from trainit.cluster import devices  # noqa: E402
 from trainit.config import ConfigError  # noqa: E402
-from trainit.tools.evaluate import command, harness, loaded  # noqa: E402
+from trainit.generate.evaluate import command, harness, loaded  # noqa: E402
 
 TEXT = "some words and more words, even more words than that. " * 9
 PAIRS = [

@@ -16,7 +16,7 @@ from trainit.cluster.process import DONE
 from trainit.config import DATASETS, ConfigError
 
 if TYPE_CHECKING:
-    from trainit.tools.evaluate.loaded import LoadedModel
+    from trainit.generate.evaluate.loaded import LoadedModel
 
 DESCRIPTION = "The validation loss of a trained model, by subset, on any data that the trainer reads."
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the metrics, and returns the exit code."""
     logs.log_to_terminal(lead=not arguments.json)
-    from trainit.tools.evaluate.loaded import load
+    from trainit.generate.evaluate.loaded import load
 
     model = load(arguments, needs_data=not arguments.tasks)
     if arguments.tasks:
@@ -64,7 +64,7 @@ def _tasks(model: "LoadedModel", arguments: argparse.Namespace) -> int:
     """Runs tasks of lm-evaluation-harness, and prints what it prints."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'trainit[tasks]'")
-    from trainit.tools.evaluate import harness
+    from trainit.generate.evaluate import harness
 
     results, table = harness.run(model, arguments.tasks, arguments.include_path, arguments.limit)
     print(json.dumps(results) if arguments.json else table)

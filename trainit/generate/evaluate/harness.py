@@ -14,9 +14,9 @@ from lm_eval.utils import make_table
 
 from trainit.config import ConfigError
 from trainit.generate.decoder import Decoder
+from trainit.generate.evaluate.loaded import LoadedModel
 from trainit.generate.sampling import Sampling
 from trainit.generate.texts import encode, write
-from trainit.tools.evaluate.loaded import LoadedModel
 from trainit.train import tasks
 
 TEXTS = 16  # written at once

@@ -83,7 +83,7 @@ def _module(name: str):
     path |= {"completion": "tools.completion", "export": "tools.export", "import": "tools.import_model"}
     path |= {"verify": "tools.verify", "generate": "generate.command"}
     path |= {"evaluate": "generate.evaluate.command"}
-    path |= {name: f"experiments.{name}.command" for name in ("compare", "sweep")}
+    path |= {name: f"experiments.{name}.command" for name in ("compare", "sweep", "plan")}
     return importlib.import_module(f"trainit.{path.get(name, f'tools.{name}.command')}")
 
 

@@ -15,6 +15,7 @@ from processes import ROOT, start
 from trainit import optimizers
 from trainit.cluster import devices
 from trainit.config import MESH_AXES, defaults, model, resolve
+from trainit.experiments.plan import hlo
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.tools.benchmark import contender, generating, suite
@@ -107,7 +108,7 @@ def test_a_real_profile_finds_every_part():
     found = where.shares(
         where.profile(lambda: compiled(state, batch)), where.instructions(compiled.as_text())
     )
-    assert set(where.PARTS) <= set(found)
+    assert set(hlo.PARTS) <= set(found)
     assert abs(sum(found.values()) - 1) < 1e-6
 
 

@@ -9,14 +9,12 @@ from typing import Any
 
 import jax
 
+from trainit.experiments.plan import hlo
 from trainit.parallel.trees import device_bytes
-from trainit.tools.plan import hlo
 from trainit.train.state import TrainState
 
-PARTS = ("attention", "mlp", "head", "embedding", "optimizer")  # named scopes of model and step
 LABELS = {"mlp": "MLP", "head": "head and loss"}
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
-_PART = re.compile(rf"\b({'|'.join(PARTS)})\b")
 _COMMUNICATION = re.compile(rf"({'|'.join(hlo.KINDS)})\b")
 # Instructions that only run others, whose own times are in the profile, too.
 _CONTROL = re.compile(r"(while|call|conditional|async-(start|update|done))\b")
@@ -24,7 +22,7 @@ _CONTROL = re.compile(r"(while|call|conditional|async-(start|update|done))\b")
 
 def instructions(text: str) -> dict[str, str]:
     """Returns the part that each instruction of a compiled program (HLO) belongs to, or ""."""
-    return {name: (_PART.findall(scopes) or [""])[0] for name, scopes in _INSTRUCTION.findall(text)}
+    return {name: hlo.part_of(scopes) for name, scopes in _INSTRUCTION.findall(text)}
 
 
 def shares(events: Iterable[tuple[str, float]], parts: Mapping[str, str]) -> dict[str, float]:

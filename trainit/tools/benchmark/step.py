@@ -13,9 +13,9 @@ from jax.errors import JaxRuntimeError
 from trainit.cluster import hardware
 from trainit.config import Config, ConfigDict
 from trainit.data.training_data import TrainingData
+from trainit.experiments.plan import hlo
 from trainit.parallel.layout import batch_sharding
 from trainit.tools.benchmark import profile
-from trainit.tools.plan import hlo
 from trainit.tools.timing import WARMUP, in_turn
 from trainit.train import metrics, step
 from trainit.train.automatic import choice

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from trainit.experiments.plan import hlo
+from trainit.experiments.plan.hlo import Collective
 from trainit.parallel.layout import replicated_sharding
 from trainit.parallel.mesh import make_mesh
-from trainit.tools.plan import hlo
-from trainit.tools.plan.hlo import Collective
 
 pytestmark = pytest.mark.evidence(
     "exchanged bytes are read from compiled programs, against small programs whose exchanges are known"
@@ -141,12 +141,12 @@ def _subsets():
     ],
 )
 def test_groups(text, expected):
-    assert hlo._groups(text, 4).tolist() == expected
+    assert hlo.device_groups(f"replica_groups={text}", 4).tolist() == expected
 
 
 def test_groups_that_are_no_axes():
-    axes = functools.partial(hlo._axes, sizes=SIZES)
-    assert axes(hlo._groups("{{0,1},{2,3},{4,6},{5,7}}", 8)) == ("?",)
+    axes = functools.partial(hlo.axes_of, sizes=SIZES)
+    assert axes(hlo.device_groups("replica_groups={{0,1},{2,3},{4,6},{5,7}}", 8)) == ("?",)
 
 
 def test_a_loop_without_a_known_length_is_refused():

@@ -2,8 +2,9 @@
 
     trainit plan --config=configs/pile_gpt.py:model=llama2_7b --devices=8,64
 
-The real step is compiled for as many virtual devices, and what they exchange is compared with the formula.
-Above --compile_up_to devices, the formula is used alone.
+The real step is compiled for these GPUs if JAX's CUDA plugin is installed (no GPU is needed), or else for as
+many virtual CPU devices. What they exchange is compared with the formula, which is used alone above
+--compile_up_to devices.
 """
 
 import argparse
@@ -11,12 +12,11 @@ import os
 
 from trainit import cli
 from trainit import config as config_lib
-from trainit.cluster.hardware import ACCELERATORS
 from trainit.cluster.process import DONE
 from trainit.config import Config, ConfigDict, require
+from trainit.experiments.plan.targets import TARGETS
 
 DESCRIPTION = "Predicts memory, what devices exchange, time and MFU of a config's train step on GPUs."
-GPUS = {gpu.name: gpu for gpu in ACCELERATORS if gpu.node}  # those whose links are known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--devices", metavar="N[,N...]", default="8", help="GPUs of the job, or several numbers of them")
     rows = "sequences of a step on each part of data × fsdp, instead of batch_size; 0: batch_size"
     add("--rows", type=number, default=0, help=rows)
-    add("--gpu", choices=GPUS, default="H100", help="kind of GPU")
+    add("--gpu", choices=TARGETS, default="H100", help="kind of GPU")
     add("--efficiency", type=fraction, default=0.6, help="fraction of the peak that computation reaches")
     bound = "maximum of virtual devices for which the step is compiled"
     add("--compile_up_to", type=number, default=512, help=bound)
@@ -43,17 +43,19 @@ def run(arguments: argparse.Namespace) -> int:
     counts = [int(number) for number in numbers]
     config = cli.load_config(arguments)
     from trainit.cluster import devices
-    from trainit.tools.plan import report
-    from trainit.tools.plan.plan import plan
+    from trainit.experiments.plan import gpu, report
+    from trainit.experiments.plan.plan import plan
 
     compiled = [count for count in counts if count <= arguments.compile_up_to]
-    devices.configure("cpu", max(compiled, default=1), cli.cache())
+    environment, missing = dict(os.environ), gpu.missing()
+    devices.configure("cpu", max(compiled, default=1) if missing else 1, cli.cache())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     plans = []
     for count in counts:
         resolved = _resolve(config.copy_and_resolve_references(), count, arguments)
-        plans.append(plan(resolved, count, GPUS[arguments.gpu], arguments.efficiency, count in compiled))
-        print(report.describe(plans[-1]), flush=True)
+        compiles = "" if count not in compiled else "CPU" if missing else "GPU"
+        plans.append(plan(resolved, count, arguments.gpu, arguments.efficiency, compiles, environment))
+        print(report.describe(plans[-1], missing), flush=True)
     if len(plans) > 1:
         print(report.table(plans))
     return DONE

@@ -8,8 +8,8 @@ import numpy as np
 
 from trainit.cluster.hardware import Accelerator
 from trainit.config import Config
+from trainit.experiments.plan.hlo import Collective
 from trainit.parallel.mesh import RunShape
-from trainit.tools.plan.hlo import Collective
 from trainit.train import metrics
 
 
@@ -67,12 +67,16 @@ def times(
 def bandwidth(axes: tuple[str, ...], sizes: Mapping[str, int], gpu: Accelerator) -> float:
     """Returns the bytes a second that a device sends if all groups over these axes exchange at once.
 
-    A group's ring leaves a machine once, through the network cards of all its members there. Devices are
-    numbered along the mesh, whose last axis varies fastest.
+    Devices are numbered along the mesh, whose last axis varies fastest.
     """
     grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    group = grid[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel()
-    in_first_machine = int((group < gpu.node).sum())
-    if in_first_machine == len(group):
-        return gpu.inside
-    return min(gpu.inside, in_first_machine * gpu.across)
+    return ring_bandwidth(grid[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel(), gpu)
+
+
+def ring_bandwidth(group: np.ndarray, gpu: Accelerator) -> float:
+    """Returns the bytes a second that a device of this group sends around its ring.
+
+    The ring leaves a machine once, through the network cards of all members that are there.
+    """
+    in_first_machine = int((group // gpu.node == group[0] // gpu.node).sum())
+    return gpu.inside if in_first_machine == len(group) else min(gpu.inside, in_first_machine * gpu.across)

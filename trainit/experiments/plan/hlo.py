@@ -21,9 +21,12 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+PARTS = ("attention", "mlp", "head", "embedding", "optimizer")  # named scopes of model and step
+_PART = re.compile(rf"\b({'|'.join(PARTS)})\b")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _NAME = re.compile(r"%[\w.-]+")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
+_SCOPE = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+|f8\w+)\[([\d,]*)\]")
 
 
@@ -89,12 +92,39 @@ def _enable_cache(enabled: bool):
     compilation_cache.reset_cache()
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """A line of a computation."""
+
     root: str | None  # whether its result is the computation's
     name: str
     result: str  # its type
     operation: str
     rest: str  # operands and attributes
+    scope: str  # where the program's source has it, by JAX's names
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of the instructions whose results it takes."""
+        return _NAME.findall(self.rest.partition(")")[0])
+
+    def calls(self, attribute: str) -> str:
+        """The name of the computation that it runs, by the attribute: body, calls, to_apply."""
+        return match_or_raise(rf"\b{attribute}=(%[\w.-]+)", self.rest)[1]
+
+
+def part_of(scope: str) -> str:
+    """Returns the part of model and step that a scope is in, or ""."""
+    return (_PART.findall(scope) or [""])[0]
+
+
+def arrays(result: str) -> list[tuple[str, list[int]]]:
+    """Returns the types and dimensions of the arrays that a type is made of."""
+    return [(dtype, numbers(dims)) for dtype, dims in _ARRAY.findall(result)]
+
+
+def size_of(result: str) -> int:
+    """Returns the bytes of all arrays of a type. pred has 8 bits."""
+    return sum(math.prod(dims) * (*numbers(dtype), 8)[0] // 8 for dtype, dims in arrays(result))
 
 
 def read(text: str, sizes: Mapping[str, int]) -> list[Collective]:
@@ -103,29 +133,29 @@ def read(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     Raises ValueError if one is asynchronous, or is in a loop that does not count from 0 up to a constant, as
     those of JAX's scans do.
     """
-    computations, entry = _computations(text)
+    program, entry = computations(text)
 
     @functools.cache
     def collectives(computation: str) -> tuple[Collective, ...]:
         found: list[Collective] = []
-        for _, _, result, operation, rest in _distinct(computations[computation]):
+        for _, _, result, operation, rest, _ in _distinct(program[computation]):
             if operation in KINDS:
                 found.append(_collective(operation, result, rest, sizes))
             elif operation.removesuffix("-start") in KINDS:
                 raise ValueError(f"{operation}: give the text after partitioning, where none is asynchronous")
             elif operation == "while":
-                if body := collectives(_match(r"\bbody=(%[\w.-]+)", rest)[1]):
-                    count = _iterations(computations[_match(r"\bcondition=(%[\w.-]+)", rest)[1]])
+                if body := collectives(match_or_raise(r"\bbody=(%[\w.-]+)", rest)[1]):
+                    count = iterations(program[match_or_raise(r"\bcondition=(%[\w.-]+)", rest)[1]])
                     found += [replace(one, times=one.times * count) for one in body]
             elif operation in ("call", "conditional"):  # every branch of a conditional counts
                 for called in _NAME.findall(rest[rest.index(")") :]):
-                    found += collectives(called) if called in computations else ()
+                    found += collectives(called) if called in program else ()
         return tuple(found)
 
     return [one for one in collectives(entry) if one.devices > 1]
 
 
-def _match(pattern: str | re.Pattern, text: str) -> re.Match:
+def match_or_raise(pattern: str | re.Pattern, text: str) -> re.Match:
     """Returns the first match. If there is none, this version of XLA writes programs in another form."""
     match = re.search(pattern, text)
     if match is None:
@@ -133,21 +163,22 @@ def _match(pattern: str | re.Pattern, text: str) -> re.Match:
     return match
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Returns the instructions of each computation, and the name of the one that runs first."""
-    computations: dict[str, list[_Instruction]] = {}
+    found: dict[str, list[Instruction]] = {}
     entry, instructions = "", []
     for line in text.splitlines():
         if match := re.match(r"(ENTRY )?(%[\w.-]+) .*\{$", line):
-            instructions = computations[match[2]] = []
+            instructions = found[match[2]] = []
             entry = match[2] if match[1] else entry
         elif line.startswith("  "):
-            parts = _match(_INSTRUCTION, re.sub(r", (metadata=\{.*?\}|channel_id=\d+)", "", line))
-            instructions.append(_Instruction(*parts.groups()))
-    return computations, entry
+            scope = _SCOPE.search(line)
+            parts = match_or_raise(_INSTRUCTION, re.sub(r", (metadata=\{.*?\}|channel_id=\d+)", "", line))
+            instructions.append(Instruction._make((*parts.groups(), scope[1] if scope else "")))
+    return found, entry
 
 
-def _distinct(instructions: list[_Instruction]) -> list[_Instruction]:
+def _distinct(instructions: list[Instruction]) -> list[Instruction]:
     """Returns the instructions without those that equal an earlier one. Operands come before their users."""
     representative: dict[str, str] = {}  # of each name: the first name with the same value
     first: dict[tuple, str] = {}
@@ -161,10 +192,10 @@ def _distinct(instructions: list[_Instruction]) -> list[_Instruction]:
     return distinct
 
 
-def _iterations(condition: list[_Instruction]) -> int:
+def iterations(condition: list[Instruction]) -> int:
     """Returns how often a loop runs whose condition is i < constant, for i from 0."""
     constants: dict[str, str] = {}
-    for root, name, result, operation, rest in condition:
+    for root, name, result, operation, rest, _ in condition:
         if operation == "constant" and result in ("s32[]", "s64[]"):
             constants[name] = rest.partition(")")[0]
         elif operation == "copy":
@@ -179,22 +210,20 @@ def _iterations(condition: list[_Instruction]) -> int:
 
 def _collective(kind: str, result: str, rest: str, sizes: Mapping[str, int]) -> Collective:
     """Returns the collective of an instruction, which runs once."""
-    groups = _groups(
-        _match(r"(?:replica_groups|source_target_pairs)=(.*)", rest)[1], math.prod(sizes.values())
-    )
-    arrays = [(dtype, _numbers(dims)) for dtype, dims in _ARRAY.findall(result)]
-    size = sum(math.prod(dims) * (*_numbers(dtype), 8)[0] / 8 for dtype, dims in arrays)  # pred has 8 bits
+    groups = device_groups(rest, math.prod(sizes.values()))
+    size = size_of(result)
     size *= groups.shape[1] if kind == "reduce-scatter" else 1  # its result is a part of the whole array
-    dtypes = "+".join(dict.fromkeys(dtype for dtype, _ in arrays))
-    return Collective(kind, dtypes, _axes(groups, sizes), groups.shape[1], round(size), 1)
+    dtypes = "+".join(dict.fromkeys(dtype for dtype, _ in arrays(result)))
+    return Collective(kind, dtypes, axes_of(groups, sizes), groups.shape[1], size, 1)
 
 
-def _groups(text: str, devices: int) -> np.ndarray:
-    """Returns device numbers (groups, devices of a group) from any of the forms in which XLA writes them."""
+def device_groups(rest: str, devices: int) -> np.ndarray:
+    """Returns the device numbers (groups, devices of a group) of a collective, in any of XLA's forms."""
+    text = match_or_raise(r"(?:replica_groups|source_target_pairs)=(.*)", rest)[1]
     if text.startswith("{}"):  # all devices
         return np.arange(devices)[None]
     if match := re.match(r"\{\{.*?\}\}", text):  # {{0,2},{1,3}}
-        return np.array([_numbers(group) for group in match[0].split("},{")])
+        return np.array([numbers(group) for group in match[0].split("},{")])
     if match := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):  # [2,2]<=[2,2]T(1,0)
         return _iota(match[3], match[4]).reshape(int(match[1]), int(match[2]))
     if match := re.match(  # mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}
@@ -208,15 +237,15 @@ def _groups(text: str, devices: int) -> np.ndarray:
     raise ValueError(f"replica groups of an unknown form: {text[:80]}")
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
     """Returns the numbers from 0 in an array of shape `dims`, transposed, then flattened: [4,2]T(1,0)."""
-    shape = _numbers(dims)
+    shape = numbers(dims)
     grid = np.arange(math.prod(shape)).reshape(shape)
-    return grid.transpose(_numbers(order) if order else range(len(shape))).ravel()
+    return grid.transpose(numbers(order) if order else range(len(shape))).ravel()
 
 
 def _along(grid: np.ndarray, dims: Sequence[int]) -> np.ndarray:
@@ -225,7 +254,7 @@ def _along(grid: np.ndarray, dims: Sequence[int]) -> np.ndarray:
     return moved.reshape(-1, math.prod(grid.shape[dim] for dim in dims))
 
 
-def _axes(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
+def axes_of(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Returns the mesh axes that these groups of devices span; ("?",) if they are no whole axes."""
     wanted = set(map(frozenset, groups.tolist()))
     grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))

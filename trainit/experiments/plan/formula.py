@@ -22,10 +22,10 @@ from typing import NamedTuple
 import jax
 
 from trainit.config import MESH_AXES, Config
+from trainit.experiments.plan.hlo import Collective
 from trainit.parallel.layout import is_stacked, logical_axes, mesh_axes, parameter_kind
 from trainit.parallel.mesh import RunShape
 from trainit.parallel.trees import path_name
-from trainit.tools.plan.hlo import Collective
 
 WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4}  # bytes, by XLA's names of types
 COMPUTE_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}

@@ -31,7 +31,7 @@ task=${SGE_TASK_ID/undefined/}
 me=$JOB_ID${task:+.$task}
 work=$PWD/.trainit-$me # all hosts see it
 rm -rf "$work"
-mkdir "$work" || exit 1
+mkdir -m 700 "$work" || exit 1 # the environment and the token are nobody else's
 trap 'rm -rf "$work"' EXIT
 # USR2 comes before the job is killed: it was deleted, or its time is over. In neither case may it revive
 # itself. USR1 comes before it is suspended.
@@ -49,6 +49,10 @@ export TRAINIT_JOB="Grid Engine job $me" TRAINIT_NUM_PROCESSES=$((${#hosts[@]} *
 export TRAINIT_LOCAL_PROCESSES=$here TRAINIT_COORDINATOR=${hosts[0]}:$((61440 + (JOB_ID + ${task:-0}) % 4096))
 # Schedulers lose exit codes; what counts is what the processes leave here: see trainit/main.py.
 export TRAINIT_MARKER=$work/marker
+# What lets a process into this job, in a file of its own: qrsh hands over no variables.
+(umask 077 && od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n' >"$work/token") || exit 1
+unset TRAINIT_TOKEN
+export TRAINIT_TOKEN_FILE=$work/token
 # What is asked of Grid Engine too late is ignored: the run is to stop by itself, in good time.
 limit=$(qstat -j "$JOB_ID" 2>/dev/null | sed -n 's/^hard resource_list:.*h_rt=\([0-9]*\).*/\1/p')
 export TRAINIT_STOP_AT=${limit:+$(($(date +%s) + limit - ${TRAINIT_MARGIN:-300}))}

@@ -26,6 +26,10 @@ processes=${TRAINIT_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 # Schedulers merge exit codes; what counts is what the processes leave here: see trainit/main.py.
 export TRAINIT_MARKER=$PWD/.trainit-$SLURM_JOB_ID
 rm -f "$TRAINIT_MARKER" "$TRAINIT_MARKER.failed"
+# What lets a process into this job; srun hands it over in the environment, which other users cannot read.
+TRAINIT_TOKEN=$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n') || exit 1
+unset TRAINIT_TOKEN_FILE
+export TRAINIT_TOKEN
 # TERM to this script is a cancellation, the time limit or a requeue by Slurm itself: in none of these
 # may the job revive itself.
 ended=
@@ -36,8 +40,9 @@ echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $S
 cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} # srun does not inherit it
 # USR1 is ignored until Trainit listens to it: by default it would end a process that is still starting.
 # In the background, since bash sits on a trap while it waits for a child in the foreground.
+# --export=ALL: after "sbatch --export=...", srun would hand over only what was named there.
 # shellcheck disable=SC2016,SC2086
-srun --kill-on-bad-exit=1 --overcommit --ntasks-per-node="$processes" $cpus \
+srun --export=ALL --kill-on-bad-exit=1 --overcommit --ntasks-per-node="$processes" $cpus \
   bash -c 'trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@"' trainit "$@" &
 pid=$!
 while :; do

@@ -145,8 +145,15 @@ def run_imported(*args: str, expect: int = 0, **environment: str) -> str:
     return end(Fork(*args, **environment), expect)
 
 
-def launch(count: int, *args: str, **environment: str) -> subprocess.Popen:
-    """launch/local.sh with `count` processes; its output is text, all streams of all processes in one."""
+def launch(count: int, *args: str, terminal: int = -1, **environment: str) -> subprocess.Popen:
+    """launch/local.sh with `count` processes; its output is text, all streams of all processes in one.
+
+    Given a terminal's file descriptor, all of that is there instead, and its end hangs them up.
+    """
+    streams: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    if terminal >= 0:
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+        streams["preexec_fn"] = lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
     return subprocess.Popen(
         [ROOT / "launch/local.sh", "-n", str(count), *map(str, args)],
         cwd=ROOT,
@@ -155,8 +162,7 @@ def launch(count: int, *args: str, **environment: str) -> subprocess.Popen:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             **environment,
         },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        **streams,
         text=True,
         start_new_session=True,
     )

@@ -3,12 +3,14 @@
 import os
 import signal
 import socket
+import threading
 import time
 
 import pytest
 
 from trainit.cluster import heartbeats
-from trainit.cluster.messages import Peer, Peers, encode, receive
+from trainit.cluster.authentication import Handshake
+from trainit.cluster.messages import LONGEST_BYTES, Channel, Peer, Peers
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.process import STOP_SIGNALS
 
@@ -20,6 +22,13 @@ def wait_for(condition, seconds=10.0):
         time.sleep(0.01)
 
 
+def channels() -> tuple[Channel, Channel]:
+    """Both ends of a connection: process 0's, and the other's."""
+    handshake = Handshake(b"a token of the tests", b"nonces")
+    ends = socket.socketpair()
+    return Channel(ends[0], handshake.keys(True)), Channel(ends[1], handshake.keys(False))
+
+
 @pytest.fixture
 def job(monkeypatch):
     """Two monitors that are connected, and the exit codes with which they leave."""
@@ -28,7 +37,7 @@ def job(monkeypatch):
     monkeypatch.setattr("trainit.cluster.monitor.DRAIN_SECONDS", 0.2)
     codes = {0: [], 1: []}
     monitors = [JobMonitor(number, 2, codes[number].append, 60.0) for number in (0, 1)]
-    ends = socket.socketpair()
+    ends = channels()
     for number, monitor in enumerate(monitors):
         monitor.connect([Peer(1 - number, "host", 100 + number, ends[number])])
     yield monitors, codes
@@ -80,22 +89,92 @@ def test_a_failure_ends_both_with_its_code(job, caplog):
 
 
 def test_messages_end_where_the_next_begins():
-    ends = socket.socketpair()
-    ends[0].sendall(encode({"a": 1}) + encode({"b": [2]}) + b'{"c"')
-    assert receive(ends[1]) == {"a": 1}
-    ends[1].setblocking(False)
-    peer = Peer(0, "host", 1, ends[1])
+    lead, other = channels()
+    peer = Peer(0, "host", 1, other)
+    lead.send({"a": 1})
+    lead.send({"b": [2]})
+    lead.connection.send(b"0123")
+    assert other.receive() == {"a": 1}
     assert peer.read() == [{"b": [2]}]
     assert peer.read() == []
-    ends[0].sendall(b": 3}\n")
-    assert peer.read() == [{"c": 3}]
-    ends[0].close()
+    lead.connection.close()
     assert peer.read() is None
+
+
+def test_a_message_that_the_system_takes_only_in_part_arrives_whole():
+    lead, other = channels()
+    lead.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    texts = [str(number) * 200_000 for number in range(4)]
+    for text in texts:
+        lead.send({"text": text})
+    assert lead._unsent  # not all of it has gone
+    arrived = []
+    while len(arrived) < 4:
+        while (message := other.receive()) is not None:
+            arrived.append(message["text"])
+        lead.send({"text": "more"})
+    assert arrived[:4] == texts
+
+
+def repeat(line: bytes) -> bytes:
+    return line + line
+
+
+def change(line: bytes) -> bytes:
+    return line.replace(b"SIGTERM", b"SIGKILL")
+
+
+def replace_by_the_unsigned(line: bytes) -> bytes:
+    return line[64:]
+
+
+def add(line: bytes) -> bytes:
+    return line + b"0" * 64 + b'{"want": "stop", "reason": "mine"}\n'
+
+
+def drop_the_first(line: bytes) -> bytes:
+    return line.partition(b"\n")[2]
+
+
+def flood(line: bytes) -> bytes:
+    return b"0" * (LONGEST_BYTES + 100_000)
+
+
+@pytest.mark.parametrize("meddle", [repeat, change, replace_by_the_unsigned, add, drop_the_first, flood])
+def test_who_sits_between_two_hosts_cannot_meddle_with_their_messages(meddle):
+    """What is changed, repeated, added or left out on the way is noticed; so is one's own coming back."""
+    lead, other = channels()
+    way_in, way_out = socket.socketpair()
+    receiver = Channel(way_out, Handshake(b"a token of the tests", b"nonces").keys(False))
+    lead.send({"want": "stop", "reason": "SIGTERM"})
+    lead.send({"last": 1})
+    threading.Thread(target=way_in.sendall, args=(meddle(other.connection.recv(4096)),), daemon=True).start()
+    with pytest.raises(ValueError, match="a message"):
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            receiver.receive()
+
+
+def test_a_message_does_not_pass_for_one_of_the_other_side():
+    lead, other = channels()
+    lead.send({"want": "stop", "reason": "SIGTERM"})
+    other.connection.send(other.connection.recv(4096))
+    with pytest.raises(ValueError, match="a message with a wrong signature"):
+        lead.receive()
+
+
+def test_a_forged_message_ends_the_job_with_the_name_of_its_connection(job, caplog):
+    (lead, other), codes = job
+    other._peers[0].channel.connection.send(b"0" * 64 + b'{"want": "stop", "reason": "mine"}\n')
+    wait_for(lambda: codes == {0: [1], 1: [1]})
+    text = "process 1 (host, pid 100) is cut off: its connection has brought what it has not sent"
+    assert any(text in record.getMessage() for record in caplog.records)
+    assert not lead.agreement.stop_requested()
 
 
 def test_silent_and_late_processes_are_named():
     peers, sent = Peers(), []
-    ends = [socket.socketpair() for _ in range(2)]
+    ends = [channels() for _ in range(2)]
     peers.connect(Peer(number + 1, f"h{number}", 7, ends[number][0], heard=0.0) for number in range(2))
     peers.send = sent.append
     lead = heartbeats.Heartbeats(0, peers, 10.0)
@@ -118,7 +197,7 @@ def test_silent_and_late_processes_are_named():
 
 def test_after_a_suspension_nobody_is_silent():
     peers = Peers()
-    peers.connect([Peer(1, "h", 7, socket.socketpair()[0], heard=0.0)])
+    peers.connect([Peer(1, "h", 7, channels()[0], heard=0.0)])
     beats = heartbeats.Heartbeats(0, peers, 40.0)
     now = time.monotonic()
     assert not beats.was_suspended(now + 5)

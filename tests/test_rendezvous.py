@@ -1,6 +1,7 @@
 """How processes come together: here as threads, each with its own end of real connections."""
 
 import json
+import select
 import socket
 import threading
 import time
@@ -44,8 +45,9 @@ def test_all_come_and_are_connected_with_the_lead():
         assert coordinator.startswith("localhost:")
         (zero,) = connections
         assert (zero.process, zero.host) == (0, socket.gethostname())
-        other.connection.sendall(f"hello {other.process}\n".encode())
-        assert zero.connection.recv(100) == f"hello {other.process}\n".encode()
+        other.channel.send({"hello": other.process})
+        select.select([zero.channel.connection], [], [], 10)
+        assert zero.channel.receive() == {"hello": other.process}
 
 
 def test_those_who_are_missing_are_named_by_all_who_came():
@@ -123,7 +125,7 @@ def test_one_that_is_asked_to_stop_tells_those_who_come(asked):
 
 def test_asked_to_stop_while_some_are_missing(monkeypatch):
     """All who have come leave soon."""
-    monkeypatch.setattr(rendezvous, "STOP_SECONDS", 1.0)
+    monkeypatch.setattr(rendezvous, "LATE_SECONDS", 1.0)
     asked = threading.Event()
     threading.Timer(0.5, asked.set).start()
     start = time.monotonic()

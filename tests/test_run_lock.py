@@ -5,10 +5,12 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +139,69 @@ def test_a_lock_that_cannot_be_written_is_not_left(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1, 2]",
+        "null",
+        '{"host": "HOST"}',
+        '{"host": "HOST", "namespace": 3}',
+        b"\xff\0",
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_lock_is_replaced_at_once_with_a_line(content, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run_lock, "DEAD_SECONDS", 3600.0)  # which would be waited for a holder elsewhere
+    monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.01)
+    content = (
+        content if isinstance(content, bytes) else content.replace("HOST", socket.gethostname()).encode()
+    )
+    (tmp_path / "lock.json").write_bytes(content)
+    mine = lock()
+    mine.take(tmp_path)
+    assert holder(tmp_path)["pid"] == os.getpid()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"workdir    {tmp_path}/lock.json is damaged and names no job: replaced"
+    mine.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_whoever_holds_a_lock_that_is_damaged_says_so(tmp_path):
+    lost, heard = [], threading.Event()
+    mine = lock(lambda text: (lost.append(text), heard.set()))
+    mine.take(tmp_path)
+    (tmp_path / "lock.json").write_text("")
+    assert heard.wait(10)
+    assert lost[0] == f"--workdir={tmp_path} has lost its lock.json: damaged"
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    first = lock()
+    first.take(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+    with pytest.raises(ConfigError, match="held by Slurm job 7"):
+        lock().take(tmp_path)
+    first.release()
+
+
+@pytest.mark.parametrize(("code", "is_left"), [(0, False), (75, False), (2, False), (1, True)])
+def test_an_exit_with_a_code_that_ends_all_processes_releases_it(code, is_left, tmp_path):
+    """After a failure, other processes of the job may still be writing."""
+    script = "import sys, pathlib; from trainit.cluster import process, run_lock\n"
+    script += "mine = run_lock.RunLock('job 1', print); leave = process.Exit(lead=True)\n"
+    script += "leave.release_lock = mine.release; mine.take(pathlib.Path(sys.argv[1]))\n"
+    script += "leave(int(sys.argv[2]))"
+    result = subprocess.run([sys.executable, "-c", script, tmp_path, str(code)], check=False)
+    assert result.returncode == code
+    assert (tmp_path / "lock.json").exists() == is_left
 
 
 def test_of_many_that_take_over_at_once_one_has_it(tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +244,19 @@ def test_asked_to_stop_while_saving(job, tmp_path):
     assert CheckpointStore(run, read_only=True).steps()[-1] == last_step(run)
 
 
+def test_a_terminal_that_is_closed_stops_the_job(job, tmp_path):
+    """As a lost ssh does: SIGHUP comes to launch/local.sh and its processes, and nothing reads any more."""
+    run = tmp_path / "run"
+    master, slave = pty.openpty()
+    process = job(1, "--config.steps=100000", terminal=slave)
+    os.close(slave)
+    assert wait_for(process, lambda: last_step(run) >= 2)
+    os.close(master)
+    assert process.wait(60) == 75
+    assert "stopped    on SIGHUP at step" in _log(run, 0)
+    assert CheckpointStore(run, read_only=True).steps()[-1] == last_step(run)
+
+
 def test_two_processes_train_as_one(random_dataset, job, tmp_path):
     """Two processes of four devices: the run of one process with eight, up to the order of sums."""
     mesh = "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
@@ -420,6 +435,67 @@ def test_a_process_that_does_not_come_is_named(random_dataset, tmp_path):
 
 def test_a_wrong_config_ends_the_job_with_2(job):
     assert "batch_size=5 is not a multiple" in end(job(2, "--config.batch_size=5"), 2, 60)
+
+
+def listens_at(pid: int) -> list[str]:
+    """Where a process listens: addresses with ports, in the kernel's notation."""
+    links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir() if os.path.lexists(fd)]
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links]
+
+
+@pytest.mark.evidence(
+    "a job's token and the key of W&B are in no file that a run leaves and on no command line; its ports are "
+    "open at the job's address alone; files and folders have the umask's modes"
+)
+def test_what_a_job_leaves_has_no_secrets_and_the_umask_s_modes(job, tmp_path):
+    run, key = tmp_path / "run", "0123456789" * 4
+    before = os.umask(0o027)
+    try:
+        more = "--config.wandb.project=x", "--config.steps=2"
+        process = job(2, *more, WANDB_MODE="offline", WANDB_API_KEY=key, WANDB_SILENT="true")
+    finally:
+        os.umask(before)
+    # Programs are compiled for seconds after W&B has begun.
+    assert wait_for(process, lambda: list(run.glob("wandb/*/*.wandb")))
+    pids = [pid_of(process, rank) for rank in (0, 1)]
+    variables = dict(
+        entry.split(b"=", 1) for entry in Path(f"/proc/{pids[0]}/environ").read_bytes().split(b"\0") if entry
+    )
+    token = variables[b"TRAINIT_TOKEN"]
+    assert re.fullmatch(rb"[0-9a-f]{64}", token)
+    for pid in (process.pid, *pids):
+        assert token not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert Path(f"/proc/{pid}/environ").stat().st_mode & 0o077 == 0
+    # What process 0 has started, such as W&B's service, was not handed the token.
+    children = subprocess.run(["pgrep", "-P", str(pids[0])], capture_output=True, text=True, check=False)
+    assert children.stdout.split()
+    for child in children.stdout.split():
+        assert token not in Path(f"/proc/{child}/environ").read_bytes()
+    # The port at which the processes have met is closed, JAX's coordinator is open at one address.
+    for pid in pids:
+        assert not [where for where in listens_at(pid) if set(where.split(":")[0]) == {"0"}]
+    port = int(variables[b"TRAINIT_COORDINATOR"].split(b":")[1])
+    assert not [where for where in listens_at(pids[0]) if int(where.split(":")[1], 16) == port]
+    local = "0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"
+    assert [where for where in listens_at(pids[0]) if where.split(":")[0] in local]
+    output = end(process, 0)
+    assert "stranger" not in output
+
+    left = [path for path in run.rglob("*") if "probe" not in path.name]
+    assert {"config.json", "metrics.jsonl", "process_1.log"} <= {path.name for path in left}
+    assert any(path.suffix == ".wandb" for path in left)
+    for path in left:
+        mode = path.stat().st_mode & 0o777
+        assert mode == (0o750 if path.is_dir() else 0o640), (path, oct(mode))
+        if path.is_file():
+            content = path.read_bytes()
+            assert token not in content, path
+            assert bytes.fromhex(token.decode()) not in content, path
+            assert key.encode() not in content, path
+    assert token.decode() not in output
+    assert key not in output
 
 
 def test_usage():

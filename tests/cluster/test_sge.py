@@ -126,12 +126,18 @@ def test_a_job_on_one_host_runs_again_until_it_is_done(submit, calm):
 def test_a_deleted_job_saves_and_stays_deleted(on_head, submit):
     job = submit(*TWO_NODES, steps=100_000)
     job.wait(lambda: job.step() >= 2)
+    (folder,) = ROOT.glob(".trainit-*")
+    token = (folder / "token").read_text()
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "token")] == [0o700, 0o600]
     on_head("qdel", job.id)
     job.wait(job.over)
     time.sleep(3)  # a revived job would show now
     assert job.over()
     assert job.starts() == 1
     assert "stopped    on SIGUSR2 at step" in job.text(), job.text()
+    assert len(token) == 64
+    assert token not in job.text()
+    assert "token      none" not in job.text()
     assert CheckpointStore(job.run, read_only=True).steps()[-1] == job.step()
 
 

@@ -117,6 +117,7 @@ def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm):
     job.wait(job.ended, 1500)
     assert job.field("JobState") == "COMPLETED", job.text()
     assert "processes: 4" in job.text()
+    assert "token      none" not in job.text()
     assert "process 3  n2" in job.text()
     assert job.text().count("stopped    on") == int(job.field("Restarts")) >= 2
     assert_same_but_for_rounding(metrics(job.run), calm(STEPS))

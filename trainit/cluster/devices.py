@@ -75,6 +75,8 @@ def _connect(place: Place, coordinator: str):
     delay_abort()
     jax.distributed.initialize(
         coordinator_address=coordinator,
+        # By default process 0 listens at all addresses of its host; nothing there asks who calls.
+        coordinator_bind_address=coordinator if place.process_id == 0 else None,
         num_processes=place.num_processes,
         process_id=place.process_id,
         local_device_ids=place.local_device_ids,

@@ -149,18 +149,23 @@ class JobMonitor:
         woken, names = self._inbox.read()
         if woken:
             for peer in self._peers:
-                if peer.connection not in selector.get_map() and not peer.left:
-                    selector.register(peer.connection, selectors.EVENT_READ, peer)
+                if peer.channel.connection not in selector.get_map() and not peer.left:
+                    selector.register(peer.channel.connection, selectors.EVENT_READ, peer)
+                    self._read(peer, selector)  # what has arrived with the last message of the meeting
             self.agreement.repeat_requests()
         for name in names:
             self.agreement.request("stop", name)
 
     def _read(self, peer: Peer, selector: selectors.BaseSelector):
-        messages = peer.read()
+        messages, trouble = None, "is gone: it was killed or has crashed"
+        try:
+            messages = peer.read()
+        except ValueError as error:
+            trouble = f"is cut off: its connection has brought what it has not sent, {error}"
         if messages is None:
-            selector.unregister(peer.connection)
+            selector.unregister(peer.channel.connection)
             if not (peer.left or self._over):
-                self.end_job(f"{peer} is gone: it was killed or has crashed")
+                self.end_job(f"{peer} {trouble}")
             peer.left = True
         for message in messages or ():
             match message:

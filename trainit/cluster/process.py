@@ -229,7 +229,7 @@ class Exit:
             Path(self._marker).touch()
         elif self._marker and code not in (DONE, STOPPED):
             Path(f"{self._marker}.failed").touch()
-        if self.release_lock and code in (DONE, STOPPED):
+        if self.release_lock and code in (DONE, STOPPED, USAGE):
             self.release_lock()
         exit_process(code, together)
 

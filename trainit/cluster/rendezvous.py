@@ -1,24 +1,31 @@
-"""How the processes of a job meet before JAX starts: all of them, each once, with the same config."""
+"""How the processes of a job meet before JAX starts: all of them, each once, with the same config.
+
+Nobody else gets in: process 0 and whoever calls it first prove to each other that they have the job's token.
+"""
 
 import contextlib
-import errno
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Iterable
 
 from absl import logging
 
+from trainit.cluster import authentication
+from trainit.cluster.authentication import NONCE_BYTES, PROOF_BYTES, Handshake
 from trainit.cluster.hardware import visible_gpus
-from trainit.cluster.messages import Peer, describe_process, encode, receive
+from trainit.cluster.messages import Channel, Peer, describe_process
 from trainit.cluster.place import Place, check_coordinator
+from trainit.cluster.reception import MeetingError, Reception
 
 NEWS_SECONDS = 10.0  # between messages about which processes are missing
-STOP_SECONDS = 20.0  # in which processes that have not come yet can still learn that the run is to stop
-
-
-class MeetingError(RuntimeError):
-    """The processes have not met. The message is one line and names what or who is at fault."""
+CALL_SECONDS = 5.0  # in which process 0 has to prove itself; else it is called again
+LATE_SECONDS = 20.0  # in which processes that have not come yet can still learn that the job is over
+NO_TOKEN = (
+    "%-10s none: whoever reaches %s can take part in this job, or end it. Set TRAINIT_TOKEN to one secret "
+    "in the environment of all processes, or TRAINIT_TOKEN_FILE to a file of mode 600 that holds it"
+)
 
 
 class Stopped(Exception):  # noqa: N818, it is no error
@@ -28,13 +35,19 @@ class Stopped(Exception):  # noqa: N818, it is no error
 def meet_others(
     place: Place, platform: str, about: dict[str, str], seconds: float, stop_requested: Callable[[], str]
 ) -> tuple[list[Peer], str]:
-    """`meet` for the process at `place`: nobody and "" if it is alone. SetupError for a bad coordinator."""
+    """`meet` for the process at `place`, with the token that its environment has.
+
+    Returns nobody and "" if it is alone. SetupError for a bad coordinator or token.
+    """
+    token = authentication.take_token(os.environ)
     if place.num_processes == 1:
         return [], ""
     check_coordinator(place)
+    if not token and place.process_id == 0:
+        logging.warning(NO_TOKEN, "token", place.coordinator)
     gpus = visible_gpus(os.environ, place) if platform != "cpu" else []
     own = place.process_id, place.num_processes, place.coordinator
-    return meet(*own, about, gpus, seconds, stop_requested)
+    return meet(*own, about, gpus, seconds, stop_requested, token)
 
 
 def meet(
@@ -45,6 +58,7 @@ def meet(
     gpus: list[str],
     seconds: float,
     stop_requested: Callable[[], str],
+    token: bytes = b"",
 ) -> tuple[list[Peer], str]:
     """Waits until all `count` processes have come to host:port of process 0, and belong together.
 
@@ -53,98 +67,112 @@ def meet(
 
     Returns all others on process 0, and process 0 on these, as connected peers; and an address for JAX's
     coordination service, on process 0's host. If some are missing or differ, all that have come raise
-    MeetingError. If one was asked to stop, they raise Stopped, once all have come or after STOP_SECONDS.
+    MeetingError, at once, and so do those that come up to LATE_SECONDS later. If one was asked to stop, they
+    raise Stopped.
     """
     host, _, port = address.rpartition(":")
     own = {"process": process, "count": count, "host": socket.gethostname(), "pid": os.getpid()}
     own |= {"about": about, "gpus": gpus, "stop": ""}
     if process == 0:
-        return _Lead(host, int(port), own, stop_requested).gather(seconds)
-    return _call(host, int(port), own, seconds, stop_requested)
+        return _Lead(host, int(port), own, stop_requested, token).gather(seconds)
+    return _call(host, int(port), own, seconds, stop_requested, token)
 
 
 class _Lead:
     """Process 0's part: it listens until all have come, and then answers all at once."""
 
-    def __init__(self, host: str, port: int, own: dict, stop_requested: Callable[[], str]):
+    def __init__(self, host: str, port: int, own: dict, stop_requested: Callable[[], str], token: bytes):
         self._host, self._stop_requested = host, stop_requested
+        self._reception = Reception(host, port, token)
         self._members = {0: own}
-        self._connections: dict[int, socket.socket] = {}
-        self._refused: list[socket.socket] = []
-        try:
-            self._listener = _listen(port)
-        except OSError as error:
-            trouble = f"process 0 cannot listen on {host}:{port}: {error.strerror}"
-            raise MeetingError(f"{trouble}; give --coordinator=HOST:PORT another port") from None
-        self._listener.settimeout(0.2)
+        self._channels: dict[int, Channel] = {}  # to them
+        self._rejected: list[Channel] = []  # to processes that are not as they should be
+        self._verdict: dict = {}  # what is answered to processes that come once the job is over
 
     def gather(self, seconds: float) -> tuple[list[Peer], str]:
         """The others' connections and an address for JAX; see `meet`."""
         try:
-            if stop := self._wait_for_all(seconds) or self._stop_reason():
-                self._answer({"stopped": stop})
+            if stop := self._wait_for_all(seconds):
+                self._end({"stopped": stop}, LATE_SECONDS)
                 raise Stopped
             _check_gpus(self._members.values())
         except MeetingError as error:
-            self._answer({"refused": str(error)})
+            self._end({"refused": str(error)}, min(seconds, LATE_SECONDS))
             raise
         finally:
-            self._listener.close()
+            self._reception.close()
         coordinator = f"{self._host}:{free_port()}"
         self._answer({"welcome": coordinator, "host": socket.gethostname(), "pid": os.getpid()})
         others = sorted(self._members.items())[1:]
-        return [Peer(i, m["host"], m["pid"], self._connections[i]) for i, m in others], coordinator
+        return [Peer(i, m["host"], m["pid"], self._channels[i]) for i, m in others], coordinator
 
     def _wait_for_all(self, seconds: float) -> str:
         """Lets processes in until all have come; returns why to stop instead, or ""."""
-        count, news, stop = self._members[0]["count"], time.monotonic(), ""
+        news = time.monotonic()
         until = news + seconds
-        while len(self._members) < count:
-            # Those that have not come yet get some time to come and learn that the run is to stop.
-            if not stop and (stop := self._stop_reason()):
-                until = min(until, time.monotonic() + STOP_SECONDS)
-            missing = ", ".join(str(i) for i in range(count) if i not in self._members)
+        while self._missing() and not self._stop_reason():
+            missing, count = self._missing(), self._members[0]["count"]
+            names = ", ".join(map(str, missing))
             if time.monotonic() > until:
-                if stop:
-                    break
+                where = f"process 0 listens at {self._reception.addresses()}"
                 raise MeetingError(
-                    f"after {seconds:.0f} s {count - len(self._members)} of {count} processes are "
-                    f"missing: {missing}; see what the launcher and their hosts say of them"
+                    f"after {seconds:.0f} s {len(missing)} of {count} processes are missing: {names}; "
+                    f"{where}; see what the launcher and their hosts say of them"
                 )
             if time.monotonic() - news > NEWS_SECONDS:
                 news = time.monotonic()
-                logging.info("waiting    for processes %s of %d", missing, count)
-            self._let_in()
-        return stop
+                logging.info("waiting    for processes %s of %d", names, count)
+            self._hear()
+        return self._stop_reason()
+
+    def _missing(self) -> list[int]:
+        return [number for number in range(self._members[0]["count"]) if number not in self._members]
 
     def _stop_reason(self) -> str:
         """Why a process that has come wants the run to stop, or ""."""
         return self._stop_requested() or next(filter(None, (m["stop"] for m in self._members.values())), "")
 
-    def _let_in(self):
-        """Lets one process in, if one calls. Connections that do not talk as processes do are closed."""
-        try:
-            connection, _ = self._listener.accept()
-        except TimeoutError:
+    def _end(self, verdict: dict, seconds: float):
+        """Gives all that have come this answer at once, and for some time those that come later."""
+        self._verdict = verdict
+        self._answer(verdict)
+        until, count = time.monotonic() + seconds, self._members[0]["count"]
+        while len(self._members) + len(self._rejected) < count and time.monotonic() < until:
+            if "refused" in verdict and self._stop_requested():
+                break
+            self._hear()
+
+    def _answer(self, message: dict):
+        for channel in (*self._channels.values(), *self._rejected):
+            with contextlib.suppress(OSError):  # it is lost, which the monitor will notice
+                channel.send(message)
+
+    def _hear(self):
+        """Lets in whoever has called, and hears what members say while they wait: that one is to stop."""
+        for channel, message in self._reception.hear(len(self._missing())):
+            if "process" in message and channel not in self._channels.values():
+                self._let_in(message, channel)
+                continue
+            for number, other in self._channels.items():
+                if other is channel:
+                    self._members[number]["stop"] = str(message.get("stop", ""))
+
+    def _let_in(self, message: dict, channel: Channel):
+        """Makes a process a member; MeetingError if it does not belong to the others."""
+        own, number = self._members[0], message["process"]
+        if self._verdict:
+            self._rejected.append(channel)
+            with contextlib.suppress(OSError):
+                channel.send(self._verdict)
             return
-        connection.settimeout(5)
-        own = self._members[0]
-        try:
-            message = receive(connection)
-            if not isinstance(message, dict) or message.keys() != own.keys():
-                raise ValueError("this is no process of a job")
-        except (OSError, ValueError):
-            connection.close()
-            return
-        number = message["process"]
-        if number in self._members or message["count"] != own["count"]:
-            self._refused.append(connection)
+        if number in self._members or message["count"] != own["count"] or not 0 <= number < own["count"]:
+            self._rejected.append(channel)
             raise MeetingError(
                 f"{_name(message)} of {message['count']} came to a job of {own['count']} processes, where "
                 f"{_name(self._members.get(number, own))} is already: start each process once, with "
                 f"its own number"
             )
-        self._connections[number], self._members[number] = connection, message
+        self._channels[number], self._members[number] = channel, message
         for what, value in own["about"].items():
             if message["about"].get(what) != value:
                 raise MeetingError(
@@ -152,14 +180,9 @@ class _Lead:
                     f"start all processes with the same code, command and files"
                 )
 
-    def _answer(self, message: dict):
-        for connection in (*self._connections.values(), *self._refused):
-            with contextlib.suppress(OSError):  # it is lost, which the monitor will notice
-                connection.sendall(encode(message))
-
 
 def _call(
-    host: str, port: int, own: dict, seconds: float, stop_requested: Callable[[], str]
+    host: str, port: int, own: dict, seconds: float, stop_requested: Callable[[], str], token: bytes
 ) -> tuple[list[Peer], str]:
     """The part of all others: calls process 0 and waits for its answer."""
     # Process 0 may not listen yet. If this process is asked to stop meanwhile, it still calls, since the
@@ -167,9 +190,9 @@ def _call(
     until, trouble = time.monotonic() + seconds, "no answer"
     while time.monotonic() < until:
         if not own["stop"] and (reason := stop_requested()):
-            own["stop"], until = reason, min(until, time.monotonic() + STOP_SECONDS)
+            own["stop"], until = reason, min(until, time.monotonic() + LATE_SECONDS)
         try:
-            connection = socket.create_connection((host, port), timeout=5)
+            channel = _connect(host, port, token)
             break
         except OSError as error:
             trouble = error.strerror or str(error)
@@ -183,20 +206,65 @@ def _call(
         )
 
     # Process 0 decides how long to wait for the others, and answers even then.
-    connection.settimeout(max(until - time.monotonic(), 0) + 30)
-    try:
-        connection.sendall(encode(own))
-        answer = receive(connection)
-    except (OSError, ValueError):
-        if stop_requested():
-            raise Stopped from None
-        raise MeetingError(f"process 0 at {host}:{port} left before all processes were there") from None
-    match answer:
-        case {"welcome": coordinator, "host": name, "pid": pid}:
-            return [Peer(0, name, pid, connection)], coordinator
+    match _wait_for_answer(channel, own, max(until, time.monotonic()) + 30, stop_requested):
+        case {"welcome": str(coordinator), "host": str(name), "pid": int(pid)}:
+            return [Peer(0, name, pid, channel)], coordinator
+        case {"refused": str(reason)}:
+            raise MeetingError(reason)
         case {"stopped": _}:
             raise Stopped
-    raise MeetingError(answer["refused"])
+    if stop_requested():
+        raise Stopped
+    raise MeetingError(f"process 0 at {host}:{port} left before all processes were there")
+
+
+def _connect(host: str, port: int, token: bytes) -> Channel:
+    """Calls process 0; both prove who they are.
+
+    OSError if it cannot be reached; MeetingError if the other end, or this one, is not of the job.
+    """
+    until = time.monotonic() + CALL_SECONDS
+    connection = socket.create_connection((host, port), timeout=CALL_SECONDS)
+    try:
+        nonce = authentication.nonce()
+        handshake = Handshake(token, _receive(connection, NONCE_BYTES, until) + nonce)
+        connection.sendall(nonce + handshake.caller_proof())
+        if authentication.is_equal(_receive(connection, PROOF_BYTES, until), handshake.lead_proof()):
+            return Channel(connection, handshake.keys(is_lead=False))
+    except OSError:
+        connection.close()
+        raise
+    connection.close()
+    raise MeetingError(
+        f"what listens at {host}:{port} does not have this process's token: it is of another job, or the "
+        f"processes were not given the same TRAINIT_TOKEN or TRAINIT_TOKEN_FILE"
+    )
+
+
+def _receive(connection: socket.socket, count: int, until: float) -> bytes:
+    """This number of bytes; OSError if the connection is closed before, or they have not come in time."""
+    data = b""
+    while len(data) < count:
+        connection.settimeout(max(until - time.monotonic(), 0.001))
+        if not (part := connection.recv(count - len(data))):
+            raise ConnectionResetError("it closed the connection")
+        data += part
+    return data
+
+
+def _wait_for_answer(channel: Channel, own: dict, until: float, stop_requested: Callable[[], str]) -> dict:
+    """Says hello, and returns process 0's answer; {} if it leaves without one, or the time is over."""
+    asked = own["stop"]
+    with contextlib.suppress(OSError, ValueError):
+        channel.send(own)
+        while time.monotonic() < until:
+            if not asked and (asked := stop_requested()):
+                until = min(until, time.monotonic() + LATE_SECONDS)
+                channel.send({"stop": asked})  # process 0 answers all who have come
+            select.select([channel.connection], [], [], 0.2)
+            if (answer := channel.receive()) is not None:
+                return answer
+    return {}
 
 
 def _check_gpus(members: Iterable[dict]):
@@ -214,17 +282,6 @@ def _check_gpus(members: Iterable[dict]):
 
 def _name(member: dict) -> str:
     return describe_process(member["process"], member["host"], member["pid"])
-
-
-def _listen(port: int) -> socket.socket:
-    """Listens on all addresses of this host, of IPv4 and of IPv6 if it has both."""
-    if socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise
-    return socket.create_server(("", port), backlog=4096)
 
 
 def free_port() -> int:

@@ -16,6 +16,7 @@ from trainit.cluster.process import start_of
 from trainit.config import ConfigError, require
 
 BEAT_SECONDS = 5.0  # between two signs of life of the holder
+SETTLE_SECONDS = 1.0  # in which all that take a dead holder's folder over have written to it
 DEAD_SECONDS = 17.0  # without any, a holder on another host is dead
 
 
@@ -68,19 +69,23 @@ class RunLock:
             if _create(path, text):
                 break
             holder = _read(path)
-            if _is_alive(path, holder):
+            if holder and _is_alive(path, holder):
                 raise ConfigError(_held(folder, holder))
             if not path.exists():
                 continue  # it was released meanwhile
             # The holder is dead. If two take over at once, the last one to write has the folder.
-            logging.info("workdir    taken over from %s: it is dead", _describe(holder))
-            replacement = path.with_suffix(f".{self._own['id']}")
-            _create(replacement, text)
+            if holder:
+                logging.info("workdir    taken over from %s: it is dead", _describe(holder))
+            else:
+                logging.warning("workdir    %s is damaged and names no job: replaced", path)
+            replacement = _write_new(path, text)
             replacement.replace(path)
-            time.sleep(1)
-            if (holder := _read(path)).get("id") != self._own["id"]:
+            time.sleep(SETTLE_SECONDS)
+            holder = _read(path)
+            if holder.get("id") == self._own["id"]:
+                break
+            if holder:
                 raise ConfigError(_held(folder, holder))
-            break
         self._path = path
         threading.Thread(target=self._hold, args=(path,), name="workdir", daemon=True).start()
 
@@ -103,32 +108,53 @@ class RunLock:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Creates the file; False if there is one already. ConfigError if it cannot be written."""
-    # Exclusive creation decides between two that come to a free folder at once.
+    """Creates the file with all of its text; False if there is one already. ConfigError if it cannot."""
+    # Of two that come to a free folder at once, one makes the link. Nobody ever sees a part of the text.
+    whole = _write_new(path, text)
     try:
-        with path.open("x") as file:
-            file.write(text)
+        path.hardlink_to(whole)
     except FileExistsError:
         return False
-    except OSError as error:  # a lock without a holder would cost the next job DEAD_SECONDS
-        path.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    except OSError:  # a file system without links
+        try:
+            with path.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+    finally:
+        whole.unlink(missing_ok=True)
     return True
+
+
+def _write_new(path: Path, text: str) -> Path:
+    """Writes the text for `path` to a file of its own next to it. ConfigError if it cannot."""
+    whole = path.with_suffix(f".{secrets.token_hex(8)}")
+    try:
+        whole.write_text(text)
+    except OSError as error:
+        whole.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    return whole
 
 
 def _loss(path: Path, holder: dict) -> str:
     """What has become of a lock that is held no more."""
     if not path.parent.exists():
         return "was removed"
-    return f"was taken over by {_describe(holder)}" if path.exists() else f"has lost its {path.name}: removed"
+    if not holder:
+        return f"has lost its {path.name}: {'damaged' if path.exists() else 'removed'}"
+    return f"was taken over by {_describe(holder)}"
 
 
 def _read(path: Path) -> dict:
-    """Who holds it; {} if nobody does, or while it is being written."""
+    """Who holds it; {} if there is no file, or it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        holder = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    is_whole = isinstance(holder, dict) and isinstance(holder.get("pid"), int)
+    texts = ("job", "since", "id", "host", "namespace", "started")
+    return holder if is_whole and all(isinstance(holder.get(name), str) for name in texts) else {}
 
 
 def _is_alive(path: Path, holder: dict) -> bool:
@@ -163,8 +189,6 @@ def _namespace() -> str:
 
 
 def _describe(holder: dict) -> str:
-    if not holder:
-        return "another job"
     return f"{holder['job']}, pid {holder['pid']} on {holder['host']}, since {holder['since']}"
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -76,8 +78,11 @@ def _step_seconds(processes: int, steps: int, flags: list[str]) -> list[float]:
         command += [f"--config.{name}={value}" for name, value in fields.items()]
         if processes > 1:
             command += [f"--coordinator=localhost:{rendezvous.free_port()}", f"--num_processes={processes}"]
+        environment = {**os.environ, "TRAINIT_TOKEN": secrets.token_hex()}
         started = [
-            subprocess.Popen([*command, f"--process_id={index}"], stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*command, f"--process_id={index}"], env=environment, stderr=subprocess.PIPE, text=True
+            )
             for index in range(processes)
         ]
         for process in started:

@@ -259,8 +259,7 @@ def test_numbers_that_no_process_of_the_job_has_end_it_with_one_line(number, job
 
 
 def test_who_comes_late_learns_at_once_that_the_job_was_refused(job):
-    port, submit, come = job
-    del port
+    _, submit, come = job
     lead, other = submit(come, 0, 4), submit(come, 1, 4, about={"a config of hash": "5"})
     with pytest.raises(MeetingError) as first:
         other.result()
@@ -273,21 +272,18 @@ def test_who_comes_late_learns_at_once_that_the_job_was_refused(job):
         lead.result()  # which waits for none any more, though it could wait for 20 s
 
 
-def test_a_member_that_is_asked_to_stop_while_it_waits_stops_all(job):
+def test_a_member_that_is_asked_to_stop_while_it_waits_stops_all(job, monkeypatch):
     """Process 0 was not asked: it learns it from the member, which would else wait for the missing one."""
-    port, submit, come = job
-    del port
+    _, submit, come = job
+    monkeypatch.setattr(rendezvous, "LATE_SECONDS", 1.0)
     asked = threading.Event()
     lead = submit(come, 0, 3)
     member = submit(come, 1, 3, stop=lambda: "SIGTERM" if asked.is_set() else "")
     time.sleep(0.5)
     asked.set()
-    with pytest.raises(Stopped):
-        member.result()
-    with pytest.raises(Stopped):
-        come(2, 3)
-    with pytest.raises(Stopped):
-        lead.result()
+    for process in (member, lead):
+        with pytest.raises(Stopped):
+            process.result()
 
 
 MEMBER = """

@@ -68,7 +68,7 @@ def meet(
     Returns all others on process 0, and process 0 on these, as connected peers; and an address for JAX's
     coordination service, on process 0's host. If some are missing or differ, all that have come raise
     MeetingError, at once, and so do those that come up to LATE_SECONDS later. If one was asked to stop, they
-    raise Stopped.
+    raise Stopped, once all have come or after LATE_SECONDS.
     """
     host, _, port = address.rpartition(":")
     own = {"process": process, "count": count, "host": socket.gethostname(), "pid": os.getpid()}
@@ -85,26 +85,32 @@ class _Lead:
         self._host, self._stop_requested = host, stop_requested
         self._reception = Reception(host, port, token)
         self._members = {0: own}
-        self._channels: dict[int, Channel] = {}  # to them
-        self._rejected: list[Channel] = []  # to processes that are not as they should be
-        self._verdict: dict = {}  # what is answered to processes that come once the job is over
+        self._come: dict[Channel, dict] = {}  # what each process that has come has said, members or not
+        self._answered = 0  # how many of them
+        self._over = False  # who comes now becomes no member
 
     def gather(self, seconds: float) -> tuple[list[Peer], str]:
         """The others' connections and an address for JAX; see `meet`."""
         try:
             if stop := self._wait_for_all(seconds):
-                self._end({"stopped": stop}, LATE_SECONDS)
+                # Not at once: a launcher may kill those that have not come when the first one leaves.
+                self._wait_for_late(LATE_SECONDS, lambda: None)
+                self._answer({"stopped": stop})
                 raise Stopped
             _check_gpus(self._members.values())
         except MeetingError as error:
-            self._end({"refused": str(error)}, min(seconds, LATE_SECONDS))
+            refusal = {"refused": str(error)}
+            self._answer(refusal)
+            self._wait_for_late(min(seconds, LATE_SECONDS), lambda: self._answer(refusal))
             raise
         finally:
             self._reception.close()
         coordinator = f"{self._host}:{free_port()}"
         self._answer({"welcome": coordinator, "host": socket.gethostname(), "pid": os.getpid()})
-        others = sorted(self._members.items())[1:]
-        return [Peer(i, m["host"], m["pid"], self._channels[i]) for i, m in others], coordinator
+        peers = [
+            Peer(own["process"], own["host"], own["pid"], channel) for channel, own in self._come.items()
+        ]
+        return sorted(peers, key=lambda peer: peer.process), coordinator
 
     def _wait_for_all(self, seconds: float) -> str:
         """Lets processes in until all have come; returns why to stop instead, or ""."""
@@ -130,49 +136,45 @@ class _Lead:
 
     def _stop_reason(self) -> str:
         """Why a process that has come wants the run to stop, or ""."""
-        return self._stop_requested() or next(filter(None, (m["stop"] for m in self._members.values())), "")
+        return self._stop_requested() or next(filter(None, (m["stop"] for m in self._come.values())), "")
 
-    def _end(self, verdict: dict, seconds: float):
-        """Gives all that have come this answer at once, and for some time those that come later."""
-        self._verdict = verdict
-        self._answer(verdict)
-        until, count = time.monotonic() + seconds, self._members[0]["count"]
-        while len(self._members) + len(self._rejected) < count and time.monotonic() < until:
-            if "refused" in verdict and self._stop_requested():
+    def _wait_for_late(self, seconds: float, serve: Callable[[], None]):
+        """Waits, though the job is over, until as many processes have come as it has, and `serve`s them."""
+        self._over = True
+        until, asked = time.monotonic() + seconds, self._stop_requested()
+        while 1 + len(self._come) < self._members[0]["count"] and time.monotonic() < until:
+            if self._stop_requested() != asked:
                 break
             self._hear()
+            serve()
 
     def _answer(self, message: dict):
-        for channel in (*self._channels.values(), *self._rejected):
+        """Answers all that have come and have no answer yet."""
+        for channel in list(self._come)[self._answered :]:
             with contextlib.suppress(OSError):  # it is lost, which the monitor will notice
                 channel.send(message)
+        self._answered = len(self._come)
 
     def _hear(self):
         """Lets in whoever has called, and hears what members say while they wait: that one is to stop."""
         for channel, message in self._reception.hear(len(self._missing())):
-            if "process" in message and channel not in self._channels.values():
-                self._let_in(message, channel)
+            if channel in self._come:
+                self._come[channel]["stop"] = str(message.get("stop", ""))
                 continue
-            for number, other in self._channels.items():
-                if other is channel:
-                    self._members[number]["stop"] = str(message.get("stop", ""))
+            self._come[channel] = message
+            if not self._over:
+                self._let_in(message)
 
-    def _let_in(self, message: dict, channel: Channel):
+    def _let_in(self, message: dict):
         """Makes a process a member; MeetingError if it does not belong to the others."""
         own, number = self._members[0], message["process"]
-        if self._verdict:
-            self._rejected.append(channel)
-            with contextlib.suppress(OSError):
-                channel.send(self._verdict)
-            return
         if number in self._members or message["count"] != own["count"] or not 0 <= number < own["count"]:
-            self._rejected.append(channel)
             raise MeetingError(
                 f"{_name(message)} of {message['count']} came to a job of {own['count']} processes, where "
                 f"{_name(self._members.get(number, own))} is already: start each process once, with "
                 f"its own number"
             )
-        self._channels[number], self._members[number] = channel, message
+        self._members[number] = message
         for what, value in own["about"].items():
             if message["about"].get(what) != value:
                 raise MeetingError(

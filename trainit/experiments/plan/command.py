@@ -9,12 +9,17 @@ many virtual CPU devices. What they exchange is compared with the formula, which
 
 import argparse
 import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from trainit import cli
 from trainit import config as config_lib
 from trainit.cluster.process import DONE
-from trainit.config import Config, ConfigDict, require
+from trainit.config import Config, ConfigDict, ConfigError, require
 from trainit.experiments.plan.targets import TARGETS
+
+if TYPE_CHECKING:
+    from trainit.experiments.plan.plan import Plan
 
 DESCRIPTION = "Predicts memory, what devices exchange, time and MFU of a config's train step on GPUs."
 
@@ -24,41 +29,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cli.add_config_arguments(parser)
     add = parser.add_argument_group("plan").add_argument
     number, fraction = cli.number(int, 0), cli.number(float, 0.01, 1)
-    add("--devices", metavar="N[,N...]", default="8", help="GPUs of the job, or several numbers of them")
+    many = "GPUs of the job, or several numbers of them; by default 8, or with tokens or hours as few as fit"
+    add("--devices", metavar="N[,N...]", default="", help=many)
     rows = "sequences of a step on each part of data × fsdp, instead of batch_size; 0: batch_size"
     add("--rows", type=number, default=0, help=rows)
     add("--gpu", choices=TARGETS, default="H100", help="kind of GPU")
     add("--efficiency", type=fraction, default=0.6, help="fraction of the peak that computation reaches")
-    bound = "maximum of virtual devices for which the step is compiled"
+    bound = "maximum of devices for which the step is compiled"
     add("--compile_up_to", type=number, default=512, help=bound)
+    choices = "compile each choice of model.remat, for a table of memory and time"
+    add("--sweep", action="store_true", help=choices)
+    positive = cli.number(float, 0)
+    tokens = "tokens of a run whose hours and GPU-hours are printed; 0: the config's"
+    add("--tokens", type=positive, default=0, help=tokens)
+    hours = "GPU-hours that may be spent; also prints how many tokens they are enough for"
+    add("--budget-hours", "--budget_hours", type=positive, default=0, help=hours)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints a plan for each number of devices; returns the exit code."""
-    numbers = arguments.devices.split(",")
+    numbers = arguments.devices.split(",") if arguments.devices else []
     require(
         all(number.isdecimal() and int(number) for number in numbers),
         f"--devices={arguments.devices}: write numbers above 0, as 8,64",
     )
-    counts = [int(number) for number in numbers]
     config = cli.load_config(arguments)
     from trainit.cluster import devices
-    from trainit.experiments.plan import gpu, report
-    from trainit.experiments.plan.plan import plan
+    from trainit.experiments.plan import budget, gpu, report, sweep
 
-    compiled = [count for count in counts if count <= arguments.compile_up_to]
     environment, missing = dict(os.environ), gpu.missing()
-    devices.configure("cpu", max(compiled, default=1) if missing else 1, cli.cache())
+    require(not (arguments.sweep and missing), f"--sweep compiles for GPUs, but {missing}")
+    asks = bool(arguments.tokens or arguments.budget_hours)
+    counts = [int(number) for number in numbers] or list(budget.COUNTS if asks else (8,))
+    compiled = max((count for count in counts if count <= arguments.compile_up_to), default=1)
+    devices.configure("cpu", compiled if missing else 1, cli.cache())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     plans = []
     for count in counts:
-        resolved = _resolve(config.copy_and_resolve_references(), count, arguments)
-        compiles = "" if count not in compiled else "CPU" if missing else "GPU"
-        plans.append(plan(resolved, count, arguments.gpu, arguments.efficiency, compiles, environment))
+        try:
+            resolved = _resolve(config.copy_and_resolve_references(), count, arguments)
+            plans.append(_plan(resolved, count, arguments, environment, missing))
+        except ConfigError as error:
+            if numbers or not asks or (count == counts[-1] and not plans):
+                raise
+            print(f"{count} GPUs: {error}", flush=True)  # such as a mesh or a batch that they cannot share
+            continue
         print(report.describe(plans[-1], missing), flush=True)
+        if arguments.sweep:
+            print(sweep.table(resolved, count, arguments.gpu, environment), flush=True)
+        if asks and not numbers and budget.fits(plans[-1]) is not False:
+            break
     if len(plans) > 1:
         print(report.table(plans))
+    if asks:
+        print(budget.describe(plans, arguments.tokens, arguments.budget_hours))
     return DONE
+
+
+def _plan(
+    config: Config, count: int, arguments: argparse.Namespace, environment: Mapping[str, str], missing: str
+) -> "Plan":
+    from trainit.experiments.plan.plan import plan
+
+    compiles = "" if count > arguments.compile_up_to else "CPU" if missing else "GPU"
+    return plan(config, count, arguments.gpu, arguments.efficiency, compiles, environment)
 
 
 def _resolve(config: ConfigDict, count: int, arguments: argparse.Namespace) -> Config:

@@ -48,6 +48,12 @@ def describe(plan: Plan, missing: str) -> str:
     return "\n".join(lines)
 
 
+def cards(assigned: float, devices: int) -> str:
+    """Returns the cards into which a program with this memory fits."""
+    names = [name for name, target in TARGETS.items() if assigned <= target.room(devices)]
+    return "all" if len(names) == len(TARGETS) else ", ".join(names) or "none"
+
+
 def _indented(rows: list[list[str]], headers: Sequence[str], left: int) -> list[str]:
     """Returns the lines of a table, of which the first columns are aligned to the left."""
     alignment = ["left"] * left + ["right"] * (len(headers) - left)

@@ -3,52 +3,88 @@
 #
 # Everything except -n goes to `trainit train`, or to the command that TRAINIT_COMMAND names, e.g. doctor. The exit
 # code is 0 when all processes end with 0, 75 when all stopped on request, else that of the first process
-# that failed; the others are then ended.
+# that failed; the others are then ended. With --config.restart.limit=N, all are then started again, up to N times,
+# from the newest checkpoint: unless the code is 2, or the fault has come again at the same step.
 set -uo pipefail
 [ "${1:-}" = -n ] && [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] ||
   { echo "usage: $0 -n PROCESSES --config=FILE ..." >&2; exit 2; }
 count=$2
 shift 2
-# A free port; the child that needs it listens within seconds. Those from 32768 on are given to connections meanwhile.
-port=$(python3 -c '
+pids=() asked=
+# Signals to this script are passed to its processes, which agree on a step, save and exit.
+for name in TERM INT HUP USR1 USR2; do
+  # shellcheck disable=SC2064
+  trap "asked=yes; kill -$name \${pids[*]} 2>/dev/null" "$name"
+done
+folder=$(mktemp -d) || exit 1
+trap 'rm -rf "$folder"' EXIT
+unset TRAINIT_TOKEN_FILE
+# Process 0 writes there how often the run may be started again, and, in a second line, where the run is.
+export TRAINIT_RUN_FILE=$folder/run
+export TRAINIT_NUM_PROCESSES=$count TRAINIT_LOCAL_PROCESSES=$count TRAINIT_COORDINATOR TRAINIT_TOKEN
+
+# Starts all processes, waits until they have ended, and leaves in `result` how.
+attempt() {
+  # A free port; the child that needs it listens within seconds. Those from 32768 on are given to connections
+  # meanwhile.
+  TRAINIT_COORDINATOR=localhost:$(python3 -c '
 import contextlib, random, socket
 while True:
     with contextlib.suppress(OSError), socket.socket() as s:
         s.bind(("localhost", random.randrange(20_000, 32_000)))
         print(s.getsockname()[1])
         break')
-# What lets a process into this job; its environment is readable by its user alone. See docs/explanation/faults.md.
-TRAINIT_TOKEN=$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n') || exit 1
-unset TRAINIT_TOKEN_FILE
-export TRAINIT_TOKEN
-export TRAINIT_NUM_PROCESSES=$count TRAINIT_LOCAL_PROCESSES=$count TRAINIT_COORDINATOR=localhost:$port
-pids=()
-for ((rank = 0; rank < count; rank++)); do
-  TRAINIT_PROCESS_ID=$rank TRAINIT_LOCAL_ID=$rank python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@" &
-  pids+=($!)
-done
-# Signals to this script are passed to its processes, which agree on a step, save and exit.
-for name in TERM INT HUP USR1 USR2; do
-  # shellcheck disable=SC2064
-  trap "kill -$name \${pids[*]} 2>/dev/null" "$name"
-done
-result=0
-while [ ${#pids[@]} -gt 0 ]; do
-  wait -n "${pids[@]}" 2>/dev/null
-  for i in "${!pids[@]}"; do
-    kill -0 "${pids[i]}" 2>/dev/null && continue
-    wait "${pids[i]}"
-    code=$?
-    unset "pids[i]"
-    if [ $code != 0 ] && [ $code != 75 ] && { [ $result = 0 ] || [ $result = 75 ]; }; then
-      result=$code
-      # The others notice a lost peer by themselves; this is for those that do not.
-      { sleep "${TRAINIT_GRACE:-60}" && kill -KILL "${pids[@]}"; } >/dev/null 2>&1 &
-      reaper=$!
-    elif [ $code = 75 ] && [ $result = 0 ]; then
-      result=75
-    fi
+  # What lets a process into this job; its environment is readable by its user alone. See docs/explanation/faults.md.
+  TRAINIT_TOKEN=$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n') || exit 1
+  pids=() result=0 reaper=
+  for ((rank = 0; rank < count; rank++)); do
+    TRAINIT_PROCESS_ID=$rank TRAINIT_LOCAL_ID=$rank python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@" &
+    pids+=($!)
   done
+  while [ ${#pids[@]} -gt 0 ]; do
+    wait -n "${pids[@]}" 2>/dev/null
+    for i in "${!pids[@]}"; do
+      kill -0 "${pids[i]}" 2>/dev/null && continue
+      wait "${pids[i]}"
+      code=$?
+      unset "pids[i]"
+      if [ $code != 0 ] && [ $code != 75 ] && { [ $result = 0 ] || [ $result = 75 ]; }; then
+        result=$code
+        # The others notice a lost peer by themselves; this is for those that do not.
+        { sleep "${TRAINIT_GRACE:-60}" && kill -KILL "${pids[@]}"; } >/dev/null 2>&1 &
+        reaper=$!
+      elif [ $code = 75 ] && [ $result = 0 ]; then
+        result=75
+      fi
+    done
+  done
+  [ -z "$reaper" ] || pkill -P "$reaper"
+}
+
+# Whether the run may be started again after a fault; says why, where that is not plain.
+may_restart() {
+  limit=0 workdir=
+  [ ! -e "$TRAINIT_RUN_FILE" ] || { read -r limit && IFS= read -r workdir; } <"$TRAINIT_RUN_FILE"
+  # 130: a second Ctrl-C.
+  case $result in 0 | 2 | 75 | 130) return 1 ;; esac
+  [ "$limit" -gt 0 ] && [ -z "$asked" ] || return 1
+  before=$step
+  step=$(tail -n 1 "$workdir/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\).*/\1/p')
+  what="a process ended with $result, after step ${step:=none}"
+  if [ "$step" = "$before" ]; then
+    echo "restart    not done: $what, as at the start before; what is wrong there has to be found first" >&2
+    return 1
+  elif [ "$starts" -gt "$limit" ]; then
+    echo "restart    not done: $what, and the run was started $starts times; restart.limit is $limit" >&2
+    return 1
+  fi
+  starts=$((starts + 1))
+  echo "restart    $what: start $starts of at most $((limit + 1)), from the newest checkpoint" >&2
+}
+
+starts=1 step=
+attempt "$@"
+while may_restart; do
+  attempt "$@"
 done
-[ -z "${reaper:-}" ] || pkill -P "$reaper"
-exit $result
+exit "$result"

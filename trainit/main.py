@@ -80,6 +80,7 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
     folder = run_lock.make_folder(cli.workdir(arguments), place.process_id)
     log = folder / "logs" / f"process_{place.process_id}.log"
     logs.log_to_file(log)
+    leave.report_run(folder, config.restart.limit)
 
     # The processes meet, process 0 locks the run's folder, and each takes its devices.
     with start.part("processes"):

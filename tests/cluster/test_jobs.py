@@ -1,5 +1,6 @@
 """Jobs of several processes on this machine, stopped, killed, suspended, hung, moved to other sizes."""
 
+import contextlib
 import json
 import os
 import pty
@@ -100,6 +101,57 @@ def test_stopped_then_each_process_killed_then_left_alone(job, tmp_path):
     for rank in (0, 1):  # the program that process 0 of the first job has put into the cache is for all
         *_, last = re.findall("program    train: .*", _log(run, rank))
         assert "from the cache" in last
+
+
+def started_again(process, rank, before) -> bool:
+    """Whether the process of this number is another one than before."""
+    with contextlib.suppress(AssertionError, subprocess.CalledProcessError):  # there is none
+        return pid_of(process, rank) != before
+    return False
+
+
+def test_a_job_whose_processes_are_lost_ends_complete_by_itself(job, tmp_path):
+    """Process 1 is killed, then process 0; nobody touches the job, which has done every step once."""
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    steps = "--config.steps=60"
+    end(job(2, steps, workdir=calm), 0)
+    process = job(2, steps, "--config.restart.limit=2")
+    for rank in (1, 0):
+        before = last_step(run)
+        assert wait_for(process, lambda before=before: last_step(run) >= before + 2)
+        killed = pid_of(process, rank)
+        os.kill(killed, signal.SIGKILL)
+        assert wait_for(process, lambda rank=rank, killed=killed: started_again(process, rank, killed))
+    output = end(process, 0)
+    said = re.findall(r"restart    a process ended with \d+, after step \d+: start (\d) of at most 3", output)
+    assert said == ["2", "3"]
+    assert exact(metrics(run)) == exact(metrics(calm))
+
+
+FAILS = """
+if RANK == 1:
+    from pathlib import Path
+    from trainit.data.dataset import Split
+    read, count, wrong = Split.read, [0], Path("FILE")
+    def fail(self, sequences, length):
+        if self.name == "train":
+            count[0] += 1
+            if not wrong.exists() and count[0] == 12:
+                wrong.write_text(str(list(sequences)))
+            if wrong.exists() and wrong.read_text() == str(list(sequences)):
+                raise RuntimeError("this record is wrong")
+        return read(self, sequences, length)
+    Split.read = fail
+"""
+
+
+def test_a_fault_that_repeats_at_its_step_is_not_tried_for_ever(job, patched, tmp_path):
+    process = job(2, "--config.restart.limit=5", **patched(FAILS.replace("FILE", f"{tmp_path}/wrong")))
+    output = end(process, 1)
+    assert output.count(": start 2 of at most 6, from the newest checkpoint") == 1
+    assert "restart    not done: a process ended with 1, after step" in output
+    assert "start 3" not in output
+    assert last_step(tmp_path / "run") >= 3
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -75,6 +75,8 @@ def defaults() -> ConfigDict:
     c.checkpoint.load_step = field(-1, "step of the checkpoint in load_path; -1: the newest", at_least=-1)
     c.checkpoint.overwrite_config = field(False, "resume with this config where the checkpoint's differs")
     c.checkpoint.overwrite_optimizer = field(False, "load only parameters and data position from load_path")
+    c.restart = field(ConfigDict(), "what launch/local.sh does when a process fails or is lost")
+    c.restart.limit = field(0, "times to start all again, from the newest checkpoint; 0: never", at_least=0)
     c.diagnostics = field(diagnostics(every_steps=0), "statistics of the trajectory")
     c.wandb = field(ConfigDict(), "Weights & Biases")
     c.wandb.project = field("", "project to log to; empty: no W&B")

@@ -58,7 +58,12 @@ def defaults() -> ConfigDict:
     c.parameter_groups = field((), "lines 'PATTERN FIELD=VALUE ...': settings of parameters by their paths")
     c.schedule = field(schedule("linear", **LINEAR), "the learning rate over the run, as a part of the peak")
     c.dataset = field(dataset("data/pile"), "the text to train and validate on")
-    # What is measured and kept.
+    _measured_and_kept(c)
+    return c
+
+
+def _measured_and_kept(c: ConfigDict) -> None:
+    """Adds the fields of what a run measures and keeps, and of what becomes of it after a fault."""
     c.eval = field(ConfigDict(), "validation")
     c.eval.every_steps = field(1000, "steps between validations; 0: only at the end", at_least=0)
     c.eval.sequences = field(1024, "validation sequences, evenly spaced, always the same; 0: all", at_least=0)
@@ -81,7 +86,6 @@ def defaults() -> ConfigDict:
     c.wandb = field(ConfigDict(), "Weights & Biases")
     c.wandb.project = field("", "project to log to; empty: no W&B")
     c.wandb.name = field("", "name of the run; empty: the run folder's")
-    return c
 
 
 def model(**changes: Any) -> ConfigDict:

@@ -37,6 +37,7 @@ while True:
   # What lets a process into this job; its environment is readable by its user alone. See docs/explanation/faults.md.
   TRAINIT_TOKEN=$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n') || exit 1
   pids=() result=0 reaper=
+  [ -z "$asked" ] || { result=75; return; } # a signal has come before anybody could hear it
   for ((rank = 0; rank < count; rank++)); do
     TRAINIT_PROCESS_ID=$rank TRAINIT_LOCAL_ID=$rank python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@" &
     pids+=($!)

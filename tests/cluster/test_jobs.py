@@ -67,7 +67,18 @@ def patched(tmp_path):
     return write
 
 
-def test_stopped_then_each_process_killed_then_left_alone(job, tmp_path):
+def started_again(process, rank, before) -> bool:
+    """Whether the process of this number is another one than before."""
+    with contextlib.suppress(AssertionError, subprocess.CalledProcessError):  # there is none
+        return pid_of(process, rank) != before
+    return False
+
+
+@pytest.mark.evidence(
+    "with `restart.limit`, launch/local.sh starts a job again when process 1, and then process 0, is killed: "
+    "the run ends complete without anyone touching it, with losses bit-identical to an undisturbed one's"
+)
+def test_stopped_then_each_process_killed(job, tmp_path):
     """Each step once, bit-identical to a run that nobody disturbed; who is killed is named."""
     steps = "--config.steps=90"  # which no machine does between the sight of a step and a kill
     calm, run = tmp_path / "calm", tmp_path / "run"
@@ -82,18 +93,20 @@ def test_stopped_then_each_process_killed_then_left_alone(job, tmp_path):
     assert "stopped    on SIGUSR1 at step" in output
     assert CheckpointStore(run, read_only=True).steps()[-1] == last_step(run) >= 5
 
+    process, killed = job(2, steps, "--config.restart.limit=2"), []
     for rank in (1, 0):
-        process, before = job(2, steps), last_step(run)
+        before = last_step(run)
         assert wait_for(process, lambda before=before: last_step(run) >= before + 2)
-        pid = pid_of(process, rank)
-        os.kill(pid, signal.SIGKILL)
-        killed = time.monotonic()
-        output = end(process, None, 120)
-        assert time.monotonic() - killed < 60  # nobody hangs
-        assert f"process {rank} (" in output
-        assert f"pid {pid}) is gone: it was killed or has crashed" in output
-
-    end(job(2, steps), 0)
+        killed.append(pid_of(process, rank))
+        os.kill(killed[-1], signal.SIGKILL)
+        at = time.monotonic()
+        assert wait_for(process, lambda rank=rank: started_again(process, rank, killed[-1]))
+        assert time.monotonic() - at < 60  # nobody hangs
+    output = end(process, 0)
+    for rank, pid in zip((1, 0), killed, strict=True):
+        assert re.search(rf"process {rank} \([^)]*pid {pid}\) is gone: it was killed or has crashed", output)
+    said = re.findall(r"restart    a process ended with \d+, after step \d+: start (\d) of at most 3", output)
+    assert said == ["2", "3"]
     assert exact(metrics(run)) == exact(metrics(calm))
     newest = run / "checkpoints/90"
     assert digests.problems(newest) == []
@@ -101,31 +114,6 @@ def test_stopped_then_each_process_killed_then_left_alone(job, tmp_path):
     for rank in (0, 1):  # the program that process 0 of the first job has put into the cache is for all
         *_, last = re.findall("program    train: .*", _log(run, rank))
         assert "from the cache" in last
-
-
-def started_again(process, rank, before) -> bool:
-    """Whether the process of this number is another one than before."""
-    with contextlib.suppress(AssertionError, subprocess.CalledProcessError):  # there is none
-        return pid_of(process, rank) != before
-    return False
-
-
-def test_a_job_whose_processes_are_lost_ends_complete_by_itself(job, tmp_path):
-    """Process 1 is killed, then process 0; nobody touches the job, which has done every step once."""
-    calm, run = tmp_path / "calm", tmp_path / "run"
-    steps = "--config.steps=60"
-    end(job(2, steps, workdir=calm), 0)
-    process = job(2, steps, "--config.restart.limit=2")
-    for rank in (1, 0):
-        before = last_step(run)
-        assert wait_for(process, lambda before=before: last_step(run) >= before + 2)
-        killed = pid_of(process, rank)
-        os.kill(killed, signal.SIGKILL)
-        assert wait_for(process, lambda rank=rank, killed=killed: started_again(process, rank, killed))
-    output = end(process, 0)
-    said = re.findall(r"restart    a process ended with \d+, after step \d+: start (\d) of at most 3", output)
-    assert said == ["2", "3"]
-    assert exact(metrics(run)) == exact(metrics(calm))
 
 
 FAILS = """

@@ -43,8 +43,8 @@ def test_a_kernel_takes_what_its_operations_or_its_bytes_need():
     small = 2 * (1024 * 512 + 512 * 256 + 1024 * 256) / BYTES
     large = 2 * 8192**3 / PRODUCT
     assert found.seconds == pytest.approx(small + large + 2 * LAUNCH)
-    assert found.kernels["mlp", False].flops == 2 * 1024 * 512 * 256
-    assert found.kernels["head", False].seconds == pytest.approx(large + LAUNCH)
+    assert found.kernels["mlp"].flops == 2 * 1024 * 512 * 256
+    assert found.kernels["head"].seconds == pytest.approx(large + LAUNCH)
     products = {("bf16 1024 × 512 × 256", "Triton"): 1, ("bf16 8192 × 8192 × 8192", "cuBLAS"): 1}
     assert found.products == products and found.total.runs == 2
 
@@ -87,7 +87,7 @@ def test_a_loop_runs_its_body_and_writes_in_place():
     for rest in ("", ', backend_config={"known_trip_count":{"n":"5"}}'):
         found = Schedule(program(body + rest, LOOP), ONE, TARGETS["H100"])
         assert found.seconds == pytest.approx(5 * ((2 * 400_000 + 4) / BYTES + LAUNCH))
-        assert found.kernels.keys() == {("", True)}
+        assert found.kernels.keys() == {"other, in a loop"}
 
 
 def exchanged(kernel: str, sizes: dict, groups: str) -> Schedule:
@@ -137,6 +137,7 @@ def test_attention_and_branches():
         '{"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "128", "128"]}, '
         '"mask_type": "CAUSAL"}}\n'
         "  %x = f32[1000]{0} parameter(2)\n"
+        '  %w = f32[1000]{0} custom-call(%x), custom_call_target="sorts"\n'
         "  ROOT %c = f32[1000]{0} conditional(%p, %x, %x), true_computation=%long, false_computation=%short"
     )
     branches = (
@@ -145,9 +146,10 @@ def test_attention_and_branches():
         "  ROOT %n = f32[1000]{0} negate(%a)\n}\n"
     )
     found = Schedule(program(attention, branches), ONE, TARGETS["H100"])
-    assert found.products == {("bf16 attention 2 × 128 × 128, 4 heads of 64", "cuDNN"): 1}
+    library = "sorts", "a library: only its bytes count"
+    assert found.products == {("bf16 attention 2 × 128 × 128, 4 heads of 64", "cuDNN"): 1, library: 1}
     assert found.total.flops == 2 * 2 * 2 * 4 * 128 * 128 * 64 / 2
-    assert found.total.runs == 2 and found.conditionals == 1
+    assert found.total.runs == 3 and found.conditionals == 1
 
 
 def test_rooms_of_the_cards():

@@ -14,7 +14,7 @@ PRODUCTS, MEMORY = 0.7, 0.85  # of the peak of products, and of the memory's ban
 LAUNCH = 2e-6  # seconds between kernels
 SLICES = {"slice", "dynamic-slice", "gather"}  # read only what they return
 LIBRARIES = {"__triton": "Triton", "__cublas": "cuBLAS", "__cudnn": "cuDNN"}
-_KIND = re.compile(r'(?:"kind":|custom_call_target=)"(\w+)')
+_KIND = re.compile(r'(?:"kind":|custom_call_target=)"([^"]+)"')
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:] ?[{\[]([\d," ]*)')
 
 
@@ -50,6 +50,8 @@ class Kernels:
         moved = self._fusion_moves(called) if called else self._moved(one, types)
         seconds = max(seconds, moved / (MEMORY * self._target.bandwidth)) + LAUNCH
         texts = tuple((text, lowered) for text, _ in products)
+        if one.operation == "custom-call" and not products:
+            texts = ((name, "a library: only its bytes count"),)
         return Kernel(hlo.part_of(one.scope), texts, flops, moved, seconds)
 
     def _products(self, computation: str) -> list[tuple[str, float]]:

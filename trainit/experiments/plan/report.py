@@ -10,7 +10,7 @@ from trainit.cluster.logs import quantity
 from trainit.experiments.plan import hlo
 from trainit.experiments.plan.gpu import Program
 from trainit.experiments.plan.plan import Plan
-from trainit.experiments.plan.schedule import ASSUMED, Schedule
+from trainit.experiments.plan.schedule import ASSUMED, OTHER, Schedule
 from trainit.experiments.plan.targets import TARGETS, WORKSPACES, outside
 
 INDENT = " " * 11
@@ -110,11 +110,8 @@ def _time(plan: Plan, schedule: Schedule) -> list[str]:
     layers = config.model.num_blocks * plan.shape.batch_at(0).micro_steps
     lines += [f"kernels    {s.total.runs} in a step, as compiled without trying them out on a card:"]
     rows = []
-    for key, totals in sorted(s.kernels.items(), key=lambda item: -item[1].seconds):
-        name = f"{key[0] or 'other'}{', in a loop' * key[1]}"
-        of_layer = (
-            f"{totals.runs / layers:.1f}" if key[0] in ("attention", "mlp") or key == ("", True) else ""
-        )
+    for name, totals in sorted(s.kernels.items(), key=lambda item: -item[1].seconds):
+        of_layer = f"{totals.runs / layers:.1f}" if name in ("attention", "mlp", OTHER[True]) else ""
         sizes = totals.flops / 1e12, totals.moved / GIB, 1e3 * totals.seconds
         rows.append([name, str(totals.runs), of_layer, *(f"{size:.2f}" for size in sizes)])
     lines += _indented(rows, ["part", "kernels", "of a layer", "TFLOP", "GiB", "ms"], 1)

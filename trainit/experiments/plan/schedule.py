@@ -24,6 +24,7 @@ ASSUMED = (
     f"exchanges at full bandwidth, + {1e6 * LATENCY['NVLink']:g} µs within a machine and "
     f"{1e6 * LATENCY['network']:g} µs between machines"
 )
+OTHER = ("other", "other, in a loop")  # what kernels of no part are called
 NO_KERNEL = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier"}
 NO_KERNEL |= {"partition-id", "replica-id"}
 
@@ -53,8 +54,7 @@ class Schedule:
         self._exchange = functools.cache(self._exchange_of)
         self._free: defaultdict[str, float] = defaultdict(float)  # when each link is
         self.seconds = 0.0
-        # By part, and by whether they run in a loop.
-        self.kernels: defaultdict[tuple[str, bool], Totals] = defaultdict(Totals)
+        self.kernels: defaultdict[str, Totals] = defaultdict(Totals)  # by part, or as OTHER
         self.products: Counter[tuple[str, str]] = Counter()
         self.busy: defaultdict[str, float] = defaultdict(float)  # seconds of each kind of exchange
         self.exposed: defaultdict[str, float] = defaultdict(float)  # of them, those that kernels wait for
@@ -92,7 +92,7 @@ class Schedule:
             else:
                 kernel = self._kernel(computation, one)
                 self.seconds += kernel.seconds
-                key = kernel.part, in_loop
+                key = kernel.part or OTHER[in_loop]
                 self.kernels[key] = self.kernels[key].plus(kernel)
                 self.products.update(kernel.products)
 

@@ -1,4 +1,4 @@
-"""What a run costs, and the table of choices of model.remat, by plans whose numbers are given."""
+"""What plans say of a GPU's program, what runs cost, choices of model.remat: with numbers that are given."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import tiny
 from trainit import config as config_lib
 from trainit.__main__ import main
 from trainit.config import MESH_AXES, ConfigError
-from trainit.experiments.plan import budget, gpu, roofline, sweep
+from trainit.experiments.plan import budget, gpu, report, roofline, sweep
 from trainit.experiments.plan.gpu import Program
 from trainit.experiments.plan.plan import Plan, plan
 
@@ -50,6 +50,24 @@ def test_hours_and_their_cost(planned):
     assert [row[5:] for row in rows] == [["11.1 M", "no"], ["8.85 M", "no"]]
     assert "the smallest number of H100s that fits is 4." in lines[-1]
     assert "no number of GPUs that was tried fits" in budget.describe(planned[:1], 0, 1e6)
+
+
+def test_a_plan_says_what_a_compiled_program_shows(monkeypatch):
+    program = Program(int(70e9), "cudnn", SCHEDULED, SCHEDULED, ["--xla_gpu_new=1"])
+    monkeypatch.setattr(gpu, "compile_for", lambda *_: program)
+    lines = report.describe(plan(config(), 1, "H200", 0.5, "GPU", {}), "").splitlines()
+    text = " ".join(lines)
+    assert "for H200 (NVIDIA H200) by jaxlib" in text and "does not know --xla_gpu_new=1, which" in text
+    assert (
+        f"{70e9 / 2**30:.2f} GiB assigned by XLA" in text and "assumed for what XLA does not see: 0.5" in text
+    )
+    cards = {line.split()[0]: line.split()[-1] for line in lines if line.endswith(("yes", "no"))}
+    # JAX's part, nine tenths, has half a GiB that XLA does not assign: 71.5 of 80 GB, and 35.5 of 40 GB.
+    assert cards == {"A100-40": "no"} | dict.fromkeys(("A100-80", "H100", "H200", "B200"), "yes")
+    # 8 MB at 0.85 of 4.8 TB/s, and 2 µs, as the only kernel.
+    seconds = 8e6 / (0.85 * 4.8e12) + 2e-6
+    assert f"time       {1e3 * seconds:.2f} ms on H200 by its schedule" in text
+    assert "error against a card: not measured yet" in text and "kernels    1 in a step" in text
 
 
 def test_each_choice_is_compiled(monkeypatch):

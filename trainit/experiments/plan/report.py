@@ -14,6 +14,7 @@ from trainit.experiments.plan.schedule import ASSUMED, OTHER, Schedule
 from trainit.experiments.plan.targets import TARGETS, WORKSPACES, outside
 
 INDENT = " " * 11
+LISTED = 24  # products at most
 SMALL = 1024  # bytes: exchanges of such pieces (norms, losses) are left out if the formula has none
 MIB, GIB = 2**20, 2**30
 
@@ -115,8 +116,10 @@ def _time(plan: Plan, schedule: Schedule) -> list[str]:
         sizes = totals.flops / 1e12, totals.moved / GIB, 1e3 * totals.seconds
         rows.append([name, str(totals.runs), of_layer, *(f"{size:.2f}" for size in sizes)])
     lines += _indented(rows, ["part", "kernels", "of a layer", "TFLOP", "GiB", "ms"], 1)
-    rows = [[text, by, str(count)] for (text, by), count in s.products.most_common()]
-    lines += ["products   left rows × contracted × right columns:"]
+    rows = [[text, by, str(count)] for (text, by), count in s.products.most_common(LISTED)]
+    others = len(s.products) - len(rows)
+    more = f", and {others} others that run less often" if others else ""
+    lines += [f"products   left rows × contracted × right columns{more}:"]
     return lines + _indented(rows, ["product", "lowered to", "times"], 2)
 
 

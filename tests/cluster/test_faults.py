@@ -5,10 +5,16 @@
 FAULTS sets how many (30), FAULTS_SEED draws others; both are printed, with what became of each.
 """
 
+import contextlib
 import os
 import random
+import re
 import signal
+import socket
+import subprocess
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from processes import ROOT, end, exact, last_step, launch, metrics, pid_of, saving, wait_for
@@ -40,6 +46,32 @@ def job(random_dataset, tmp_path):
     return begin
 
 
+@contextlib.contextmanager
+def strangers(launcher):
+    """Twenty silent connections to process 0's port, as soon as it is open, until the block ends."""
+    over, held = threading.Event(), []
+
+    def call():
+        port = 0
+        while not over.wait(0.02) and len(held) < 20:
+            with contextlib.suppress(OSError, AssertionError, subprocess.CalledProcessError):
+                if not port:
+                    environment = Path(f"/proc/{pid_of(launcher, 0)}/environ").read_text()
+                    port = int(re.search(r"TRAINIT_COORDINATOR=localhost:(\d+)", environment)[1])
+                while len(held) < 20:
+                    held.append(socket.create_connection(("localhost", port), timeout=1))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        yield held
+    finally:
+        over.set()
+        thread.join()
+        for connection in held:
+            connection.close()
+
+
 def strike(process, run, kind, rank, moment, draw) -> float:
     """Sends a signal to one process at some moment; when."""
     started_at = last_step(run)
@@ -58,10 +90,10 @@ def strike(process, run, kind, rank, moment, draw) -> float:
 
 
 @pytest.mark.evidence(
-    "30 faults on a job of 4 processes (SIGKILL, SIGSTOP, SIGTERM, SIGINT, SIGUSR1, SIGUSR2; the "
-    "process and the moment, while starting, in a step or in a save, drawn from a printed seed), each "
-    "followed by a resume: no step lost or doubled, all metrics bit-identical to the undisturbed run's, "
-    "each job ended within a minute"
+    "30 faults on a job of 4 processes (SIGKILL, SIGSTOP, SIGTERM, SIGINT, SIGUSR1, SIGUSR2; the process and "
+    "the moment, while starting, in a step or in a save, drawn from a printed seed), half of them with up to "
+    "twenty strangers at the port, each followed by a resume: no step lost or doubled, all metrics "
+    "bit-identical to the undisturbed run's, each job ended within a minute"
 )
 def test_random_faults_change_nothing(job, tmp_path):
     seed = int(os.environ.get("FAULTS_SEED", random.randrange(2**32)))
@@ -75,15 +107,18 @@ def test_random_faults_change_nothing(job, tmp_path):
         process, before = job("run"), last_step(run)
         if before > STEPS - 10:
             moment = MOMENTS[0]  # else it might be done before it is struck
+        crowd = strangers(process) if draw.random() < 0.5 else contextlib.nullcontext([])
         try:
-            struck = strike(process, run, kind, rank, moment, draw)
+            with crowd as held:
+                struck = strike(process, run, kind, rank, moment, draw)
             output = end(process, None if kind in DEADLY else 75, LIMIT_SECONDS + SILENCE_SECONDS)
         finally:
             process.kill()
         ended_in.append(time.monotonic() - struck)
         print(
-            f"{number + 1:3}  {kind.name:8} to process {rank} {moment:9} from step {max(before, 0):3}: exit "
-            f"{process.returncode}, in {ended_in[-1]:4.1f} s, metrics up to step {max(last_step(run), 0)}"
+            f"{number + 1:3}  {kind.name:8} to process {rank} {moment:9} from step {max(before, 0):3}, "
+            f"{len(held):2} strangers: exit {process.returncode}, in {ended_in[-1]:4.1f} s, "
+            f"metrics up to step {max(last_step(run), 0)}"
         )
         assert ended_in[-1] < LIMIT_SECONDS, output
     end(job("run"), 0)

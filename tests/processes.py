@@ -150,12 +150,13 @@ def launch(count: int, *args: str, terminal: int = -1, **environment: str) -> su
 
     Given a terminal's file descriptor, all of that is there instead, and its end hangs them up.
     """
-    streams: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    streams: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    command: list = [ROOT / "launch/local.sh", "-n", str(count), *map(str, args)]
     if terminal >= 0:
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-        streams["preexec_fn"] = lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        command = ["setsid", "--ctty", *command]
     return subprocess.Popen(
-        [ROOT / "launch/local.sh", "-n", str(count), *map(str, args)],
+        command,
         cwd=ROOT,
         env={
             **os.environ,
@@ -164,7 +165,6 @@ def launch(count: int, *args: str, terminal: int = -1, **environment: str) -> su
         },
         **streams,
         text=True,
-        start_new_session=True,
     )
 
 

@@ -44,10 +44,10 @@ def two_hosts() -> Plan:
 
 @pytest.mark.evidence("GPT-2 124M's step, compiled for an H100, takes no more memory or kernels than before")
 def test_memory_and_kernels_do_not_rise():
-    """Bounds are what was measured, and two percent; lower them when the step gets better."""
+    """8.70 GiB and 830 by JAX 0.10.2, and two percent; lower the bounds when the step gets better."""
     found = one_h100()
-    assert found.program.assigned / GIB <= 9.0
-    assert found.schedule.total.runs <= 850
+    assert found.program.assigned / GIB <= 8.9
+    assert found.schedule.total.runs <= 847
     assert found.program.attention == "cudnn"
 
 

@@ -15,9 +15,10 @@ from processes import TWO, Fork, end, last_step, metrics, run_imported, wait_for
 
 from trainit import config as config_lib
 from trainit.config import ConfigError
-from trainit.data import mixture, training_data
+from trainit.data import training_data
 from trainit.data.dataset import DatasetError, open_dataset
 from trainit.data.documents.targets import Targets
+from trainit.data.rows import mixture
 
 LENGTH = 32
 

@@ -241,7 +241,7 @@ def test_asked_to_stop_while_starting(job, tmp_path):
 
 
 SLOW_EVALUATION = """
-from trainit.data import order
+from trainit.data.rows import order
 call = order.Spaced.__call__
 def slow(self, positions):
     time.sleep(1)

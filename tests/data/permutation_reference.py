@@ -1,4 +1,4 @@
-"""The permutation of trainit.data.order again: one position, in plain integers."""
+"""The permutation of trainit.data.rows.order again: one position, in plain integers."""
 
 import math
 

@@ -22,7 +22,7 @@ def main(argv):
     from trainit.cluster.process import exit_process
     from trainit.data import loader
     from trainit.data.dataset import open_dataset
-    from trainit.data.order import Ordered, Shuffled
+    from trainit.data.rows.order import Ordered, Shuffled
     from trainit.parallel.layout import batch_sharding
     from trainit.parallel.mesh import make_mesh
 

@@ -18,7 +18,7 @@ from trainit.config import DATASETS, Config, ConfigDict, ConfigError, resolve
 from trainit.data import loader, training_data
 from trainit.data.dataset import DatasetError, open_dataset
 from trainit.data.jsonl import dataset as streaming
-from trainit.data.order import Ordered, Sequential
+from trainit.data.rows.order import Ordered, Sequential
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on

@@ -20,7 +20,7 @@ from trainit.data import loader
 from trainit.data.dataset import DatasetError
 from trainit.data.formats import arrow as columns
 from trainit.data.formats.detect import open_path
-from trainit.data.order import Ordered, Sequential
+from trainit.data.rows.order import Ordered, Sequential
 from trainit.tokenizers.base import digest
 
 VOCABULARY = 257  # of the tokenizer "bytes"

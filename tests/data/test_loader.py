@@ -12,7 +12,7 @@ from read_batches import BATCHES, FIRST_ROW, LENGTH, ROWS, SEED
 
 from trainit.data import loader
 from trainit.data.dataset import open_dataset
-from trainit.data.order import Ordered, Shuffled, Spaced
+from trainit.data.rows.order import Ordered, Shuffled, Spaced
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh
 

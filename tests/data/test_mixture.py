@@ -6,8 +6,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from trainit.data.mixture import PERIOD, Mixture, stage
-from trainit.data.order import Ordered, Sequential, Shuffled
+from trainit.data.rows.mixture import PERIOD, Mixture, stage
+from trainit.data.rows.order import Ordered, Sequential, Shuffled
 
 
 class Numbers:

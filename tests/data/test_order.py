@@ -9,7 +9,7 @@ import pytest
 from permutation_reference import reference
 from scipy import stats
 
-from trainit.data import order
+from trainit.data.rows import order
 
 
 @pytest.mark.parametrize("name", ["shuffled", "blocks", "sequential"])

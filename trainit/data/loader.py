@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from trainit.cluster.process import end_with_parent
-from trainit.data import order
 from trainit.data.documents.targets import Targets
-from trainit.data.mixture import Mixture
-from trainit.data.order import Ordered
+from trainit.data.rows import order
+from trainit.data.rows.mixture import Mixture
+from trainit.data.rows.order import Ordered
 
 Shape = tuple[int, int, int]  # of a global batch: micro-steps G, rows of a micro-step b, length L
 

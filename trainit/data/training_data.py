@@ -17,15 +17,16 @@ import numpy as np
 
 from trainit.cluster.logs import quantity
 from trainit.config import BatchSizes, Config, ConfigError, batch_sizes
-from trainit.data import loader, mixture, order
+from trainit.data import loader
 from trainit.data.dataset import CHAT, Dataset, Split, find_tokenizer
 from trainit.data.documents.subsets import Subset
 from trainit.data.documents.targets import Targets
 from trainit.data.formats import detect
 from trainit.data.jsonl import dataset as jsonl
 from trainit.data.loader import START, DataPosition, Shape
-from trainit.data.mixture import Mixture
-from trainit.data.order import Ordered, Spaced
+from trainit.data.rows import mixture, order
+from trainit.data.rows.mixture import Mixture
+from trainit.data.rows.order import Ordered, Spaced
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.chat.marks import END
 

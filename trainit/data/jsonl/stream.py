@@ -28,7 +28,7 @@ from trainit.data.dataset import DatasetError, dtype_of
 from trainit.data.documents import conversations, reader
 from trainit.data.documents.inputs import Input, describe
 from trainit.data.documents.reader import Batch, BrokenInputError, Document, Position
-from trainit.data.order import permute
+from trainit.data.rows.order import permute
 from trainit.tokenizers import Tokenizer
 from trainit.tokenizers.chat import marks
 

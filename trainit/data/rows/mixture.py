@@ -22,7 +22,7 @@ from trainit.config import BatchSizes, ConfigError, batch_sizes
 from trainit.data.dataset import CHAT, Dataset, PickledFields, by_value
 from trainit.data.documents import subsets
 from trainit.data.formats import detect
-from trainit.data.order import Ordered
+from trainit.data.rows.order import Ordered
 
 PERIOD = 1 << 20  # rows at most; weights that need more are rounded to multiples of 1 / PERIOD
 

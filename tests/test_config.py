@@ -114,7 +114,18 @@ def test_layers_with_window(text, layers):
             "model.num_kv_heads=1 is not a multiple of mesh.tensor=2",
         ),
         ({"mesh.fsdp": 5, "batch_size": 5}, "model.dim=768 is not a multiple of mesh.fsdp=5"),
-        ({"mesh.context": 2}, "mesh.context=2 does not work yet"),
+        (
+            {"mesh.context": 3},
+            r"length=1024 is not a multiple of mesh.context\*lcm\(2, mesh.tensor\)=6",
+        ),
+        (
+            {"mesh.context": 768, "mesh.tensor": 4},
+            r"context_length=1024 is not a multiple of mesh.context\*lcm\(2, mesh.tensor\)=3072",
+        ),
+        (
+            {"mesh.context": 2, "model.attention": "plain"},
+            "attention=plain needs whole sequences, and mesh.context=2",
+        ),
         ({"model.num_heads": 7}, "model.dim=768 is not a multiple of model.num_heads=7"),
         ({"model.num_kv_heads": 5}, "model.num_heads=12 is not a multiple of model.num_kv_heads=5"),
         ({"model.vocab_size": 100}, "model.vocab_size=100 is smaller than the tokenizer's 50257"),

@@ -17,13 +17,13 @@ from trainit.train.reports.startup_timer import StartupTimer
 
 
 @pytest.mark.evidence("validation by subset against a float64 computation from the logits")
-@pytest.mark.parametrize("sequences", [0, 13])
-def test_metrics_of_each_subset(sequences, subset_dataset):
+@pytest.mark.parametrize("sequences, fsdp, context", [(0, 2, 1), (13, 1, 2)])
+def test_metrics_of_each_subset(sequences, fsdp, context, subset_dataset):
     dataset = open_dataset(subset_dataset)
     config = tiny.get_config()
     config.eval.sequences = sequences
     config = config_lib.resolve(config, dataset.vocab_size)
-    shape = shape_on(config, make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1}))
+    shape = shape_on(config, make_mesh({"data": 2, "fsdp": fsdp, "tensor": 2, "context": context}))
     steps = step.build(config, shape)
     params, length = steps.init().params, config.model.context_length
     monitor = JobMonitor(0, 1, lambda code: None, 40.0)

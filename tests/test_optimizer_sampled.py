@@ -56,7 +56,7 @@ def estimates(sizes: tuple, device_batch_size: int, count: int):
     config.device_batch_size = device_batch_size
     config.optimizer.update(estimator="gnb", learning_rate=0.0, weight_decay=0.0, beta2=0.0, every_steps=1)
     config = config_lib.resolve(config, 257)
-    sizes = dict(zip(("data", "fsdp", "tensor", "context"), (*sizes, 1), strict=True))
+    sizes = dict(zip(("data", "fsdp", "tensor", "context"), sizes, strict=True))
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     shape = shape_on(config, mesh)
     steps, (micro_steps, rows, length) = step.build(config, shape), shape.batch_at(0)
@@ -76,7 +76,7 @@ def estimates(sizes: tuple, device_batch_size: int, count: int):
 
 def test_the_model_draws_the_targets():
     """Of the head's bias the Gauss-Newton diagonal is the mean of p (1 - p); and any mesh draws the same."""
-    found, p = estimates((1, 1, 1), 16, 80)
+    found, p = estimates((1, 1, 1, 1), 16, 80)
     counts = np.arange(32) < LENGTHS.reshape(16, 1)
     expected = (p * (1 - p))[counts].mean(0)
     mean = np.mean([h["head/bias"] for h in found], axis=0)
@@ -84,7 +84,7 @@ def test_the_model_draws_the_targets():
     got, want = [[x[part].sum() for part in order] for x in (mean, expected)]
     assert want[3] > 5 * want[2] > 10 * want[1]
     np.testing.assert_allclose(got, want, rtol=0.15)
-    (split,), _ = estimates((2, 2, 2), 2, 1)
+    (split,), _ = estimates((2, 1, 2, 2), 4, 1)
     for path, value in split.items():  # squares of sums, some of which nearly cancel
         np.testing.assert_allclose(
             value, found[0][path], rtol=1e-3, atol=1e-12 + 1e-5 * value.mean(), err_msg=path

@@ -11,9 +11,10 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from trainit import config as config_lib
+from trainit.config import MESH_AXES
 from trainit.data import loader
 from trainit.data.dataset import open_dataset
-from trainit.data.order import Ordered, Shuffled
+from trainit.data.rows.order import Ordered, Shuffled
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import abstract_mesh, make_mesh, shape_on
@@ -28,6 +29,15 @@ SPLITS = [
     for f in (1, 2, 4, 8)
     for t in (1, 2, 4, 8)
     if d * f * t == n
+]
+
+# Each of the others with `context`, and both ways to exchange keys and values.
+CONTEXT_SPLITS = [
+    {"data": 2, "fsdp": 1, "tensor": 1, "context": 2, "attention": "ring"},
+    {"data": 1, "fsdp": 2, "tensor": 2, "context": 2, "attention": "ring"},
+    {"data": 2, "fsdp": 2, "tensor": 1, "context": 2, "attention": "gather"},
+    {"data": 1, "fsdp": 1, "tensor": 2, "context": 4, "attention": "gather"},
+    {"data": 1, "fsdp": 1, "tensor": 1, "context": 8, "attention": "ring"},
 ]
 
 LENGTH = 16
@@ -68,9 +78,9 @@ def train(config, sizes, path, count, names=NAMES):
     return np.array(jax.device_get(curve)), state
 
 
-def in_two(path, data, fsdp):
+def in_two(path, data, fsdp, **changes):
     """The config whose batch of 16 is two micro-steps on a mesh of these sizes."""
-    return make_config(path, device_batch_size=8 // (data * fsdp))
+    return make_config(path, device_batch_size=8 // (data * fsdp), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +89,17 @@ def one_device(random_dataset):
 
 
 @pytest.mark.evidence(
-    "20 steps on 1, 2, 4 and 8 devices, in all 20 splits of data, fsdp and tensor: the same losses"
+    "20 steps on 1, 2, 4 and 8 devices, in all 20 splits of data, fsdp and tensor, and in five with context: "
+    "the same losses"
 )
 @pytest.mark.parametrize(
-    "sizes", SPLITS[1:], ids=lambda s: "data {data} fsdp {fsdp} tensor {tensor}".format(**s)
+    "sizes", SPLITS[1:] + CONTEXT_SPLITS, ids=lambda s: " ".join(f"{k} {v}" for k, v in s.items())
 )
 def test_every_split_of_the_mesh_gives_the_same_run(sizes, random_dataset, one_device):
     """20 steps of two micro-steps on 2, 4 and 8 devices against one device, in float32."""
-    config = in_two(random_dataset, sizes["data"], sizes["fsdp"])
+    attention = {"attention": "auto", **sizes}["attention"]
+    sizes = {axis: sizes[axis] for axis in MESH_AXES}
+    config = in_two(random_dataset, sizes["data"], sizes["fsdp"], model__attention=attention)
     assert shape_on(config, abstract_mesh(sizes)).batch_at(0).micro_steps == 2
     curve, state = train(config, sizes, random_dataset, 20)
     np.testing.assert_allclose(curve, one_device[0], rtol=5e-4)

@@ -98,7 +98,7 @@ def answers():
     config = tiny.get_config()
     config.model.update(context_length=128, num_blocks=1)
     config = resolve(config, 257)
-    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
     shape = shape_on(config, make_mesh(sizes))
     steps = step.build(config, shape)
     state = steps.init()

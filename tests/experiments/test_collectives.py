@@ -51,6 +51,11 @@ CASES = {
         lambda x: jax.lax.all_to_all(x, "data", 1, 0, tiled=True),
         *((16, 8), P("data"), P(None, "data"), F, [("all-to-all", "f32", ("data",), 2, 256, 1)]),
     ),
+    "ring": (
+        lambda x: jax.lax.ppermute(x, ("data", "tensor"), [(0, 1), (1, 2), (2, 3), (3, 0)]),
+        *((16, 8), P("tensor"), P("tensor"), F),
+        [("collective-permute", "f32", ("data", "tensor"), 4, 256, 1)],
+    ),
     "shift": (
         lambda x: jax.lax.ppermute(x, "tensor", [(0, 1), (1, 0)]),
         *((16, 8), P("tensor"), P("tensor"), F, [("collective-permute", "f32", ("tensor",), 2, 256, 1)]),

@@ -45,6 +45,11 @@ STEPS = {
         {"device_batch_size": 1},
     ),
     "families": ({"fsdp": 4, "tensor": 2}, FAMILIES, {}),
+    "ring": ({"data": 2, "context": 4}, MODERN | DOCUMENTS | {"attention": "ring"}, {"device_batch_size": 2}),
+    "ring of families": ({"fsdp": 2, "tensor": 2, "context": 2}, FAMILIES | {"attention": "ring"}, {}),
+    "ring, again": ({"fsdp": 2, "context": 4}, {"attention": "ring", "remat": "attention"}, {}),
+    "gathered keys": ({"fsdp": 2, "tensor": 2, "context": 2}, {"remat": "block"}, {}),
+    "gathered keys, unrolled": ({"context": 8}, GQA | {"scan_layers": False}, {}),
     "unrolled": ({"fsdp": 4, "tensor": 2}, {"scan_layers": False, "head_bias": True}, {"z_loss": 0.1}),
 }
 

@@ -11,8 +11,13 @@ from first_steps import losses_and_norms
 from test_gpt import model_config, random_parameters, random_tokens
 
 from trainit import config as config_lib
+from trainit.config import MESH_AXES
 from trainit.model import attention
 from trainit.model.gpt import GPT
+from trainit.model.kernels import kernel_on
+from trainit.parallel import sequence
+from trainit.parallel.collectives import Parallel
+from trainit.parallel.mesh import make_mesh
 
 BLOCK = 4
 LENGTHS = {"one": 1, "a_block": 4, "one_more": 5, "stages": 31, "blocks_in_stages": 70}
@@ -112,6 +117,57 @@ def test_forms_equal_float64(form, masked):
             np.testing.assert_allclose(mine, right, rtol=0, atol=1e-5 * np.abs(right).max(), err_msg=name)
 
 
+SPLITS = {
+    "ring of 4": ("ring", {"context": 4}, 24, "none", False),
+    "ring of 8, window": ("ring", {"context": 8}, 48, "window", True),
+    "ring of 2, over tensor": ("ring", {"data": 2, "tensor": 2, "context": 2}, 12, "softcap", True),
+    "gathered by 4, narrow": ("gather", {"context": 4}, 24, "narrow", True),
+    "gathered by 2, padded": ("gather", {"tensor": 2, "context": 2}, 4 * attention.BLOCK + 48, "none", True),
+}
+
+
+@pytest.mark.evidence(
+    "attention whose keys are gathered or travel in a ring against float64, forward and gradient, with "
+    "windows, documents and shared key heads; with dropout against plain attention"
+)
+@pytest.mark.parametrize("name, sizes, L, form, masked", SPLITS.values(), ids=SPLITS)
+def test_split_sequences_equal_float64(name, sizes, L, form, masked):
+    sizes = dict.fromkeys(MESH_AXES, 1) | sizes
+    parallel = Parallel(make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))]))
+    *qkv, g = draw(2, L, 4, 2, 8)
+    document, form = documents_of(2, L) if masked else None, {"none": NONE, **FORMS}[form]
+    keys, kernel = jax.random.split(jax.random.key(3), (2, 4)), kernel_on(name, "cpu", parallel)
+
+    def split(q, k, v, keys, rate):
+        return sequence.restore(
+            parallel, kernel(*sequence.arrange(parallel, (q, k, v, document)), keys, rate=rate, form=form)
+        )
+
+    def whole(q, k, v, keys, rate):
+        return attention.plain(q, k, v, document, keys, rate, form)
+
+    def run(attend, *dropout):
+        y, pull = jax.vjp(lambda *qkv: attend(*qkv, *dropout), *qkv)
+        return y, *pull(g)
+
+    for dropout, want in (
+        ((None, 0.0), exact(*qkv, g, document, form) if L < 100 else run(whole, None, 0.0)),
+        ((keys, 0.4), run(whole, keys, 0.4)),
+    ):
+        for mine, right in zip(jax.jit(run, static_argnums=(0, 2))(split, *dropout), want, strict=True):
+            np.testing.assert_allclose(mine, right, rtol=0, atol=1e-5 * np.abs(right).max())
+
+
+def test_a_window_spares_what_it_hides():
+    """Whether a pair of chunks is computed is decided on the device, by conditionals of the program."""
+    parallel = Parallel(make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 8}))
+    *qkv, _ = draw(1, 64, 2, 2, 8)
+    for form in (NONE, attention.Form(window=4)):
+        attend = partial(kernel_on("ring", "cpu", parallel), rate=0.0, form=form)
+        text = str(jax.make_jaxpr(attend)(*qkv, None, None))
+        assert (" cond[" in text) == (form.window > 0)
+
+
 def compiled(kernel, L):
     *qkv, g = draw(1, L, 2, 2, 16)
     gradient = jax.grad(lambda q, k, v: jnp.sum(kernel(q, k, v) * g), argnums=(0, 1, 2))
@@ -138,11 +194,11 @@ def test_blockwise_is_linear_in_memory_and_spares_products():
 def test_blockwise_drops_in_every_block_and_alike_in_the_gradient():
     """Weights are drawn separately for every position, row and head; the gradient has the same draw."""
     q, k, v, g = draw(2, 24, 4, 2, 8)
-    keys = jax.random.split(jax.random.key(3), (2, 2))
+    keys = jax.random.split(jax.random.key(3), (2, 4))
 
     @jax.jit
     def run(q, k, v):
-        return attention.blockwise(q, k, v, key_BJ=keys, rate=0.5, block=BLOCK)
+        return attention.blockwise(q, k, v, key_BH=keys, rate=0.5, block=BLOCK)
 
     ones = run(q, k, jnp.ones_like(v))[..., 0]  # sums of the weights that stay, doubled
     assert abs(float(ones.mean()) - 1) < 0.1
@@ -195,8 +251,14 @@ FAMILIES = {
 @pytest.mark.evidence("models with the parts of all families train on a mesh as on one device")
 @pytest.mark.parametrize(
     ("sizes", "changes"),
-    [({"data": 2, "fsdp": 2, "tensor": 2}, {}), ({"data": 1, "fsdp": 4, "tensor": 2}, FAMILIES)],
-    ids=["dropout", "families"],
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
+        ({"data": 1, "fsdp": 4, "tensor": 2}, FAMILIES),
+        ({"data": 2, "fsdp": 1, "tensor": 1, "context": 4}, {"attention": "ring"}),
+        ({"data": 1, "fsdp": 2, "tensor": 2, "context": 2}, {**FAMILIES, "attention": "ring"}),
+        ({"data": 1, "fsdp": 2, "tensor": 2, "context": 2}, {**FAMILIES, "attention": "gather"}),
+    ],
+    ids=["dropout", "families", "ring", "families in a ring", "families gathered"],
 )
 def test_blockwise_over_a_mesh_is_that_of_one_device(sizes, changes):
     """Two steps with documents and shared key heads, on 8 devices and on one: the same losses."""
@@ -204,11 +266,11 @@ def test_blockwise_over_a_mesh_is_that_of_one_device(sizes, changes):
     def losses(sizes):
         config = tiny.get_config()
         config.update(batch_size=8, device_batch_size=0)
-        config.model.update(num_kv_heads=2, context_length=attention.BLOCK + 32, attention="blockwise")
+        config.model.update(num_kv_heads=2, context_length=attention.BLOCK + 32)
         config.model.update(document_mask=True, end_of_text=3)
         config.model.update_from_flattened_dict(changes)
         return losses_and_norms(config_lib.resolve(config, 100), sizes, 100, 2)
 
     one = losses({"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
-    many = losses({**sizes, "context": 1})
+    many = losses({"context": 1, **sizes})
     np.testing.assert_allclose(many, one, rtol=2e-5)

@@ -11,7 +11,8 @@ import pytest
 import trainit.config
 from trainit import optimizers
 from trainit.convert import families
-from trainit.model.attention import dropout, plain
+from trainit.model.attention import plain
+from trainit.model.dropout import dropout
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import PARAMETERS, logical_axes, parameter_kind
 from trainit.parallel.mesh import choose_attention
@@ -437,16 +438,16 @@ def test_init(changes):
 
 
 def test_dropout_without_rate_or_key_is_the_identity():
-    x = jnp.arange(12.0).reshape(3, 4)
-    np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0), 0), x)
+    x = jnp.arange(12.0).reshape(1, 3, 4)
+    np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0)[None], 0), x)
     np.testing.assert_array_equal(dropout(x, 0.5, None, 0), x)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_expectation(rate):
     n = 40_000
-    x = jnp.asarray(np.random.default_rng(13).uniform(1, 2, n), jnp.float32)
-    y = np.asarray(dropout(x, rate, jax.random.key(14), 3))
+    x = jnp.asarray(np.random.default_rng(13).uniform(1, 2, (1, n // 100, 100)), jnp.float32)
+    y = np.asarray(dropout(x, rate, jax.random.key(14)[None], 3))
     kept = y != 0
     np.testing.assert_allclose(y[kept], np.asarray(x)[kept] / (1 - rate), rtol=1e-6)
     assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / n)
@@ -455,11 +456,14 @@ def test_dropout_keeps_the_expectation(rate):
 
 
 def test_dropout_sites_and_keys_are_independent():
-    x = jnp.ones(10_000)
-    masks = [dropout(x, 0.5, jax.random.key(seed), site) / 2 for seed in (0, 1) for site in (0, 1, 2)]
-    correlations = np.corrcoef(np.stack(masks))
+    x, keys = jnp.ones((2, 100, 100)), jax.random.split(jax.random.key(0))
+    masks = np.concatenate([dropout(x, 0.5, keys, site) / 2 for site in (0, 1, 2)])
+    correlations = np.corrcoef(masks.reshape(6, -1))
     assert np.abs(correlations - np.eye(6)).max() < 0.05
-    half = dropout(x.astype(jnp.bfloat16), 0.5, jax.random.key(0), 0)
+    # Of a mask, no two rows and no two columns are alike.
+    for lines in (masks[0], masks[0].T):
+        assert np.abs(np.corrcoef(lines) - np.eye(100)).max() < 0.6
+    half = dropout(x.astype(jnp.bfloat16), 0.5, keys, 0)
     assert half.dtype == jnp.bfloat16
 
 
@@ -520,8 +524,8 @@ def test_every_dropout_site_draws_its_own_mask():
 def test_attention_dropout_acts_on_the_weights():
     rng = np.random.default_rng(19)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 4, heads, 6)), jnp.float32) for heads in (4, 2, 2))
-    keys = jax.random.split(jax.random.key(20), 1000)
-    dropped = np.asarray(jax.jit(jax.vmap(lambda key: plain(q, k, v, key_BJ=key, rate=0.4)))(keys))
+    keys = jax.random.split(jax.random.key(20), (1000, 1, 4))
+    dropped = np.asarray(jax.jit(jax.vmap(lambda key: plain(q, k, v, key_BH=key, rate=0.4)))(keys))
     whole = np.asarray(plain(q, k, v))
     # The first position attends to itself alone: its one weight is dropped or scaled up.
     first = dropped[:, 0, 0]  # draws, heads, head size

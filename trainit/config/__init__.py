@@ -13,6 +13,7 @@ from trainit.config.resolve import (
     USUAL_FIELDS,
     check_mesh,
     layers_with_window,
+    length_multiple,
     of_this_version,
     resolve,
     shrink,

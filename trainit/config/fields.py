@@ -14,7 +14,7 @@ PRECISIONS = ("bfloat16", "float16", "float32")
 PART_PRECISIONS = ("", *PRECISIONS, "float8")
 STATE_TYPES = ("bfloat16", "float32", "int8")
 GATED = ("swiglu", "geglu")  # activations of MLPs with two maps from the model's width
-KERNELS = ("auto", "plain", "blockwise", "cudnn")
+KERNELS = ("auto", "plain", "blockwise", "cudnn", "gather", "ring")
 PLATFORMS = ("", "cpu", "cuda", "rocm", "tpu")
 TOKENIZERS = "bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE"
 
@@ -49,7 +49,7 @@ def defaults() -> ConfigDict:
     c.mesh.data = field(1, "replicas, each with a part of the batch")
     c.mesh.fsdp = field(-1, "parts of parameters, optimizer state and the batch")
     c.mesh.tensor = field(1, "parts of heads, MLP width, vocabulary, and of the residual's length")
-    c.mesh.context = field(1, "parts of the sequence; only 1 works yet")
+    c.mesh.context = field(1, "parts of each sequence, twice as many chunks of it")
     # The model, its optimizer and its data.
     c.model = field(model(), "the GPT")
     c.optimizer = field(ConfigDict(), "the optimizer; its file declares its fields")
@@ -97,12 +97,17 @@ def model(**changes: Any) -> ConfigDict:
     m.num_kv_heads = field(0, "key and value heads, a divisor of num_heads; 0: num_heads", at_least=0)
     m.head_dim = field(0, "size of a head; 0: dim / num_heads", at_least=0)
     m.num_blocks = field(12, "layers", above=0)
-    m.context_length = field(1024, "tokens of a sequence; a multiple of mesh.tensor", above=0)
+    m.context_length = field(1024, "tokens of a sequence; a multiple of mesh.tensor * mesh.context", above=0)
     m.mlp_dim = field(0, "width of the MLP; 0: 4 * dim (gated: 8/3 * dim, a multiple of 64)", at_least=0)
     m.vocab_size = field(0, "rows of the embedding; 0: the tokenizer's, up to a multiple of 128", at_least=0)
     _architecture(m)
     # How it is computed; none of these changes the result.
-    m.attention = field("auto", "auto: cudnn, else blockwise, with memory linear in length", one_of=KERNELS)
+    m.attention = field(
+        "auto",
+        "auto: cudnn, else blockwise, with memory linear in length; over mesh.context gather up to "
+        "16384 tokens of a sequence, else ring",
+        one_of=KERNELS,
+    )
     m.remat = field(
         "auto",
         "what is computed again, not kept; auto: by device and memory; attention: scores; dots: all except "

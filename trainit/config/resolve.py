@@ -230,11 +230,24 @@ def check_mesh(sizes: Mapping[str, int], config: ConfigDict | Config) -> None:
         require(size > 0 or size == -1, f"mesh.{axis}={size} must be above 0, or -1 for what is left")
     free = [axis for axis, size in sizes.items() if size == -1]
     require(len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are -1; only one axis can be what is left")
-    require(sizes["context"] == 1, f"mesh.context={sizes['context']} does not work yet; set it to 1")
     _check_multiple("model.dim", config.model.dim, "mesh.fsdp", sizes["fsdp"])
     for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "context_length"):
         _check_multiple(f"model.{name}", config.model[name], "mesh.tensor", sizes["tensor"])
+    if (context := sizes["context"]) > 1:
+        length, multiple = config.model.context_length, length_multiple(sizes)
+        _check_multiple("model.context_length", length, "mesh.context*lcm(2, mesh.tensor)", multiple)
+        require(
+            config.model.attention not in ("plain", "cudnn"),
+            f"model.attention={config.model.attention} needs whole sequences, and mesh.context={context} "
+            f"splits them; take auto, gather or ring",
+        )
     _check_batches(config, "mesh.data*mesh.fsdp", abs(sizes["data"] * sizes["fsdp"]))
+
+
+def length_multiple(sizes: Mapping[str, int]) -> int:
+    """What divides the length of all sequences on a mesh: two chunks on each device along context."""
+    context, tensor = abs(sizes["context"]), abs(sizes["tensor"])
+    return tensor if context == 1 else context * math.lcm(2, tensor)
 
 
 def _check_batches(config: ConfigDict | Config, of: str, divisor: int) -> None:

@@ -24,6 +24,7 @@ from trainit.generate import parameters
 from trainit.generate.sampling import Sampling
 from trainit.model import attention
 from trainit.model.gpt import GPT
+from trainit.model.kernels import kernel_on
 from trainit.model.layers import Documents
 from trainit.model.precision import PARTS, PartPrecision
 from trainit.parallel.collectives import Parallel
@@ -69,7 +70,7 @@ class Decoder:
         # The model, whose attention is another one in each program.
         self._parallel, platform = Parallel(mesh), mesh.devices.flat[0].platform
         kernel = choose_attention(model, platform, precision)
-        self._attend = self._whole = attention.kernel_on(kernel, platform, self._parallel)
+        self._attend = self._whole = kernel_on(kernel, platform, self._parallel)
         self._model = GPT(model, precision, self._attention, self._parallel, parts)
 
         # The programs.

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainit.config import GATED, Config, layers_with_window
-from trainit.model.attention import Form, dropout, plain
+from trainit.model.attention import Form, plain
+from trainit.model.dropout import dropout
 from trainit.model.layers import Documents, Embedding, Head, Linear, Norm, find_documents, rope
 from trainit.model.precision import PARTS, PartPrecision
+from trainit.parallel import sequence
 from trainit.parallel.collectives import ONE_DEVICE, MaybeArray, Parallel
 from trainit.parallel.embedding import vocab_parallel_embedding
 from trainit.parallel.matmul import PRODUCT, column_parallel, row_parallel
@@ -56,7 +58,8 @@ class Attention(nnx.Module):
         self, x_BLD: jax.Array, key: jax.Array | None, documents: Documents | None, windowed: Windowed
     ) -> jax.Array:
         c = self.c
-        number_BL, position_BL = (documents.number_BL, documents.position_BL) if documents else (None, None)
+        order_L = sequence.positions(self.parallel, x_BLD.shape[1])
+        number_BL, position = (documents.number_BL, documents.position_BL) if documents else (None, order_L)
 
         # Queries, keys and values, normalized and turned by their positions.
         weights = (linear.weights for linear in (self.query, self.key, self.value))
@@ -64,23 +67,23 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLJK = self.query_norm(q_BLHK), self.key_norm(k_BLJK)
         if c.positions == "rope":
-            q_BLHK, k_BLJK = (rope(x, c, position_BL) for x in (q_BLHK, k_BLJK))
+            q_BLHK, k_BLJK = (rope(x, c, position) for x in (q_BLHK, k_BLJK))
 
         # What each query takes of the values.
-        keys_BJ = _keys_of_heads(key, c.num_kv_heads) if key is not None and c.attn_dropout else None
+        keys_BH = _keys_of_heads(key, c.num_heads) if key is not None and c.attn_dropout else None
 
         def attend(window: int) -> Attend:
             form = Form(c.attention_scale, c.attention_softcap, window)
             kernel = functools.partial(self.attend, rate=c.attn_dropout, form=form)
             return jax.checkpoint(kernel) if c.remat == "attention" else kernel
 
-        arrays = q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BJ
+        arrays = q_BLHK, k_BLJK, v_BLJK, number_BL, keys_BH
         if isinstance(windowed, bool):
             y_BLHK = attend(c.window if windowed else 0)(*arrays)
         else:  # layers of both kinds share this program, which has both kernels
             y_BLHK = jax.lax.cond(windowed, attend(c.window), attend(0), *arrays)
         y_BLD = row_parallel(self.parallel, y_BLHK, *self.out.weights, float8=self.float8)
-        return dropout(y_BLD, c.attn_linear_dropout, key, 1)
+        return dropout(y_BLD, c.attn_linear_dropout, key, 1, order_L)
 
 
 def _keys_of_heads(key_B: jax.Array, heads: int) -> jax.Array:
@@ -120,7 +123,9 @@ class MLP(nnx.Module):
             case "geglu":
                 h_BLF = h_BLF * gelu(gate_BLF[0])
         y_BLD = row_parallel(self.parallel, h_BLF, *self.down.weights, float8=self.float8)
-        return dropout(y_BLD, self.c.transformer_dropout, key, 2)
+        return dropout(
+            y_BLD, self.c.transformer_dropout, key, 2, sequence.positions(self.parallel, x_BLD.shape[1])
+        )
 
 
 class Block(nnx.Module):
@@ -190,7 +195,9 @@ class Network(nnx.Module):
         if key is not None:
             key = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(tokens_BL)))
         documents = find_documents(tokens_BL, c.end_of_text, ends_BL) if c.document_mask else None
-        x_BLD = dropout(self.embed(tokens_BL, documents), c.gpt_dropout, key, 0)
+        tokens_BL, documents = sequence.arrange(self.parallel, (tokens_BL, documents))
+        order_L = sequence.positions(self.parallel, tokens_BL.shape[1])
+        x_BLD = dropout(self.embed(tokens_BL, documents), c.gpt_dropout, key, 0, order_L)
 
         # All blocks: one compiled loop over the stacked parameters (scan_layers), or one after the other,
         # which compiles longer and runs faster. `graph` is what layers have in common.
@@ -254,8 +261,9 @@ class GPT:
     ) -> tuple[jax.Array, Head]:
         """The last hidden states (B, L, D) in the head's type, and the head that makes logits of them.
 
-        The key is for this step's dropout (None: no dropout), whose masks depend on the place of each row,
-        counted from `first_row`, in the global batch. `ends_BL` says which tokens end a document, too.
+        They are in the order of `sequence.positions`, but the tokens and `ends_BL`, which says what else ends
+        a document, in their own. The key is for this step's dropout (None: no dropout), whose masks depend on
+        the place of each row, counted from `first_row`, in the global batch.
         """
         return nnx.merge(self._graph, params)(tokens_BL.astype(jnp.int32), key, first_row, ends_BL)
 
@@ -277,4 +285,6 @@ class GPT:
     def __call__(self, params: dict, tokens_BL: jax.Array, key: MaybeArray = None, first_row=0) -> jax.Array:
         """Float32 logits (B, L, V) of the next token, all in memory; arguments as for `hidden`."""
         x_BLD, head = self.hidden(params, tokens_BL, key, first_row)
-        return self._parallel.constrain(head(x_BLD), "batch", "length", "vocab")
+        return self._parallel.constrain(
+            head(sequence.restore(self._parallel, x_BLD)), "batch", "length", "vocab"
+        )

@@ -95,11 +95,11 @@ def find_documents(tokens_BL: jax.Array, end_of_text: int, ends_BL: MaybeArray =
     return Documents(jnp.cumsum(ends_BL, axis=1), index_L - starts_BL)
 
 
-def rope(x_BLHK: jax.Array, c: Config, position_BL: jax.Array | None = None) -> jax.Array:
+def rope(x_BLHK: jax.Array, c: Config, position=None) -> jax.Array:
     """Rotary positions (Su et al. 2021, arXiv 2104.09864): turns (x[i], x[i + R/2]) by l * theta^(-2i/R).
 
-    The position l is by default a token's index in its row. The first R of K numbers are turned; interleaved,
-    in pairs (x[2i], x[2i + 1]). `c` is the config of the model.
+    The positions l, (L,) or (B, L), are by default the tokens' indices in their row. The first R of K numbers
+    are turned; interleaved, in pairs (x[2i], x[2i + 1]). `c` is the config of the model.
     """
     L, R = x_BLHK.shape[1], int(c.rotary_fraction * x_BLHK.shape[3])
     # In float32: bfloat16 could not tell large positions apart.
@@ -111,7 +111,7 @@ def rope(x_BLHK: jax.Array, c: Config, position_BL: jax.Array | None = None) -> 
         kept = (turns - s.low_frequency_factor) / (s.high_frequency_factor - s.low_frequency_factor)
         kept = jnp.clip(kept, 0, 1)
         frequency = frequency * (kept + (1 - kept) / s.factor)
-    position = jnp.arange(L) if position_BL is None else position_BL
+    position = jnp.arange(L) if position is None else jnp.asarray(position)
     angle = position.astype(jnp.float32)[..., None] * frequency  # ([B,] L, R / 2)
     cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
     x, rest = x_BLHK[..., :R].astype(jnp.float32), x_BLHK[..., R:]

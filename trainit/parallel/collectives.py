@@ -5,6 +5,7 @@ each array, and call what is below. Nothing is left to XLA's partitioner, which 
 compute type, by all-reduce, and where it likes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,10 @@ class Parallel:
         shape = self.mesh.shape if self.mesh else {}
         taken = (*but, "data") if self.accumulate_locally else but
         return tuple(axis for axis in mesh_axes(*logical) if shape.get(axis, 1) > 1 and axis not in taken)
+
+    def parts(self, logical: str) -> int:
+        """Into how many parts this logical axis is split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes(logical)) if self.mesh else 1
 
     @property
     def sequence_axes(self) -> Axes:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from trainit.parallel import sequence
 from trainit.parallel.collectives import MaybeArray, Parallel, exchange, gather, scatter_sum, sum_over
 
 
@@ -31,7 +32,10 @@ def _positions(p: Parallel, position_BL: MaybeArray, length: int) -> jax.Array:
     """Positions (rows of all fsdp, l) of this device's part of the residual; (l,) if rows have none."""
     split = p.axes("residual_length")
     if position_BL is None:
-        return jnp.arange(length) + (length * jax.lax.axis_index(split) if split else 0)
+        own = jnp.arange(length) + (length * jax.lax.axis_index(split) if split else 0)
+        if p.axes("length"):
+            return jnp.asarray(sequence.positions(p, length * p.parts("residual_length")))[own]
+        return own
     position = gather(position_BL, p.axes("embed"), 0)
     start = length * jax.lax.axis_index(p.sequence_axes) if p.sequence_axes else 0
     return jax.lax.dynamic_slice_in_dim(position, start, length, 1)
@@ -50,7 +54,7 @@ def vocab_parallel_embedding(
 
     Rows travel in `dtype`, and their length is split like the residual stream's. Tables are float32; so are
     their gradients, in which the many terms of frequent tokens add up. Without a table of positions there are
-    none; without positions, each token's is its index in the row.
+    none; without positions, each token's is that of `sequence.positions`.
     """
 
     def on_device(table: Any, position_table: Any, tokens: Any, position: MaybeArray) -> jax.Array:

@@ -1,7 +1,7 @@
 """The mesh of devices, and `RunShape`: everything about a run that follows from its config and its devices.
 
 The mesh has four axes. `data` holds replicas of the model; `fsdp` splits parameters and optimizer state;
-`tensor` splits heads, MLP width and vocabulary; `context` is reserved for splitting sequences and is 1.
+`tensor` splits heads, MLP width and vocabulary; `context` splits sequences.
 """
 
 import math
@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from trainit.config import MESH_AXES, BatchSizes, Config, batch_sizes, check_mesh, require
 
-MULTIPLE = 128  # positions of a chunk
+MULTIPLE = 128  # positions of a chunk of logits
+GATHERED = 16384  # most tokens of a sequence whose keys and values all devices along context have at once
 
 
 class BatchShape(NamedTuple):
@@ -33,7 +34,7 @@ class RunShape:
     mesh: Mesh | AbstractMesh  # with axes `config.MESH_AXES`; abstract where a step is only planned
     batch_sizes: BatchSizes  # sequences of each optimizer step
     device_batch_size: int  # most sequences that a device takes in one micro-step; 0: no bound
-    attention: str  # the attention kernel: "plain", "blockwise" or "cudnn"
+    attention: str  # the attention kernel: "plain", "blockwise", "cudnn"; over context "gather" or "ring"
     logits_chunk: int  # positions whose logits a device has in memory at once, for the first batch size
     sums_once: bool  # whether gradients may be summed over data once a step: see `accumulates_locally`
 
@@ -85,11 +86,14 @@ def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
     # cuDNN's attention kernel needs bfloat16 units, which came with compute capability 8 (Ampere).
     ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
     precision = compute_type(config.precision_of["attention"], config.precision)
-    attention = choose_attention(config.model, "cuda" if ampere else device.platform, precision)
+    context = mesh.shape["context"]
+    attention = choose_attention(config.model, "cuda" if ampere else device.platform, precision, context)
 
     # Chunks of logits for the first batch size; others have their own if they have other micro-steps.
     share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    positions = share // _micro_steps(share, config.device_batch_size) * config.model.context_length
+    positions = (
+        share // _micro_steps(share, config.device_batch_size) * config.model.context_length // context
+    )
     chunk = chunk_size(positions, config.model.vocab_size // mesh.shape["tensor"], config.logits_mib)
     float8 = "float8" in config.precision_of.values()
     sums_once = mesh.shape["data"] > 1 and not wants_squares(config) and not float8
@@ -111,8 +115,11 @@ def compute_type(own: str, precision: str) -> str:
     return precision if own in ("", "float8") else own
 
 
-def choose_attention(config: Config, platform: str, precision: str) -> str:
+def choose_attention(config: Config, platform: str, precision: str, context: int = 1) -> str:
     """The kernel that `model.attention` stands for, with activations of this precision.
+
+    Where sequences are split over `context` devices, it is a way to exchange keys and values. To gather them
+    takes one exchange and memory for those of the whole sequence; a ring takes no such memory.
 
     The platform is "cuda" only for NVIDIA's GPUs with bfloat16 units. Raises ConfigError where cudnn is asked
     for and cannot run.
@@ -128,8 +135,11 @@ def choose_attention(config: Config, platform: str, precision: str) -> str:
         f"head size {size}, document_mask={config.document_mask}, attention_softcap="
         f"{config.attention_softcap:g}; take model.attention=auto",
     )
-    automatic = "cudnn" if possible else "blockwise"
-    return automatic if config.attention == "auto" else config.attention
+    if context > 1:
+        automatic = "gather" if config.context_length <= GATHERED else "ring"
+        return config.attention if config.attention in ("gather", "ring") else automatic
+    automatic = "cudnn" if possible and config.attention == "auto" else "blockwise"
+    return config.attention if config.attention in ("plain", "cudnn") else automatic
 
 
 def chunk_size(positions: int, vocab_size: int, logits_mib: float) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from trainit.config import DROPOUTS, Config
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import GPT
+from trainit.parallel import sequence
 from trainit.parallel.collectives import Parallel
 from trainit.parallel.mesh import RunShape, wants_squares
 from trainit.parallel.trees import inner_product
@@ -110,7 +111,8 @@ class LossAndGradient:
         model, cross_entropy = self.model_for(parallel)
         x_BLD, head = model.hidden(params, inputs_BL, dropout_key, first_row, ends_BL)
         if sampling_key is not None:
-            targets_BL = _sample(jax.lax.stop_gradient(head(x_BLD)), sampling_key, first_row)
+            targets_BL = _sample(head(sequence.restore(parallel, x_BLD)), sampling_key, first_row)
+        targets_BL, mask_BL = sequence.arrange(parallel, (targets_BL, mask_BL))
         with jax.named_scope("head"):
             return cross_entropy.sums(head, x_BLD, targets_BL, mask_BL, scale)
 
@@ -118,7 +120,7 @@ class LossAndGradient:
 def _sample(logits_BLV: jax.Array, key: jax.Array, first_row: jax.Array | int) -> jax.Array:
     """Targets (B, L) drawn from the model's distribution; each row has its own key."""
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(first_row + jnp.arange(len(logits_BLV)))
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BLV.astype(jnp.float32))
+    return jax.vmap(jax.random.categorical)(keys_B, jax.lax.stop_gradient(logits_BLV).astype(jnp.float32))
 
 
 def _sum_over_micro_steps(function: Callable[[Any, dict], Any], batch: dict, zeros):

@@ -9,11 +9,12 @@ import optax
 
 from trainit import optimizers
 from trainit.config import Config
-from trainit.model import attention
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import GPT
+from trainit.model.kernels import kernel_on
 from trainit.model.precision import part_precisions
 from trainit.optimizers.common import schedules
+from trainit.parallel import sequence
 from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import replicated_sharding, state_shardings
 from trainit.parallel.mesh import RunShape
@@ -46,7 +47,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
 
     @functools.cache
     def model_for(parallel: Parallel) -> tuple[GPT, CrossEntropy]:
-        attend = attention.kernel_on(shape.attention, device.platform, parallel)
+        attend = kernel_on(shape.attention, device.platform, parallel)
         model = GPT(config.model, config.precision, attend, parallel, parts)
         return model, CrossEntropy(parallel, config.logits_mib, config.z_loss)
 
@@ -211,9 +212,11 @@ def _eval_step(
     micro_batch = jax.tree.map(lambda x: x[0], batch)
     inputs_BL, targets_BL, mask_BL, ends_BL = inputs_and_targets(micro_batch)
     x_BLD, head = model.hidden(params, inputs_BL, ends_BL=ends_BL)
-    tokens = cross_entropy.per_token(head, x_BLD, targets_BL)
     subset_BL = micro_batch["subsets"] if subsets > 1 else jnp.zeros(targets_BL.shape, jnp.int32)
     bytes_BL = micro_batch["bytes"] if "bytes" in micro_batch else token_bytes_V[targets_BL]
+    arrays = targets_BL, mask_BL, subset_BL, bytes_BL
+    targets_BL, mask_BL, subset_BL, bytes_BL = sequence.arrange(cross_entropy.parallel, arrays)
+    tokens = cross_entropy.per_token(head, x_BLD, targets_BL)
     values = {"count": 1.0, "bytes": bytes_BL, "loss": tokens["loss"], "correct": tokens["correct"]}
 
     def sums(k):

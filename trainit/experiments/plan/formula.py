@@ -1,13 +1,15 @@
 """Predicts what a train step exchanges, by formula. `hlo` reads what a compiled step exchanges.
 
-Each micro-step, on a mesh of data × fsdp × tensor, with w bytes in a number of the compute type:
+Each micro-step, on a mesh of data × fsdp × tensor × context, with w bytes in a number of the compute type:
 
     kernel of n      gathered over fsdp in each pass (w n / tensor); its float32 gradient reduce-scattered
-    numbers          over fsdp (4 n / tensor) and summed over data (4 n / (tensor fsdp)). With several
-                     micro-steps, gradients may be summed over data only once, at the end of the step.
-    residual stream  b rows of a device: w b L D each time, over tensor. A block gathers it twice and
-                     reduce-scatters it twice, and does both for its gradient; the inputs of its products
-                     are kept in parts and gathered again.
+    numbers          over fsdp (4 n / tensor) and summed over data and context (4 n / (tensor fsdp)). With
+                     several micro-steps, gradients may be summed over data only once, at the step's end.
+    residual stream  b rows of a device, and L of their positions: w b L D each time, over tensor. A block
+                     gathers it twice and reduce-scatters it twice, and does both for its gradient; the
+                     inputs of its products are kept in parts and gathered again.
+    keys, values     over context, gathered or passed on in c - 1 steps in each pass, and their float32
+                     gradients: reduce-scattered, or passed on in c steps
     embedding        ids over fsdp; rows there, their gradients back by all-to-all (w b L D / tensor)
     head             like a kernel, in one pass; x gathered over tensor, its gradient reduce-scattered in
                      float32; three float32 numbers for each position summed over tensor
@@ -82,25 +84,27 @@ def _gathers(config: Config) -> int:
 
 def _parameters(config: Config, sizes: Mapping[str, int], parameters: dict) -> Iterator[_Exchange]:
     """Yields the exchanges of each layer's parameters and of their gradients."""
-    batch, tensor = ("data", "fsdp"), ("tensor",)
+    batch, tensor = ("data", "fsdp", "context"), ("tensor",)
     for path, leaf in jax.tree.leaves_with_path(parameters):
         name = path_name(path)
         kind, layers = parameter_kind(name), leaf.shape[0] if is_stacked(name) else 1
         numbers = math.prod(leaf.shape) / layers
         part = numbers / sizes["tensor"]
-        # Gradients of vectors are summed over positions, which are split over data and fsdp, and in the
-        # residual stream over tensor as well.
+        # Gradients of vectors are summed over positions, which are split over data, fsdp and context, and
+        # in the residual stream over tensor as well.
         if name == "position_embedding/embedding":
-            yield _Exchange("all-reduce", "f32", ("data", *tensor), numbers / sizes["fsdp"], 1, name)
+            yield _Exchange(
+                "all-reduce", "f32", ("data", "context", *tensor), numbers / sizes["fsdp"], 1, name
+            )
         elif kind == "vector" and "tensor" in mesh_axes(*logical_axes(name)):
             yield _Exchange("all-reduce", "f32", batch, part, layers, name)
         elif kind == "vector" and name.endswith("bias") and "norm" not in name:
             yield _Exchange("all-reduce", "f32", (*batch, *tensor), numbers, layers, name)
-        elif kind == "vector":  # XLA sums over one after the other
-            yield _Exchange("all-reduce", "f32", batch, numbers, layers, name)
-            yield _Exchange("all-reduce", "f32", tensor, numbers, layers, name)
+        elif kind == "vector":  # XLA sums over rows, then over positions
+            yield _Exchange("all-reduce", "f32", ("data", "fsdp"), numbers, layers, name)
+            yield _Exchange("all-reduce", "f32", ("tensor", "context"), numbers, layers, name)
         else:
-            gradient = _Exchange("all-reduce", "f32", ("data",), part / sizes["fsdp"], layers, name)
+            gradient = _Exchange("all-reduce", "f32", ("data", "context"), part / sizes["fsdp"], layers, name)
             yield gradient
             if kind == "embedding":
                 if not config.model.tied_embeddings:
@@ -114,12 +118,24 @@ def _parameters(config: Config, sizes: Mapping[str, int], parameters: dict) -> I
 def _activations(config: Config, shape: RunShape, rows: int, length: int) -> Iterator[_Exchange]:
     """Yields the exchanges of activations: the blocks', the embedding's, the head's, the loss's."""
     m, compute, tensor = config.model, COMPUTE_TYPES[config.precision], ("tensor",)
-    residual, sizes = rows * length * m.dim, shape.sizes
+    sizes, c = shape.sizes, shape.sizes["context"]
+    length //= c
+    residual = rows * length * m.dim
     # Blocks: twice forward, twice backward, and twice more where inputs are gathered again.
     gathers = m.num_blocks * (6 if _gathers(config) == 2 else 4)
     scatters = m.num_blocks * (5 if m.remat == "block" else 4)
     yield _Exchange("all-gather", compute, tensor, residual, gathers, "blocks")
     yield _Exchange("reduce-scatter", compute, tensor, residual, scatters, "blocks")
+    # Keys and values, where sequences are split. XLA joins equal exchanges of forward and backward pass.
+    keys = rows * length * m.num_kv_heads * m.head_dim / sizes["tensor"]
+    joined, context = m.remat == "none" and not m.scan_layers, ("context",)
+    if shape.attention == "gather":
+        yield _Exchange("all-gather", compute, context, c * keys, 2 * m.num_blocks * (2 - joined), "keys")
+        yield _Exchange("reduce-scatter", "f32", context, 2 * c * keys, m.num_blocks, "keys")
+    elif c > 1:
+        steps = 2 * (c - 1) - joined + (c - 2) * (m.remat in ("block", "attention"))
+        yield _Exchange("collective-permute", compute, context, keys, 2 * m.num_blocks * steps, "keys")
+        yield _Exchange("collective-permute", "f32", context, 2 * keys, m.num_blocks * c, "keys")
     # The embedding; learned positions of documents are looked up by ids, too.
     ids = 1 + (m.document_mask and m.positions == "learned")
     yield _Exchange("all-gather", "s32", ("fsdp",), rows * sizes["fsdp"] * length, ids, "ids")

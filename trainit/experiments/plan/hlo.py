@@ -147,9 +147,11 @@ def read(text: str, sizes: Mapping[str, int]) -> list[Collective]:
                 if body := collectives(match_or_raise(r"\bbody=(%[\w.-]+)", rest)[1]):
                     count = iterations(program[match_or_raise(r"\bcondition=(%[\w.-]+)", rest)[1]])
                     found += [replace(one, times=one.times * count) for one in body]
-            elif operation in ("call", "conditional"):  # every branch of a conditional counts
-                for called in _NAME.findall(rest[rest.index(")") :]):
-                    found += collectives(called) if called in program else ()
+            elif operation in ("call", "conditional"):  # the branch counts that exchanges most
+                called = [name for name in _NAME.findall(rest[rest.index(")") :]) if name in program]
+                found += max(
+                    map(collectives, called), key=lambda each: sum(x.bytes for x in each), default=()
+                )
         return tuple(found)
 
     return [one for one in collectives(entry) if one.devices > 1]
@@ -214,7 +216,12 @@ def _collective(kind: str, result: str, rest: str, sizes: Mapping[str, int]) -> 
     size = size_of(result)
     size *= groups.shape[1] if kind == "reduce-scatter" else 1  # its result is a part of the whole array
     dtypes = "+".join(dict.fromkeys(dtype for dtype, _ in arrays(result)))
-    return Collective(kind, dtypes, axes_of(groups, sizes), groups.shape[1], size, 1)
+    axes, devices = axes_of(groups, sizes), groups.shape[1]
+    if kind == "collective-permute":  # pairs of source and target: along which axes they differ
+        source, target = (np.array(np.unravel_index(end, tuple(sizes.values()))) for end in groups.T)
+        axes = tuple(axis for axis, moves in zip(sizes, (source != target).any(1), strict=True) if moves)
+        devices = math.prod(sizes[axis] for axis in axes)
+    return Collective(kind, dtypes, axes, devices, size, 1)
 
 
 def device_groups(rest: str, devices: int) -> np.ndarray:

@@ -57,7 +57,8 @@ def times(
     for one in exchanged:
         seconds = one.bytes / bandwidth(one.axes, shape.sizes, gpu)
         # If gradients are summed over data once, at the end, no computation is left to hide it.
-        if "tensor" in one.axes or one.kind == "all-to-all" or (once and "data" in one.axes):
+        whole_keys = one.axes == ("context",) and one.kind in ("all-gather", "reduce-scatter")
+        if "tensor" in one.axes or one.kind == "all-to-all" or whole_keys or (once and "data" in one.axes):
             exposed += seconds
         else:
             hidden += seconds

@@ -16,7 +16,7 @@ import numpy as np
 from trainit.config import MESH_AXES
 from trainit.data import loader
 from trainit.data.dataset import Split
-from trainit.data.order import Ordered, Shuffled
+from trainit.data.rows.order import Ordered, Shuffled
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh
 from trainit.tools import timing

@@ -76,7 +76,7 @@ def needed(config: Config, sizes: Mapping[str, int], platform: str, way: Choice)
 
     # A layer's input and results of products, in a micro-step. CPUs compute bfloat16 in float32.
     share = config.batch_size // (sizes["data"] * sizes["fsdp"])
-    positions = min(share, config.device_batch_size or share) * m.context_length
+    positions = min(share, config.device_batch_size or share) * m.context_length // sizes["context"]
     width = 4 if platform == "cpu" or config.precision == "float32" else 2
     products = width * positions * (m.dim + heads + maps * m.mlp_dim) / tensor
 
@@ -93,9 +93,8 @@ def settle(config: Config, sizes: Mapping[str, int], platform: str, memory: floa
     """A resolved config in which nothing is left to be chosen, and a line that says what was, and why."""
     way, fields = choose(config, sizes, platform, memory), _fields(config)
     texts = [f"{name}={getattr(way, name)}{' (auto)' * (fields[name] == 'auto')}" for name in fields]
-    sizes_text = (
-        f"some {needed(config, sizes, platform, way) / 2**30:.1f} of {memory / 2**30:.1f} GiB of a device"
-    )
+    gib = needed(config, sizes, platform, way) / 2**30
+    sizes_text = f"some {gib:.1f} of {memory / 2**30:.1f} GiB of a device"
     reason = f"; {way.because}" if fields["remat"] == "auto" else ""
     layers = {"remat": way.remat, "scan_layers": way.scan_layers}
     model = {**config.model.to_dict(), **layers}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from trainit.config import Config, require
+from trainit.config import Config, length_multiple, require
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
 from trainit.tokenizers import Tokenizer
@@ -82,6 +82,7 @@ class Answers:
             )
             needed = min(len(context) + len(text) - 1, longest)
             length = min(max(SHORTEST, 1 << (needed - 1).bit_length()), longest)
+            length += -length % length_multiple(self.shape.sizes)
             by_length.setdefault(length, []).append(number)
         results: dict[int, tuple[float, bool]] = {}
         for length, numbers in sorted(by_length.items()):
@@ -104,10 +105,7 @@ class Answers:
             subsets[0, row, len(ids) - 1 - len(text) : len(ids) - 1] = row + 1
         layout = batch_sharding(self.shape.device_mesh)
         arrays: dict[str, np.ndarray] = {"tokens": tokens, "lengths": lengths, "subsets": subsets}
-        batch = {
-            name: jax.make_array_from_callback(array.shape, layout, array.__getitem__)
-            for name, array in arrays.items()
-        }
+        batch = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, layout, x.__getitem__), arrays)
         no_bytes = np.zeros(self.config.model.vocab_size, np.int32)
         sums = jax.device_get(self.steps.evaluate(params, batch, no_bytes, rows + 1))
         loss, correct, count = (sums[name][1 : len(requests) + 1] for name in ("loss", "correct", "count"))

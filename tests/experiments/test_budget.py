@@ -7,6 +7,7 @@ import tiny
 
 from trainit import config as config_lib
 from trainit.__main__ import main
+from trainit.cluster import devices
 from trainit.config import MESH_AXES, ConfigError
 from trainit.experiments.plan import budget, gpu, report, roofline, sweep
 from trainit.experiments.plan.gpu import Program
@@ -96,3 +97,22 @@ def test_without_the_compiler_a_sweep_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "missing", lambda: "it is not there")
     assert main(["plan", "--config=configs/debug.py", "--sweep"]) == 2
     assert "--sweep compiles for GPUs, but it is not there" in capsys.readouterr().err
+
+
+def test_as_few_gpus_as_fit_are_found(monkeypatch, capsys, tmp_path):
+    """One and two cannot have the mesh, four have too little memory, eight fit, and no more are tried."""
+    (tmp_path / "config.py").write_text(
+        "import tiny\n\ndef get_config(arg=''):\n    config = tiny.get_config(arg)\n"
+        "    config.mesh.update(data=-1, fsdp=2, tensor=2)\n    config.model.vocab_size = 1024\n"
+        "    return config\n"
+    )
+    monkeypatch.setattr(devices, "configure", lambda *_: "")
+    monkeypatch.setattr(gpu, "missing", lambda: "")
+    sizes = {4: 80e9, 8: 40e9}
+    monkeypatch.setattr(
+        gpu, "compile_for", lambda _, count, *__: Program(int(sizes[count]), "", SCHEDULED, SCHEDULED, [])
+    )
+    assert main(["plan", f"--config={tmp_path}/config.py", "--tokens=1e9"]) == 0
+    output = capsys.readouterr().out
+    assert "1 GPUs: mesh=(" in output and "2 GPUs: mesh=(" in output and "16 GPUs" not in output
+    assert "the smallest number of H100s that fits is 8." in output

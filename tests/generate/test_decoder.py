@@ -107,6 +107,19 @@ def test_cached_logits_are_those_of_the_whole_forward_pass(name, run_of):
         assert np.abs(logits - expected[:, at]).max() <= 1e-5 * np.ptp(expected)
 
 
+def test_cached_logits_in_bfloat16_are_those_of_the_whole_forward_pass(run_of):
+    params, run = run_of("Llama")
+    mesh = mesh_for(run.config.model, jax.devices()[:1])
+    made, ids = Decoder(run.config, mesh, "bfloat16", END, IDS).restore(run), prompts()[2][None]
+    expected = np.asarray(GPT(run.config.model, "bfloat16")(params, ids))
+    begun = begin(made, 1, ids[:, :11])
+    position = np.full(1, 11, np.int32)
+    logits, _ = jax.jit(made.logits)(
+        made.parameters, dataclasses.replace(begun, token_B=ids[:, 11], position_B=position)
+    )
+    assert np.abs(logits - expected[:, 11]).max() <= 2e-2 * np.ptp(expected)
+
+
 @pytest.mark.evidence("a text does not depend on the other prompts of its batch, nor on the mesh")
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_a_text_depends_on_its_prompt_alone(devices, run_of):

@@ -172,3 +172,33 @@ def test_look_up(sizes, dtype, positions):
         np.add.at(d_expected, at, exact(dx))
         close(d_positional, d_expected, jnp.float32, 8)
     close(x, expected, dtype, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("outputs", [(6, 4), (257,)])
+@pytest.mark.parametrize("inputs", [(32,), (4, 8)])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_products_of_kernels_in_parts_are_the_usual_ones(rows, inputs, outputs, dtype):
+    """Next to NumPy in float64; the kernel's numbers of outputs have parts, or none."""
+    draw = np.random.default_rng(rows)
+    x = jnp.array(draw.standard_normal((1, rows, *inputs)), dtype)
+    kernel = jnp.array(draw.standard_normal((*inputs, *outputs)), dtype)
+    axes = tuple(range(2, x.ndim)), tuple(range(len(inputs)))
+    y = product(Factor(x, None), Factor(kernel, None), axes, dtype, None, parts=4)
+    expected = np.tensordot(np.asarray(x, np.float64), np.asarray(kernel, np.float64), axes)
+    assert (y.dtype, y.shape) == (jnp.dtype(dtype), expected.shape)
+    error = {"float32": 1e-5, "bfloat16": 1e-2}[dtype] * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=error)
+
+
+def test_a_kernel_in_parts_is_read_as_it_lies():
+    """One with its inputs last, from which the model gets its usual axes, is not copied for the product."""
+
+    def multiply(x_BLD, kernel_HKD):
+        kernel_DHK = jnp.moveaxis(kernel_HKD, -1, 0)
+        factors = Factor(x_BLD, None), Factor(kernel_DHK, None)
+        return product(*factors, ((2,), (0,)), jnp.float32, None, parts=2)
+
+    kernel = np.zeros((8, 64, 256), np.float32)
+    compiled = jax.jit(multiply).lower(np.zeros((1, 1, 256), np.float32), kernel).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < kernel.nbytes / 10

@@ -9,6 +9,7 @@ tokens stand in training (s counts shares, b rows of one), so that all is split 
 """
 
 import functools
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +69,9 @@ class Decoder:
         parts = {part: PartPrecision(dtype) for part, dtype in self._types.items()}
 
         # The model, whose attention is another one in each program.
-        self._parallel, platform = Parallel(mesh), mesh.devices.flat[0].platform
+        platform = mesh.devices.flat[0].platform
+        on_one_cpu = platform == "cpu" and mesh.size == 1
+        self._parallel = Parallel(mesh, kernel_parts=len(os.sched_getaffinity(0)) if on_one_cpu else 1)
         kernel = choose_attention(model, platform, precision)
         self._attend = self._whole = kernel_on(kernel, platform, self._parallel)
         self._model = GPT(model, precision, self._attention, self._parallel, parts)
@@ -88,7 +91,7 @@ class Decoder:
 
     def take(self, params: dict, keep: bool = True) -> None:
         """Takes parameters as they are in training, of which it makes its own."""
-        self.parameters = parameters.apart(params, self.mesh, self._types, keep)
+        self.parameters = parameters.apart(params, self._parallel, self._types, keep)
 
     @property
     def shares(self) -> int:
@@ -141,6 +144,7 @@ class Decoder:
             return self._whole(q_BPHK, k_BPJK, v_BPJK, *rest, **settings)
 
         self._attend = attend
+        params = parameters.in_model(params, self._parallel)
         x_BPD, head = self._model.hidden_of_layers(params, tokens_BP)
         x_BD = jnp.take_along_axis(x_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
         logits_BV = self._parallel.constrain(head(x_BD), None, None)
@@ -202,6 +206,7 @@ class Decoder:
             return y_sbHK
 
         self._attend = attend
+        params = parameters.in_model(params, self._parallel)
         documents = Documents(jnp.zeros_like(position_sb), position_sb)
         x_sbD, head = self._model.hidden_of_layers(params, token_sb, documents)
         logits = self._parallel.constrain(head(x_sbD), None, None, None)

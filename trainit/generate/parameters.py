@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from trainit.config import Config
 from trainit.model.gpt import GPT
 from trainit.model.precision import PARTS
+from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import is_stacked, logical_axes, parameter_kind, partition_spec, state_shardings
 from trainit.parallel.mesh import make_mesh
 from trainit.parallel.trees import path_name
@@ -37,12 +38,15 @@ def restore(run: FinishedRun | PretrainedModel, model: GPT, mesh: Mesh) -> dict:
     return run.parameters(abstract)
 
 
-def apart(params: dict, mesh: Mesh, types: Mapping, keep: bool) -> dict:
+def apart(params: dict, parallel: Parallel, types: Mapping, keep: bool) -> dict:
     """The parameters with "blocks" as a list; kernels in the type of their part, in which they are used.
 
-    A program that took one layer of a stacked array would copy it first, in each step. Unless they are to be
-    kept, arrays are given up one after the other.
+    A program that took one layer of a stacked array would copy it first, in each step. Kernels that are read
+    in parts have their inputs last; see `in_model`. Unless they are to be kept, arrays are given up one after
+    the other.
     """
+    mesh = parallel.mesh
+    assert mesh is not None
 
     def lists(path: tuple, array: jax.Array) -> list[jax.Array]:
         name = path_name(path)
@@ -50,7 +54,8 @@ def apart(params: dict, mesh: Mesh, types: Mapping, keep: bool) -> dict:
         dtype = types[part] if part and parameter_kind(name) != "vector" else array.dtype
         stacked, axes = is_stacked(name), logical_axes(name)
         layout = NamedSharding(mesh, partition_spec(axes[1:] if stacked else axes))
-        result = _split(array if stacked else array[None], dtype, layout)
+        turned = _inputs(name) if parallel.kernel_parts > 1 else 0
+        result = _split(array if stacked else array[None], dtype, layout, turned)
         if not keep:
             array.delete()
         return result
@@ -65,6 +70,28 @@ def apart(params: dict, mesh: Mesh, types: Mapping, keep: bool) -> dict:
     return {name: layer(part, 0) for name, part in tree.items() if name != "blocks"} | {"blocks": blocks}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _split(stacked: jax.Array, dtype: jnp.dtype, layout: NamedSharding) -> list[jax.Array]:
-    return [jax.lax.with_sharding_constraint(layer.astype(dtype), layout) for layer in stacked]
+def in_model(params: dict, parallel: Parallel) -> dict:
+    """Inside a program: the parameters of `apart` with the axes that the model knows."""
+
+    def turn(path: tuple, array: jax.Array) -> jax.Array:
+        last = range(array.ndim - _inputs(path_name(path)), array.ndim)
+        return jnp.moveaxis(array, last, range(len(last)))
+
+    if parallel.kernel_parts == 1:
+        return params
+    layers = [jax.tree.map_with_path(turn, {"blocks": layer})["blocks"] for layer in params["blocks"]]
+    rest = jax.tree.map_with_path(turn, {name: part for name, part in params.items() if name != "blocks"})
+    return {**rest, "blocks": layers}
+
+
+def _inputs(path: str) -> int:
+    """How many of the first axes of a layer's parameter are a kernel's inputs; 0 if it is no kernel."""
+    axes = [axis for axis in logical_axes(path) if axis != "layers"]
+    return (1 if axes[0] == "embed" else len(axes) - 1) if parameter_kind(path) in ("matrix", "head") else 0
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _split(stacked: jax.Array, dtype: jnp.dtype, layout: NamedSharding, turned: int) -> list[jax.Array]:
+    """Each layer in another type, and with its first axes last."""
+    layers = (jnp.moveaxis(layer.astype(dtype), range(turned), range(-turned, 0)) for layer in stacked)
+    return [jax.lax.with_sharding_constraint(layer, layout) for layer in layers]

@@ -232,7 +232,7 @@ class Network(nnx.Module):
         """The last hidden states, from what the last block gives, and the head that makes logits of them."""
         x_BLD = self.final_norm(x_BLD, self.head_dtype)
         weights = self.head.weights if self.head else (self.token_embedding.embedding[...].T, None)
-        return x_BLD, Head(*weights, self.c.logit_softcap)
+        return x_BLD, Head(*weights, self.c.logit_softcap, self.parallel.kernel_parts)
 
 
 class GPT:

@@ -12,6 +12,8 @@ from flax import nnx
 
 from trainit.config import Config
 from trainit.parallel.collectives import MaybeArray
+from trainit.parallel.cpu_workarounds import product
+from trainit.parallel.float8 import Factor, factor
 
 
 class Linear(nnx.Module):
@@ -64,10 +66,12 @@ class Head:
     kernel_DV: jax.Array
     bias_V: jax.Array | None
     softcap: float = field(metadata={"static": True})  # logits pass through cap * tanh(logits / cap); 0: none
+    kernel_parts: int = field(default=1, metadata={"static": True})  # of `Parallel`
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) -> float32 logits (..., V)."""
-        logits = jnp.matmul(x, self.kernel_DV.astype(x.dtype), preferred_element_type=jnp.float32)
+        factors = Factor(x, None), factor(self.kernel_DV, x.dtype)
+        logits = product(*factors, ((x.ndim - 1,), (0,)), jnp.float32, None, self.kernel_parts)
         logits = logits if self.bias_V is None else logits + self.bias_V
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 

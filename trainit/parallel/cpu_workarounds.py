@@ -3,6 +3,7 @@
 None of it changes a result, and none is needed on GPUs. Each says what it is worth and when it may go.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -24,9 +25,39 @@ def wide(dtype: DTypeLike, mesh: Mesh | None) -> DTypeLike:
     return jnp.float32 if on_cpu and jnp.dtype(dtype).itemsize == 2 else dtype
 
 
-def product(a: Factor, b: Factor, axes: tuple, dtype: DTypeLike, mesh: Mesh | None) -> jax.Array:
-    """The product of two factors, summed over the given axes of each, rounded to this type."""
+def product(
+    a: Factor, b: Factor, axes: tuple, dtype: DTypeLike, mesh: Mesh | None, parts: int = 1
+) -> jax.Array:
+    """The product of two factors, summed over the given axes of each, rounded to this type.
+
+    With several `parts`, b is a kernel with its inputs last in memory, as the decoder keeps it.
+    """
+    if parts > 1:
+        return _product_of_parts(a.values, b.values, axes, wide(dtype, mesh), parts).astype(dtype)
     return dot(a, b, axes, wide(dtype, mesh)).astype(dtype)
+
+
+def _product_of_parts(
+    x: jax.Array, kernel: jax.Array, axes: tuple, dtype: DTypeLike, parts: int
+) -> jax.Array:
+    """A product of at most so many parts of a kernel, which XLA:CPU computes at once, as those of a batch.
+
+    It would multiply a decoder's few rows on one core, where reading the kernel is what takes time: a quarter
+    of a step. In 16 bits it is slow for less than 16 rows, to which zeros are added: two thirds of a step.
+    May go when neither is so.
+    """
+    count = len(axes[1])
+    last, shape = range(-count, 0), [size for axis, size in enumerate(kernel.shape) if axis not in axes[1]]
+    x, kernel = jnp.moveaxis(x, axes[0], last), jnp.moveaxis(kernel, axes[1], last)
+    x_RI = x.reshape(-1, math.prod(x.shape[-count:]))
+    (rows, inputs), outputs = x_RI.shape, math.prod(shape)
+    if kernel.dtype.itemsize == 2:
+        x_RI = jnp.pad(x_RI, ((0, max(0, 16 - rows)), (0, 0)))
+    parts = next(n for n in range(parts if rows <= 8 else 1, 0, -1) if outputs % n == 0)
+    x_pRI = jnp.broadcast_to(x_RI, (parts, *x_RI.shape))
+    kernel_pOI = kernel.reshape(parts, outputs // parts, inputs)
+    y_pRO = jax.lax.dot_general(x_pRI, kernel_pOI, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype)
+    return jnp.swapaxes(y_pRO, 0, 1).reshape(len(x_RI), outputs)[:rows].reshape(*x.shape[:-count], *shape)
 
 
 def sum_outer_products(x: Factor, dy_BLD: Factor) -> jax.Array:

@@ -85,7 +85,9 @@ def _column_parallel(p: Parallel, float8: bool, x_BLD: jax.Array, weights: tuple
         x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype, p.axes("batch", "length"))
 
         def times(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-            y = product(x_bLD, _gather_kernel(p, kernel, dtype, 0), ((2,), (0,)), x_blD.dtype, p.mesh)
+            y = product(
+                x_bLD, _gather_kernel(p, kernel, dtype, 0), ((2,), (0,)), x_blD.dtype, p.mesh, p.kernel_parts
+            )
             return y if bias is None else y + bias.astype(y.dtype)
 
         return tuple(times(*pair) for pair in weights)
@@ -134,7 +136,9 @@ def _row_parallel(p: Parallel, float8: bool, x: jax.Array, kernel: jax.Array, bi
         x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))
         axes = tuple(range(2, x.ndim)), tuple(range(inputs))
         # Each device has a part of the sum over F; the reduce-scatter adds them and splits the length.
-        y_bLD = product(x_factor, _gather_kernel(p, kernel, dtype, inputs), axes, x.dtype, p.mesh)
+        y_bLD = product(
+            x_factor, _gather_kernel(p, kernel, dtype, inputs), axes, x.dtype, p.mesh, p.kernel_parts
+        )
         y_blD = scatter_sum(y_bLD, p.sequence_axes, 1)
         return y_blD if bias is None else y_blD + bias.astype(y_blD.dtype)
 

@@ -1,6 +1,5 @@
 """A model of `transformers` in a folder, from which a run begins: --config.checkpoint.load_path=hf:FOLDER."""
 
-import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,12 +80,7 @@ class Pretrained:
         parts = {path_name(path): leaf for path, leaf in leaves}
         views = {path: self._layers(path, leaf.shape) for path, leaf in parts.items()}
         self._check_all_used(views)
-        arrays = [
-            jax.make_array_from_callback(
-                leaf.shape, leaf.sharding, functools.partial(_read, views[path], is_stacked(path))
-            )
-            for path, leaf in parts.items()
-        ]
+        arrays = [_array(leaf, views[path], is_stacked(path)) for path, leaf in parts.items()]
         return jax.tree.unflatten(structure, arrays)
 
     def _layers(self, path: str, shape: tuple[int, ...]) -> list[np.ndarray]:
@@ -125,6 +119,19 @@ class Pretrained:
             f"{self.folder} has arrays that a {self.family.architecture} of its config.json has no place "
             f"for: {', '.join(rest[:3])}{', ...' if len(rest) > 3 else ''}",
         )
+
+
+def _array(leaf: jax.ShapeDtypeStruct, layers: list[np.ndarray], stacked: bool) -> jax.Array:
+    """An array of a parameter, which is read and put on its devices part by part: none waits in memory."""
+    devices: dict[str, list] = {}
+    places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    for device, index in places.items():
+        devices.setdefault(str(index), []).append((device, index))
+    shards = []
+    for of_part in devices.values():
+        numbers = _read(layers, stacked, of_part[0][1])
+        shards += jax.block_until_ready([jax.device_put(numbers, device) for device, _ in of_part])
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
 def _read(layers: list[np.ndarray], stacked: bool, index: tuple[slice, ...]) -> np.ndarray:

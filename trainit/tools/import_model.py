@@ -12,6 +12,7 @@ from trainit import __version__
 from trainit.cluster import files, logs
 from trainit.cluster.process import DONE
 
+PARTS = 8  # of each array, one of which is copied at a time
 DESCRIPTION = "Makes a run of a model in a folder of transformers."
 
 
@@ -43,7 +44,9 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
     from trainit.train.checkpoint import CheckpointStore
     from trainit.train.finished.run import config_of
 
+    # A save copies arrays by their parts on devices. So there are several, which share this machine's memory.
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", PARTS)
     pretrained = Pretrained(PREFIX + source.removeprefix(PREFIX))
     config, _ = config_of(pretrained, end_of_text)
     # The run keeps the tokenizer's file, so that it needs the folder no more.
@@ -53,12 +56,19 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
     content = config.to_dict()
     content["dataset"]["tokenizer"] = own
 
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(GPT(config.model).init, jax.random.key(0))
-    layout = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+    mesh = jax.make_mesh((PARTS,), ("part",))
+
+    def in_parts(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axis = next((axis for axis, size in enumerate(leaf.shape) if size % PARTS == 0), None)
+        spec = [None] * (axis or 0) + ["part"] * (axis is not None)
+        layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+    layout = jax.tree.map(in_parts, shapes)
     state = SimpleNamespace(params=pretrained.parameters(layout), diagnostics={}, loss_scale={})
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    store = CheckpointStore(folder, copied_gb=-(-largest // 10**9))
+    store = CheckpointStore(folder, copied_gb=max(0.5, largest / PARTS / 1e9))
     store.save(0, state, {"config": content, **START.to_meta(), "version": __version__})
     store.wait()
     store.close()

@@ -35,10 +35,10 @@ class CheckpointStore:
     """The checkpoints of one run, in WORKDIR/checkpoints/STEP/.
 
     The newest `keep` of them stay (0: all). Another run's are only loaded from: `read_only`. A save copies at
-    most `copied_gb` of the state at a time, in memory, which the largest array must fit.
+    most `copied_gb` of the state at a time, in memory, which a device's part of the largest array must fit.
     """
 
-    def __init__(self, workdir: Path, keep: int = 0, read_only: bool = False, copied_gb: int = 1000):
+    def __init__(self, workdir: Path, keep: int = 0, read_only: bool = False, copied_gb: float = 1000):
         self.folder = (workdir / "checkpoints").absolute()
         self._keep, self._read_only, self._copied_gb = keep, read_only, copied_gb
         self._error: Exception | None = None

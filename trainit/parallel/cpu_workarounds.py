@@ -40,7 +40,7 @@ def product(
 def _product_of_parts(
     x: jax.Array, kernel: jax.Array, axes: tuple, dtype: DTypeLike, parts: int
 ) -> jax.Array:
-    """A product of at most so many parts of a kernel, which XLA:CPU computes at once, as those of a batch.
+    """A product of at most N parts of a kernel, which XLA:CPU computes at once, as those of a batch.
 
     It would multiply a decoder's few rows on one core, where reading the kernel is what takes time: a quarter
     of a step. In 16 bits it is slow for less than 16 rows, to which zeros are added: two thirds of a step.

@@ -16,6 +16,7 @@ from trainit.data import loader
 from trainit.data.dataset import open_dataset
 from trainit.data.rows.order import Ordered, Shuffled
 from trainit.model.gpt import GPT
+from trainit.parallel import cpu_workarounds
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import abstract_mesh, make_mesh, shape_on
 from trainit.parallel.trees import path_name
@@ -227,6 +228,33 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(random_dataset):
     state, metrics = steps.train(state, batch)
     assert np.isfinite(metrics["train/loss"])
     assert (int(state.skipped), int(state.skipped_in_a_row), int(state.step)) == (2, 0, 5)
+
+
+@pytest.mark.evidence("the step on GPUs has no branch, for which their host would wait; results are the same")
+def test_only_steps_on_cpus_have_a_branch(random_dataset, monkeypatch):
+    """The step as GPUs have it, computed by this CPU: as traced, and its metrics and state after a step."""
+    config, sizes = make_config(random_dataset), {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+    mesh = make_mesh(sizes, jax.devices()[:1])
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 8, LENGTH + 1)).astype(np.uint16)
+    batch = {"tokens": tokens, "lengths": np.full((2, 8), LENGTH, np.int32)}
+
+    def run(steps, scale=1.0):
+        state = steps.init()
+        state.params["final_norm"]["scale"] *= scale
+        return steps.train(state, batch)
+
+    on_cpu = build(config, mesh)
+    branch = "stablehlo.case"
+    assert branch in on_cpu.train.lower(on_cpu.abstract_state, batch).as_text()
+    monkeypatch.setattr(cpu_workarounds, "on_cpu", lambda mesh: False)
+    on_gpu = step.build(config, shape_on(config, mesh))
+    program = on_gpu.train.lower(on_gpu.abstract_state, batch).as_text()
+    assert branch not in program and "callback" not in program  # no value for which the host is asked either
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, run(on_gpu), run(on_cpu))
+    for steps in (on_cpu, on_gpu):
+        state, metrics = run(steps, np.inf)
+        assert np.isnan(metrics["train/update_norm"]) and int(state.skipped) == 1
 
 
 def test_lengths_mask_the_loss(random_dataset):

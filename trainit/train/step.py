@@ -16,6 +16,7 @@ from trainit.model.precision import part_precisions
 from trainit.optimizers.common import schedules
 from trainit.parallel import sequence
 from trainit.parallel.collectives import Parallel
+from trainit.parallel.cpu_workarounds import computed_again
 from trainit.parallel.layout import replicated_sharding, state_shardings
 from trainit.parallel.mesh import RunShape
 from trainit.tokenizers.chat.on_device import inputs_and_targets
@@ -119,17 +120,13 @@ class TrainStep:
 
         # 2. The update that the optimizer makes of it.
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
-        update = functools.partial(self._update, state, batch, grads)
-        updates, opt_state = update()
+        updates, opt_state = self._update(state, batch, grads)
+        update_norm = optax.tree.norm(updates)
         if optimizer.elementwise and not optimizer.needs:
-            # The step may overwrite the state only once it knows this norm; until then old and new state
-            # would both be alive. This cheap update is therefore computed a second time inside its own
-            # branch, where it is summed up as it arises and not stored.
-            update_norm = jax.lax.cond(
-                finite, lambda: optax.tree.norm(update()[0]), lambda: jnp.float32(jnp.nan)
-            )
-        else:
-            update_norm = optax.tree.norm(updates)
+            # The step may overwrite the state only once it knows this norm; until then both would be alive.
+            # So this cheap update is computed a second time, and summed up as it arises.
+            mesh = self.loss_and_gradient.shape.device_mesh
+            update_norm = computed_again(self._update_norm, finite, mesh, state, batch, grads)
 
         # 3. Whether everything is finite. What overflowed in further gradients of the optimizer (NEEDS) may
         # show in its new state alone, which is then checked if losses are scaled.
@@ -176,6 +173,9 @@ class TrainStep:
         gradients = {"gradient_at": gradient_at, "sampled_gradient_at": sampled_gradient_at}
         needed = {name: gradients[name] for name in self.optimizer.needs}
         return self.optimizer.update(grads, state.opt_state, state.params, step=state.step, **needed)
+
+    def _update_norm(self, state: TrainState, batch: dict, grads: dict) -> jax.Array:
+        return optax.tree.norm(self._update(state, batch, grads)[0])
 
     def _next_state(
         self, state: TrainState, updates: dict, opt_state: optax.OptState, good: jax.Array, kept: dict

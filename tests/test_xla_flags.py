@@ -30,6 +30,7 @@ OVERLAP = dict.fromkeys(
     ),
     "true",
 )
+TWO = {"xla_gpu_experimental_parallel_collective_overlap_limit": "2"}
 GRAPHS = {"xla_gpu_enable_command_buffer": "-collectives"}
 BLACKWELL = {"xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL"}
 QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -70,7 +71,7 @@ IN_MANY = joined(128, 128, 1024)
         (JobDevices("", 0, hosts=4), CPU_FLAGS),
         (JobDevices(H100, 1), memory("0.9")),
         (JobDevices(H100, 8), OVERLAP | IN_ONE | GRAPHS | QUEUE | memory("0.9")),
-        (JobDevices("NVIDIA GH200 480GB", 32, 32), OVERLAP | IN_MANY | GRAPHS | QUEUE | memory("0.85")),
+        (JobDevices("NVIDIA GH200 480GB", 32, 32), OVERLAP | TWO | IN_MANY | GRAPHS | QUEUE | memory("0.85")),
         (JobDevices(A100, 1), memory("0.9")),
         (JobDevices(A100, 4), OVERLAP | IN_ONE | GRAPHS | memory("0.9")),
         (JobDevices(A100, 16, 2), OVERLAP | IN_MANY | GRAPHS | memory("0.85")),

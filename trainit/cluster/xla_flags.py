@@ -15,6 +15,7 @@ JAX_TIPS = "JAX, GPU performance tips"
 TOOLBOX = "NVIDIA JAX-Toolbox, GPU performance"
 OPENXLA = "OpenXLA, optimization level O1"
 MAXTEXT = "MaxText, a3/llama_2_7b"
+TWO = "openxla/xla pull requests 17749, 19026; as compiled"
 COMPILING = "measured: making the state compiles in a third of the time, steps take as long"
 MEASURED = "measured: the step of GPT-2 124M takes a fifth less memory, and no more time"
 
@@ -55,6 +56,9 @@ SETTINGS = (
     Setting("--xla_gpu_enable_pipelined_reduce_scatter", "true", f"{OPENXLA}; {TOOLBOX}", ALL, SEVERAL),
     Setting("--xla_gpu_enable_pipelined_all_reduce", "true", f"{OPENXLA}; {TOOLBOX}", ALL, SEVERAL),
     Setting("--xla_gpu_enable_while_loop_double_buffering", "true", f"{OPENXLA}; {TOOLBOX}", ALL, SEVERAL),
+    # Two exchanges at once if no two devices are in both, such as a sum inside a host and one between hosts:
+    # on 64 H100s, the predicted step of 7B takes 6 % less. On GB200, 4 of them took a quarter more time.
+    Setting("--xla_gpu_experimental_parallel_collective_overlap_limit", "2", TWO, ("Hopper",), HOSTS),
     # Small exchanges are joined, up to this many bytes.
     Setting("--xla_gpu_all_gather_combine_threshold_bytes", f"{128 * MIB}", MAXTEXT, LARGE, SEVERAL),
     Setting("--xla_gpu_reduce_scatter_combine_threshold_bytes", f"{64 * MIB}", MAXTEXT, LARGE, HOST),

@@ -123,10 +123,11 @@ class TrainStep:
         updates, opt_state = self._update(state, batch, grads)
         update_norm = optax.tree.norm(updates)
         if optimizer.elementwise and not optimizer.needs:
-            # The step may overwrite the state only once it knows this norm; until then both would be alive.
-            # So this cheap update is computed a second time, and summed up as it arises.
+            # The state may be overwritten only once this norm is known: a cheap update is computed twice.
             mesh = self.loss_and_gradient.shape.device_mesh
-            update_norm = computed_again(self._update_norm, finite, mesh, state, batch, grads)
+            update_norm = computed_again(
+                lambda *args: optax.tree.norm(self._update(*args)[0]), finite, mesh, state, batch, grads
+            )
 
         # 3. Whether everything is finite. What overflowed in further gradients of the optimizer (NEEDS) may
         # show in its new state alone, which is then checked if losses are scaled.
@@ -173,9 +174,6 @@ class TrainStep:
         gradients = {"gradient_at": gradient_at, "sampled_gradient_at": sampled_gradient_at}
         needed = {name: gradients[name] for name in self.optimizer.needs}
         return self.optimizer.update(grads, state.opt_state, state.params, step=state.step, **needed)
-
-    def _update_norm(self, state: TrainState, batch: dict, grads: dict) -> jax.Array:
-        return optax.tree.norm(self._update(state, batch, grads)[0])
 
     def _next_state(
         self, state: TrainState, updates: dict, opt_state: optax.OptState, good: jax.Array, kept: dict

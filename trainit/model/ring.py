@@ -64,7 +64,11 @@ class _Pairs:
     """Computes pairs of chunks, of queries of this device."""
 
     def __init__(self, split: Split, q_BLHK, k_BLJK, document_BL, key_BH):
-        (B, L, H, K), self.split, self.device = q_BLHK.shape, split, jax.lax.axis_index(split.axis)
+        (B, L, H, K), self.split = q_BLHK.shape, split
+        # Positions depend on this 0 of the queries, which XLA removes. Without it, JAX computes the masks of
+        # all pairs and blocks apart from the queries, and keeps them: 14 GiB for 131,072 tokens on 8 H100s.
+        zero = 0 * jax.lax.bitcast_convert_type(q_BLHK[0, 0, 0, 0].astype(jnp.float32), jnp.int32)
+        self.device = jax.lax.axis_index(split.axis) + zero
         # A chunk is cut into blocks of queries as a whole row would be; each looks at all keys of a chunk.
         whole, block = replace(split.form, window=0), min(BLOCK, L // 2)
         self.cut = Blocks((B, L // 2, H, K), k_BLJK.shape[2], whole, block, split.on_cpu)

@@ -45,9 +45,7 @@ class Parallel:
 
     mesh: Mesh | None = None  # None: one device
     accumulate_locally: bool = False  # inside `sum_over_replicas`: nothing is exchanged over data
-    kernel_parts: int = (
-        1  # as which kernels lie in memory, with their inputs last; see `cpu_workarounds.product`
-    )
+    kernel_parts: int = 1  # if above 1, kernels have their inputs last; see `cpu_workarounds.product`
 
     def axes(self, *logical: str | None, but: Axes = ()) -> Axes:
         """The mesh axes of more than one device, except `but`, over which these logical axes are split."""

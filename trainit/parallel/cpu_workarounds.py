@@ -42,27 +42,25 @@ def product(
     return dot(a, b, axes, wide(dtype, mesh)).astype(dtype)
 
 
-def _product_of_parts(
-    x: jax.Array, kernel: jax.Array, axes: tuple, dtype: DTypeLike, parts: int
-) -> jax.Array:
-    """A product of at most N parts of a kernel, which XLA:CPU computes at once, as those of a batch.
+def _product_of_parts(x: jax.Array, kernel: jax.Array, axes: tuple, dtype: DTypeLike, n: int) -> jax.Array:
+    """A product of at most n parts of a kernel, which XLA:CPU computes at once, as those of a batch.
 
     It would multiply a decoder's few rows on one core, where reading the kernel is what takes time: a quarter
     of a step. In 16 bits it is slow for less than 16 rows, to which zeros are added: two thirds of a step.
     May go when neither is so.
     """
-    count = len(axes[1])
-    last, shape = range(-count, 0), [size for axis, size in enumerate(kernel.shape) if axis not in axes[1]]
+    summed = len(axes[1])
+    last, shape = range(-summed, 0), [size for axis, size in enumerate(kernel.shape) if axis not in axes[1]]
     x, kernel = jnp.moveaxis(x, axes[0], last), jnp.moveaxis(kernel, axes[1], last)
-    x_RI = x.reshape(-1, math.prod(x.shape[-count:]))
+    x_RI = x.reshape(-1, math.prod(x.shape[-summed:]))
     (rows, inputs), outputs = x_RI.shape, math.prod(shape)
     if kernel.dtype.itemsize == 2:
         x_RI = jnp.pad(x_RI, ((0, max(0, 16 - rows)), (0, 0)))
-    parts = next(n for n in range(parts if rows <= 8 else 1, 0, -1) if outputs % n == 0)
+    parts = next(count for count in range(n if rows <= 8 else 1, 0, -1) if outputs % count == 0)
     x_pRI = jnp.broadcast_to(x_RI, (parts, *x_RI.shape))
     kernel_pOI = kernel.reshape(parts, outputs // parts, inputs)
     y_pRO = jax.lax.dot_general(x_pRI, kernel_pOI, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype)
-    return jnp.swapaxes(y_pRO, 0, 1).reshape(len(x_RI), outputs)[:rows].reshape(*x.shape[:-count], *shape)
+    return jnp.swapaxes(y_pRO, 0, 1).reshape(len(x_RI), outputs)[:rows].reshape(*x.shape[:-summed], *shape)
 
 
 def sum_outer_products(x: Factor, dy_BLD: Factor) -> jax.Array:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from trainit.cluster.process import collect_garbage_rarely
+from trainit.cluster.process import STOP_SIGNALS, collect_garbage_rarely
 
 # A suite in the background ignores SIGINT, one under nohup SIGHUP, and so would all that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -88,6 +88,12 @@ def pytest_collection_modifyitems(items):
         if f"{item.path.name}::{item.name}".startswith(NEWEST):
             item.add_marker("newest")
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def unblocked():
+    """What commands in this process have blocked comes again, here and to what a test starts."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @pytest.fixture

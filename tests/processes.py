@@ -187,14 +187,19 @@ def pid_of(launcher: subprocess.Popen, rank: int) -> int:
     raise AssertionError(f"no process {rank}")
 
 
-def with_variable(variable: str, *of_pgrep: str) -> list[int]:
-    """The processes that pgrep finds and whose environment has NAME=VALUE."""
-    found = []
+def environments(*of_pgrep: str) -> dict[int, bytes]:
+    """Those of the processes that pgrep finds, with which they were started."""
+    found = {}
     for pid in subprocess.check_output(["pgrep", *of_pgrep], text=True).split():
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
-            if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                found.append(int(pid))
+            found[int(pid)] = Path(f"/proc/{pid}/environ").read_bytes()
     return found
+
+
+def with_variable(variable: str, *of_pgrep: str) -> list[int]:
+    """The processes that pgrep finds and whose environment has NAME=VALUE."""
+    found = environments(*of_pgrep).items()
+    return [pid for pid, environment in found if variable.encode() in environment.split(b"\0")]
 
 
 def last_step(workdir: Path) -> int:

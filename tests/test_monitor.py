@@ -33,7 +33,6 @@ def channels() -> tuple[Channel, Channel]:
 def job(monkeypatch):
     """Two monitors that are connected, and the exit codes with which they leave."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     monkeypatch.setattr("trainit.cluster.monitor.DRAIN_SECONDS", 0.2)
     codes = {0: [], 1: []}
     monitors = [JobMonitor(number, 2, codes[number].append, 60.0) for number in (0, 1)]
@@ -44,7 +43,6 @@ def job(monkeypatch):
     for monitor in monitors:
         monitor.close()
     signal.set_wakeup_fd(-1)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for number, handler in before.items():
         signal.signal(number, handler)
 

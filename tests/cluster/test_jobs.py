@@ -17,6 +17,7 @@ from processes import (
     SMOOTH,
     assert_same_but_for_rounding,
     end,
+    environments,
     exact,
     last_step,
     launch,
@@ -485,16 +486,6 @@ def listens_at(pid: int) -> list[str]:
     return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links]
 
 
-def environments(pid: int) -> list[bytes]:
-    """Those of a process's children."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    found = []
-    for child in children.stdout.split():
-        with contextlib.suppress(OSError):  # it has ended
-            found.append(Path(f"/proc/{child}/environ").read_bytes())
-    return found
-
-
 @pytest.mark.evidence(
     "a job's token and the key of W&B are in no file that a run leaves and on no command line; its ports are "
     "open at the job's address alone; files and folders have the umask's modes"
@@ -520,7 +511,9 @@ def test_what_a_job_leaves_has_no_secrets_and_the_umask_s_modes(job, tmp_path):
         assert Path(f"/proc/{pid}/environ").stat().st_mode & 0o077 == 0
     # What process 0 has started, such as W&B's service, was not handed the token. A child that has not yet
     # begun its own program still shows its parent's environment.
-    assert wait_for(process, lambda: (found := environments(pids[0])) and not any(token in e for e in found))
+    assert wait_for(
+        process, lambda: (e := environments("-P", str(pids[0])).values()) and not any(token in x for x in e)
+    )
     # The port at which the processes have met is closed, JAX's coordinator is open at one address.
     for pid in pids:
         assert not [where for where in listens_at(pid) if set(where.split(":")[0]) == {"0"}]

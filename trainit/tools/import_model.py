@@ -41,6 +41,7 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
     from trainit.convert.pretrained import PREFIX, Pretrained
     from trainit.data.loader import START
     from trainit.model.gpt import GPT
+    from trainit.parallel.trees import device_bytes
     from trainit.train.checkpoint import CheckpointStore
     from trainit.train.finished.run import config_of
 
@@ -67,8 +68,8 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
 
     layout = jax.tree.map(in_parts, shapes)
     state = SimpleNamespace(params=pretrained.parameters(layout), diagnostics={}, loss_scale={})
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    store = CheckpointStore(folder, copied_gb=max(0.5, largest / PARTS / 1e9))
+    largest = max(device_bytes(leaf) for leaf in jax.tree.leaves(layout))
+    store = CheckpointStore(folder, copied_gb=max(0.5, largest / 1e9))
     store.save(0, state, {"config": content, **START.to_meta(), "version": __version__})
     store.wait()
     store.close()

@@ -82,15 +82,10 @@ def compile_for(config: Config, devices: int, name: str, environment: Mapping[st
 
 def _answer(folder: Path):
     """Compiles what is requested in this folder, and writes the fields of `Program` there, or an error."""
-    import numpy as np
     from jax._src.cudnn import fused_attention_stablehlo
     from jax.experimental import topologies
 
-    from trainit.data.training_data import abstract_batch
     from trainit.experiments.plan import hlo
-    from trainit.parallel.layout import batch_sharding
-    from trainit.parallel.mesh import run_shape
-    from trainit.train import step
 
     fields, devices, hosts, name = pickle.loads((folder / "request").read_bytes())
     config = Config(fields)
@@ -100,14 +95,10 @@ def _answer(folder: Path):
         platform="cuda", target_config=TARGETS[name].text, topology=f"1x{hosts}x{devices // hosts}"
     )
     try:
-        shape = run_shape(config, topology.devices)
-        built = step.build(config, shape)
+        shape, _, compiled, partitioned = hlo.compile_step(config, topology.devices)
     except ConfigError as error:
         (folder / "answer").write_bytes(pickle.dumps(str(error)))
         return
-    batch = abstract_batch(np.dtype(np.uint16), shape.batch_at(0), batch_sharding(shape.device_mesh))
-    lowered = built.train.lower(built.abstract_state, batch)
-    compiled, partitioned = hlo.compile_with_text(lowered)
     memory: Any = compiled.memory_analysis()
     assigned = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assigned += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

@@ -15,11 +15,17 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+
+from trainit.config import Config
+from trainit.data.training_data import abstract_batch
+from trainit.parallel.layout import batch_sharding
+from trainit.parallel.mesh import RunShape, run_shape
+from trainit.train import step
 
 PARTS = ("attention", "mlp", "head", "embedding", "optimizer")  # named scopes of model and step
 _PART = re.compile(rf"\b({'|'.join(PARTS)})\b")
@@ -60,6 +66,19 @@ def total(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]]
     for one in collectives:
         sums[one.kind, one.axes] = sums.get((one.kind, one.axes), 0.0) + one.bytes
     return sums
+
+
+def compile_step(
+    config: Config, devices: Sequence[jax.Device]
+) -> tuple[RunShape, Any, jax.stages.Compiled, str]:
+    """Compiles the train step of a resolved config for these devices.
+
+    Returns its shape, what `step.build` gives, the program, and its text after partitioning.
+    """
+    shape = run_shape(config, devices)
+    built = step.build(config, shape)
+    batch = abstract_batch(np.dtype(np.uint16), shape.batch_at(0), batch_sharding(shape.mesh))
+    return shape, built, *compile_with_text(built.train.lower(built.abstract_state, batch))
 
 
 def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:

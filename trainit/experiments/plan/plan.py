@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from trainit.config import MESH_AXES, Config
-from trainit.data.training_data import abstract_batch
 from trainit.experiments.plan import formula, gpu, hlo, roofline
 from trainit.experiments.plan.gpu import Program
 from trainit.experiments.plan.hlo import Collective
 from trainit.experiments.plan.schedule import Schedule
 from trainit.experiments.plan.targets import TARGETS
-from trainit.parallel.layout import batch_sharding, state_shardings
-from trainit.parallel.mesh import RunShape, abstract_mesh, make_mesh, mesh_sizes, run_shape, shape_on
+from trainit.parallel.layout import state_shardings
+from trainit.parallel.mesh import RunShape, abstract_mesh, make_mesh, mesh_sizes, shape_on
 from trainit.parallel.trees import device_bytes
 from trainit.train import metrics, step
 from trainit.train.automatic import choice
@@ -64,10 +62,7 @@ def plan(
     compiled, temporaries, program, schedule = None, math.nan, None, None
     config, computing = settle(config, devices, name)
     if compiles == "CPU":
-        shape = run_shape(config, jax.devices()[:devices])
-        built = step.build(config, shape)
-        batch = abstract_batch(np.dtype(np.uint16), shape.batch_at(0), batch_sharding(shape.mesh))
-        on_cpu, text = hlo.compile_with_text(built.train.lower(built.abstract_state, batch))
+        shape, built, on_cpu, text = hlo.compile_step(config, jax.devices()[:devices])
         compiled = hlo.read(text, shape.sizes)
         memory: Any = on_cpu.memory_analysis()
         temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -3,19 +3,21 @@
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from finished import make_run
 
 from trainit.__main__ import main as trainit_command
+from trainit.cluster import digests
 from trainit.config import ConfigError
 from trainit.train.checkpoint import CheckpointStore
 from trainit.train.finished.parameters import parameter_shapes, read_parameters
 from trainit.train.finished.run import open_run
-from trainit.train.saved import digests
 from trainit.train.saved.fallback import set_aside, whole
 
 # Orbax writes the one after the digests, and reads it nowhere but on object stores.
@@ -219,3 +221,24 @@ def test_processes_share_the_work(run, monkeypatch):
             assert min(shares) > 40
     flip(data_file(run, 9), 2500)
     assert [len(digests.problems(folder, process, 7)) for process in range(7)].count(1) == 1
+
+
+@pytest.mark.parametrize("end", ["last", "never"])
+def test_a_late_thread_of_orbax(end, random_dataset, tmp_path, monkeypatch):
+    """Orbax's metadata are written by a thread of its own, for which the digests wait."""
+    store = type(ocp.metadata.metadata_store(enable_write=True, blocking_write=True)._store_impl)
+    update = store.update
+
+    def late(self, file_path, **fields):
+        time.sleep(0.3)
+        if end == "last" or "custom_metadata" not in fields:
+            update(self, file_path, **fields)
+
+    monkeypatch.setattr(store, "update", late)
+    if end == "last":
+        make_run(tmp_path, random_dataset, 257, 256)
+        assert digests.problems(tmp_path / "checkpoints/7") == []
+        return
+    monkeypatch.setattr(digests, "WAIT_SECONDS", 0.5)
+    with pytest.raises(TimeoutError, match=r"_CHECKPOINT_METADATA is not complete after 0\.5 s"):
+        make_run(tmp_path, random_dataset, 257, 256)

@@ -7,7 +7,7 @@ import pytest
 from trainit import config as config_lib
 from trainit import optimizers
 from trainit.cluster import hardware
-from trainit.train import metrics
+from trainit.train.reports import metrics
 
 
 def resolved(**changes):

@@ -18,8 +18,9 @@ from trainit.optimizers.common import low_bit_state
 from trainit.parallel.layout import batch_sharding, parameter_kind
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.parallel.trees import path_name
-from trainit.train import metrics, step
+from trainit.train import step
 from trainit.train.checkpoint import CheckpointStore
+from trainit.train.reports import metrics
 
 pytestmark = pytest.mark.evidence(
     "optimizer state in bfloat16 and 8 bits: its bytes by formula, its rounding against NumPy, runs "

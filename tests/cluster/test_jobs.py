@@ -28,8 +28,8 @@ from processes import (
     wait_for,
 )
 
+from trainit.cluster import digests
 from trainit.train.checkpoint import CheckpointStore
-from trainit.train.saved import digests
 
 pytestmark = pytest.mark.evidence(
     "jobs of several processes: each kind of stop, loss, stall and failed save of the page Faults"

@@ -43,7 +43,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _checkpoint(folder: Path) -> Iterator[str]:
     """Prints how a checkpoint is; yields what is wrong with it."""
-    from trainit.train.saved import digests
+    from trainit.cluster import digests
 
     found = digests.problems(folder)
     if found is None:

@@ -11,11 +11,10 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from trainit.cluster import sync
+from trainit.cluster import digests, sync
 from trainit.cluster.run_lock import try_to_write
 from trainit.config import ConfigError, of_this_version, require
 from trainit.parallel.trees import path_name
-from trainit.train.saved import digests
 from trainit.train.saved.compared import Compared
 from trainit.train.saved.watched import watch
 

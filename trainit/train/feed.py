@@ -11,7 +11,7 @@ from trainit.data.loader import DataPosition
 from trainit.data.training_data import TrainingData
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
-from trainit.train.metrics import Meter
+from trainit.train.reports.metrics import Meter
 
 POLL_SECONDS = 0.2  # how often a process that waits for data looks whether the job stops
 

@@ -16,12 +16,11 @@ from trainit.config import Config
 from trainit.data.checks import background
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape
-from trainit.train import metrics
 from trainit.train.checkpoint import CheckpointStore, due
 from trainit.train.evaluate import Validation
 from trainit.train.feed import BatchFeed
 from trainit.train.recorder import NonFiniteError, StepRecorder
-from trainit.train.reports import startup_report
+from trainit.train.reports import metrics, startup_report
 from trainit.train.reports.startup_timer import StartupTimer
 from trainit.train.reports.trackers import RunLogger
 from trainit.train.resume import Resume, warm_up_again

@@ -8,7 +8,7 @@ from absl import logging
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
 from trainit.train import diagnostics, loss_scale
-from trainit.train.metrics import Meter
+from trainit.train.reports.metrics import Meter
 from trainit.train.reports.trackers import RunLogger
 
 

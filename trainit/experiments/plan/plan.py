@@ -16,8 +16,9 @@ from trainit.experiments.plan.targets import TARGETS
 from trainit.parallel.layout import state_shardings
 from trainit.parallel.mesh import RunShape, abstract_mesh, make_mesh, mesh_sizes, shape_on
 from trainit.parallel.trees import device_bytes
-from trainit.train import metrics, step
+from trainit.train import step
 from trainit.train.automatic import choice
+from trainit.train.reports import metrics
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from trainit.cluster.hardware import Accelerator
 from trainit.config import Config
 from trainit.experiments.plan.hlo import Collective
 from trainit.parallel.mesh import RunShape
-from trainit.train import metrics
+from trainit.train.reports import metrics
 
 
 class Times(NamedTuple):

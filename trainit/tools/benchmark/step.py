@@ -17,8 +17,9 @@ from trainit.experiments.plan import hlo
 from trainit.parallel.layout import batch_sharding
 from trainit.tools.benchmark import profile
 from trainit.tools.timing import WARMUP, in_turn
-from trainit.train import metrics, step
+from trainit.train import step
 from trainit.train.automatic import choice
+from trainit.train.reports import metrics
 
 # What --sweep tries, one field after the other, starting from the config's settings and continuing with the
 # fastest. None of them changes what a run computes.

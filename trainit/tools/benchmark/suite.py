@@ -17,7 +17,7 @@ from tabulate import tabulate
 from trainit import config as config_lib
 from trainit.config import ConfigError
 from trainit.tools.benchmark.contender import CONTENDERS, MATMUL, SHAPES
-from trainit.train import metrics
+from trainit.train.reports import metrics
 
 # (shape, precision, steps after the first, programs)
 SUITES: dict[str, list[tuple[str, str, int, tuple[str, ...]]]] = {

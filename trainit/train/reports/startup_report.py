@@ -12,8 +12,9 @@ from trainit.cluster.logs import quantity
 from trainit.config import MESH_AXES, Config
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape, describe_devices
-from trainit.train import diagnostics, metrics
+from trainit.train import diagnostics
 from trainit.train.evaluate import MAX_SUBSETS
+from trainit.train.reports import metrics
 from trainit.train.step import CompiledSteps
 
 

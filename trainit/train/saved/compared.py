@@ -6,8 +6,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from trainit.cluster import sync
-from trainit.train.saved import digests
+from trainit.cluster import digests, sync
 
 
 class Compared:

@@ -9,6 +9,7 @@ up or rotten, but is no protection from somebody who wants to deceive.
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ BLOCK_BYTES = 1 << 26  # each block has its digest, so that threads and processe
 READ_BYTES = 1 << 19  # at a time, so that it stays in the processor's cache
 WRITER = "ocdbt.process_"  # and the number of the process that has written the folder
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
+WAIT_SECONDS = 60  # for Orbax's thread that writes them
 LATE = "commit_success.txt"  # Orbax writes it after the digests, and reads it on object stores alone
 
 
@@ -35,7 +37,11 @@ def digest_own_part(item: Path, process: int) -> None:
 
 
 def collect(unfinished: Path) -> None:
-    """Writes the digests of all files into a checkpoint. Process 0 calls it when all have written theirs."""
+    """Writes the digests of all files into a checkpoint. Process 0 calls it when all have written theirs.
+
+    Raises TimeoutError if Orbax does not write its metadata.
+    """
+    _wait_for_metadata(unfinished / ORBAX_METADATA)
     files: dict[str, dict] = {}
     for part in unfinished.glob(f"*/{WRITER}*/{FILE}"):
         folder = part.parent.relative_to(unfinished)
@@ -159,6 +165,23 @@ def _parts(path: Path, block: int) -> Iterator[memoryview]:
         while left and (size := file.readinto(buffer[:left])):
             yield buffer[:size]
             left -= size
+
+
+def _wait_for_metadata(path: Path) -> None:
+    """Waits until Orbax's metadata say that there are digests, after which only the time of the end changes.
+
+    Orbax (0.12.8) leaves them to a thread of its own, which may come to it after the last array is written.
+    """
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            if json.loads(path.read_bytes())["custom_metadata"]["digests"] == ALGORITHM:
+                return
+        except (ValueError, KeyError, TypeError, FileNotFoundError):  # not there yet, or half of it
+            pass
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path} is not complete after {WAIT_SECONDS} s")
+        time.sleep(0.001)
 
 
 def _lasting(path: Path) -> bytes:

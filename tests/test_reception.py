@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -119,6 +120,21 @@ def test_the_number_of_connections_is_bounded(monkeypatch):
     door.close()
     for caller in callers:
         caller.close()
+
+
+def test_who_calls_and_leaves_at_once_costs_nobody_a_place():
+    """A port scanner resets its connections, perhaps while a process of the job proves itself."""
+    port = free_port()
+    door = reception.Reception("127.0.0.1", port, TOKEN)
+    with connect(port) as slow:
+        door.hear(2)
+        for _ in range(3):
+            scanner = connect(port)
+            scanner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            scanner.close()
+            door.hear(2)
+        assert next(iter(door._strangers)).getpeername() == slow.getsockname()  # the oldest
+    door.close()
 
 
 def test_another_token_and_none(job, caplog):

@@ -114,6 +114,17 @@ def test_who_loses_the_folder_hears_of_it(tmp_path):
     assert "was taken over by job 2" in lost[0]
 
 
+def test_who_has_lost_the_folder_lets_nobody_in(tmp_path, monkeypatch):
+    """A process that was suspended, and comes to its end before it has noticed that another job took over."""
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 60)
+    first = lock()
+    first.take(tmp_path)
+    other = {**holder(tmp_path), "id": "another", "job": "job 8"}
+    (tmp_path / "lock.json").write_text(json.dumps(other))
+    first.release()
+    assert holder(tmp_path) == other
+
+
 @pytest.mark.parametrize(
     ("what", "said"), [("runs", "=.*/runs was removed"), ("runs/lock.json", "has lost its lock.json")]
 )

@@ -4,6 +4,7 @@ A caller has HELLO_SECONDS and, until it has proved that it has the token, 64 by
 the same time, and one that fails is closed without harm to the others.
 """
 
+import contextlib
 import errno
 import selectors
 import socket
@@ -35,7 +36,8 @@ class _Caller:
         self.channel: Channel | None = None  # once it has proved that it has the token
         self._nonce, self._received = authentication.nonce(), b""
         connection.setblocking(False)
-        connection.send(self._nonce)
+        with contextlib.suppress(OSError):  # it has left already, as `hear` will find
+            connection.send(self._nonce)
 
     def hear(self, token: bytes) -> list[dict]:
         """What it has said since the last call.
@@ -113,13 +115,12 @@ class Reception:
         for _ in range(most):
             try:
                 connection, address = listener.accept()
-                caller = _Caller(connection, address[0])
             except BlockingIOError:
                 return
-            except OSError:  # it has left already, or this process can open no more files
+            except OSError:  # this process can open no more files
                 most = len(self._strangers) - 1
             else:
-                self._strangers[connection] = caller
+                self._strangers[connection] = caller = _Caller(connection, address[0])
                 self._selector.register(connection, selectors.EVENT_READ, caller)
             if len(self._strangers) > most:
                 for caller in [c for c in self._strangers.values() if c.channel is None][:1]:

@@ -19,11 +19,13 @@ def train(data, workdir, *flags: str, **expect: int) -> str:
 
 @pytest.mark.evidence("texts at a validation are those of the checkpoint of that step, on any mesh")
 def test_samples_are_those_of_the_checkpoint(random_dataset, tmp_path, monkeypatch, capsys):
-    """On eight devices, in a job that is resumed; then the command, on this process's devices."""
+    """On eight devices, in a job that is resumed on a mesh that splits sequences; then the command, on this
+    process's devices."""
     output = train(random_dataset, tmp_path, "--config.steps=2")
     assert "step 2: 2 texts" in output
     overwrite = ["--config.checkpoint.overwrite_config=True"]
-    train(random_dataset, tmp_path, "--config.steps=4", *overwrite)
+    split = ["--config.mesh.fsdp=1", "--config.mesh.context=2"]
+    train(random_dataset, tmp_path, "--config.steps=4", *overwrite, *split)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(line["step"], line["prompt"]) for line in lines] == [
         (step, prompt) for step in (0, 2, 4) for prompt in PROMPTS

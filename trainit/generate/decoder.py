@@ -62,7 +62,8 @@ class Decoder:
         # Training settings that change no result, except how often a layer calls attention, are left out.
         plain = {"remat": "none", "attention": "auto"}
         self.config = model = Config({**config.model.to_dict(), **plain})
-        self.mesh, self._end, self._ids = mesh, end, ids
+        self.mesh = mesh = _with_whole_sequences(mesh)
+        self._end, self._ids = end, ids
         self.parameters: dict = {}
         own = config.precision_of if precision == config.precision else dict.fromkeys(PARTS, "")
         self._types = {part: jnp.dtype(compute_type(own[part], precision)) for part in PARTS}
@@ -223,6 +224,14 @@ class Decoder:
         if seen_BV is not None:
             seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
         return replace(state, token_B=token_B, position_B=position_B, left_B=left_B, seen_BV=seen_BV)
+
+
+def _with_whole_sequences(mesh: Mesh) -> Mesh:
+    """The mesh with nothing along `context`: the devices that it has there compute the same texts."""
+    if mesh.shape["context"] == 1:
+        return mesh
+    # The devices keep their order, so that parameters need not move.
+    return Mesh(mesh.devices[..., None], (*mesh.axis_names[:-1], "copies", "context"))
 
 
 def attend_to_cache(

@@ -21,10 +21,10 @@ ENTRY %main (x: f32[1000000]) -> f32[1000000] {
 """
 
 
-def config(**mesh: int):
+def config(attention: str = "auto", **mesh: int):
     config = tiny.get_config()
     config.mesh.update(**dict.fromkeys(MESH_AXES, 1) | mesh)
-    config.model.update(remat="auto", scan_layers="auto")
+    config.model.update(remat="auto", scan_layers="auto", attention=attention)
     return config_lib.resolve(config, 1024)
 
 
@@ -51,6 +51,14 @@ def test_hours_and_their_cost(planned):
     assert [row[5:] for row in rows] == [["11.1 M", "no"], ["8.85 M", "no"]]
     assert "the smallest number of H100s that fits is 4." in lines[-1]
     assert "no number of GPUs that was tried fits" in budget.describe(planned[:1], 0, 1e6)
+
+
+@pytest.mark.parametrize("attention, travel", [("auto", False), ("gather", False), ("ring", True)])
+def test_keys_travel_as_the_config_says(attention, travel):
+    """For sequences so short that a run would gather keys by itself."""
+    found = plan(config(attention, context=2), 2, "H100", 0.5, "", {})
+    assert found.shape.attention == ("ring" if travel else "gather")
+    assert any(one.kind == "collective-permute" for one in found.predicted) == travel
 
 
 def test_a_plan_says_what_a_compiled_program_shows(monkeypatch):

@@ -68,7 +68,8 @@ def plan(
         memory: Any = on_cpu.memory_analysis()
         temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     else:  # the shapes of the state are the same on any mesh, and with any attention kernel
-        model = {**config.model.to_dict(), "attention": "auto"}
+        kernel = config.model.attention
+        model = {**config.model.to_dict(), "attention": "auto" if kernel == "cudnn" else kernel}
         anywhere = Config({**config.to_dict(), "model": model})
         shape = shape_on(anywhere, abstract_mesh(mesh_sizes(config, devices)))
         one_device = make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])

@@ -19,12 +19,13 @@ done
 folder=$(mktemp -d) || exit 1
 trap 'rm -rf "$folder"' EXIT
 unset TRAINIT_TOKEN_FILE
-# Process 0 writes there how often the run may be started again, and, in a second line, where the run is.
+# Process 0 writes there that a fault may start the run again.
 export TRAINIT_RUN_FILE=$folder/run
 export TRAINIT_NUM_PROCESSES=$count TRAINIT_LOCAL_PROCESSES=$count TRAINIT_COORDINATOR TRAINIT_TOKEN
 
 # Starts all processes, waits until they have ended, and leaves in `result` how.
 attempt() {
+  rm -f "$TRAINIT_RUN_FILE" "$TRAINIT_RUN_FILE.fault"
   # A free port; the child that needs it listens within seconds. Those from 32768 on are given to connections
   # meanwhile.
   TRAINIT_COORDINATOR=localhost:$(python3 -c '
@@ -62,30 +63,9 @@ while True:
   [ -z "$reaper" ] || pkill -P "$reaper"
 }
 
-# Whether the run may be started again after a fault; says why, where that is not plain.
-may_restart() {
-  limit=0 workdir=
-  [ ! -e "$TRAINIT_RUN_FILE" ] || { read -r limit && IFS= read -r workdir; } <"$TRAINIT_RUN_FILE"
-  # 130: a second Ctrl-C.
-  case $result in 0 | 2 | 75 | 130) return 1 ;; esac
-  [ "$limit" -gt 0 ] && [ -z "$asked" ] || return 1
-  before=$step
-  step=$(tail -n 1 "$workdir/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\).*/\1/p')
-  what="a process ended with $result, after step ${step:=none}"
-  if [ "$step" = "$before" ]; then
-    echo "restart    not done: $what, as at the start before; what is wrong there has to be found first" >&2
-    return 1
-  elif [ "$starts" -gt "$limit" ]; then
-    echo "restart    not done: $what, and the run was started $starts times; restart.limit is $limit" >&2
-    return 1
-  fi
-  starts=$((starts + 1))
-  echo "restart    $what: start $starts of at most $((limit + 1)), from the newest checkpoint" >&2
-}
-
-starts=1 step=
 attempt "$@"
-while may_restart; do
+# As long as process 0 has said that a fault may start the run again, and trainit/cluster/restart.py says so, too.
+while [ -z "$asked" ] && [ -e "$TRAINIT_RUN_FILE" ] && python3 -m trainit.cluster.restart "$result" >/dev/null; do
   attempt "$@"
 done
 exit "$result"

@@ -2,6 +2,7 @@
 #SBATCH --job-name=trainit
 #SBATCH --nodes=1
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 #SBATCH --signal=USR1@300
@@ -16,18 +17,25 @@
 # stops, and the job puts itself back into the queue until all steps are done. A job that was
 # cancelled, or in which a process failed, is not put back.
 #
+# With --config.restart.limit=N, the job keeps its nodes when a process fails, hangs or is lost, and starts the run
+# again up to N times: see trainit/cluster/restart.py.
+#
 #   TRAINIT_ACTIVATE             what to run first on each node, as in "source ~/venv/bin/activate"
 #   TRAINIT_PROCESSES_PER_NODE   processes of a node, as in 1: one for all its GPUs
+#   TRAINIT_NODES                nodes that the run uses; the others of the job are spare
 #   TRAINIT_COMMAND              which command to run instead of train, e.g. doctor
 #   TRAINIT_ARRAY                folder in which a file for each task of an array job has its arguments
 set -uo pipefail
 [ -z "${TRAINIT_ARRAY:-}" ] || eval "set -- $(cat "$TRAINIT_ARRAY/$SLURM_ARRAY_TASK_ID")"
 processes=${TRAINIT_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export TRAINIT_NODES=${TRAINIT_NODES:-${#hosts[@]}}
+[ "$TRAINIT_NODES" -le ${#hosts[@]} ] ||
+  { echo "TRAINIT_NODES=$TRAINIT_NODES, but the job has ${#hosts[@]}: ask for more with --nodes=" >&2; exit 2; }
+use=("${hosts[@]:0:TRAINIT_NODES}")
 # Schedulers merge exit codes; what counts is what the processes leave here: see trainit/main.py.
-export TRAINIT_MARKER=$PWD/.trainit-$SLURM_JOB_ID
-rm -f "$TRAINIT_MARKER" "$TRAINIT_MARKER.failed"
-# What lets a process into this job; srun hands it over in the environment, which other users cannot read.
-TRAINIT_TOKEN=$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n') || exit 1
+export TRAINIT_MARKER=$PWD/.trainit-$SLURM_JOB_ID TRAINIT_RUN_FILE=$PWD/.trainit-$SLURM_JOB_ID.run
+[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -f "$TRAINIT_RUN_FILE.history"
 unset TRAINIT_TOKEN_FILE
 export TRAINIT_TOKEN
 # TERM to this script is a cancellation, the time limit or a requeue by Slurm itself: in none of these
@@ -38,22 +46,98 @@ echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $S
 [ "$processes" -le "${SLURM_CPUS_ON_NODE:-$processes}" ] ||
   echo "note: $SLURM_CPUS_ON_NODE CPUs for $processes processes on a node; ask for more with --cpus-per-gpu="
 cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} # srun does not inherit it
-# USR1 is ignored until Trainit listens to it: by default it would end a process that is still starting.
-# In the background, since bash sits on a trap while it waits for a child in the foreground.
+
+# on "HOST HOST" TASKS OPTIONS COMMAND... &   a step of TASKS processes on each of these nodes, next to others.
 # --export=ALL: after "sbatch --export=...", srun would hand over only what was named there.
-# shellcheck disable=SC2016,SC2086
-srun --export=ALL --kill-on-bad-exit=1 --overcommit --ntasks-per-node="$processes" $cpus \
-  bash -c 'trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@"' trainit "$@" &
-pid=$!
-while :; do
+on() {
+  local names tasks=$2
+  read -ra names <<<"$1"
+  shift 2
+  # shellcheck disable=SC2086
+  exec ${patience:+timeout --signal=KILL $patience} srun --export=ALL --no-kill --kill-on-bad-exit=0 --overlap \
+    --overcommit --nodes=${#names[@]} --ntasks=$((${#names[@]} * tasks)) --ntasks-per-node="$tasks" \
+    --nodelist="$(IFS=, && echo "${names[*]}")" "$@"
+}
+
+# This node may be lost as well. With --no-kill, Slurm then leaves the others to the job until its time is over, and
+# nobody to use them. So these look, and put the job back into the queue, or end it.
+# shellcheck disable=SC2016
+[ ${#hosts[@]} = 1 ] || on "${hosts[*]:1}" 1 --job-name=guard bash -c '
+  trap "" USR1
+  while sleep $((10 + 2 * SLURM_PROCID)); do
+    case $(sinfo --noheader --nodes="$1" --format=%T) in
+      down*) scontrol requeue "$SLURM_JOB_ID" || scancel "$SLURM_JOB_ID" ;;
+    esac
+  done' guard "${hosts[0]}" >/dev/null 2>&1 &
+
+# Starts all processes, waits until they have ended, and leaves in `code` how.
+attempt() {
+  rm -f "$TRAINIT_MARKER" "$TRAINIT_MARKER.failed" "$TRAINIT_RUN_FILE" "$TRAINIT_RUN_FILE.fault"
+  # What lets a process into this job; srun hands it over in the environment, which other users cannot read.
+  TRAINIT_TOKEN=$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n') || exit 1
+  # USR1 is ignored until Trainit listens to it: by default it would end a process that is still starting.
+  # The others notice a lost peer by themselves; --wait is for those that do not.
+  # shellcheck disable=SC2016,SC2086
+  on "${use[*]}" "$processes" --job-name=trainit --wait="${TRAINIT_GRACE:-60}" $cpus bash -c '
+    trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@"' trainit "$@" &
+  local pid=$! seconds=0 step
+  while kill -0 $pid 2>/dev/null; do
+    sleep 1
+    # Slurm knows of a lost node minutes later. After a fault, processes need some ten seconds to leave.
+    [ ! -e "$TRAINIT_RUN_FILE.fault" ] || seconds=$((seconds + 1))
+    [ $seconds != 15 ] || for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' |
+      sed -n 's/ trainit$//p'); do scancel --signal=KILL "$step" & done
+    [ $seconds -lt 17 ] || kill -KILL $pid 2>/dev/null
+  done
   wait $pid
   code=$?
-  kill -0 $pid 2>/dev/null || break
+  echo "$(date '+%F %T') srun ended with $code${ended:+ after a TERM}"
+}
+
+# Prints the nodes on which a command runs now.
+answering() {
+  local host patience=15
+  for host in "${hosts[@]}"; do
+    on "$host" 1 --job-name=answer echo "$host" 2>/dev/null &
+  done
+  wait
+}
+
+# decide start|CODE   asks which nodes the run uses next. 0: these; 1: none; 3: the job is to be put back, without `use`.
+decide() {
+  local answer result
+  answer=$(set +u; eval "${TRAINIT_ACTIVATE:-}" >&2; exec python3 -m trainit.cluster.restart "$1" "${hosts[*]}" "$(answering)")
+  result=$?
+  read -ra use <<<"$answer"
+  return $result
+}
+
+requeue() {
+  trap '' TERM # Slurm ends this script now
+  scontrol requeue "$SLURM_JOB_ID" || return
+  # Nodes can be excluded only from a job that waits, and at times Slurm asks to try again.
+  for ((i = 0; i < 25 && $# > 0; i++)); do
+    scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "$*")" && break
+    sleep 1
+  done
+  sleep 60
+}
+
+next=0
+[ ! -e "$TRAINIT_RUN_FILE.history" ] || { decide start; next=$?; }
+code=1
+while [ $next = 0 ]; do
+  attempt "$@"
+  next=1
+  # A fault after which the run may start again: process 0 has said so.
+  [ ! -e "$TRAINIT_RUN_FILE" ] || [ $code = 0 ] || [ -n "$ended" ] || { decide $code; next=$?; }
 done
-echo "$(date '+%F %T') srun ended with $code${ended:+ after a TERM}"
-if [ -e "$TRAINIT_MARKER" ] && [ ! -e "$TRAINIT_MARKER.failed" ] && [ -z "$ended" ]; then
+if [ $next = 3 ]; then
+  requeue "${use[@]}"
+  echo "restart    not done: Slurm does not put the job back; submit it again with --exclude=$(IFS=, && echo "${use[*]}")" >&2
+elif [ -e "$TRAINIT_MARKER" ] && [ ! -e "$TRAINIT_MARKER.failed" ] && [ -z "$ended" ]; then
   rm -f "$TRAINIT_MARKER"
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60 # the requeue ends this script
+  requeue
 fi
-rm -f "$TRAINIT_MARKER" "$TRAINIT_MARKER.failed"
+rm -f "$TRAINIT_MARKER" "$TRAINIT_MARKER".*
 exit $code

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
 from processes import ROOT
@@ -14,9 +15,10 @@ pytestmark = pytest.mark.evidence(
 # Each start takes the next line of $STATE/plan: its exit code, and the last step in its metrics.
 STAND_IN = """#!/usr/bin/env bash
 [ "$1" != -c ] || { echo 20001; exit; }
+[ "$2" != trainit.cluster.restart ] || PYTHONPATH=ROOT exec PYTHON "$@"
 echo "$TRAINIT_TOKEN" >>"$STATE/starts"
 read -r code step < <(sed -n "$(wc -l <"$STATE/starts")p" "$STATE/plan")
-printf '%s\\n%s\\n' "$LIMIT" "$STATE/a run" >"$TRAINIT_RUN_FILE"
+echo "{\\"limit\\": $LIMIT, \\"folder\\": \\"$STATE/a run\\"}" >"$TRAINIT_RUN_FILE"
 mkdir -p "$STATE/a run"
 [ "$step" = none ] || echo "{\\"step\\": $step, \\"loss\\": 1}" >"$STATE/a run/metrics.jsonl"
 [ "$code" != asked ] || { trap '' TERM; kill -TERM $PPID; sleep 0.2; code=1; }
@@ -55,7 +57,9 @@ exit "$code"
     ],
 )
 def test_when_a_job_is_started_again(limit, plan, starts, code, said, tmp_path):
-    (tmp_path / "python3").write_text(STAND_IN)
+    (tmp_path / "python3").write_text(
+        STAND_IN.replace("PYTHON ", f"{sys.executable} ").replace("ROOT", str(ROOT))
+    )
     (tmp_path / "python3").chmod(0o755)
     (tmp_path / "plan").write_text("\n".join(plan) + "\n")
     result = subprocess.run(

@@ -22,7 +22,7 @@ import jax
 from absl import logging
 
 from trainit import __version__, optimizers
-from trainit.cluster import devices, logs, rendezvous, run_lock
+from trainit.cluster import devices, logs, rendezvous, restart, run_lock
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.place import Place, find_own_place
 from trainit.cluster.process import Exit
@@ -80,7 +80,7 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
     folder = run_lock.make_folder(cli.workdir(arguments), place.process_id)
     log = folder / "logs" / f"process_{place.process_id}.log"
     logs.log_to_file(log)
-    leave.report_run(folder, config.restart.limit)
+    restart.report_run(place, folder, config.restart.limit)
 
     # The processes meet, process 0 locks the run's folder, and each takes its devices.
     with start.part("processes"):
@@ -109,6 +109,7 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
 
     monitor.set_limits(config.stall_seconds, log, config.max_minutes, start.launched)
     config, shape, chosen = choice.on_devices(config, shrink_to_fit=arguments.debug)
+    restart.report_run(place, folder, config.restart.limit, choice.fewer_processes(config))
     logging.info("%-10s %s", "computing", chosen)
     code = train.run(train.Job(config, dataset, shape, folder, monitor, start, write_texts))
     monitor.close()

@@ -1,10 +1,11 @@
-"""launch/slurm.sh on a real Slurm: two nodes of two processes each, all on this machine.
+"""launch/slurm.sh on a real Slurm: jobs on two nodes, of two processes each, all on this machine.
 
 `slurm-up.sh` installs Slurm from Debian's packages and starts it in network namespaces of its own;
 that needs root, and without it these tests are skipped.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from trainit.train.checkpoint import CheckpointStore
 pytestmark = pytest.mark.evidence(
     "on a real Slurm, 2 nodes of 2 processes each: `scancel --signal` and the time limit save, and put "
     "the job back until all steps are done, with one metrics file; a cancelled job and one with a "
-    "killed process are not put back"
+    "killed process are not put back. With `restart.limit`, a run survives crashed nodes: on a spare, on "
+    "fewer nodes, or back in the queue"
 )
 
 HERE = Path(__file__).parent
@@ -29,7 +31,7 @@ STEPS = 80  # more than its time limit lets a job do at once
 def slurm(tmp_path_factory):
     """Runs a command on the cluster's head node."""
     folder = tmp_path_factory.mktemp("slurm")
-    up = subprocess.run([HERE / "slurm-up.sh", folder, "2"], capture_output=True, text=True, check=False)
+    up = subprocess.run([HERE / "slurm-up.sh", folder, "3"], capture_output=True, text=True, check=False)
     if up.returncode:
         pytest.skip(f"Slurm cannot be started here: {(up.stdout + up.stderr).strip()[-300:]}")
 
@@ -38,6 +40,7 @@ def slurm(tmp_path_factory):
             [folder / "on", "head", *map(str, command)], text=True, cwd=ROOT
         ).strip()
 
+    on_head.folder = folder
     yield on_head
     subprocess.run([HERE / "slurm-down.sh", folder], check=True, capture_output=True)
 
@@ -45,7 +48,7 @@ def slurm(tmp_path_factory):
 class Job:
     """A job that trains the tests' tiny model on two nodes."""
 
-    def __init__(self, slurm, random_dataset, activate, folder, *resources, steps):
+    def __init__(self, slurm, random_dataset, activate, folder, *resources, steps, config=()):
         self.slurm, self.output = slurm, folder / "out"
         self.run = folder / "run"
         os.environ["TRAINIT_ACTIVATE"] = activate
@@ -55,7 +58,7 @@ class Job:
             "launch/slurm.sh",
             f"--config={ROOT}/tests/tiny.py",
             *(f"--config.dataset.path={random_dataset}", f"--workdir={self.run}", f"--config.steps={steps}"),
-            *("--config.cpu_devices=1", "--config.mesh.data=1", SMOOTH),
+            *("--config.cpu_devices=1", "--config.mesh.data=1", SMOOTH, *config),
         )
         self.id = submitted.split()[-1]
 
@@ -89,6 +92,11 @@ class Job:
             elif time.monotonic() - put_back > 6:
                 self.slurm("scontrol", "update", f"jobid={self.id}", "StartTime=now")
             time.sleep(0.5)
+
+    def kill(self, number):
+        """Kills the process of this number, wherever it is."""
+        for pid in with_variable(f"SLURM_PROCID={number}", "-f", f"trainit train.*{self.run}"):
+            os.kill(pid, signal.SIGKILL)
 
     def ended(self) -> bool:
         """Whether it is over for good: while it is put back, Slurm calls it FAILED for a moment."""
@@ -138,13 +146,70 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
     job = submit("--time=10", steps=100_000)
     job.wait(lambda: job.step() >= 2)
-    for pid in with_variable("SLURM_PROCID=2", "-f", f"trainit train.*{job.run}"):
-        os.kill(pid, 9)
+    job.kill(2)
     killed = time.monotonic()
     job.wait(job.ended)
     assert time.monotonic() - killed < 60
     assert job.field("JobState") == "FAILED", job.text()
     assert job.field("Restarts") == "0"
+
+
+@pytest.fixture
+def crash(slurm):
+    """Crashes a node; it is up again after the test."""
+    yield lambda name: subprocess.run(["bash", "-c", CRASH, "crash", HERE, slurm.folder, name], check=True)
+    subprocess.run([HERE / "slurm-up.sh", slurm.folder, "3"], check=True, capture_output=True)
+
+
+CRASH = '. "$1/fakehosts.sh"; fh_kill "$2" "$3"'
+AGAIN = "--config.restart.limit=3", "--config.checkpoint.save_steps=2", "--silence_seconds=5"
+
+
+def test_a_spare_node_takes_the_place_of_a_lost_one(submit, crash, calm, monkeypatch):
+    """First a process on the second node is killed, and all start there again; then the node crashes."""
+    monkeypatch.setenv("TRAINIT_NODES", "2")
+    job = submit("--nodes=3", steps=14, config=AGAIN)
+    job.wait(lambda: job.step() >= 2)
+    job.kill(3)
+    job.wait(lambda: ": start 2 of at most 4, from the newest checkpoint" in job.text())
+    job.wait(lambda: job.step() >= 6)
+    crash("n2")
+    job.wait(job.ended)
+    assert job.field("JobState") == "COMPLETED", job.text()
+    assert job.field("Restarts") == "0"
+    assert "n2 failed twice and is not used again in this job" in job.text(), job.text()
+    assert ": start 3 of at most 4, from the newest checkpoint, on n1, n3 instead of n1, n2" in job.text()
+    assert_same_but_for_rounding(metrics(job.run), calm(14))
+    assert not list(ROOT.glob(".trainit-*"))
+
+
+def test_without_a_spare_the_run_continues_on_fewer_nodes(submit, crash, calm):
+    job = submit(steps=8, config=(*AGAIN, "--config.restart.shrink=True"))
+    job.wait(lambda: job.step() >= 3)
+    crash("n2")
+    job.wait(job.ended)
+    assert job.field("JobState") == "COMPLETED", job.text()
+    assert ": start 2 of at most 4, from the newest checkpoint, on n1 instead of n1, n2" in job.text()
+    assert "processes: 2" in job.text()
+    assert_same_but_for_rounding(metrics(job.run), calm(8))
+
+
+def test_without_enough_nodes_the_job_goes_back_to_the_queue(submit, crash, calm):
+    """The second node crashes; later, on others, the first one, on which the job's script runs."""
+    job = submit(steps=10, config=AGAIN)
+    job.wait(lambda: job.step() >= 3)
+    crash("n2")
+    job.wait(lambda: int(job.field("Restarts")) == 1)
+    assert "back in the queue: 1 of 2 hosts are left, without n2" in job.text()
+    job.wait(lambda: job.field("ExcNodeList") == "n2", 20)
+    job.wait(lambda: job.step() >= 6)
+    assert job.field("NodeList") == "n[1,3]"
+    crash("n1")
+    job.wait(lambda: int(job.field("Restarts")) == 2)
+    job.slurm("scontrol", "update", f"jobid={job.id}", "ExcNodeList=", "NumNodes=1")
+    job.wait(job.ended)
+    assert job.field("JobState") == "COMPLETED", job.text()
+    assert_same_but_for_rounding(metrics(job.run), calm(10))
 
 
 def test_a_sweep_is_an_array_job(slurm, sweep, activate, tmp_path):

@@ -14,6 +14,7 @@ from absl import logging
 from trainit.cluster.heartbeats import Heartbeats
 from trainit.cluster.messages import Peer, Peers, describe_process
 from trainit.cluster.process import FAILED, STOPPED, SignalInbox
+from trainit.cluster.restart import report_fault
 from trainit.cluster.stopping import StopAgreement
 from trainit.cluster.watchdog import Watchdog, stacks_of_all_threads
 
@@ -69,17 +70,17 @@ class JobMonitor:
         self.agreement.step_done()
 
     def report_failure(self, error: Exception, code: int, patience: float = 0.0):
-        """Reports to the others that this process ends on an error, and that all exit with this code.
+        """Reports, after `patience` seconds, that an error ends this process, and all with this code.
 
-        Waits `patience` seconds before. If the job turns out to end for another reason, of which the error
-        may be a consequence, it ends with the code of that reason, and this call does not return.
+        If the job ends for another reason, of which this may be a consequence, this call does not return.
         """
         if self._peers and not self._over:
             time.sleep(patience)
         if self._ending:
             time.sleep(2 * DRAIN_SECONDS)  # the thread that ends this process needs less
+        text = f"{describe_process(self._process)} failed: {' '.join(str(error).split())[:500]}"
+        report_fault(code, text, self.agreement.stop_requested())
         if self._peers and not self._over:
-            text = f"{describe_process(self._process)} failed: {' '.join(str(error).split())[:500]}"
             self._peers.send({"lost": text, "code": code, "stacks": False})
             self._drain()
 
@@ -93,6 +94,7 @@ class JobMonitor:
     def end_job(self, text: str, code: int = FAILED, stacks: bool = False, first: bool = True):
         """Ends all processes, for a reason that this one has found first, or another one has reported."""
         self._over = self._ending = True
+        report_fault(code, text, self.agreement.stop_requested())
         if self._process == 0 or first:
             self._peers.send({"lost": text, "code": code, "stacks": stacks})
         # One process prints the reason: the lead, or process 1 if the lead is what was lost.

@@ -112,7 +112,9 @@ def _from_slurm(e: Mapping[str, str]) -> Place:
     gpus = _number(e, "SLURM_GPUS_ON_NODE", 0) // on_host
     if count == 1:
         return Place(job, gpus=gpus)
-    address = f"{_first_host(e['SLURM_STEP_NODELIST'])}:{_port(e['SLURM_JOB_ID'])}"
+    # Each step has a port of its own: what is left of the one before may still listen.
+    port = _port(f"{_number(e, 'SLURM_JOB_ID') + _number(e, 'SLURM_STEP_ID', 0)}")
+    address = f"{_first_host(e['SLURM_STEP_NODELIST'])}:{port}"
     devices = _local_devices(e, on_host, _number(e, "SLURM_LOCALID"))
     process, hosts = _number(e, "SLURM_PROCID"), _number(e, "SLURM_STEP_NUM_NODES")
     return Place(job, address, count, process, devices, hosts, gpus)

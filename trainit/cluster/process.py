@@ -223,11 +223,6 @@ class Exit:
         self._lead, self._marker = lead, os.environ.get("TRAINIT_MARKER", "")
         self.release_lock: Callable[[], None] | None = None  # of the run's folder
 
-    def report_run(self, folder: Path, restarts: int):
-        """Reports to launch/local.sh where the run is, and how often a fault may start it again."""
-        if self._lead and (file := os.environ.get("TRAINIT_RUN_FILE")):
-            Path(file).write_text(f"{restarts}\n{folder.absolute()}\n")
-
     def __call__(self, code: int, together: bool = False) -> NoReturn:
         """`exit_process`, with what the script and other jobs look at."""
         if self._marker and code == STOPPED and self._lead:

@@ -6,6 +6,7 @@ devices, their memory and the mesh: a job that is resumed on the same devices co
 for bit, and on others perhaps in another one, which the log then says.
 """
 
+import contextlib
 import math
 import socket
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from trainit.cluster import devices, sync
-from trainit.config import GATED, Config
+from trainit.config import GATED, Config, ConfigError
 from trainit.parallel.mesh import RunShape, make_mesh, mesh_sizes, shape_on
 
 ROOM = 0.9  # of a device's memory is planned with
@@ -105,6 +106,16 @@ def settle(config: Config, sizes: Mapping[str, int], platform: str, memory: floa
 def _fields(config: Config) -> dict:
     model = config.model
     return {"remat": model.remat, "scan_layers": model.scan_layers, "logits_mib": config.logits_mib}
+
+
+def fewer_processes(config: Config) -> list[int]:
+    """With restart.shrink, the numbers of processes below the job's on which its mesh fits, too."""
+    count, found = jax.process_count(), []
+    for fewer in range(1, count if config.restart.shrink else 1):
+        with contextlib.suppress(ConfigError):
+            mesh_sizes(config, fewer * jax.device_count() // count)
+            found.append(fewer)
+    return found
 
 
 def on_devices(config: Config, shrink_to_fit: bool = False) -> tuple[Config, RunShape, str]:

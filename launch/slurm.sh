@@ -60,11 +60,11 @@ on() {
 }
 
 # This node may be lost as well. With --no-kill, Slurm then leaves the others to the job until its time is over, and
-# nobody to use them. So these look, and put the job back into the queue, or end it.
+# nobody to use them. So two of these look, and put the job back into the queue, or end it.
 # shellcheck disable=SC2016
-[ ${#hosts[@]} = 1 ] || on "${hosts[*]:1}" 1 --job-name=guard bash -c '
+[ ${#hosts[@]} = 1 ] || on "${hosts[*]:1:2}" 1 --job-name=guard bash -c '
   trap "" USR1
-  while sleep $((10 + 2 * SLURM_PROCID)); do
+  while sleep 20; do
     case $(sinfo --noheader --nodes="$1" --format=%T) in
       down*) scontrol requeue "$SLURM_JOB_ID" || scancel "$SLURM_JOB_ID" ;;
     esac
@@ -117,7 +117,7 @@ requeue() {
   scontrol requeue "$SLURM_JOB_ID" || return
   # Nodes can be excluded only from a job that waits, and at times Slurm asks to try again.
   for ((i = 0; i < 25 && $# > 0; i++)); do
-    scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "$*")" && break
+    scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "$*")" 2>/dev/null && break
     sleep 1
   done
   sleep 60

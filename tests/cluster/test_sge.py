@@ -1,4 +1,4 @@
-"""launch/sge.sh on a real Grid Engine: two nodes of two processes each, all on this machine.
+"""launch/sge.sh on a real Grid Engine: jobs on two nodes, of two processes each, all on this machine.
 
 `sge-up.sh` installs Grid Engine from Debian's packages and starts it in network namespaces of its own;
 that needs root, and without it these tests are skipped.
@@ -19,7 +19,8 @@ from processes import ROOT, SMOOTH, assert_same_but_for_rounding, last_step, met
 from trainit.train.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.evidence(
-    "on a real Grid Engine: the same as on Slurm, with `qdel` and `-notify`, and on one host"
+    "on a real Grid Engine: the same as on Slurm, with `qdel` and `-notify`, and on one host; with "
+    "`restart.limit`, crashed hosts likewise"
 )
 
 HERE = Path(__file__).parent
@@ -31,7 +32,7 @@ TWO_NODES = "-pe", "mpi_2_tasks_per_node", "4"
 def on_head(tmp_path_factory):
     """Runs a command on the cluster's head node."""
     folder = tmp_path_factory.mktemp("sge")
-    up = subprocess.run([HERE / "sge-up.sh", folder, "2"], capture_output=True, text=True, check=False)
+    up = subprocess.run([HERE / "sge-up.sh", folder, "3"], capture_output=True, text=True, check=False)
     if up.returncode:
         pytest.skip(f"Grid Engine cannot be started here: {(up.stdout + up.stderr).strip()[-300:]}")
 
@@ -41,6 +42,7 @@ def on_head(tmp_path_factory):
         )
         return result.stdout.strip()
 
+    run.folder = folder
     yield run
     subprocess.run([HERE / "sge-down.sh", folder], check=True, capture_output=True)
 
@@ -48,16 +50,16 @@ def on_head(tmp_path_factory):
 class Job:
     """A job that trains the tests' tiny model, and the jobs that it submits to continue."""
 
-    def __init__(self, on_head, random_dataset, activate, folder, *resources, steps):
+    def __init__(self, on_head, random_dataset, activate, folder, *resources, steps, nodes=2, config=()):
         self.on_head, self.output, self.run = on_head, folder / "out", folder / "run"
         variables = f"TRAINIT_ACTIVATE={activate}", f"TRAINIT_CACHE={os.environ['TRAINIT_CACHE']}"
-        variables += "TRAINIT_PROCESSES_PER_NODE=2", "TRAINIT_MARGIN=30"
+        variables += "TRAINIT_PROCESSES_PER_NODE=2", "TRAINIT_MARGIN=30", f"TRAINIT_NODES={nodes}"
         submitted = on_head(
             *("qsub", "-o", self.output, *resources, "-v", ",".join(variables), "launch/sge.sh"),
             f"--config={ROOT}/tests/tiny.py",
             *(f"--config.dataset.path={random_dataset}", f"--workdir={self.run}", f"--config.steps={steps}"),
             *("--config.cpu_devices=1", "--config.mesh.fsdp=-1", "--config.mesh.data=1", SMOOTH),
-            "--config.mesh.tensor=1",
+            *("--config.mesh.tensor=1", *config),
         )
         self.id = re.search(r"Your job (\d+)", submitted)[1]
 
@@ -113,7 +115,7 @@ def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
 
 def test_a_job_on_one_host_runs_again_until_it_is_done(submit, calm):
     """In a parallel environment of one host, without qrsh: exit code 99."""
-    job = submit("-pe", "omp", "2", "-l", "h_rt=600", "-r", "y", steps=15)
+    job = submit("-pe", "omp", "2", "-l", "h_rt=600", "-r", "y", steps=15, nodes=1)
     job.wait(lambda: job.step() >= 3)
     job.kill(0, signal.SIGTERM)
     job.wait(job.over)
@@ -152,6 +154,64 @@ def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
     assert job.over()
     assert job.starts() == 1
     assert "is gone: it was killed or has crashed" in job.text(), job.text()
+
+
+@pytest.fixture
+def crash(on_head):
+    """Crashes the second host that a job uses; returns both. It comes up again after the test."""
+
+    def crash(job) -> tuple[str, str]:
+        first, second = re.search(r"processes on each of (n\d) (n\d)", job.text()).groups()
+        subprocess.run(["bash", "-c", CRASH, "crash", HERE, on_head.folder, second], check=True)
+        return first, second
+
+    yield crash
+    subprocess.run([HERE / "sge-up.sh", on_head.folder, "3"], check=True, capture_output=True)
+
+
+CRASH = '. "$1/fakehosts.sh"; fh_kill "$2" "$3"'
+AGAIN = "--config.restart.limit=3", "--config.checkpoint.save_steps=2", "--silence_seconds=5"
+
+
+def test_a_spare_host_takes_the_place_of_a_lost_one(submit, crash, calm):
+    """First a process on the second host is killed, and all start there again; then the host crashes."""
+    job = submit("-pe", "mpi_2_tasks_per_node", "6", steps=9, config=AGAIN)
+    job.wait(lambda: job.step() >= 1)
+    job.kill(3, signal.SIGKILL)
+    job.wait(lambda: ": start 2 of at most 4, from the newest checkpoint" in job.text())
+    job.wait(lambda: job.step() >= 4)
+    first, second = crash(job)
+    job.wait(job.over)
+    assert "done       all 9 steps" in job.text(), job.text()
+    assert job.starts() == 1
+    assert f"{second} failed twice and is not used again in this job" in job.text()
+    (third,) = {"n1", "n2", "n3"} - {first, second}
+    moved = {f"{a}, {b} instead of {first}, {second}" for a, b in ((first, third), (third, first))}
+    assert any(f"start 3 of at most 4, from the newest checkpoint, on {m}" in job.text() for m in moved)
+    assert_same_but_for_rounding(metrics(job.run), calm(9))
+    assert not list(ROOT.glob(".trainit-*"))
+
+
+def test_without_a_spare_the_run_continues_on_fewer_hosts(submit, crash, calm):
+    job = submit(*TWO_NODES, steps=5, config=(*AGAIN, "--config.restart.shrink=True"))
+    job.wait(lambda: job.step() >= 1)
+    first, _ = crash(job)
+    job.wait(job.over)
+    assert "done       all 5 steps" in job.text(), job.text()
+    assert f": start 2 of at most 4, from the newest checkpoint, on {first} instead of" in job.text()
+    assert_same_but_for_rounding(metrics(job.run), calm(5))
+
+
+def test_without_enough_hosts_the_job_goes_back_to_the_queue(submit, crash, calm):
+    job = submit(*TWO_NODES, "-l", "h_rt=600", steps=5, config=AGAIN)
+    job.wait(lambda: job.step() >= 1)
+    _, second = crash(job)
+    job.wait(lambda: job.starts() == 2)
+    assert f"back in the queue: 1 of 2 hosts are left, without {second}" in job.text()
+    job.wait(job.over)
+    assert "done       all 5 steps" in job.text(), job.text()
+    assert_same_but_for_rounding(metrics(job.run), calm(5))
+    assert not list(ROOT.glob(".trainit-*"))
 
 
 def test_a_sweep_is_an_array_job(on_head, sweep, activate, tmp_path):

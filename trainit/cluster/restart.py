@@ -123,7 +123,7 @@ def choose(
 
 
 def _blamed(text: str, used: Sequence[str], processes: int) -> list[str]:
-    """The host of the process that a fault's text blames; of a job on one host, that one."""
+    """The host of the process that a fault's text blames, or the only one that was used."""
     number = next((int(match[1]) for pattern in BLAMED if (match := re.search(pattern, text))), None)
     if number is None or number >= processes or not used:
         return list(used) if len(used) == 1 else []

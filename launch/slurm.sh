@@ -86,7 +86,7 @@ attempt() {
     # Slurm knows of a lost node minutes later. After a fault, processes need some ten seconds to leave.
     [ ! -e "$TRAINIT_RUN_FILE.fault" ] || seconds=$((seconds + 1))
     [ $seconds != 15 ] || for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' |
-      sed -n 's/ trainit$//p'); do scancel --signal=KILL "$step" & done
+      sed -n 's/ trainit$//p'); do scancel --signal=KILL "$step" 2>/dev/null & done
     [ $seconds -lt 17 ] || kill -KILL $pid 2>/dev/null
   done
   wait $pid
@@ -112,15 +112,18 @@ decide() {
   return $result
 }
 
+# Puts the job back into the queue, where it does not get these nodes. Returns only if Slurm refuses.
 requeue() {
-  trap '' TERM # Slurm ends this script now
+  rm -f "$TRAINIT_MARKER" "$TRAINIT_RUN_FILE" "$TRAINIT_RUN_FILE.fault"
+  [ $# = 0 ] || trap '' TERM # by which Slurm is going to end this script
   scontrol requeue "$SLURM_JOB_ID" || return
   # Nodes can be excluded only from a job that waits, and at times Slurm asks to try again.
   for ((i = 0; i < 25 && $# > 0; i++)); do
     scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "$*")" 2>/dev/null && break
     sleep 1
   done
-  sleep 60
+  [ $# != 0 ] || sleep 60
+  exit $code
 }
 
 next=0
@@ -136,7 +139,6 @@ if [ $next = 3 ]; then
   requeue "${use[@]}"
   echo "restart    not done: Slurm does not put the job back; submit it again with --exclude=$(IFS=, && echo "${use[*]}")" >&2
 elif [ -e "$TRAINIT_MARKER" ] && [ ! -e "$TRAINIT_MARKER.failed" ] && [ -z "$ended" ]; then
-  rm -f "$TRAINIT_MARKER"
   requeue
 fi
 rm -f "$TRAINIT_MARKER" "$TRAINIT_MARKER".*

@@ -93,10 +93,10 @@ class Job:
                 self.slurm("scontrol", "update", f"jobid={self.id}", "StartTime=now")
             time.sleep(0.5)
 
-    def kill(self, number):
-        """Kills the process of this number, wherever it is."""
+    def send(self, number, which):
+        """Sends a signal to the process of this number, wherever it is."""
         for pid in with_variable(f"SLURM_PROCID={number}", "-f", f"trainit train.*{self.run}"):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, which)
 
     def ended(self) -> bool:
         """Whether it is over for good: while it is put back, Slurm calls it FAILED for a moment."""
@@ -146,7 +146,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):
     job = submit("--time=10", steps=100_000)
     job.wait(lambda: job.step() >= 2)
-    job.kill(2)
+    job.send(2, signal.SIGKILL)
     killed = time.monotonic()
     job.wait(job.ended)
     assert time.monotonic() - killed < 60
@@ -173,11 +173,11 @@ AGAIN = "--config.restart.limit=3", "--config.checkpoint.save_steps=2", "--silen
 
 
 def test_a_spare_node_takes_the_place_of_a_lost_one(submit, crash, calm, monkeypatch):
-    """First a process on the second node is killed, and all start there again; then the node crashes."""
+    """First a process on the second node hangs, and all start there again; then the node crashes."""
     monkeypatch.setenv("TRAINIT_NODES", "2")
     job = submit("--nodes=3", steps=9, config=AGAIN)
     job.wait(lambda: job.step() >= 1)
-    job.kill(3)
+    job.send(3, signal.SIGSTOP)
     job.wait(lambda: ": start 2 of at most 4, from the newest checkpoint" in job.text())
     job.wait(lambda: job.step() >= 4)
     crash("n2")

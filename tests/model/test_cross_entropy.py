@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from trainit.config import MESH_AXES
+from trainit.model import cross_entropy as module
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.layers import Head
 from trainit.parallel.collectives import Parallel
@@ -209,6 +210,35 @@ def test_chunks_on_a_mesh_equal_numpy(name, sizes):
     for name, wanted in expected_gradients.items():
         np.testing.assert_allclose(found[name], 3 * wanted, rtol=0, atol=rounding * 3 * np.abs(wanted).max())
     check(jax.jit(loss.sums)(*arguments)[1], expected)  # without gradients it takes another way
+
+
+@pytest.mark.parametrize("sizes", MESHES[:2], ids=mesh_name)
+def test_maximum_and_sum_in_one_pass(sizes, monkeypatch):
+    """As GPUs compute it: the logits are read by one reduction, not by two; exp of some would overflow."""
+    monkeypatch.setattr(module, "on_cpu", lambda mesh: False)
+    (head, x_BLD, targets_BL, mask_BL), _, _ = case()
+    logits = 20 * (np.asarray(x_BLD, np.float64) @ np.asarray(head.kernel_DV, np.float64))
+    expected, d = numpy_sums(logits, targets_BL, mask_BL)
+    head = Head(20 * head.kernel_DV, None, 0.0)
+    loss = CrossEntropy(Parallel(one_mesh(**sizes)), logits_mib=0.01)
+    by_x = jax.grad(lambda x: loss.sums(head, x, targets_BL, mask_BL), has_aux=True)
+    program = str(jax.make_jaxpr(by_x)(x_BLD))
+    assert program.count(" reduce[") == 1 and "reduce_max" not in program
+    gradient, sums = jax.jit(by_x)(x_BLD)
+    check(sums, expected, rtol=1e-5)
+    wanted = d @ np.asarray(head.kernel_DV, np.float64).T
+    np.testing.assert_allclose(gradient, wanted, rtol=0, atol=2e-4 * np.abs(wanted).max())
+
+
+def test_the_slope_of_one_pass():
+    """Forwards, as Hessian-vector products need it, against NumPy: the largest counts as a constant."""
+    rng = np.random.default_rng(3)
+    logits, direction = np.float32(5 * rng.standard_normal((2, 3, 7)))
+    (top, total), (_, slope) = jax.jvp(module._top_and_total, (logits,), (direction,))
+    terms = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    np.testing.assert_array_equal(top, logits.max(1))
+    np.testing.assert_allclose(total, terms.sum(1), rtol=1e-6)
+    np.testing.assert_allclose(slope, (terms * direction).sum(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", MESHES[:2], ids=mesh_name)

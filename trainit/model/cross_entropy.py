@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from trainit.model.layers import Head
 from trainit.parallel.collectives import MaybeArray, Parallel, gather, scatter_sum, sum_over
+from trainit.parallel.cpu_workarounds import on_cpu
 from trainit.parallel.mesh import chunk_size
 
 Sums = tuple[jax.Array, dict[str, jax.Array]]  # what is minimized, and its parts
@@ -136,15 +137,19 @@ class CrossEntropy:
         # The largest logit is subtracted, so that exp does not overflow.
         logits_RV, split = head(x_RD), self.parallel.axes("vocab")
         V = logits_RV.shape[1]
-        top_R = jnp.max(jax.lax.stop_gradient(logits_RV), axis=1)
-        top_R = jax.lax.pmax(top_R, split) if split else top_R
+        if on_cpu(self.parallel.mesh):  # which would compute `_top_and_total` number by number
+            own_R, total_R = jnp.max(jax.lax.stop_gradient(logits_RV), axis=1), None
+        else:
+            own_R, total_R = _top_and_total(logits_RV)
+        top_R = jax.lax.pmax(own_R, split) if split else own_R
         terms_RV = jnp.exp(logits_RV - top_R[:, None])
+        total_R = jnp.sum(terms_RV, axis=1) if total_R is None else total_R * jnp.exp(own_R - top_R)
 
         # One of the vocabulary's devices has the target's logit, and the others add 0.
         column_R = targets_R.astype(jnp.int32) - V * jax.lax.axis_index(split)
         target_R = jnp.take_along_axis(logits_RV, jnp.clip(column_R, 0, V - 1)[:, None], axis=1)[:, 0] - top_R
         target_R = jnp.where((column_R >= 0) & (column_R < V), target_R, 0.0)
-        total_R, target_R = jax.lax.psum((jnp.sum(terms_RV, axis=1), target_R), split)
+        total_R, target_R = jax.lax.psum((total_R, target_R), split)
         log_R = jnp.log(total_R)
         tokens = {"loss": log_R - target_R, "correct": target_R >= 0, "log_total": log_R + top_R}
         return tokens, (logits_RV, terms_RV / total_R[:, None], column_R)
@@ -169,6 +174,29 @@ class CrossEntropy:
         product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
         total = Head(total.kernel_DV + product(x_RD.T, d_RV), bias_V, head.softcap)
         return total, (tokens, product(d_RV, head.kernel_DV.T))
+
+
+@jax.custom_jvp
+def _top_and_total(logits_RV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest logit of each row, and the sum of exp(logit - largest), read from memory once (R,).
+
+    The sum of a part is scaled to the larger of two parts' largest (Milakov & Gimelshein 2018, arXiv
+    1805.02867). The largest counts as a constant when differentiated: it cancels out.
+    """
+
+    def join(one, other):
+        top = jnp.maximum(one[0], other[0])
+        return top, one[1] * jnp.exp(one[0] - top) + other[1] * jnp.exp(other[0] - top)
+
+    nothing = jnp.finfo(jnp.float32).min, 0.0
+    return tuple(jax.lax.reduce((logits_RV, jnp.ones_like(logits_RV)), nothing, join, (1,)))
+
+
+@_top_and_total.defjvp
+def _top_and_total_jvp(primals: tuple, tangents: tuple) -> tuple:
+    top_R, total_R = _top_and_total(*primals)
+    d_total_R = jnp.sum(jnp.exp(primals[0] - top_R[:, None]) * tangents[0], axis=1)
+    return (top_R, total_R), (jnp.zeros_like(top_R), d_total_R)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

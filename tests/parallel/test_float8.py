@@ -70,7 +70,7 @@ def test_float8_is_exact_for_what_its_types_can_tell(sizes):
 
 @pytest.mark.evidence("products in float8 against NumPy, the same on five meshes")
 def test_float8_is_near_the_product_and_the_same_on_any_mesh():
-    """Scales are of whole arrays: devices that took their own would round otherwise."""
+    """Each device has its own scales, powers of two: another one changes nothing but the tiniest numbers."""
     rng = np.random.default_rng(0)
     shapes = (B, L, D), (D, F), (F, D), (B, L, F), (B, L, D)
     arrays = [
@@ -84,6 +84,15 @@ def test_float8_is_near_the_product_and_the_same_on_any_mesh():
         assert 2e-3 * most < np.abs(one[number] - wanted).max() < 0.1 * most
         for other in others:
             np.testing.assert_allclose(other[number], one[number], rtol=0, atol=1e-5 * most)
+
+
+def test_only_kernels_that_are_split_share_a_scale():
+    """What devices exchange for it: one maximum for each use of a kernel, and none for activations."""
+    shapes = (B, L, D), (D, F), (F, D), (B, L, F), (B, L, D)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    for sizes, maxima in ((MESHES[1], 4), ({"tensor": 8}, 0), ({"data": 8}, 0)):
+        program = jax.make_jaxpr(functools.partial(both, parallel(sizes)))(*arrays)
+        assert str(program).count("pmax[") == maxima
 
 
 def test_float8_of_nothing_and_of_what_is_not_finite():

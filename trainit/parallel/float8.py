@@ -1,5 +1,6 @@
 """Factors of matrix products, scaled ones in float8 among them (Micikevicius et al., arXiv 2209.05433)."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,17 +19,22 @@ class Factor(NamedTuple):
 
 
 def factor(x: jax.Array, dtype: DTypeLike, axes: tuple[str, ...] = ()) -> Factor:
-    """An array in another type. In float8 it is scaled so that its largest number is the type's largest.
+    """An array in another type. In float8 it is scaled so that its largest number is near the type's largest.
 
-    Inside shard_map, all parts of an array that is split over mesh axes get the same scale. Infinities and
-    NaN become NaN in float8.
+    Inside shard_map, parts that are split over these mesh axes get the same scale; over others, each device
+    has its own. Scales are powers of two, so that another one changes nothing except numbers below 2^-15
+    of the largest (gradients: 2^-29), which float8 rounds coarsely. What is not finite stays so.
     """
     if dtype not in (FORWARD, BACKWARD):
         return Factor(x.astype(dtype), None)
-    # The scale is bounded, so that it stays finite for tiny numbers, and 1 for zeros.
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     largest = jax.lax.pmax(largest, axes) if axes else largest
-    scale = jnp.where(largest > 0, jnp.minimum(float(jnp.finfo(dtype).max) / largest, 2.0**60), 1.0)
+    # With a larger fraction than the type's largest number, the power is one less. It is bounded, so that it
+    # stays finite for tiny numbers.
+    fraction, exponent = jnp.frexp(largest)
+    most, highest = math.frexp(float(jnp.finfo(dtype).max))
+    power = jnp.minimum(highest - exponent - (fraction > most), 60)
+    scale = jnp.where(largest > 0, jnp.ldexp(jnp.float32(1), power), 1.0)
     return Factor((x.astype(jnp.float32) * scale).astype(dtype), scale)
 
 

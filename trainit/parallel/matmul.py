@@ -59,7 +59,7 @@ def row_parallel(
 
 def _gather_kernel(p: Parallel, kernel: jax.Array, dtype: DTypeLike, dimension: int) -> Factor:
     """A kernel with its width whole, from the part that this device has; it travels in the compute type."""
-    part = factor(kernel, dtype, p.axes("embed", "mlp"))
+    part = factor(kernel, dtype, p.axes("embed"))
     return Factor(gather(part.values, p.axes("embed"), dimension), part.scale)
 
 
@@ -82,7 +82,7 @@ def _column_parallel(p: Parallel, float8: bool, x_BLD: jax.Array, weights: tuple
     def on_device(x_blD: jax.Array, weights: tuple[Weights, ...]) -> Arrays:
         # The length is gathered once for all kernels.
         dtype = FORWARD if float8 else x_blD.dtype
-        x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype, p.axes("batch", "length"))
+        x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype)
 
         def times(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
             y = product(
@@ -99,7 +99,7 @@ def _column_backward(p: Parallel, float8: bool, saved: tuple, dys: tuple) -> tup
     def on_device(x_blD: jax.Array, weights: tuple[Weights, ...], dys: tuple) -> tuple:
         # The length of x was not kept whole: it is gathered again.
         dtype, backward = (FORWARD, BACKWARD) if float8 else (x_blD.dtype,) * 2
-        x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype, p.axes("batch", "length"))
+        x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype)
 
         def to_inputs(kernel: jax.Array, dy: Factor) -> jax.Array:
             axes = tuple(range(2, dy.values.ndim)), tuple(range(1, kernel.ndim))
@@ -111,7 +111,7 @@ def _column_backward(p: Parallel, float8: bool, saved: tuple, dys: tuple) -> tup
             return p.sum_gradient(d_kernel, 0), sum_over(d_bias, p.axes("batch", "length"))
 
         # The gradient by x adds up over the kernels, and over tensor, which splits their outputs.
-        factors = tuple(factor(dy, backward, p.axes("batch", "length", "mlp")) for dy in dys)
+        factors = tuple(factor(dy, backward) for dy in dys)
         dx_bLD = sum(to_inputs(kernel, dy) for (kernel, _), dy in zip(weights, factors, strict=True))
         d_weights = tuple(to_weights(pair[1], *dy) for pair, *dy in zip(weights, dys, factors, strict=True))
         dx_bLD = computed_after(cast(jax.Array, dx_bLD), d_weights, p.mesh)
@@ -133,7 +133,7 @@ _column_parallel.defvjp(
 def _row_parallel(p: Parallel, float8: bool, x: jax.Array, kernel: jax.Array, bias: MaybeArray) -> jax.Array:
     def on_device(x: jax.Array, kernel: jax.Array, bias: MaybeArray) -> jax.Array:
         dtype, inputs = FORWARD if float8 else x.dtype, kernel.ndim - 1
-        x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))
+        x_factor = factor(x, dtype)
         axes = tuple(range(2, x.ndim)), tuple(range(inputs))
         # Each device has a part of the sum over F; the reduce-scatter adds them and splits the length.
         y_bLD = product(
@@ -149,12 +149,12 @@ def _row_backward(p: Parallel, float8: bool, saved: tuple, dy_BLD: jax.Array) ->
     def on_device(x: jax.Array, kernel: jax.Array, bias: MaybeArray, dy_blD: jax.Array) -> tuple:
         dtype, backward = (FORWARD, BACKWARD) if float8 else (x.dtype,) * 2
         d_bias = None if bias is None else jnp.sum(dy_blD, (0, 1), dtype=jnp.float32)
-        dy_bLD = factor(gather(dy_blD, p.sequence_axes, 1), backward, p.axes("batch", "length"))
+        dy_bLD = factor(gather(dy_blD, p.sequence_axes, 1), backward)
 
         # By x, which needs the kernel; then by the kernel, which needs x.
         last = kernel.ndim - 1
         dx = product(dy_bLD, _gather_kernel(p, kernel, dtype, last), ((2,), (last,)), x.dtype, p.mesh)
-        x_factor = factor(x, dtype, p.axes("batch", "length", "mlp"))
+        x_factor = factor(x, dtype)
         d_kernel = p.sum_gradient(sum_outer_products(x_factor, dy_bLD), last)
         d_bias = sum_over(d_bias, p.axes("batch", "residual_length"))
         return computed_after(dx, (d_kernel, d_bias), p.mesh), d_kernel, d_bias

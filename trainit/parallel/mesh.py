@@ -66,7 +66,7 @@ class RunShape:
     def accumulates_locally(self, micro_steps: int) -> bool:
         """Whether each replica adds up its own gradients over the micro-steps, to be summed over data once.
 
-        Not where each micro-step's own is asked for, nor with float8, whose scales all replicas share.
+        Not where each micro-step's own is asked for, nor with float8.
         """
         return self.sums_once and micro_steps > 1
 

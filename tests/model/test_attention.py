@@ -1,6 +1,7 @@
 """Attention's kernels against float64, forward and gradient; what blockwise saves, from compiled programs."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -274,3 +275,20 @@ def test_blockwise_over_a_mesh_is_that_of_one_device(sizes, changes):
     one = losses({"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
     many = losses({"context": 1, **sizes})
     np.testing.assert_allclose(many, one, rtol=2e-5)
+
+
+def test_remat_keeps_what_cudnn_computed(monkeypatch):
+    """The gradient's program has cuDNN's forward pass once; norms and activations are computed again."""
+    versions = SimpleNamespace(cudnn_get_version=lambda: 91002)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", versions)
+
+    def counts(remat: str) -> tuple[int, int]:
+        c = model_config(remat=remat, head_dim=8)
+        model = GPT(c, "bfloat16", attention.cudnn)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        tokens_BL = jnp.zeros((2, 16), jnp.int32)
+        program = str(jax.make_jaxpr(jax.grad(lambda p: model(p, tokens_BL).sum()))(shapes))
+        return program.count(attention.CUDNN_FORWARD + "["), program.count("logistic ")
+
+    assert counts("none") == counts("dots") == (1, 2)
+    assert counts("block") == (2, 2)

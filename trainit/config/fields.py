@@ -111,8 +111,9 @@ def model(**changes: Any) -> ConfigDict:
     )
     m.remat = field(
         "auto",
-        "what is computed again, not kept; auto: by device and memory; attention: scores; dots: all except "
-        "matrix products; block: all except a layer's input; offload: as dots, with products in host memory",
+        "what is computed again, not kept; auto: by device and memory; none: only what is cheap, norms and "
+        "activations; attention: only scores; dots: all except matrix products; block: all except a layer's "
+        "input; offload: as dots, with products in host memory",
         one_of=("auto", "none", "attention", "dots", "block", "offload"),
     )
     loop = "one compiled layer in a loop; False: all layers compiled one after another; auto: as remat"

@@ -21,6 +21,9 @@ BLOCK = 128  # queries of a block; matrix units like that
 STAGES = 8  # parts of a row: the blocks of one all read the same keys, so that they are one program
 SCORES_MIB = 1.0  # scores in memory at once: on CPUs they stay in a core's cache; 8 MiB take a third longer
 SCORES_MIB_OF_GPUS = 256.0  # which need larger blocks to be busy
+# JAX's name for cuDNN's forward pass. Its backward pass takes the results: attention's, and a logarithm for
+# each query.
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def cudnn(q_BLHK, k_BLJK, v_BLJK, document_BL=None, key_BH=None, rate: float = 0
     options: dict[str, Any] = {"is_causal": True, "implementation": "cudnn"}
     options |= {"scale": form.scale} if form.scale else {}
     options |= {"local_window_size": (form.window - 1, 0)} if form.window else {}
-    return checkpoint_name(jax.nn.dot_product_attention(q_BLHK, k_BLJK, v_BLJK, **options), PRODUCT)
+    return jax.nn.dot_product_attention(q_BLHK, k_BLJK, v_BLJK, **options)
 
 
 def blockwise(

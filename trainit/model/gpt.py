@@ -23,12 +23,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainit.config import GATED, Config, layers_with_window
-from trainit.model.attention import Form, plain
+from trainit.model.attention import CUDNN_FORWARD, Form, plain
 from trainit.model.dropout import dropout
 from trainit.model.layers import Documents, Embedding, Head, Linear, Norm, find_documents, rope
 from trainit.model.precision import PARTS, PartPrecision
 from trainit.parallel import sequence
 from trainit.parallel.collectives import ONE_DEVICE, MaybeArray, Parallel
+from trainit.parallel.cpu_workarounds import keep
 from trainit.parallel.embedding import vocab_parallel_embedding
 from trainit.parallel.matmul import PRODUCT, column_parallel, row_parallel
 
@@ -94,9 +95,13 @@ def _keys_of_heads(key_B: jax.Array, heads: int) -> jax.Array:
 
 def gelu(x: jax.Array, approximate: bool = True) -> jax.Array:
     """GELU (Hendrycks & Gimpel, arXiv 1606.08415), approximately with tanh, or exactly."""
-    # The approximation's cube overflows in float16 from 41 on, and the slope is NaN then.
-    wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
-    return jax.nn.gelu(x.astype(wide), approximate).astype(x.dtype)
+    # In 16 bits each operation would round, and float16's cube overflows from 41 on: the slope is NaN then.
+    wide = x.astype(jnp.float32)
+    if not approximate or x.dtype == jnp.float32:
+        return jax.nn.gelu(wide, approximate).astype(x.dtype)
+    # The same as with tanh, which XLA writes to a GPU's memory where it is needed twice.
+    slope = 2 * math.sqrt(2 / math.pi)
+    return (wide * jax.nn.sigmoid(slope * (wide + 0.044715 * wide**3))).astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -151,6 +156,7 @@ class Block(nnx.Module):
             read_BLD = _normalized(self.attention_norm, x_BLD, self.types[0])
             y_BLD = self.attention(read_BLD, key, documents, windowed)
             sum_BLD = x_BLD + _normalized(self.attention_out_norm, y_BLD, x_BLD.dtype)
+            sum_BLD = keep(sum_BLD, SUM, self.parallel.mesh)
         with jax.named_scope("mlp"):
             read_BLD = x_BLD if self.c.parallel_residual else sum_BLD
             y_BLD = self.mlp(_normalized(self.mlp_norm, read_BLD, self.types[1]), key)
@@ -162,10 +168,24 @@ def _normalized(norm: Norm | None, x: jax.Array, dtype) -> jax.Array:
     return x.astype(dtype) if norm is None else norm(x, dtype)
 
 
+SUM = "sum"  # the checkpoint name of the residual stream between attention and MLP
+
+
+def _keep_results(*names: str) -> Callable:
+    """A policy that keeps what has these names, and what cuDNN's kernel needs of its forward pass."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive, *args, **params):
+        return primitive.name == CUDNN_FORWARD or named(primitive, *args, **params)
+
+    return policy
+
+
 # What a block keeps for its backward pass in addition to its input, by model.remat. The rest is recomputed.
 POLICIES = {
+    "none": _keep_results(PRODUCT, SUM),  # norms and activations are recomputed, where they are needed
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # products except some of `row_parallel`
+    "dots": _keep_results(PRODUCT),  # products except some of `row_parallel`
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         **{"names_which_can_be_saved": [], "names_which_can_be_offloaded": [PRODUCT]},
         **{"offload_src": "device", "offload_dst": "pinned_host"},
@@ -211,9 +231,11 @@ class Network(nnx.Module):
             windowed = jnp.array(has_window)[index] if differ else has_window[0]
             return nnx.merge(graph, parameters)(x_BLD, layer_key, documents, windowed), None
 
-        # In a loop, XLA cannot merge what is recomputed with what was computed before: no barrier is needed.
+        # A barrier keeps XLA from merging what is recomputed with what was computed before; in a loop it
+        # cannot. With "none", kernels in the compute type may be merged, and so gathered once.
         if c.remat in POLICIES:
-            block = jax.checkpoint(block, prevent_cse=not c.scan_layers, policy=POLICIES[c.remat])
+            prevent_cse = False if c.scan_layers else (True, c.remat != "none")
+            block = jax.checkpoint(block, prevent_cse=prevent_cse, policy=POLICIES[c.remat])
         unroll = 1 if c.scan_layers else c.num_blocks
         x_BLD, _ = jax.lax.scan(block, x_BLD, (jnp.arange(c.num_blocks), layers), unroll=unroll)
         return self.read_out(x_BLD)

@@ -20,10 +20,9 @@ from trainit.parallel.mesh import RunShape, make_mesh, mesh_sizes, shape_on
 
 ROOM = 0.9  # of a device's memory is planned with
 
-# What layers keep for the backward pass, in multiples of the results of their matrix products. GPT-2 124M,
-# 16 × 1024 tokens in bfloat16, as compiled for one H100: none 11.6 GiB in a loop and 6.6 unrolled, dots 3.6.
-# In a loop, all that is kept is copied into arrays for all layers, and nothing is computed again for free.
-IN_LOOP, UNROLLED, PRODUCTS = 4.3, 2.4, 1.15
+# What layers keep for the backward pass, in multiples of the results of their matrix products: everything, in
+# a loop or unrolled; these results and little else.
+IN_LOOP, UNROLLED, RESULTS = 4.3, 2.4, 1.15
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ CPU = (
     Choice("block", True, 64, "it needs the least memory"),
 )
 # Times of a roofline over the step as compiled for H100s, in bfloat16, in the order of the rows: GPT-2 124M,
-# 16 × 1024 tokens on one, 36, 44 and 45 ms; 350M likewise, 89 and 110; 1.3B on eight (fsdp), 8 × 2048 tokens
-# on each, 261, 308 and 322. None of them has been timed. Unrolled, 24 layers compile in half a minute.
+# 16 × 1024 tokens on one, 37, 43 and 45 ms; 350M likewise, 92 and 110; 1.3B on eight (fsdp), 8 × 2048 tokens
+# on each, 266, 299 and 322. None of them has been timed. Unrolled, 24 layers compile in half a minute.
 GPU = (
-    Choice("none", False, 1024, "as compiled for H100s, a loop with remat=dots takes a fifth longer", 24),
+    Choice("none", False, 256, "as compiled for H100s, a loop with remat=dots takes a sixth longer", 24),
     Choice("dots", True, 1024, "as compiled for H100s, remat=block takes longer"),
     Choice("block", True, 256, "it needs the least memory"),
 )
@@ -74,6 +73,8 @@ def needed(config: Config, sizes: Mapping[str, int], platform: str, way: Choice)
     # Parameters, their gradients and AdamW's two moments, in float32.
     parameters = m.num_blocks * m.dim * (heads + (maps + 1) * m.mlp_dim) + 2 * m.dim * m.vocab_size
     state = 16 * parameters / (sizes["fsdp"] * tensor)
+    if way.remat == "none" and not way.scan_layers and platform != "cpu":
+        state += 2 * parameters / tensor  # kernels in the compute type, from the forward to the backward pass
 
     # A layer's input and results of products, in a micro-step. CPUs compute bfloat16 in float32.
     share = config.batch_size // (sizes["data"] * sizes["fsdp"])
@@ -84,7 +85,7 @@ def needed(config: Config, sizes: Mapping[str, int], platform: str, way: Choice)
     # What is kept of each layer, and all of the one at work; logits, and their gradients.
     inputs = m.dim / (m.dim + heads + maps * m.mlp_dim)
     otherwise = IN_LOOP if way.scan_layers else UNROLLED
-    kept = {"dots": PRODUCTS, "block": inputs, "offload": inputs}.get(way.remat, otherwise)
+    kept = {"none": RESULTS, "dots": RESULTS, "block": inputs, "offload": inputs}.get(way.remat, otherwise)
     logits = 4 * positions * m.vocab_size / tensor
     logits = min(logits, way.logits_mib * 2**20) if way.logits_mib else logits
     return state + products * (m.num_blocks * kept + IN_LOOP) + 2 * logits

@@ -122,7 +122,7 @@ def _activations(config: Config, shape: RunShape, rows: int, length: int) -> Ite
     length //= c
     residual = rows * length * m.dim
     # Blocks: twice forward, twice backward, and twice more where inputs are gathered again.
-    gathers = m.num_blocks * (6 if _gathers(config) == 2 else 4)
+    gathers = m.num_blocks * (6 if m.scan_layers or m.remat != "attention" else 4)
     scatters = m.num_blocks * (5 if m.remat == "block" else 4)
     yield _Exchange("all-gather", compute, tensor, residual, gathers, "blocks")
     yield _Exchange("reduce-scatter", compute, tensor, residual, scatters, "blocks")

@@ -50,6 +50,7 @@ STEPS = {
     "ring, again": ({"fsdp": 2, "context": 4}, {"attention": "ring", "remat": "attention"}, {}),
     "gathered keys": ({"fsdp": 2, "tensor": 2, "context": 2}, {"remat": "block"}, {}),
     "gathered keys, unrolled": ({"context": 8}, GQA | {"scan_layers": False}, {}),
+    "ring, unrolled": ({"context": 8}, {"attention": "ring", "scan_layers": False, "num_blocks": 2}, {}),
     "unrolled": ({"fsdp": 4, "tensor": 2}, {"scan_layers": False, "head_bias": True}, {"z_loss": 0.1}),
 }
 

@@ -60,10 +60,14 @@ def test_operations_are_those_of_the_model():
 
 
 def test_memory_is_that_of_the_state_and_more():
-    """12 bytes of a parameter, split eight ways except for vectors; hosts do not change the rest."""
+    """12 bytes of a parameter, split eight ways except for vectors; the rest grows by what is under way.
+
+    That is kernels which are whole, and gradients before and after their sum.
+    """
     assert one_h100().state == pytest.approx(12 * one_h100().parameters, rel=1e-4)
     assert two_hosts().state == pytest.approx(12 * two_hosts().parameters / 8, rel=0.01)
-    assert 0 < two_hosts().temporaries < one_h100().temporaries * 1.1
+    under_way = two_hosts().temporaries - one_h100().temporaries
+    assert one_h100().temporaries > 0 and under_way < 12 * one_h100().parameters
 
 
 def by_kind(collectives) -> dict:

@@ -90,7 +90,9 @@ class _Pairs:
     def of_step(self, step: jax.Array | int) -> Pair:
         """The pairs with the keys of the device that is `step` before this one; those of 0 are its own."""
         if isinstance(step, int) and step == 0:  # first each chunk with its own keys: all queries see some
-            return Pair(jnp.array([0, 1, 1]), jnp.stack([self.device] * 3), jnp.array([0, 1, 0]))
+            # Arrays of constants would make `jax.checkpoint` of JAX 0.10 fail in layers that are unrolled.
+            number = jnp.arange(3)
+            return Pair((number > 0).astype(jnp.int32), jnp.stack([self.device] * 3), number % 2)
         # The second chunk of queries sees the first chunk of keys of each device. If that device comes before
         # this one, so does the first chunk of queries; else, the second one sees both chunks of keys.
         device = (self.device - step) % self.split.devices

@@ -126,14 +126,13 @@ def _activations(config: Config, shape: RunShape, rows: int, length: int) -> Ite
     scatters = m.num_blocks * (5 if m.remat == "block" else 4)
     yield _Exchange("all-gather", compute, tensor, residual, gathers, "blocks")
     yield _Exchange("reduce-scatter", compute, tensor, residual, scatters, "blocks")
-    # Keys and values, where sequences are split. XLA joins equal exchanges of forward and backward pass.
-    keys = rows * length * m.num_kv_heads * m.head_dim / sizes["tensor"]
-    joined, context = m.remat == "none" and not m.scan_layers, ("context",)
+    # Keys and values, where sequences are split.
+    keys, context = rows * length * m.num_kv_heads * m.head_dim / sizes["tensor"], ("context",)
     if shape.attention == "gather":
-        yield _Exchange("all-gather", compute, context, c * keys, 2 * m.num_blocks * (2 - joined), "keys")
+        yield _Exchange("all-gather", compute, context, c * keys, 4 * m.num_blocks, "keys")
         yield _Exchange("reduce-scatter", "f32", context, 2 * c * keys, m.num_blocks, "keys")
     elif c > 1:
-        steps = 2 * (c - 1) - joined + (c - 2) * (m.remat in ("block", "attention"))
+        steps = 2 * (c - 1) + (c - 2) * (m.remat in ("block", "attention"))
         yield _Exchange("collective-permute", compute, context, keys, 2 * m.num_blocks * steps, "keys")
         yield _Exchange("collective-permute", "f32", context, 2 * keys, m.num_blocks * c, "keys")
     # The embedding; learned positions of documents are looked up by ids, too.

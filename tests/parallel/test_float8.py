@@ -146,7 +146,7 @@ def products(jaxpr) -> Counter:
         ({}, 0, 0),
         ({"attention": "float8", "mlp": "float8"}, 4 + 3, 0),
         ({"mlp": "float8", "head": "float32"}, 3, 3),
-        ({"attention": "float32"}, 0, 3 * (4 + 2) + 1),  # scores, which are computed again, and what they weigh
+        ({"attention": "float32"}, 0, 3 * (4 + 2) + 1),  # scores, twice forward, and what they weigh
         ({"mlp": "float32"}, 0, 3 * 3),
     ],
     ids=str,

@@ -82,6 +82,8 @@ def test_a_config_of_an_earlier_version_has_the_fields_since():
     model = {name: value for name, value in config["model"].items() if name not in since}
     assert len(model) == len(config["model"]) - len(since)
     assert of_this_version({**config, "model": model}) == config
+    del config["spikes"]
+    assert of_this_version(config)["spikes"] == defaults().spikes.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -271,12 +271,12 @@ def test_a_resume_with_others_begins_them_anew(tmp_path, whole_run):
         restored = checkpoints.restore(2, other.abstract_state)
         assert restored.diagnostics == {}
         jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
-    begun = other.begin_diagnostics(restored.params)
+    begun = other.begin_separate["diagnostics"](restored.params)
     assert jax.tree.map(np.shape, begun) == jax.tree.map(np.shape, other.abstract_state.diagnostics)
     checkpoints.save(3, replace(restored, diagnostics={}), {})  # and from none to all
     checkpoints.wait()
     assert checkpoints.restore(3, steps.abstract_state).diagnostics == {}
-    begun = steps.begin_diagnostics(restored.params)
+    begun = steps.begin_separate["diagnostics"](restored.params)
     jax.tree.map(np.testing.assert_array_equal, begun["last_parameters"], restored.params)
     checkpoints.close()
 

@@ -177,7 +177,7 @@ def test_checkpoints_hold_it_and_those_of_other_precisions_do_not(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *(train(narrow, s, data[2:])[1] for s in (state, restored)))
     assert checkpoints.restore(2, plain.abstract_state).loss_scale == {}
     assert checkpoints.restore(3, narrow.abstract_state).loss_scale == {}
-    begun = narrow.begin_loss_scale()
+    begun = narrow.begin_separate["loss_scale"](restored.params)
     assert jax.device_get(begun) == {"scale": loss_scale.START, "good_steps": 0}
     checkpoints.close()
 

@@ -47,7 +47,9 @@ def test_the_devices_do_not_wait_for_what_the_host_reads(monkeypatch):
         start=SimpleNamespace(state=None, step=0),
         feed=SimpleNamespace(next=dict, advance=lambda: events.append("fetch")),
         saves=SimpleNamespace(check=lambda: None, settle=lambda step, state: None),
-        recorder=StepRecorder(config, 0, quiet, quiet, quiet, None),
+        recorder=StepRecorder(
+            config, 0, quiet, quiet, quiet, None, SimpleNamespace(add=lambda *_, now: None)
+        ),
     )
     assert loop.run(job) == 0
     steps = [[("start", n), "fetch", *([("read", n - 1)] if n > 1 else [])] for n in range(1, 5)]

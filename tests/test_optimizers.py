@@ -314,7 +314,7 @@ def test_eight_devices_make_the_same_updates_and_hold_a_share_each(name, mesh, t
     for path, leaf in jax.tree.leaves_with_path(state):
         assert leaf.size < large or not leaf.sharding.is_fully_replicated, path_name(path)
     checkpoints = CheckpointStore(tmp_path)
-    whole = TrainState(jnp.int32(5), put(parameters), state, jnp.int32(0), jnp.int32(0), {}, {})
+    whole = TrainState(jnp.int32(5), put(parameters), state, jnp.int32(0), jnp.int32(0), {}, {}, {})
     checkpoints.save(5, whole, {})
     checkpoints.wait()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole)

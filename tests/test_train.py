@@ -250,9 +250,9 @@ def test_non_finite_updates_stop_the_run_with_the_last_good_state(command, rando
     """A learning rate beyond all bounds: the updates overflow, are skipped, and the run gives up."""
     command = *command, f"--workdir={tmp_path}", "--config.optimizer.learning_rate=1e39"
     output = run(*command, "--config.max_skipped=4", expect=1, XLA_FLAGS=FAST)
-    assert "not finite in 4 steps in a row" in output
+    assert "4 steps in a row (max_skipped) were skipped, up to step 4: loss" in output
     assert "Traceback" not in output
-    assert "skipped    step 1: loss, gradient or update is not finite: no update (1 of 4 in a row)" in output
+    assert re.search(r"skipped    step 1: loss .*: not finite; no update \(1 of 4 in a row\)", output)
     records = metrics(tmp_path)
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 5]  # 5 was under way when the fourth was seen
     assert [r["train/skipped"] for r in records[1:]] == [1, 2, 3, 4, 5]

@@ -36,7 +36,7 @@ def defaults() -> ConfigDict:
     c.z_loss = field(0.0, "weight in the loss of log(the softmax's denominator)^2; 0: none", at_least=0)
     c.clip_norm = field(10.0, "maximum of the gradient's global l2 norm; 0: no clipping", at_least=0)
     c.stall_seconds = field(300.0, "seconds, or 20 steps, without a step: end the run; 0: never", at_least=0)
-    c.max_skipped = field(15, "non-finite steps in a row that stop the run", above=0)
+    c.max_skipped = field(15, "steps in a row, non-finite or spikes, that stop the run", above=0)
     # In which precision, and on which devices.
     c.precision = field("bfloat16", "of matrix products and activations", one_of=PRECISIONS)
     c.precision_of = field(ConfigDict(), "precision of single parts; empty: as `precision`")
@@ -64,6 +64,9 @@ def defaults() -> ConfigDict:
 
 def _measured_and_kept(c: ConfigDict) -> None:
     """Adds the fields of what a run measures and keeps, and of what becomes of it after a fault."""
+    c.spikes = field(ConfigDict(), "loss spikes")
+    c.spikes.skip_deviations = field(0.0, "no update if so far above the mean; 0: never", at_least=0)
+    c.spikes.window = field(128, "steps before whose mean and deviation count", at_least=2)
     c.eval = field(ConfigDict(), "validation")
     c.eval.every_steps = field(1000, "steps between validations; 0: only at the end", at_least=0)
     c.eval.sequences = field(1024, "validation sequences, evenly spaced, always the same; 0: all", at_least=0)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from trainit.config.durations import batch_sizes
-from trainit.config.fields import GATED, VOCABULARY_MULTIPLE, Config, model
+from trainit.config.fields import GATED, VOCABULARY_MULTIPLE, Config, defaults, model
 from trainit.config.groups import SCHEDULES
 from trainit.config.schema import ConfigDict, ConfigError, as_tuple, check_fields, flatten, names, require
 
@@ -160,12 +160,12 @@ def layers_with_window(m: Mapping[str, Any]) -> list[bool]:
 
 
 def of_this_version(config: dict) -> dict:
-    """A saved config with those fields of its model that are newer than it, so that they change nothing."""
+    """A saved config with those fields that are newer than it, of its model or of spikes; they do nothing."""
     if "model" not in config:
         return config
     saved = config["model"]
     usual = model(head_dim=saved["dim"] // saved["num_heads"]).to_dict()
-    return {**config, "model": {**usual, **saved}}
+    return {"spikes": defaults().spikes.to_dict(), **config, "model": {**usual, **saved}}
 
 
 def _check_diagnostics(d: ConfigDict) -> None:

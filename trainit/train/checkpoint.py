@@ -19,7 +19,7 @@ from trainit.train.saved.compared import Compared
 from trainit.train.saved.watched import watch
 
 # Fields of a state that are saved as items of their own: a resume may have others of them, or none.
-SEPARATE = ("diagnostics", "loss_scale")
+SEPARATE = ("diagnostics", "loss_scale", "spikes")
 TIMEOUT_SECONDS = 600  # for the other processes to finish their parts of a save
 
 

@@ -25,6 +25,7 @@ from trainit.train.reports.startup_timer import StartupTimer
 from trainit.train.reports.trackers import RunLogger
 from trainit.train.resume import Resume, warm_up_again
 from trainit.train.saved.retry import SaveRetry
+from trainit.train.skipped.lines import SkippedSteps
 from trainit.train.state import TrainState
 from trainit.train.step import build
 
@@ -122,7 +123,7 @@ class Job:
         if skipped >= c.max_skipped:
             raise NonFiniteError(
                 f"the run ended at step {start.step} after {skipped} steps in a row "
-                f"that were not finite; raise max_skipped={c.max_skipped}, or load_path an earlier checkpoint"
+                f"that were skipped; raise max_skipped={c.max_skipped}, or load_path an earlier checkpoint"
             )
         if is_lead:
             files.write_json(self.workdir / "config.json", c.to_dict())
@@ -141,7 +142,8 @@ class Job:
         with self.timer.part("trackers"):
             kept = last_kept, start.wandb_id, start.metrics
             self.logger = RunLogger(is_lead, self.workdir, c.to_dict(), start.step, *kept)
-        self.recorder = StepRecorder(c, start.position.tokens, self.logger, meter, monitor, start.postponed)
+        about = self.logger, meter, monitor, start.postponed, SkippedSteps(c, int(start.state.skipped))
+        self.recorder = StepRecorder(c, start.position.tokens, *about)
         self.saves = SaveRetry(self._checkpoints, monitor, self._checkpoint_meta, start.saved_step)
 
     def validate_and_save(self, step: int, state: TrainState, reason: str) -> str:

@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 
 import jax
-from absl import logging
 
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
 from trainit.train import diagnostics, loss_scale
 from trainit.train.reports.metrics import Meter
 from trainit.train.reports.trackers import RunLogger
+from trainit.train.skipped.lines import SkippedSteps
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row in which the loss, the gradient or the update was not finite."""
+    """Too many steps in a row in which loss, gradient or update was not finite, or a spike."""
 
 
 @dataclass
@@ -21,7 +21,7 @@ class StepRecorder:
     """Turns the metrics that steps leave on the devices into log records.
 
     It reads the metrics of a step while the next one runs, so that the devices never wait for this process,
-    and raises NonFiniteError after `max_skipped` steps in a row that were not finite. Where validation is due
+    and raises NonFiniteError after `max_skipped` steps in a row that were skipped. Where validation is due
     after a step, its metrics join the step's record. If the job stops before the validation is done, the
     record is `postponed`: it goes into the checkpoint, and the job that resumes there does both.
     """
@@ -32,6 +32,7 @@ class StepRecorder:
     meter: Meter
     monitor: JobMonitor
     postponed: dict | None
+    skips: SkippedSteps
     _pending: tuple[int, dict] | None = None  # the newest step and its metrics, still on the device
 
     def add(self, step: int, metrics: dict):
@@ -72,22 +73,19 @@ class StepRecorder:
         record = {"step": step, "tokens": self.tokens} | values | self.meter.step(in_rows)
 
         self.monitor.step_done()
-        if skipped_in_a_row:
-            text = "skipped    step %d: loss, gradient or update is not finite: no update (%d of %d in a row)"
-            logging.warning(text, step, skipped_in_a_row, self.config.max_skipped)
+        self.skips.add(record, skipped_in_a_row, now=newer is None)
         if skipped_in_a_row == self.config.max_skipped:
             self._give_up(record)
         return record
 
     def _give_up(self, record: dict):
-        """Logs all that is known and ends the run: too many steps in a row were not finite."""
+        """Logs all that is known and ends the run: too many steps in a row were skipped."""
         self._log(record)
         # A step under way belongs to the checkpoint that is saved now.
-        newest = self._pending[0] if self._pending else record["step"]
+        newest, last = self._pending[0] if self._pending else record["step"], self.skips.newest
         self.flush()
         raise NonFiniteError(
-            f"loss, gradient or update were not finite in {self.config.max_skipped} steps in a row "
-            f"(max_skipped), up to step {record['step']}; none of these updates was applied"
+            f"{self.config.max_skipped} steps in a row (max_skipped) were skipped, up to {last}"
             + (f", at the lowest loss scale, {loss_scale.FLOOR:g}" if "train/loss_scale" in record else "")
             + f"; the state is in checkpoint {newest}"
         )

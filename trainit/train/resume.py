@@ -185,12 +185,10 @@ class Resume:
         """The whole state of a checkpoint. What it lacks because the config was another begins now."""
         self._compile_ahead(step)
         state = source.restore(step, self.steps.abstract_state)
-        if self.config.diagnostics.every_steps and not state.diagnostics:
-            logging.info("statistics begin here: the checkpoint has none of this kind")
-            state = replace(state, diagnostics=self.steps.begin_diagnostics(state.params))
-        if self.steps.abstract_state.loss_scale and not state.loss_scale:
-            logging.info("loss scale begins here: the checkpoint has none")
-            state = replace(state, loss_scale=self.steps.begin_loss_scale())
+        for name, begin in self.steps.begin_separate.items():
+            if getattr(self.steps.abstract_state, name) and not getattr(state, name):
+                logging.info("begin      %s here: the checkpoint has none of this kind", name)
+                state = replace(state, **{name: begin(state.params)})
         return state
 
     def _compile_ahead(self, step: int):

@@ -15,10 +15,11 @@ class TrainState:
     step: jax.Array  # int32: steps done, including those whose update was skipped
     params: dict  # float32, nested by path: {"blocks": {"mlp": {"up": {"kernel": ...}}}}
     opt_state: optax.OptState
-    skipped: jax.Array  # int32: updates skipped because something was not finite
+    skipped: jax.Array  # int32: updates skipped because something was not finite, or a spike
     skipped_in_a_row: jax.Array  # int32: since the last good step, unless the loss scale was lowered
     diagnostics: dict  # see `diagnostics.init`; empty without diagnostics
     loss_scale: dict  # see `loss_scale.init`; empty unless something computes in float16
+    spikes: dict  # see `spikes.init`; empty unless spikes are left out
 
 
 def named_key(seed: int, name: str) -> jax.Array:

@@ -23,6 +23,7 @@ from trainit.tokenizers.chat.on_device import inputs_and_targets
 from trainit.train import diagnostics, loss_scale
 from trainit.train.compiled import CompiledFunction
 from trainit.train.gradients import LossAndGradient
+from trainit.train.skipped import spikes
 from trainit.train.state import TrainState, named_key
 
 
@@ -33,8 +34,7 @@ class CompiledSteps:
     abstract_state: TrainState  # shapes, types and shardings
     init: CompiledFunction  # () -> TrainState, created shard by shard
     begin: CompiledFunction  # params -> TrainState at step 0 of these parameters, whose memory it takes over
-    begin_diagnostics: CompiledFunction  # params -> the state's field of this name
-    begin_loss_scale: CompiledFunction  # () -> the state's field of this name
+    begin_separate: dict[str, CompiledFunction]  # params -> the state's field of this name, in a resume
     train: CompiledFunction  # (TrainState, batch) -> (TrainState, metrics); reuses the old state's memory
     evaluate: CompiledFunction  # (params, batch, token_bytes, subsets) -> sums
 
@@ -60,13 +60,16 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     optimizer = optimizers.of_run(config, schedule, parameters, optimizer_key, mesh)
 
     # The state at the start. Each device computes its own shards: no whole array exists in one place.
-    begin_diagnostics = functools.partial(diagnostics.init, config.diagnostics)
     is_scaled = "float16" in (config.precision, *config.precision_of.values())
-    begin_loss_scale = functools.partial(loss_scale.init, is_scaled)
+    separate = {
+        "diagnostics": functools.partial(diagnostics.init, config.diagnostics),
+        "loss_scale": lambda _: loss_scale.init(is_scaled),
+        "spikes": lambda _: spikes.init(config.spikes),
+    }
 
     def begin(params: dict) -> TrainState:
-        zero, kept, scale = jnp.zeros((), jnp.int32), begin_diagnostics(params), begin_loss_scale()
-        return TrainState(zero, params, optimizer.init(params), zero, zero, kept, scale)
+        zero, kept = jnp.zeros((), jnp.int32), {name: start(params) for name, start in separate.items()}
+        return TrainState(zero, params, optimizer.init(params), zero, zero, **kept)
 
     def init() -> TrainState:
         return begin(model.init(named_key(config.seed, "parameters")))
@@ -84,12 +87,12 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     eval_step = functools.partial(_eval_step, model, cross_entropy)
 
     replicated = replicated_sharding(mesh)
+    begun = {name: CompiledFunction(name, start, getattr(layout, name)) for name, start in separate.items()}
     return CompiledSteps(
         abstract_state=abstract_state,
         init=CompiledFunction("init", init, layout),
         begin=CompiledFunction("begin", begin, layout, donate_argnums=0),
-        begin_diagnostics=CompiledFunction("begin_diagnostics", begin_diagnostics, layout.diagnostics),
-        begin_loss_scale=CompiledFunction("begin_loss_scale", begin_loss_scale, layout.loss_scale),
+        begin_separate=begun,
         train=CompiledFunction("train", train_step, (layout, replicated), donate_argnums=0),
         evaluate=CompiledFunction("evaluate", eval_step, replicated, static_argnums=(3,)),
     )
@@ -99,7 +102,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
 class TrainStep:
     """One optimizer step on one global batch.
 
-    If something is not finite, parameters and optimizer state stay, and the step is counted as skipped.
+    If something is not finite, or a spike, parameters and optimizer state stay; the step counts as skipped.
     """
 
     config: Config
@@ -131,9 +134,10 @@ class TrainStep:
 
         # 3. Whether everything is finite. What overflowed in further gradients of the optimizer (NEEDS) may
         # show in its new state alone, which is then checked if losses are scaled.
-        good = finite & jnp.isfinite(update_norm)
+        finite &= jnp.isfinite(update_norm)
         if state.loss_scale and optimizer.needs:
-            good &= loss_scale.stays_finite(opt_state, state.opt_state)
+            finite &= loss_scale.stays_finite(opt_state, state.opt_state)
+        good, seen, bounds = spikes.judge(self.config.spikes, state.spikes, sums, grad_norm, finite)
 
         # 4. Diagnostics, of the state before the update.
         measured, kept = diagnostics.measure_step(
@@ -141,7 +145,8 @@ class TrainStep:
         )
 
         # 5. The new state, and the metrics.
-        new_state = self._next_state(state, updates, opt_state, good, kept)
+        kept = {"diagnostics": kept, "spikes": seen}
+        new_state = self._next_state(state, (updates, opt_state), finite, good, kept)
         count = jnp.maximum(sums["count"], 1)  # of a batch of conversations, no target may count
         return new_state, {
             "train/loss": sums["loss"] / count,
@@ -151,6 +156,7 @@ class TrainStep:
             "train/update_norm": update_norm,
             "train/learning_rate": self.schedule(state.step),
             "train/skipped": new_state.skipped,
+            **bounds,
             **({"train/loss_scale": scale} if state.loss_scale else {}),
             "tokens": sums["count"],
             "rows_tokens": jnp.sum(batch["lengths"]),
@@ -176,15 +182,16 @@ class TrainStep:
         return self.optimizer.update(grads, state.opt_state, state.params, step=state.step, **needed)
 
     def _next_state(
-        self, state: TrainState, updates: dict, opt_state: optax.OptState, good: jax.Array, kept: dict
+        self, state: TrainState, new: tuple[dict, dict], finite: jax.Array, good: jax.Array, kept: dict
     ) -> TrainState:
-        """The state after the step: with the update if `good`, else with the old parameters."""
+        """The state after the step: with `new` updates and optimizer state if `good`, else with the old."""
 
         def if_good(new, old):
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         bad = (~good).astype(jnp.int32)
-        next_scale, lowered = loss_scale.after(state.loss_scale, good)
+        next_scale, lowered = loss_scale.after(state.loss_scale, finite)
+        updates, opt_state = new
         with jax.named_scope("optimizer"):
             new_params = optax.apply_updates(state.params, updates)
         return TrainState(
@@ -194,8 +201,8 @@ class TrainStep:
             skipped=state.skipped + bad,
             # A step that lowers the loss scale does not count: the next one may be good.
             skipped_in_a_row=(state.skipped_in_a_row + bad * ~lowered) * bad,
-            diagnostics=kept,
             loss_scale=next_scale,
+            **kept,
         )
 
 

@@ -1,0 +1,1 @@
+"""Steps and data that a run leaves out, and what is said about them."""

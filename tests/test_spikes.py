@@ -1,4 +1,4 @@
-"""Loss spikes: which steps are left out, on all meshes, across a resume, and what is said about them."""
+"""Loss spikes: which steps are left out, on all meshes, across a resume, and the lines about them."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from trainit.train.checkpoint import CheckpointStore
 from trainit.train.skipped import spikes
 from trainit.train.skipped.lines import SkippedSteps
 
-WINDOW, SPIKE = 4, 8  # the ninth step has a spike
+WINDOW, SPIKE, COUNT = 8, 24, 28  # step SPIKE + 1 of COUNT has a spike
 WHOLE = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 ALONE = dict.fromkeys(WHOLE, 1)
 
@@ -37,11 +37,11 @@ def build(deviations=6.0, whole=True):
     return step.build(config, shape_on(config, mesh)), batch_sharding(mesh)
 
 
-def batches(layout, count: int) -> list[dict]:
+def batches(layout) -> list[dict]:
     """Two words to be learnt; the batch of number SPIKE has other ones."""
     rng = np.random.default_rng(5)
-    tokens = [rng.integers(0, 2, (2, 8, 33)).astype(np.uint16) for _ in range(count)]
-    tokens[SPIKE : SPIKE + 1] = [rng.integers(0, 256, (2, 8, 33)).astype(np.uint16)]
+    tokens = [rng.integers(0, 2, (2, 8, 33)).astype(np.uint16) for _ in range(COUNT)]
+    tokens[SPIKE] = rng.integers(0, 256, (2, 8, 33)).astype(np.uint16)
     lengths = np.full((2, 8), 32, np.int32)
     return [jax.device_put({"tokens": t, "lengths": lengths}, layout) for t in tokens]
 
@@ -59,7 +59,7 @@ def train(steps, state, data):
 @pytest.fixture(scope="module")
 def whole():
     steps, layout = build()
-    return train(steps, steps.init(), batches(layout, 12))
+    return train(steps, steps.init(), batches(layout))
 
 
 def test_bounds_are_those_of_a_double_precision_oracle():
@@ -100,9 +100,9 @@ def test_a_spike_changes_nothing_but_counts(whole):
     assert np.isfinite(trail[SPIKE]["train/update_norm"])
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
-    assert [int(m["train/skipped"]) for m in trail] == [0] * SPIKE + [1] * (12 - SPIKE)
-    assert [int(m["train/skipped_spikes"]) for m in trail] == [0] * SPIKE + [1] * (12 - SPIKE)
-    assert [int(m["skipped_in_a_row"]) for m in trail] == [int(n == SPIKE) for n in range(12)]
+    assert [int(m["train/skipped"]) for m in trail] == [0] * SPIKE + [1] * (COUNT - SPIKE)
+    assert [int(m["train/skipped_spikes"]) for m in trail] == [0] * SPIKE + [1] * (COUNT - SPIKE)
+    assert [int(m["skipped_in_a_row"]) for m in trail] == [int(n == SPIKE) for n in range(COUNT)]
     losses = np.array([m["train/loss"] for m in trail])
     bounds = [m["train/loss_bound"] for m in trail]
     assert np.isinf(bounds[:WINDOW]).all() and np.isfinite(bounds[WINDOW:]).all()
@@ -114,7 +114,7 @@ def test_a_spike_changes_nothing_but_counts(whole):
 @pytest.mark.evidence("loss spikes are the same steps on one device and on a mesh of eight")
 def test_one_device_leaves_out_the_same_steps(whole):
     steps, layout = build(whole=False)
-    _, trail = train(steps, steps.init(), batches(layout, 12))
+    _, trail = train(steps, steps.init(), batches(layout))
     for name in ("train/loss", "train/loss_bound", "train/grad_norm_bound", "train/skipped"):
         here, there = ([m[name] for m in t] for t in (trail, whole[1]))
         np.testing.assert_allclose(here, there, rtol=2e-3, err_msg=name)
@@ -124,7 +124,7 @@ def test_one_device_leaves_out_the_same_steps(whole):
 def test_a_resume_across_a_spike_is_exact(whole, tmp_path):
     steps, layout = build()
     plain, _ = build(0.0)
-    data = batches(layout, 12)
+    data = batches(layout)
     state = steps.init()
     for batch in data[:SPIKE]:
         state, _ = steps.train(state, batch)
@@ -137,10 +137,10 @@ def test_a_resume_across_a_spike_is_exact(whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, trail, whole[1][SPIKE:])
     # With a run that leaves out none, checkpoints are exchanged in both directions.
     assert checkpoints.restore(SPIKE, plain.abstract_state).spikes == {}
-    checkpoints.save(9, plain.init(), {})
+    checkpoints.save(30, plain.init(), {})
     checkpoints.wait()
-    assert not (tmp_path / "checkpoints/9/spikes").exists()
-    restored = checkpoints.restore(9, steps.abstract_state)
+    assert not (tmp_path / "checkpoints/30/spikes").exists()
+    restored = checkpoints.restore(30, steps.abstract_state)
     assert restored.spikes == {}
     begun = steps.begin_separate["spikes"](restored.params)
     assert jax.tree.map(np.shape, begun) == jax.tree.map(np.shape, steps.abstract_state.spikes)
@@ -153,7 +153,7 @@ def test_programs_with_and_without(monkeypatch):
     def program(deviations):
         config = make_config(deviations)
         steps = step.build(config, shape_on(config, make_mesh(WHOLE)))
-        (batch,) = batches(build()[1], 1)
+        batch = batches(build()[1])[0]
         return steps.train.lower(steps.abstract_state, batch).as_text()
 
     off = program(0.0)

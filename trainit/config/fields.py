@@ -142,14 +142,10 @@ def _architecture(m: ConfigDict) -> None:
     m.rope_theta = field(10_000.0, "base wavelength of RoPE in radians", above=0)
     m.rope_interleaved = field(False, "RoPE turns pairs (2i, 2i + 1) of a head, not (i, i + half of them)")
     m.rotary_fraction = field(1.0, "part of each head that RoPE turns, the first", above=0, at_most=1)
-    m.rope_scaling = field(
-        ConfigDict(), "RoPE for longer contexts than a model was first trained on: Llama 3"
-    )
+    m.rope_scaling = field(ConfigDict(), "RoPE for longer contexts than those of the first training: Llama 3")
     m.rope_scaling.factor = field(1.0, "by which low frequencies are divided; 1: no scaling", at_least=1)
     m.rope_scaling.original_context = field(8192, "tokens of a sequence before", above=0)
-    m.rope_scaling.low_frequency_factor = field(
-        1.0, "turns in that context of the low ones, at most", above=0
-    )
+    m.rope_scaling.low_frequency_factor = field(1.0, "turns in it of the low ones, at most", above=0)
     m.rope_scaling.high_frequency_factor = field(4.0, "turns from which on nothing is divided", above=0)
     m.use_bias = field(True, "biases of the blocks' linear maps and of LayerNorm")
     m.qkv_bias = field(False, "biases of queries, keys and values even without use_bias")
@@ -161,15 +157,9 @@ def _architecture(m: ConfigDict) -> None:
     m.document_mask = field(False, "attention stays within a document, where positions start from 0 again")
     m.end_of_text = field(-1, "id that ends a document, for document_mask; -1: the tokenizer's; -2: no id")
     m.window = field(0, "keys that a query sees, its own the last; 0: all before it", at_least=0)
-    m.window_layers = field(
-        ":", "layers with the window, as slices: '::2' each second, '0, 4:' the first, 4 on"
-    )
-    m.attention_scale = field(
-        0.0, "queries times keys times this are scores; 0: 1 / sqrt(head_dim)", at_least=0
-    )
-    m.attention_softcap = field(
-        0.0, "scores pass through cap * tanh(scores / cap); 0: they do not", at_least=0
-    )
+    m.window_layers = field(":", "layers with it, as slices: '::2' each second, '0, 4:' the first, 4 on")
+    m.attention_scale = field(0.0, "scores: queries times keys times this; 0: 1/sqrt(head_dim)", at_least=0)
+    m.attention_softcap = field(0.0, "scores pass through cap * tanh(scores / cap); 0: not", at_least=0)
     m.logit_softcap = field(0.0, "logits pass through cap * tanh(logits / cap); 0: they do not", at_least=0)
     m.init_std = field(0.02, "standard deviation of initial weights", above=0)
     m.gpt_dropout = field(0.0, "dropout of the sum of embeddings", at_least=0, below=1)

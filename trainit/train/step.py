@@ -62,7 +62,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     # The state at the start. Each device computes its own shards: no whole array exists in one place.
     is_scaled = "float16" in (config.precision, *config.precision_of.values())
     separate = {
-        "diagnostics": functools.partial(diagnostics.init, config.diagnostics),
+        "diagnostics": lambda params: diagnostics.init(config.diagnostics, params),
         "loss_scale": lambda _: loss_scale.init(is_scaled),
         "spikes": lambda _: spikes.init(config.spikes),
     }

@@ -1,4 +1,4 @@
-"""What is said about steps that were skipped."""
+"""Lines about steps that were skipped."""
 
 import math
 from collections.abc import Mapping

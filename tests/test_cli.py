@@ -214,6 +214,7 @@ TYPED = {
         "import",
         "evaluate",
         "verify",
+        "replay",
         "plan",
         "benchmark",
         "doctor",

@@ -146,7 +146,7 @@ def train(built, state, first: int, last: int):
 @pytest.mark.parametrize("state, share", [("bfloat16", 1 / 2), ("int8", 9 / 32)])
 def test_its_size_by_formula(state, share):
     """AdamW's two moments: vectors as they are, all else smaller as the type is; split as the parameters."""
-    config, _, steps = build(state, EIGHT)
+    config, mesh, steps = build(state, EIGHT)
     shapes = steps.abstract_state.params
     vectors = sum(
         leaf.size
@@ -155,7 +155,8 @@ def test_its_size_by_formula(state, share):
     )
     rest = metrics.parameter_count(shapes) - vectors
     expected = 4 + 2 * 4 * (vectors + share * rest)  # the count of updates before all
-    assert metrics.facts(config.model, steps.abstract_state)["optimizer_bytes"] == expected
+    facts = metrics.facts(config.model, steps.abstract_state, shape_on(config, mesh))
+    assert facts["optimizer_bytes"] == expected
     layout = {path_name(path): leaf.sharding.spec for path, leaf in jax.tree.leaves_with_path(shapes)}
     found = 0
     for path, leaf in jax.tree.leaves_with_path(steps.abstract_state.opt_state):

@@ -236,6 +236,7 @@ def test_preparing(case, tmp_path, monkeypatch, capsys):
         (("fields", "["), 2, "no field and no choice has '[' in its name"),
         (("--debug",), 2, "unknown command '--debug'"),
         (("verify", "none"), 2, "none is no folder"),
+        (("replay", "none"), 2, "none is no folder of a run: it has no metrics.jsonl"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

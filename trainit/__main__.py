@@ -24,6 +24,7 @@ COMMANDS = {
     "import": "make a run of a model in such a folder",
     "evaluate": "measure a trained model's loss on any data",
     "verify": "compare a run's checkpoints, or prepared data, with their digests",
+    "replay": "do steps of a run again, and compare losses and norms with its log",
     "plan": "predict memory, communication and time on many GPUs",
     "benchmark": "measure the loader, the train step and saves on this machine",
     "doctor": "check a config, the processes and the machines before a run",

@@ -120,10 +120,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     add("--debug", type=true_or_false, metavar="BOOL", nargs="?", const=True, default=False, help=shrunk)
 
 
-def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+def add_job_arguments(parser: argparse.ArgumentParser, has_folder: bool = True) -> None:
     """Adds the flags of a run: its folder and its processes."""
-    add = parser.add_argument_group("run").add_argument
-    add("--workdir", default="", help="the run's folder; empty: runs/ and the config file's name")
+    if has_folder:
+        add = parser.add_argument_group("run").add_argument
+        add("--workdir", default="", help="the run's folder; empty: runs/ and the config file's name")
     add = parser.add_argument_group("processes", "for jobs that no launcher has started").add_argument
     add("--coordinator", default="", help="host:port of process 0")
     add("--num_processes", type=number(int, 0), default=0, help="processes of the job; 0: ask the launcher")

@@ -102,6 +102,14 @@ def memory(processes: int = 1) -> int:
     return min(limits) // (len(own) * processes)
 
 
+def kind() -> str:
+    """What this process's devices are, with the features and cores of CPUs, on which sums depend."""
+    first = jax.local_devices()[0]
+    if first.platform != "cpu" or not hasattr(os, "sched_getaffinity"):
+        return first.device_kind
+    return f"cpu {_processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
 def peak_memory() -> int:
     """The most bytes that were in use on any device of this process; on CPUs, in the process itself."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]

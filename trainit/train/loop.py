@@ -127,7 +127,7 @@ class Job:
             )
         if is_lead:
             files.write_json(self.workdir / "config.json", c.to_dict())
-            facts = metrics.facts(c.model, self._steps.abstract_state)
+            facts = metrics.facts(c.model, self._steps.abstract_state, self.shape)
             files.write_json(self.workdir / "run.json", facts | {"changes": start.changes})
 
         data, shape, meter, monitor = self.data, self.shape, metrics.Meter(c.model), self.monitor
@@ -205,6 +205,7 @@ class Job:
             "postponed": self.recorder.postponed,
             "changes": self.start.changes,
             "version": __version__,
+            "computed_on": metrics.computed_on(self.shape),
         }
 
     def report_end(self, step: int, reason: str):

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import jax
-
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
 from trainit.train import diagnostics, loss_scale
+from trainit.train.reports import metrics
 from trainit.train.reports.metrics import Meter
 from trainit.train.reports.trackers import RunLogger
 from trainit.train.skipped.lines import SkippedSteps
@@ -35,9 +34,9 @@ class StepRecorder:
     skips: SkippedSteps
     _pending: tuple[int, dict] | None = None  # the newest step and its metrics, still on the device
 
-    def add(self, step: int, metrics: dict):
+    def add(self, step: int, on_device: dict):
         """Takes the metrics of a step that has just been started, and logs those of the step before."""
-        self._log(self._read((step, metrics)))
+        self._log(self._read((step, on_device)))
 
     def flush(self):
         """Logs the newest step, for which it waits."""
@@ -61,12 +60,7 @@ class StepRecorder:
         pending, self._pending = self._pending, newer
         if pending is None:
             return {}
-        step, on_device = pending[0], dict(pending[1])
-        # Diagnostics are zeros in the steps between those in which they are measured.
-        measured = on_device.pop("diagnostics")
-        if diagnostics.is_due(self.config.diagnostics, step):
-            on_device |= measured
-        values = {name: value.item() for name, value in jax.device_get(on_device).items()}
+        step, values = pending[0], metrics.numbers(self.config, *pending)
         skipped_in_a_row = values.pop("skipped_in_a_row")
         self.tokens += int(values.pop("tokens"))
         in_rows = int(values.pop("rows_tokens"))  # speed is that of all tokens, whether they count or not

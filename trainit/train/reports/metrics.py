@@ -1,15 +1,20 @@
 """Figures about a run and its speed: parameters, FLOPs, MFU, throughput, memory."""
 
 import math
+import os
 import time
+import zlib
+from typing import Any
 
 import jax
 
 from trainit import __version__
-from trainit.cluster.devices import peak_memory
+from trainit.cluster.devices import kind, peak_memory
 from trainit.cluster.hardware import peak_flops
 from trainit.config import GATED, Config, layers_with_window
+from trainit.parallel.mesh import RunShape
 from trainit.parallel.trees import total_bytes
+from trainit.train import diagnostics
 
 
 def parameter_count(parameters: dict) -> int:
@@ -17,8 +22,8 @@ def parameter_count(parameters: dict) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
 
 
-def facts(model: Config, state) -> dict:
-    """What does not change in a run, for the commands that compare runs. `state`: its arrays, or shapes."""
+def facts(model: Config, state, shape: RunShape) -> dict:
+    """What does not change in a job, for the commands that look at runs. `state`: its arrays, or shapes."""
     return {
         "parameters": parameter_count(state.params),
         "flops_per_token": flops_per_token(model),
@@ -26,7 +31,18 @@ def facts(model: Config, state) -> dict:
         "optimizer_bytes": total_bytes(state.opt_state),  # on all devices together, replicas counted once
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": f"Trainit {__version__}, JAX {jax.__version__}",
+        "computed_on": computed_on(shape),
     }
+
+
+def computed_on(shape: RunShape) -> str:
+    """A job's devices, and how a run lies on them. Jobs with one text compute the same, bit for bit."""
+    sizes = " × ".join(f"{axis} {size}" for axis, size in shape.sizes.items())
+    flags = zlib.crc32(os.environ.get("XLA_FLAGS", "").encode())
+    return (
+        f"{jax.device_count()} × {kind()}, {jax.process_count()} processes, mesh {sizes}, attention "
+        f"{shape.attention}, Trainit {__version__}, JAX {jax.__version__}, XLA_FLAGS {flags:08x}"
+    )
 
 
 def flops_per_token(model: Config) -> float:
@@ -42,6 +58,15 @@ def flops_per_token(model: Config) -> float:
     length = model.context_length
     keys = sum(min(model.window, length) if has else length for has in layers_with_window(model))
     return 6.0 * weights + 12.0 * keys * model.num_heads * model.head_dim
+
+
+def numbers(config: Config, step: int, on_device: dict) -> dict[str, Any]:
+    """The metrics that a step has left on the devices, for which it waits."""
+    # Diagnostics are zeros in the steps between those in which they are measured.
+    values = {name: value for name, value in on_device.items() if name != "diagnostics"}
+    if diagnostics.is_due(config.diagnostics, step):
+        values |= on_device["diagnostics"]
+    return {name: value.item() for name, value in jax.device_get(values).items()}
 
 
 class Meter:

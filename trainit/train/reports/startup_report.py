@@ -20,7 +20,7 @@ from trainit.train.step import CompiledSteps
 
 def report(config: Config, steps: CompiledSteps, shape: RunShape, data: TrainingData, workdir: Path):
     """Logs the report. All processes call it together, since it says on which hosts they run."""
-    c, validation, facts = config, data.validation, metrics.facts(config.model, steps.abstract_state)
+    c, validation, facts = config, data.validation, metrics.facts(config.model, steps.abstract_state, shape)
     for topic, text in {
         "run": workdir,
         "devices": f"{facts['devices']}, processes: {jax.process_count()}, {facts['versions']}",

@@ -1,0 +1,1 @@
+"""Steps of a run, done again and compared with its log."""

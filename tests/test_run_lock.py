@@ -181,6 +181,15 @@ def test_a_damaged_lock_is_replaced_at_once_with_a_line(content, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_that_is_a_link_to_nothing_is_a_damaged_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.01)
+    (tmp_path / "lock.json").symlink_to("nothing")
+    mine = lock()
+    mine.take(tmp_path)
+    assert holder(tmp_path)["pid"] == os.getpid()
+    mine.release()
+
+
 def test_whoever_holds_a_lock_that_is_damaged_says_so(tmp_path):
     lost, heard = [], threading.Event()
     mine = lock(lambda text: (lost.append(text), heard.set()))

@@ -71,7 +71,7 @@ class RunLock:
             holder = _read(path)
             if holder and _is_alive(path, holder):
                 raise ConfigError(_held(folder, holder))
-            if not path.exists():
+            if not os.path.lexists(path):  # a link that leads nowhere is a lock, too
                 continue  # it was released meanwhile
             # The holder is dead. If two take over at once, the last one to write has the folder.
             if holder:

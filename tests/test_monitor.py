@@ -9,7 +9,7 @@ import time
 import pytest
 
 from trainit.cluster import heartbeats
-from trainit.cluster.authentication import Handshake
+from trainit.cluster.authentication import Handshake, signature
 from trainit.cluster.messages import LONGEST_BYTES, Channel, Peer, Peers
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.process import STOP_SIGNALS
@@ -151,6 +151,15 @@ def test_who_sits_between_two_hosts_cannot_meddle_with_their_messages(meddle):
         until = time.monotonic() + 10
         while time.monotonic() < until:
             receiver.receive()
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"3", b"[" * 100_000, b"{", b"\xff"])
+def test_messages_that_are_no_objects_are_refused(text):
+    """From who can sign them: in a job without a token everybody can."""
+    lead, other = channels()
+    lead.connection.send(signature(lead._send_key, 0, text) + text + b"\n")
+    with pytest.raises(ValueError):
+        other.receive()
 
 
 def test_a_message_does_not_pass_for_one_of_the_other_side():

@@ -64,7 +64,10 @@ class Channel:
         if not is_equal(signed, signature(self._receive_key, self._received, text)):
             raise ValueError("a message with a wrong signature")
         self._received += 1
-        message = json.loads(text)
+        try:
+            message = json.loads(text)
+        except RecursionError:
+            message = None
         if not isinstance(message, dict):
             raise ValueError("a message that is no JSON object")
         return message

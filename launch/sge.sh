@@ -218,6 +218,6 @@ if [ $next = 3 ]; then
     echo "restart    not done: Grid Engine does not put the job back; submit it again with -l '$without'" >&2
 elif [ "$worst" = 75 ] && [ -e "$TRAINIT_MARKER" ] && [ ! -e "$TRAINIT_MARKER.failed" ] && [ -z "$ended" ]; then
   # After exit code 99, a job of several hosts may be kept off those that it had before.
-  [ ${#hosts[@]} -gt 1 ] && resubmit || worst=99
+  [ ${#hosts[@]} -gt 1 ] && resubmit || { worst=99 && cp "$TRAINIT_RUN_FILE.history" "$history-$me" 2>/dev/null; }
 fi
 exit "$worst"

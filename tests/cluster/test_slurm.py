@@ -219,6 +219,32 @@ def test_without_enough_nodes_the_job_goes_back_to_the_queue(submit, crash, calm
     assert_same_but_for_rounding(metrics(job.run), calm(8))
 
 
+# Stands in for Python, and for the run: each start gets a step further, and blames the second node.
+FAILS = """#!/usr/bin/env bash
+[ "$2" != trainit.cluster.restart ] || PYTHONPATH=ROOT exec PYTHON "$@"
+[ "$SLURM_PROCID" = 0 ] || exit 1
+echo "{\\"step\\": $SLURM_STEP_ID}" >"FOLDER/metrics.jsonl"
+echo "{\\"limit\\": 5, \\"folder\\": \\"FOLDER\\", \\"processes\\": 4}" >"$TRAINIT_RUN_FILE"
+echo '{"code": 1, "text": "process 3 (n2, pid 9) is gone"}' >"$TRAINIT_RUN_FILE.fault"
+exit 1
+"""
+
+
+def test_a_job_that_may_not_go_back_says_what_to_do(slurm, random_dataset, tmp_path):
+    (tmp_path / "python3").write_text(
+        FAILS.replace("PYTHON ", f"{sys.executable} ")
+        .replace("ROOT", str(ROOT))
+        .replace("FOLDER", str(tmp_path))
+    )
+    (tmp_path / "python3").chmod(0o755)
+    job = Job(slurm, random_dataset, f"PATH={tmp_path}:$PATH", tmp_path, "--no-requeue", steps=1)
+    job.wait(job.ended)
+    assert job.field("JobState") == "FAILED", job.text()
+    assert "n2 failed twice and is not used again in this job" in job.text()
+    assert "not done: Slurm does not put the job back; submit it again with --exclude=n2" in job.text()
+    assert not list(ROOT.glob(f".trainit-{job.id}.*"))
+
+
 def test_a_sweep_is_an_array_job(slurm, sweep, activate, tmp_path):
     arguments, check = sweep
     os.environ["TRAINIT_ACTIVATE"] = activate

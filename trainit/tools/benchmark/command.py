@@ -3,6 +3,7 @@
     trainit benchmark --config=configs/debug.py [--only=loader,step,save,...]
     trainit benchmark --config=configs/debug.py --sweep
     trainit benchmark --suite=cpu
+    trainit benchmark --suite=gpu --minutes=8
     trainit benchmark --only=prepare --corpus=FILES
     trainit benchmark --only=generate
 
@@ -11,7 +12,9 @@ Times are medians over repetitions on this machine as it is; what counts is the 
 
 import argparse
 import os
+import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 from trainit import cli
 from trainit.cluster.process import DONE, tune_process
@@ -30,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", default="loader,step,save", help=f"some of {', '.join(PARTS)}; or prepare or generate alone"
     )
     add("--sweep", action="store_true", help="try other settings of the step that change no result")
-    add("--suite", choices=("cpu", "gpu"), help="compare other programs on the same work; needs no config")
+    add("--suite", choices=("cpu", "gpu"), help="compare other programs on the same work, or measure a GPU")
+    add("--minutes", type=cli.number(float, 0.1), default=8.0, help="longest time of --suite=gpu")
+    add("--output", default="benchmark-gpu.md", help="file for the table of --suite=gpu")
     add("--corpus", default="", help="files of documents to prepare, for --only=prepare")
     add("--tokens", type=count, default=1 << 27, help="tokens of the loader's synthetic dataset")
     add("--length", type=count, default=256, help="tokens of each text, for --only=generate")
@@ -44,10 +49,15 @@ def run(arguments: argparse.Namespace) -> int:
     unknown = sorted(set(only) - {*PARTS, "prepare", "generate"})
     require(not unknown, f"--only={','.join(unknown)}: there are {', '.join(PARTS)}, prepare, generate")
     # What needs no config, and compares programs that are started without our settings.
-    if arguments.suite:
+    if arguments.suite == "cpu":
         from trainit.tools.benchmark import suite
 
-        return suite.measure(arguments.suite, rounds)
+        return suite.measure(rounds)
+    if arguments.suite == "gpu":
+        from trainit.tools.benchmark import card
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it has started ends, too
+        return card.measure(arguments.minutes, rounds, Path(arguments.output))
     if "prepare" in only:
         alone = only == ["prepare"] and arguments.corpus
         require(bool(alone), "--only=prepare stands alone and needs --corpus=FILES")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ _SIZES = {
     "124M": (12, 768, 12, 1024, 50304, 32),
     "350M": (24, 1024, 16, 1024, 50304, 16),
     "1.3B": (24, 2048, 16, 1024, 50304, 8),
-    "7B": (32, 4096, 32, 1024, 50304, 4),
+    "tiny": (2, 64, 2, 64, 256, 4),  # only shows that everything runs
 }
 SHAPES = {name: dict(zip(_NAMES, sizes, strict=True)) for name, sizes in _SIZES.items()}
 MATMUL = 4096  # rows and columns of the square product whose rate is the yardstick
@@ -39,23 +40,41 @@ def ids(shape: dict) -> np.ndarray:
     return draw.integers(0, shape["vocab_size"], (shape["batch"], shape["context_length"] + 1), np.int32)
 
 
+def config_of(shape: dict, precision: str) -> Any:
+    """Returns the config of a run that trains this model by default; with float8, in attention and MLP."""
+    from trainit import config as config_lib
+    from trainit import optimizers
+
+    config = config_lib.defaults()
+    config.update(batch_size=shape["batch"], clip_norm=CLIP_NORM, steps=1000)
+    if precision == "float8":
+        config.precision_of.update(attention=precision, mlp=precision)
+    else:
+        config.precision = precision
+    config.model = config_lib.model(**{name: size for name, size in shape.items() if name != "batch"})
+    config.optimizer = optimizers.choices()["adamw"]()
+    return config
+
+
 def trainit(shape: dict, precision: str) -> Callable[[], float]:
     """Returns Trainit's own step as a run makes it by default, except for the data."""
+    from trainit.cluster import devices
+
+    devices.configure("", 1, Path())  # JAX_COMPILATION_CACHE_DIR names the cache
+    return step_of(config_of(shape, precision), shape)
+
+
+def step_of(config: Any, shape: dict) -> Callable[[], float]:
+    """Returns the step of a run with this config on one device, except for the data."""
     import jax
 
     from trainit import config as config_lib
-    from trainit import optimizers
     from trainit.cluster import devices
     from trainit.parallel.layout import batch_sharding
     from trainit.parallel.mesh import make_mesh, shape_on
     from trainit.train import step
     from trainit.train.automatic import choice
 
-    devices.configure("", 1, Path())  # JAX_COMPILATION_CACHE_DIR names the cache
-    config = config_lib.defaults()
-    config.update(batch_size=shape["batch"], precision=precision, clip_norm=CLIP_NORM, steps=1000)
-    config.model = config_lib.model(**{name: size for name, size in shape.items() if name != "batch"})
-    config.optimizer = optimizers.choices()["adamw"]()
     config = config_lib.resolve(config, shape["vocab_size"])
     sizes, device = dict.fromkeys(config_lib.MESH_AXES, 1), jax.devices()[0]
     config, _ = choice.settle(config, sizes, device.platform, devices.memory())

@@ -5,8 +5,6 @@ prompts of PROMPT tokens. The second time counts. In the first round, programs a
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +13,8 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+
+from trainit.tools.benchmark import children
 
 PROMPT, VOCABULARY = 256, 50_257
 ROWS = (1, 16)  # texts at once
@@ -39,17 +39,12 @@ def measure(length: int, rounds: int) -> Iterator[str]:
 
 def _run(name: str, rows: int, length: int, cache: str) -> dict:
     """What a program prints in a new process; or {"error": its last line}."""
-    command = [sys.executable, "-m", "trainit.tools.benchmark.generating", name, str(rows), str(length)]
-    env = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if process.returncode:
-        lines = process.stderr.strip().splitlines()
-        return {"error": f"{name}: {(lines or [f'exit code {process.returncode}'])[-1]}"}
-    return json.loads(process.stdout.splitlines()[-1])
+    settings = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    arguments = name, str(rows), str(length)
+    try:
+        return json.loads(children.run("trainit.tools.benchmark.generating", *arguments, settings=settings))
+    except ChildProcessError as error:
+        return {"error": f"{name}: {error}"}
 
 
 def prompts(rows: int) -> np.ndarray:

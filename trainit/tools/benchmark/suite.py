@@ -5,9 +5,6 @@ same state and its memory free of the others. Compiled programs are not kept bet
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from statistics import median
@@ -16,16 +13,13 @@ from tabulate import tabulate
 
 from trainit import config as config_lib
 from trainit.config import ConfigError
-from trainit.tools.benchmark.contender import CONTENDERS, MATMUL, SHAPES
+from trainit.tools.benchmark import children, contender
+from trainit.tools.benchmark.contender import MATMUL, SHAPES
 from trainit.train.reports import metrics
 
-# (shape, precision, steps after the first, programs)
-SUITES: dict[str, list[tuple[str, str, int, tuple[str, ...]]]] = {
-    "cpu": [(s, p, n, tuple(CONTENDERS)) for p in ("float32", "bfloat16") for s, n in (("S", 4), ("M", 1))],
-    "gpu": [
-        (s, "bfloat16", 20, ("matmul", "trainit", "torch_compile")) for s in ("124M", "350M", "1.3B", "7B")
-    ],
-}
+PROGRAMS = ("matmul", "trainit", "flax", "torch", "torch_compile")
+# (shape, precision, steps after the first)
+WORK = [(shape, precision, n) for precision in ("float32", "bfloat16") for shape, n in (("S", 4), ("M", 1))]
 HEADER = ["program", "seconds a step", "of the product's rate", "first step after", "peak memory"]
 
 
@@ -39,14 +33,13 @@ def flops(shape: str) -> float:
 
 def _run(name: str, shape: str, precision: str, steps: int) -> dict:
     """Runs a program once; returns what it prints, or {"error": its last line}."""
-    command = [sys.executable, "-m", "trainit.tools.benchmark.contender", name, shape, precision, str(steps)]
     with tempfile.TemporaryDirectory() as cache:
-        env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
-        command.append(str(time.time()))
-        process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if process.returncode:
-        return {"error": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
-    return json.loads(process.stdout.splitlines()[-1])
+        settings = dict.fromkeys(("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), cache)
+        arguments = name, shape, precision, str(steps), str(time.time())
+        try:
+            return json.loads(children.run(contender.__name__, *arguments, settings=settings))
+        except ChildProcessError as error:
+            return {"error": str(error)}
 
 
 def _row(name: str, shape: str, runs: list[dict], rate: float) -> list[str]:
@@ -63,19 +56,18 @@ def _seconds(runs: list[dict]) -> list[float]:
     return [second for run in runs for second in run["seconds"]]
 
 
-def measure(name: str, rounds: int) -> int:
-    """Prints the tables of a suite; returns the exit code.
+def measure(rounds: int) -> int:
+    """Prints a table for each shape and precision; returns the exit code.
 
     Raises ConfigError if the matrix product that gives the scale cannot be measured here.
     """
-    for shape, precision, steps, programs in SUITES[name]:
-        work = dict.fromkeys(programs, (precision, steps))
-        work["matmul"] = ("float32" if name == "cpu" else precision, 5)  # on a CPU, the same for all
+    for shape, precision, steps in WORK:
+        work = dict.fromkeys(PROGRAMS, (precision, steps)) | {"matmul": ("float32", 5)}  # the same for all
         turns = [{program: _run(program, shape, *work[program]) for program in work} for _ in range(rounds)]
         runs = {program: [turn[program] for turn in turns] for program in work}
         products = runs.pop("matmul")
         if failed := [run["error"] for run in products if "error" in run]:
-            raise ConfigError(f"--suite={name}: the product fails: {failed[0]}")
+            raise ConfigError(f"--suite=cpu: the product fails: {failed[0]}")
         rate = 2 * MATMUL**3 / median(_seconds(products))
         rows = [_row(program, shape, own, rate) for program, own in runs.items()]
         print(f"\n{shape}, {precision}: {MATMUL}³ product at {rate / 1e9:.0f} GFLOP/s")

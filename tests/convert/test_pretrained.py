@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from trainit.__main__ import main as trainit_command
 from trainit.config import SCHEDULES, ConfigError, resolve
+from trainit.convert import pretrained as reading
 from trainit.convert.pretrained import Pretrained
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
@@ -262,6 +263,26 @@ def test_what_the_config_says_must_agree(tmp_path):
     assert config.model.context_length == 96
     assert config.model.num_kv_heads == 2
     assert config.model.norm == "rmsnorm"
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_each_part_of_a_parameter_is_read_once(stacked, monkeypatch):
+    """Whatever the number of devices that have it; what is read at once is a part, not the array."""
+    whole = np.random.default_rng(0).standard_normal((3, 8, 6)).astype(np.float32)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "context": 1})
+    layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp", "tensor"))
+    read, sizes = reading._read, []
+
+    def count(*arguments):
+        part = read(*arguments)
+        sizes.append(part.size)
+        return part
+
+    monkeypatch.setattr(reading, "_read", count)
+    leaf = jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=layout)
+    found = reading._array(leaf, list(whole) if stacked else [whole], stacked)
+    np.testing.assert_array_equal(found, whole)
+    assert sizes == [whole.size // 4] * 4
 
 
 def test_a_run_from_a_folder(random_dataset, tmp_path, capsys):

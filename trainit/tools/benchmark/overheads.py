@@ -78,7 +78,8 @@ def _step_seconds(processes: int, steps: int, flags: list[str]) -> list[float]:
         command += [f"--config.{name}={value}" for name, value in fields.items()]
         if processes > 1:
             command += [f"--coordinator=localhost:{rendezvous.free_port()}", f"--num_processes={processes}"]
-        environment = {**os.environ, "TRAINIT_TOKEN": secrets.token_hex()}
+        token = {"TRAINIT_TOKEN": secrets.token_hex(), "TRAINIT_TOKEN_FILE": ""}
+        environment = {**os.environ, **token}
         started = [
             subprocess.Popen(
                 [*command, f"--process_id={index}"], env=environment, stderr=subprocess.PIPE, text=True

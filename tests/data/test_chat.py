@@ -315,7 +315,7 @@ def pieces(rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.evidence("conversations: loss and gradient are those of the assistant's tokens, on every mesh")
-@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2, "context": 2}], ids=str)
 def test_loss_is_the_mean_over_what_the_assistant_writes(sizes, data):
     """Of micro-steps with more and with fewer such tokens, against NumPy on each conversation by itself."""
     folder, _ = data

@@ -292,3 +292,28 @@ def test_remat_keeps_what_cudnn_computed(monkeypatch):
 
     assert counts("none") == counts("dots") == (1, 2)
     assert counts("block") == (2, 2)
+
+
+@pytest.mark.parametrize("name, context", [("blockwise", 1), ("gather", 2), ("ring", 4)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_dropout": 0.1, "gpt_dropout": 0.1},
+        {"document_mask": True, "end_of_text": 5, "positions": "rope"},
+        {"attention_softcap": 3.0, "window": 50, "activation": "swiglu", "qk_norm": True},
+    ],
+    ids=["dropout", "documents", "window"],
+)
+def test_unrolled_layers_can_compute_norms_again(name, context, fields):
+    """The gradient is only traced: `jax.checkpoint` of JAX 0.10 fails where it brings arrays of constants."""
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"tensor": 2, "context": context}
+    parallel = Parallel(make_mesh(sizes, jax.devices()[: 2 * context]))
+    c = model_config(remat="none", scan_layers=False, context_length=2 * attention.BLOCK, **fields)
+    model = GPT(c, "bfloat16", kernel_on(name, "gpu", parallel), parallel)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    tokens_BL = jnp.zeros((2, c.context_length), jnp.int32)
+
+    def total(params: dict) -> jax.Array:
+        return model.hidden(params, tokens_BL, jax.random.key(1))[0].astype(jnp.float32).sum()
+
+    assert "differentiated=True" in str(jax.make_jaxpr(jax.grad(total))(shapes))

@@ -290,7 +290,9 @@ def _backward(rate: float, form: Form, block: int, on_cpu: bool, residuals, dy_B
             zeros = jnp.zeros_like(totals[..., start:end])
             # Gradients of keys and values add up over all blocks that saw them.
             total, dq_ngXK = jax.lax.scan(pull, zeros, _of_stage(cut, stage, (indices, tuple(of_queries))))
-            totals = totals.at[..., start:end].add(total)
+            # `at[...].add` would bring an array of constants, with which `jax.checkpoint` of JAX 0.10 fails.
+            total += totals[..., start:end]
+            totals = jax.lax.dynamic_update_slice_in_dim(totals, total, start, axis=-1)
             parts.append(dq_ngXK)
         return jnp.concatenate(parts), *totals.astype(jnp.float32 if cut.on_cpu else k_gLK.dtype)
 

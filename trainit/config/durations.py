@@ -6,7 +6,7 @@ The batch size may change during a run (`batch_schedule`), so a duration in toke
 import bisect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,14 +23,16 @@ class BatchSizes:
     sizes: tuple[int, ...]
     run_steps: int  # of the whole run
     context_length: int  # tokens of a sequence
+    skipped: tuple[tuple[int, int], ...] = ()  # (step, batches before its own that are left out)
 
     def at(self, step: int) -> int:
         """The sequences of a step, the first of which is 0."""
         return self.sizes[bisect.bisect_right(self.starts, step) - 1]
 
     def rows(self, steps: int) -> int:
-        """The sequences of the first `steps` steps together."""
-        return sum(size * count for size, count in self.stages(0, steps))
+        """The sequences of the first `steps` steps together, and those that are left out between them."""
+        left_out = sum(count * self.at(step) for step, count in self.skipped if step < steps)
+        return left_out + sum(size * count for size, count in self.stages(0, steps))
 
     def stages(self, step: int, steps: int) -> list[tuple[int, int]]:
         """[(size, number of steps), ...] from `step` until `steps` steps are done."""
@@ -88,4 +90,12 @@ def batch_sizes(config: Mapping[str, Any]) -> BatchSizes:
         all(a < b for a, b in pairwise(sizes.starts)),
         f"batch_schedule={text!r} begins at the steps {[*sizes.starts[1:]]}, which must be above 0 and rise",
     )
-    return sizes
+    text = config["spikes"]["skip_data"]
+    ranges = [(int(begin), int(end)) for begin, end in re.findall(r"(\d{1,10}):(\d{1,10})", text)]
+    require(
+        ",".join(f"{begin}:{end}" for begin, end in ranges) == text.replace(" ", "")
+        and all(begin < end and sizes.at(begin) == sizes.at(end - 1) for begin, end in ranges)
+        and all(a < b for (a, _), (b, _) in pairwise(ranges)),
+        f"spikes.skip_data={text!r} must be rising ranges of steps, '3:5, 20:22', each of one batch size",
+    )
+    return replace(sizes, skipped=tuple((begin, end - begin) for begin, end in ranges))

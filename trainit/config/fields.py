@@ -65,8 +65,9 @@ def defaults() -> ConfigDict:
 def _measured_and_kept(c: ConfigDict) -> None:
     """Adds the fields of what a run measures and keeps, and of what becomes of it after a fault."""
     c.spikes = field(ConfigDict(), "loss spikes")
-    c.spikes.skip_deviations = field(0.0, "no update if so far above the mean; 0: never", at_least=0)
-    c.spikes.window = field(128, "steps before whose mean and deviation count", at_least=2)
+    c.spikes.skip_deviations = field(0.0, "deviations above the mean that skip a step; 0: none", at_least=0)
+    c.spikes.window = field(128, "steps before, whose mean and deviation count", at_least=2)
+    c.spikes.skip_data = field("", "steps FROM:TO, ... whose batches are left out, as in '1003:1010'")
     c.eval = field(ConfigDict(), "validation")
     c.eval.every_steps = field(1000, "steps between validations; 0: only at the end", at_least=0)
     c.eval.sequences = field(1024, "validation sequences, evenly spaced, always the same; 0: all", at_least=0)
@@ -79,6 +80,7 @@ def _measured_and_kept(c: ConfigDict) -> None:
     c.checkpoint.save_steps = field(1000, "every N steps; N, M: at these; 0: at the end", types=(int, tuple))
     c.checkpoint.keep = field(3, "newest checkpoints that stay; 0: all", at_least=0)
     c.checkpoint.fallback = field(False, "if the newest is damaged: continue from the newest whole one")
+    c.checkpoint.rewind = field(False, "go back to before a range that is new in spikes.skip_data")
     c.checkpoint.load_path = field("", "another run's folder, or hf:FOLDER, to start from at first")
     c.checkpoint.load_step = field(-1, "step of the checkpoint in load_path; -1: the newest", at_least=-1)
     c.checkpoint.overwrite_config = field(False, "resume with this config where the checkpoint's differs")
@@ -106,12 +108,8 @@ def model(**changes: Any) -> ConfigDict:
     m.vocab_size = field(0, "rows of the embedding; 0: the tokenizer's, up to a multiple of 128", at_least=0)
     _architecture(m)
     # How it is computed; none of these changes the result.
-    m.attention = field(
-        "auto",
-        "auto: cudnn, else blockwise, with memory linear in length; over mesh.context gather up to "
-        "16384 tokens of a sequence, else ring",
-        one_of=KERNELS,
-    )
+    kernels = "auto: cudnn, else blockwise; over mesh.context gather up to 16384 tokens, else ring"
+    m.attention = field("auto", kernels, one_of=KERNELS)
     m.remat = field(
         "auto",
         "what is computed again, not kept; auto: by device and memory; none: only what is cheap, norms and "
@@ -128,11 +126,8 @@ def model(**changes: Any) -> ConfigDict:
 def _architecture(m: ConfigDict) -> None:
     """Adds the fields that say what a model computes, of these sizes."""
     m.norm = field("layernorm", "normalization", one_of=("layernorm", "rmsnorm"))
-    m.norm_placement = field(
-        "before",
-        "norms of what attention and MLP read, of their results, or both",
-        one_of=("before", "after", "both"),
-    )
+    placements = ("before", "after", "both")
+    m.norm_placement = field("before", "norms of what blocks read, of results, or both", one_of=placements)
     m.norm_unit_offset = field(False, "norms multiply by 1 + scale, which starts from 0")
     m.norm_epsilon = field(1e-5, "added to the mean square by whose root norms divide", above=0)
     m.parallel_residual = field(False, "attention and MLP of a layer read the same residual stream")
@@ -176,11 +171,8 @@ def dataset(path: str) -> ConfigDict:
     d.tokenizer = field("", f"of another program's tokens: {TOKENIZERS}")
     d.end_of_text = field("", "token that ends a text; empty: the one that the tokenizer's files name")
     d.mixture = field("", "weights of subsets and folders: 'Github 0.3, data/web 0.7; 50%: ...'; empty: all")
-    d.order = field(
-        "shuffled",
-        "shuffled: another order each epoch; blocks: neighbours stay near; sequential: as on the disk",
-        one_of=("shuffled", "blocks", "sequential"),
-    )
+    orders = ("shuffled", "blocks", "sequential")
+    d.order = field("shuffled", "blocks: neighbours stay near; sequential: as on the disk", one_of=orders)
     d.block_tokens = field(1 << 24, "tokens of a block, for order=blocks", above=0)
     d.workers = field(0, "worker processes of the loader; 0: a thread of the process itself", at_least=0)
     d.prefetch = field(2, "batches that are read ahead", above=0)
@@ -206,9 +198,7 @@ def chat(path: str = "chat/train", validation_path: str = "chat/val.jsonl") -> C
     d = jsonl(path, validation_path)
     d.text_field = field("messages", "dotted path of the messages in a line's JSON")
     d.subset_field = field("", "dotted path of the subset, by which validation is reported; empty: none")
-    d.template = field(
-        "", "chat template: a file, or chatml; empty: next to the tokenizer's file, else chatml"
-    )
+    d.template = field("", "chat template: a file, or chatml; empty: the tokenizer's, else chatml")
     d.date = field("2024-07-26", "the day that templates take for today")
     return d
 

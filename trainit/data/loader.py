@@ -1,11 +1,11 @@
 """Global batches of token ids: which sequences make batch t, and how each process reads its rows.
 
 Law: for a given config and dataset, global batch t depends on t alone. These fields of the config count:
-seed, model.context_length, batch_size, batch_schedule, and of `dataset` order, block_tokens and mixture; for
-JSON lines also streams and window. Prepared data have one endless order of sequences, called rows here, and
-batch t is the next `batch_sizes.at(t)` of them after those of batches 0 to t - 1. Hosts, devices, workers,
-micro-steps and restarts only decide who reads which of these rows. The position is one integer: the rows
-consumed. A run that begins with load_path continues where that run stopped in the data.
+seed, model.context_length, batch_size, batch_schedule, spikes.skip_data, and of `dataset` order, block_tokens
+and mixture; for JSON lines also streams and window. Prepared data have one endless order of sequences, called
+rows here, and batch t is the next `batch_sizes.at(t)` of them after those of batches 0 to t - 1 and what is
+left out. Hosts, devices, workers, micro-steps and restarts only decide who reads which of them. The
+position is one integer: rows consumed. A run with load_path continues where that run stopped in the data.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

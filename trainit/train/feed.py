@@ -1,5 +1,6 @@
 """The training batches of a run, read while the devices compute."""
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import InitVar, dataclass
@@ -20,8 +21,9 @@ POLL_SECONDS = 0.2  # how often a process that waits for data looks whether the 
 class BatchFeed:
     """Training batches from the current step on; each process reads its own rows of them.
 
-    A thread fetches the next batch while a step runs. Batches are read up to the next change of batch size;
-    there, a new reader takes over, since streamed data know their position only when they have come so far.
+    A thread fetches the next batch while a step runs. Batches are read up to the next change of batch size or
+    the next that are left out; there, a new reader takes over, since streamed data know their position only
+    when they have come that far.
     """
 
     data: TrainingData
@@ -39,13 +41,16 @@ class BatchFeed:
         self._next = self._thread.submit(next, self._batches)
 
     def _read_from(self, position: DataPosition):
-        """Reads on from this position, with the batch size of the current step."""
+        """Reads on from this position, with the batch size of the current step, after what it leaves out."""
         # The reader gets just as many batches as have this size. None are left after the last step.
-        sizes = self.shape.batch_sizes
+        sizes, self._begin = self.shape.batch_sizes, (self.step, position)
         size, count = (sizes.stages(self.step, sizes.run_steps) or [(sizes.sizes[-1], 0)])[0]
+        count = min([count, *(step - self.step for step, _ in sizes.skipped if step > self.step)])
+        left_out = dict(sizes.skipped).get(self.step, 0)
+        self._rows += left_out * size
         layout = batch_sharding(self.shape.device_mesh)
         self._reader = self.data.reader(self.shape.batch_of(size), layout, position)
-        self._batches = self._reader.batches(count)
+        self._batches = itertools.islice(self._reader.batches(left_out + count), left_out, None)
 
     def next(self) -> dict[str, jax.Array] | None:
         """The batch of the current step, or an error of reading; None if the job stops before it has come."""
@@ -61,13 +66,14 @@ class BatchFeed:
         return None
 
     def advance(self):
-        """Counts the batch from `next` as consumed, and starts to fetch the one after it."""
+        """Counts the batch from `next` as consumed, and fetches the one after it. All processes call it."""
         self._rows += self.shape.batch_sizes.at(self.step)
         self.step += 1
-        if self.step in self.shape.batch_sizes.starts:  # all processes come here: they exchange positions
+        if self.step in {*self.shape.batch_sizes.starts, *dict(self.shape.batch_sizes.skipped)}:
             self._read_from(self.position())
         self._next = self._thread.submit(next, self._batches)
 
     def position(self) -> DataPosition:
-        """The position in the data after the current step. All processes call it together."""
-        return self._reader.position(self._rows)
+        """The position after the current step, before what is left out. All processes call it together."""
+        begun_at, position = self._begin
+        return position if self.step == begun_at else self._reader.position(self._rows)

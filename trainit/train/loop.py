@@ -123,7 +123,7 @@ class Job:
         if skipped >= c.max_skipped:
             raise NonFiniteError(
                 f"the run ended at step {start.step} after {skipped} steps in a row "
-                f"that were skipped; raise max_skipped={c.max_skipped}, or load_path an earlier checkpoint"
+                f"that were skipped; raise max_skipped={c.max_skipped}, or go back: spikes.skip_data"
             )
         if is_lead:
             files.write_json(self.workdir / "config.json", c.to_dict())

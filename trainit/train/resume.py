@@ -20,7 +20,7 @@ from trainit.optimizers.common import schedules
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
 from trainit.train.checkpoint import CheckpointStore
-from trainit.train.saved.fallback import set_aside, whole
+from trainit.train.saved.fallback import before_skipped, set_aside, whole
 from trainit.train.state import TrainState
 from trainit.train.step import CompiledSteps
 
@@ -90,8 +90,10 @@ class Resume:
         takes_newest = is_resumed or c.load_step < 0
         option = f"--config.checkpoint.{'fallback=True' if takes_newest else 'load_step={step}'}"
         step = whole(source, step, option, c.fallback and takes_newest)
+        newest = step
+        step = newest if c.overwrite_optimizer else before_skipped(source, newest, self.config)
         if is_resumed and step < self._latest:
-            set_aside(source, step)
+            set_aside(source, step, "damaged" if step == newest else "rewound")
         meta = source.meta(step)
         position, changes = self._check(meta, f"checkpoint {source.folder / str(step)}", step)
 

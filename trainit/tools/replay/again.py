@@ -50,8 +50,9 @@ def jobs(folder: Path) -> list[Job]:
     require((folder / "metrics.jsonl").is_file(), f"{folder} is no folder of a run: it has no metrics.jsonl")
     found, facts = [], runs.read(folder).facts
     for meta in (folder / "checkpoints").glob("[0-9]*/meta/metadata"):
-        about = json.loads(meta.read_bytes())
-        found.append(Job(int(meta.parts[-3]), about["config"], about.get("computed_on", "")))
+        if (step := meta.parts[-3]).isdigit():  # others are put aside
+            about = json.loads(meta.read_bytes())
+            found.append(Job(int(step), about["config"], about.get("computed_on", "")))
     config = json.loads((folder / "config.json").read_bytes())
     return [*sorted(found), Job(math.inf, config, facts.get("computed_on", ""))]
 
@@ -100,12 +101,15 @@ class Replay:
         if draw:
             state = replace(state, params=self._disturbed(state.params, draw))
 
-        # Batches as the loop reads them: where their size changes, another reader continues.
-        rows, layout = position.rows, batch_sharding(self.shape.device_mesh)
+        # Batches as the loop reads them: where their size changes, or some are left out, is another reader.
+        rows, layout, skipped = position.rows, batch_sharding(self.shape.device_mesh), dict(sizes.skipped)
         found: dict[int, dict[str, float]] = {}
-        for size, count in sizes.stages(self.begin, self.end):
+        ends = [self.begin, *(step for step in skipped if self.begin < step < self.end), self.end]
+        for size, count in itertools.chain(*itertools.starmap(sizes.stages, itertools.pairwise(ends))):
+            left_out = skipped.get(self.begin + len(found), 0)
+            rows += left_out * size
             reader = self.data.reader(self.shape.batch_of(size), layout, position)
-            for batch in reader.batches(count):
+            for batch in itertools.islice(reader.batches(left_out + count), left_out, None):
                 state, on_device = self.compiled.train(state, batch)
                 step, rows = self.begin + len(found) + 1, rows + size
                 values = metrics.numbers(self.config, step, on_device)

@@ -31,8 +31,8 @@ def test_unknown_part(random_dataset):
     assert process.returncode == 2
     assert (
         output.strip()
-        == "trainit: error: --only=loder: there are loader, step, save, processes, optimizer, loss, prepare, "
-        "generate"
+        == "trainit: error: --only=loder: there are loader, step, save, processes, optimizer, loss, "
+        "products, prepare, generate"
     )
 
 

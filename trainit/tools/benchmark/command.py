@@ -1,4 +1,4 @@
-"""Measures the loader, the train step, blocking saves, and what processes, optimizers and logits cost.
+"""Measures the loader, the train step and its products, saves, and what parts of a run cost.
 
     trainit benchmark --config=configs/debug.py [--only=loader,step,save,...]
     trainit benchmark --config=configs/debug.py --sweep
@@ -20,8 +20,8 @@ from trainit import cli
 from trainit.cluster.process import DONE, tune_process
 from trainit.config import Config, require
 
-DESCRIPTION = "Measures the loader, the train step, saves, and what processes, optimizers and logits cost."
-PARTS = ("loader", "step", "save", "processes", "optimizer", "loss")
+DESCRIPTION = "Measures the loader, the train step and its products, saves, and what parts of a run cost."
+PARTS = ("loader", "step", "save", "processes", "optimizer", "loss", "products")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     # As the command that trains.
     tune_process()
     from trainit.cluster import logs
-    from trainit.tools.benchmark import loader, overheads, step
+    from trainit.tools.benchmark import loader, overheads, products, step
 
     logs.log_to_terminal(lead=True)
     config, dataset = cli.read(cli.load_config(arguments), arguments)
@@ -89,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         "processes": lambda: overheads.measure_processes(steps, same_config),
         "optimizer": lambda: overheads.measure_optimizer(config, dataset, steps),
         "loss": lambda: overheads.measure_loss(config, rounds),
+        "products": lambda: products.measure(config, rounds),
     }
     for name in PARTS:
         if name in only:

@@ -61,7 +61,9 @@ def test_a_part_fails_alone(tmp_path, capsys):
     one = measured(H100, tmp_path)
 
     def fail():
-        raise MemoryError("RESOURCE_EXHAUSTED: | out\nof memory")
+        error = MemoryError("RESOURCE_EXHAUSTED: | out\nof memory")
+        error.add_note("where it was")
+        raise error
 
     one.parts = {name: lambda: one._add("it", "1 ms") for name in PARTS} | {"attention": fail}
     assert one.measure() == 1
@@ -100,17 +102,19 @@ def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     hangs = "import subprocess, sys, time\np = subprocess.Popen(['sleep', '600'])\n"
     hangs += "open(sys.argv[1], 'w').write(str(p.pid))\ntime.sleep(600)\n"
     (tmp_path / "hangs.py").write_text(hangs)
-    (tmp_path / "fails.py").write_text("import sys\nprint('out')\nsys.exit('the reason\\nis this')")
+    (tmp_path / "fails.py").write_text("print('out')\nraise MemoryError('the reason\\nand more')")
     settings = {"PYTHONPATH": str(tmp_path)}
-    with pytest.raises(ChildProcessError, match="not done after 3 s"):
-        children.run("hangs", f"{tmp_path}/pid", settings=settings, limit=3)
+    with pytest.raises(ChildProcessError, match="not done after 5 s"):
+        children.run("hangs", f"{tmp_path}/pid", settings=settings, limit=5)
     status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
     end = time.monotonic() + 20
     while status.exists() and "zombie" not in status.read_text():
         assert time.monotonic() < end, "what it started still runs"
         time.sleep(0.05)
-    with pytest.raises(ChildProcessError, match=r"^is this$"):
+    with pytest.raises(ChildProcessError, match="the reason") as caught:
         children.run("fails", settings=settings)
+    assert str(caught.value) == "MemoryError: the reason"
+    assert "fails.py" in caught.value.__notes__[0] and "and more" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("torch", [True, False])

@@ -45,6 +45,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-c
 RIVALS = "torch", "transformers"
 CONFIG = Path(trainit.__file__).parents[1] / "configs" / "debug.py"
 TINY_RUN = ["--debug", "--config.cpu_devices=1", "--config.batch_size=4", "--config.device_batch_size=0"]
+TINY_RUN += ["--config.model.num_blocks=1", "--config.eval.every_steps=0"]
 
 
 def share(seconds: float, weights: Sequence[float]) -> float:
@@ -70,6 +71,7 @@ class Card:
             **({"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": first} if kind else ON_CPU),
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
+            "JAX_TRACEBACK_FILTERING": "off",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.parts: dict[str, Callable] = {size: partial(self._size, size) for size in contender.SHAPES}
@@ -86,7 +88,7 @@ class Card:
             self.deadline = now + share(end - now, [PARTS[name] for name in names[index:]])
             self._attempt("", self.parts[self.part])
         self._write()
-        print(f"\n{self.text()}\nwritten to {self.output}", flush=True)
+        print(f"\n{self.text()}\nwritten to {self.output}{', errors to .log' * self.failed}", flush=True)
         return FAILED if self.failed else DONE
 
     def text(self) -> str:
@@ -114,6 +116,8 @@ class Card:
             measure()
         except Exception as error:
             self.failed = True
+            with self.output.with_suffix(".log").open("a") as log:  # all that a program has said
+                log.writelines([f"{self.part} {what}\n", *getattr(error, "__notes__", ())])
             self._add(what, f"failed: {' '.join(str(error).split())[:200] or type(error).__name__}")
             return False
         return True

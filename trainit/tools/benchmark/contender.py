@@ -8,6 +8,7 @@ dropout; the step is forward, backward, clipping by global norm and AdamW, in pl
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -59,8 +60,10 @@ def config_of(shape: dict, precision: str) -> Any:
 def trainit(shape: dict, precision: str) -> Callable[[], float]:
     """Returns Trainit's own step as a run makes it by default, except for the data."""
     from trainit.cluster import devices
+    from trainit.cluster.place import Place
 
     devices.configure("", 1, Path())  # JAX_COMPILATION_CACHE_DIR names the cache
+    devices.initialize(os.environ.get("JAX_PLATFORMS", ""), Place("alone"))
     return step_of(config_of(shape, precision), shape)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from absl import logging
 
+from trainit.cluster import sync
 from trainit.config import Config
 
 
@@ -27,7 +28,8 @@ class SkippedSteps:
         self.total = record["train/skipped"]
         if self._unreported and (now or record["step"] % self.config.log.every_steps == 0):
             several = f"{self._unreported} steps, the last is " * (self._unreported > 1)
-            logging.warning("skipped    %s%s", several, self.newest)
+            level = logging.WARNING if sync.is_lead() else logging.INFO  # all processes know the same
+            logging.log(level, "skipped    %s%s", several, self.newest)
             self._unreported = 0
 
 

@@ -13,6 +13,7 @@ Times are medians over repetitions on this machine as it is; what counts is the 
 import argparse
 import os
 import signal
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.suite == "gpu":
         from trainit.tools.benchmark import card
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it has started ends, too
+        stopped = f"trainit: error: stopped; {arguments.output} has the table so far"
+        for number in (signal.SIGINT, signal.SIGTERM):  # what it has started ends, too
+            signal.signal(number, lambda *_: sys.exit(stopped))
         return card.measure(arguments.minutes, rounds, Path(arguments.output))
     if "prepare" in only:
         alone = only == ["prepare"] and arguments.corpus

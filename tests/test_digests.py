@@ -85,7 +85,9 @@ def _is_space(content: bytes, at: int) -> bool:
     return content[:1] == b"{" and content[at : at + 1] in b" \n"
 
 
-@pytest.mark.parametrize("damage", ["cut", "grown", "deleted", "folder deleted", "digests deleted"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "grown", "deleted", "folder deleted", "no object", "digests deleted"]
+)
 def test_a_missing_or_cut_file_is_a_line(damage, run, capsys):
     path = data_file(run, 9)
     name, size = str(path.relative_to(run / "checkpoints/9")), path.stat().st_size
@@ -101,6 +103,9 @@ def test_a_missing_or_cut_file_is_a_line(damage, run, capsys):
     elif damage == "folder deleted":
         shutil.rmtree(run / "checkpoints/9/meta")
         expected = ["meta/commit_success.txt is missing", "meta/metadata is missing"]
+    elif damage == "no object":
+        (run / "checkpoints/9/_CHECKPOINT_METADATA").write_text("null")
+        expected = ["_CHECKPOINT_METADATA is not as it was saved"]
     else:
         (run / "checkpoints/9/digests.json").unlink()
         expected = ["digests.json is missing"]

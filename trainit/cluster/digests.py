@@ -114,7 +114,7 @@ def _compare(checkpoint: Path, name: str, block: int, about: dict[str, Any]) -> 
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    except ValueError:  # Orbax's metadata are no JSON any more
+    except (ValueError, TypeError, AttributeError):  # Orbax's metadata are no JSON object any more
         pass
     return f"{name} is not as it was saved"
 

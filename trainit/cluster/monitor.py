@@ -171,7 +171,7 @@ class JobMonitor:
             peer.left = True
         for message in messages or ():
             match message:
-                case {"status": status}:
+                case {"status": {"polls": int(), "doing": str(), "seconds": int()} as status}:
                     peer.status = status
                 case {"late": text}:
                     self._heartbeats.late = text

@@ -61,11 +61,12 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         monitor.report_failure(error, code)
         leave(code)
     except Exception as error:
-        monitor.report_failure(error, FAILED, patience=3)
-        known = isinstance(error, BrokenInputError | SaveError | NonFiniteError)  # a line says it all
-        known = known or (isinstance(error, OSError) and error.filename is not None)
+        code = getattr(error, "exit_code", FAILED)
+        monitor.report_failure(error, code, patience=3)
+        known = code != FAILED or isinstance(error, BrokenInputError | SaveError | NonFiniteError)
+        known = known or (isinstance(error, OSError) and error.filename is not None)  # a line says it all
         logging.error("trainit: error: %s", error, exc_info=not known)
-        leave(FAILED)
+        leave(code)
     leave(code, together=True)
 
 

@@ -6,11 +6,13 @@ import resource
 import socket
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 from jax._src import cache_key
 
+from trainit import __version__
 from trainit.cluster import hardware, xla_flags
 from trainit.cluster.place import Place, SetupError
 from trainit.cluster.process import delay_abort
@@ -102,12 +104,17 @@ def memory(processes: int = 1) -> int:
     return min(limits) // (len(own) * processes)
 
 
-def kind() -> str:
-    """What this process's devices are, with the features and cores of CPUs, on which sums depend."""
-    first = jax.local_devices()[0]
-    if first.platform != "cpu" or not hasattr(os, "sched_getaffinity"):
-        return first.device_kind
-    return f"cpu {_processor()}, {len(os.sched_getaffinity(0))} cores"
+def computed_on(mesh: Mapping[str, int], attention: str) -> str:
+    """The job's devices, and how a run lies on them. Jobs with one text compute the same, bit for bit."""
+    first, flags = jax.local_devices()[0], zlib.crc32(os.environ.get("XLA_FLAGS", "").encode())
+    kind = first.device_kind
+    if first.platform == "cpu" and hasattr(os, "sched_getaffinity"):  # sums depend on the number of cores
+        kind = f"cpu {_processor()}, {len(os.sched_getaffinity(0))} cores"
+    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.items())
+    return (
+        f"{jax.device_count()} × {kind}, {jax.process_count()} processes, mesh {sizes}, attention "
+        f"{attention}, Trainit {__version__}, JAX {jax.__version__}, XLA_FLAGS {flags:08x}"
+    )
 
 
 def peak_memory() -> int:

@@ -29,6 +29,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, s
 DONE = 0  # all is done
 FAILED = 1  # anything that is not the user's to correct
 USAGE = 2  # a wrong config or wrong flags
+DAMAGED = 70  # a device has computed or kept wrong numbers: see device_checks.py
 STOPPED = 75  # stopped on request, with everything saved
 
 # Settings of glibc's malloc, which it reads only when a process starts. Large arrays of the host are put in

@@ -85,6 +85,8 @@ def _measured_and_kept(c: ConfigDict) -> None:
     c.checkpoint.load_step = field(-1, "step of the checkpoint in load_path; -1: the newest", at_least=-1)
     c.checkpoint.overwrite_config = field(False, "resume with this config where the checkpoint's differs")
     c.checkpoint.overwrite_optimizer = field(False, "load only parameters and data position from load_path")
+    c.check = field(ConfigDict(), "comparisons of what devices compute and keep")
+    c.check.every_steps = field(0, "steps between comparisons of devices; 0: none", at_least=0)
     c.restart = field(ConfigDict(), "what launch scripts do when a process fails or is lost")
     c.restart.limit = field(0, "times to start all again, from the newest checkpoint; 0: never", at_least=0)
     c.restart.shrink = field(False, "continue on fewer hosts if there are no more, and the mesh fits there")

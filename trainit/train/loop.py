@@ -10,6 +10,8 @@ from absl import logging
 
 from trainit import __version__
 from trainit.cluster import files, sync
+from trainit.cluster.device_checks import DeviceCheck
+from trainit.cluster.devices import computed_on
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.process import DONE, FAILED, STOPPED, USAGE
 from trainit.config import Config
@@ -144,7 +146,10 @@ class Job:
             self.logger = RunLogger(is_lead, self.workdir, c.to_dict(), start.step, *kept)
         about = self.logger, meter, monitor, start.postponed, SkippedSteps(c, int(start.state.skipped))
         self.recorder = StepRecorder(c, start.position.tokens, *about)
+        tasks = monitor.watchdog.long_task, self._checkpoints.wait
+        self._check = DeviceCheck(c.check.every_steps, self._steps, shape.device_mesh, *tasks)
         self.saves = SaveRetry(self._checkpoints, monitor, self._checkpoint_meta, start.saved_step)
+        self.saves.check_state = self._check.replicas
 
     def validate_and_save(self, step: int, state: TrainState, reason: str) -> str:
         """Validates and saves if that is due after `step` steps; returns why to stop here, or ""."""
@@ -172,6 +177,7 @@ class Job:
 
     def train(self, step: int, state: TrainState, batch: dict | None) -> tuple[TrainState, dict]:
         """Starts the train step after `step` others: the state after it, and its metrics on the device."""
+        self._check(step, state, batch)
         if self.timer.is_over:
             return self._start_step(step, state, batch)
         # The first step of this process is waited for, and ends its start-up. Compiling it began in another
@@ -205,7 +211,7 @@ class Job:
             "postponed": self.recorder.postponed,
             "changes": self.start.changes,
             "version": __version__,
-            "computed_on": metrics.computed_on(self.shape),
+            "computed_on": computed_on(self.shape.sizes, self.shape.attention),
         }
 
     def report_end(self, step: int, reason: str):

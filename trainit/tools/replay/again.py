@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from trainit import cli, optimizers
 from trainit.cluster import sync
+from trainit.cluster.devices import computed_on
 from trainit.config import DATASETS, FREE, Config, ConfigDict, defaults, flatten, require
 from trainit.data import training_data
 from trainit.data.jsonl.dataset import is_chat
@@ -202,5 +203,6 @@ def prepare(
     config, shape, _ = choice.on_devices(config)
     fields = differences(mine.config, config.to_dict()).items()
     others = (f", {name}={new}" for name, (_, new) in fields if COMPUTING.match(name))
-    here, compiled = metrics.computed_on(shape) + "".join(others), train_step.build(config, shape)
+    here = computed_on(shape.sizes, shape.attention) + "".join(others)
+    compiled = train_step.build(config, shape)
     return Replay(config, data, shape, compiled, begin, end, logged, mine.computed_on, here)

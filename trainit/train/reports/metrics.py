@@ -1,15 +1,13 @@
 """Figures about a run and its speed: parameters, FLOPs, MFU, throughput, memory."""
 
 import math
-import os
 import time
-import zlib
 from typing import Any
 
 import jax
 
 from trainit import __version__
-from trainit.cluster.devices import kind, peak_memory
+from trainit.cluster.devices import computed_on, peak_memory
 from trainit.cluster.hardware import peak_flops
 from trainit.config import GATED, Config, layers_with_window
 from trainit.parallel.mesh import RunShape
@@ -31,18 +29,8 @@ def facts(model: Config, state, shape: RunShape) -> dict:
         "optimizer_bytes": total_bytes(state.opt_state),  # on all devices together, replicas counted once
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": f"Trainit {__version__}, JAX {jax.__version__}",
-        "computed_on": computed_on(shape),
+        "computed_on": computed_on(shape.sizes, shape.attention),
     }
-
-
-def computed_on(shape: RunShape) -> str:
-    """A job's devices, and how a run lies on them. Jobs with one text compute the same, bit for bit."""
-    sizes = " × ".join(f"{axis} {size}" for axis, size in shape.sizes.items())
-    flags = zlib.crc32(os.environ.get("XLA_FLAGS", "").encode())
-    return (
-        f"{jax.device_count()} × {kind()}, {jax.process_count()} processes, mesh {sizes}, attention "
-        f"{shape.attention}, Trainit {__version__}, JAX {jax.__version__}, XLA_FLAGS {flags:08x}"
-    )
 
 
 def flops_per_token(model: Config) -> float:

@@ -31,6 +31,7 @@ class SaveRetry:
     monitor: JobMonitor  # passes reports of failed saves between processes
     make_meta: Callable[[], dict]  # called right before a save starts: what belongs to the state, as JSON
     saved_step: int | None  # of the newest checkpoint, if there is one
+    check_state: Callable[[int, TrainState], None] = lambda step, state: None  # before each save
     _failures: int = 0  # in a row
 
     def check(self):
@@ -74,6 +75,7 @@ class SaveRetry:
             self._failures = 0
 
     def _start(self, step: int, state: TrainState):
+        self.check_state(step, state)
         with self.monitor.watchdog.long_task("saving"):
             self.checkpoints.save(step, state, self.make_meta())
         self.saved_step = step

@@ -18,6 +18,8 @@ from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
 
+QUIET = SimpleNamespace(long_task=contextlib.nullcontext), SimpleNamespace(wait=lambda: None)
+
 
 def begin(*sizes: int):
     """The check of a run on a mesh of these sizes, its first state, and a batch."""
@@ -29,7 +31,7 @@ def begin(*sizes: int):
     ids = np.random.default_rng(0).integers(0, 257, (parts, rows, length + 1)).astype(np.uint16)
     batch = {"tokens": ids, "lengths": np.full((parts, rows), length, np.int32)}
     batch = jax.device_put(batch, batch_sharding(shape.device_mesh))
-    return DeviceCheck(2, steps, shape.device_mesh, contextlib.nullcontext, lambda: None), steps.init(), batch
+    return DeviceCheck(2, steps, *QUIET), steps.init(), batch
 
 
 def flipped(array: jax.Array, device: int, bit: int) -> jax.Array:
@@ -82,10 +84,9 @@ def test_no_false_alarm(sizes):
     for done in (1, 2):
         state, _ = check.steps.train(state, batch)
         check(done, state, batch)
-    hashes = check.steps.gradient_hashes
+    hashes = check.steps.hashes["gradient"]
     other = iter([hashes(state.params, batch, state.step), hashes(state.params, batch, state.step + 1)])
-    kept = {"state_hashes": check.steps.state_hashes}
-    check.steps = SimpleNamespace(gradient_hashes=lambda *_: next(other), **kept)
+    check.steps = SimpleNamespace(hashes=check.steps.hashes | {"gradient": lambda *_: next(other)})
     with pytest.raises(device_checks.DamageError, match="compute another gradient when they do it again"):
         check(2, state, batch)
 

@@ -19,6 +19,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainit.cluster.process import DAMAGED
+from trainit.cluster.watchdog import Watchdog
 
 CHUNK = 1 << 18  # numbers that are hashed at once
 
@@ -46,13 +47,13 @@ class DeviceCheck:
 
     every_steps: int
     steps: Any  # the run's `CompiledSteps`
-    mesh: Mesh
-    long_task: Callable[[str], contextlib.AbstractContextManager]  # of the watchdog
-    wait: Callable[[], None]  # until the save that is under way is durable
+    watchdog: Watchdog
+    checkpoints: Any  # the run's `CheckpointStore`
 
     def __post_init__(self) -> None:
         state = self.steps.abstract_state
-        specs = [leaf.sharding.spec for leaf in jax.tree.leaves((state.params, state.opt_state))]
+        layout = [leaf.sharding for leaf in jax.tree.leaves((state.params, state.opt_state))]
+        self.mesh, specs = layout[0].mesh, [sharding.spec for sharding in layout]
         # Along these axes of the mesh, devices have the same parts of all arrays.
         split = set(jax.tree.leaves([list(spec) for spec in specs]))
         self._axes = [index for index, axis in enumerate(self.mesh.axis_names) if axis not in split]
@@ -64,23 +65,23 @@ class DeviceCheck:
         """Does what is due after `step` steps; `batch` is the next one."""
         if self.every_steps and step and step % self.every_steps == 0:
             self.replicas(step, state)
-            with self.long_task("computing a gradient twice"):
-                twice = [self.steps.gradient_hashes(state.params, batch, state.step) for _ in range(2)]
+            with self.watchdog.long_task("computing a gradient twice"):
+                twice = [self.steps.hashes["gradient"](state.params, batch, state.step) for _ in range(2)]
                 first, second = map(np.asarray, twice)
             self._require_none(first != second, step, "compute another gradient when they do it again")
 
     def replicas(self, step: int, state: Any) -> None:
         """Compares the replicas of the state after `step` steps."""
         if self.every_steps and self._axes:
-            with self.long_task("comparing replicas"):
-                found = np.asarray(self.steps.state_hashes((state.params, state.opt_state)))
+            with self.watchdog.long_task("comparing replicas"):
+                found = np.asarray(self.steps.hashes["replicas"]((state.params, state.opt_state)))
             wrong = odd_ones(found, self._axes)
             self._require_none(wrong, step, "have another state than their replicas")
 
     def _require_none(self, wrong: np.ndarray, step: int, what: str) -> None:
         if wrong.any():
             with contextlib.suppress(Exception):  # that save is of a state that was compared
-                self.wait()
+                self.checkpoints.wait()
             raise DamageError(step, self.mesh.devices[wrong], what)
 
 
@@ -123,11 +124,21 @@ def _hash(array: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, -(-array.size // count), add, jnp.uint32(0))
 
 
-def gradient_hashes(mesh: Mesh, gradient: Callable, layout: Any, params: Any, *arguments: Any) -> jax.Array:
-    """The hashes of gradient(params, *arguments): a gradient with these shardings, and sums."""
-    grads, sums = gradient(params, *arguments)
-    everywhere = dict.fromkeys(sums, NamedSharding(mesh, PartitionSpec()))
-    return hashes(mesh, (layout, everywhere), (grads, sums))
+def functions(mesh: Mesh, params: Any, opt_state: Any, gradient: Callable) -> dict[str, Callable]:
+    """What is compared: "replicas" of a pair of params and opt_state, and "gradient" of its arguments.
+
+    Both return `hashes`. Params and opt_state are shardings; `gradient` returns a gradient and sums.
+    """
+
+    def gradient_hashes(*arguments: Any) -> jax.Array:
+        grads, sums = gradient(*arguments)
+        everywhere = dict.fromkeys(sums, NamedSharding(mesh, PartitionSpec()))
+        return hashes(mesh, (params, everywhere), (grads, sums))
+
+    return {
+        "replicas": lambda state: hashes(mesh, (params, opt_state), state),
+        "gradient": gradient_hashes,
+    }
 
 
 def odd_ones(found: np.ndarray, axes: list[int]) -> np.ndarray:

@@ -9,9 +9,7 @@ import jax
 from absl import logging
 
 from trainit import __version__
-from trainit.cluster import files, sync
-from trainit.cluster.device_checks import DeviceCheck
-from trainit.cluster.devices import computed_on
+from trainit.cluster import device_checks, devices, files, sync
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.process import DONE, FAILED, STOPPED, USAGE
 from trainit.config import Config
@@ -146,8 +144,8 @@ class Job:
             self.logger = RunLogger(is_lead, self.workdir, c.to_dict(), start.step, *kept)
         about = self.logger, meter, monitor, start.postponed, SkippedSteps(c, int(start.state.skipped))
         self.recorder = StepRecorder(c, start.position.tokens, *about)
-        tasks = monitor.watchdog.long_task, self._checkpoints.wait
-        self._check = DeviceCheck(c.check.every_steps, self._steps, shape.device_mesh, *tasks)
+        store, every = self._checkpoints, c.check.every_steps
+        self._check = device_checks.DeviceCheck(every, self._steps, monitor.watchdog, store)
         self.saves = SaveRetry(self._checkpoints, monitor, self._checkpoint_meta, start.saved_step)
         self.saves.check_state = self._check.replicas
 
@@ -211,7 +209,7 @@ class Job:
             "postponed": self.recorder.postponed,
             "changes": self.start.changes,
             "version": __version__,
-            "computed_on": computed_on(self.shape.sizes, self.shape.attention),
+            "computed_on": devices.computed_on(self.shape.sizes, self.shape.attention),
         }
 
     def report_end(self, step: int, reason: str):

@@ -37,8 +37,7 @@ class CompiledSteps:
     begin: CompiledFunction  # params -> TrainState at step 0 of these parameters, whose memory it takes over
     begin_separate: dict[str, CompiledFunction]  # params -> the state's field of this name, in a resume
     train: CompiledFunction  # (TrainState, batch) -> (TrainState, metrics); reuses the old state's memory
-    state_hashes: CompiledFunction  # (params, opt_state) -> a number for each device: see `device_checks`
-    gradient_hashes: CompiledFunction  # (params, batch, step) -> the same
+    hashes: dict[str, CompiledFunction]  # -> a number for each device: see `device_checks.functions`
     evaluate: CompiledFunction  # (params, batch, token_bytes, subsets) -> sums
 
 
@@ -89,9 +88,8 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     train_step = TrainStep(config, loss_and_gradient, optimizer, schedule).train_step
     eval_step = functools.partial(_eval_step, model, cross_entropy)
 
-    replicated, gradient = replicated_sharding(mesh), loss_and_gradient.gradient
-    state_hashes = functools.partial(device_checks.hashes, mesh, (layout.params, layout.opt_state))
-    gradient_hashes = functools.partial(device_checks.gradient_hashes, mesh, gradient, layout.params)
+    replicated = replicated_sharding(mesh)
+    hashed = device_checks.functions(mesh, layout.params, layout.opt_state, loss_and_gradient.gradient)
     begun = {name: CompiledFunction(name, start, getattr(layout, name)) for name, start in separate.items()}
     return CompiledSteps(
         abstract_state=abstract_state,
@@ -99,8 +97,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
         begin=CompiledFunction("begin", begin, layout, donate_argnums=0),
         begin_separate=begun,
         train=CompiledFunction("train", train_step, (layout, replicated), donate_argnums=0),
-        state_hashes=CompiledFunction("replicas", state_hashes, replicated),
-        gradient_hashes=CompiledFunction("gradient", gradient_hashes, replicated),
+        hashes={name: CompiledFunction(name, hashes, replicated) for name, hashes in hashed.items()},
         evaluate=CompiledFunction("evaluate", eval_step, replicated, static_argnums=(3,)),
     )
 

@@ -57,7 +57,7 @@ def with_kernel(state, change):
     "`check.every_steps`: one bit of one device's parameters is found, and names the device"
 )
 def test_a_flipped_bit_is_found_on_the_device_that_has_it():
-    """The highest and the lowest bit; of four replicas the odd one is named, and no other."""
+    """The highest and the lowest bit. The odd one of four replicas is named, and no other."""
     check, state, batch = begin(4, 2, 1, 1)
     check(2, state, batch)
     for device, bit in ((5, 0), (0, 31), (7, 12)):

@@ -40,7 +40,7 @@ class DamageError(RuntimeError):
 
 @dataclass
 class DeviceCheck:
-    """The checks of a run, due every so many steps, and those of replicas also before each save; 0: none.
+    """The checks of a run, due every N steps (0: none), and those of replicas also before each save.
 
     Both raise DamageError. All processes call them together.
     """

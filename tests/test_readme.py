@@ -66,11 +66,12 @@ def test_exit_codes_are_those_of_the_code():
 
     page = (ROOT / "docs/reference/exit-codes.md").read_text()
     rows = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|$", page, re.M))
-    assert rows.keys() == {"0", "1", "2", "75"}
+    assert rows.keys() == {"0", "1", "2", "70", "75"}
     assert "all steps are done" in rows[str(process.DONE)]
     assert "everything is saved" in rows[str(process.STOPPED)]
     assert "usage" in rows[str(process.USAGE)]
     assert "anything else" in rows[str(process.FAILED)]
+    assert "wrong numbers" in rows[str(process.DAMAGED)]
 
 
 def test_pages_name_files_that_exist():

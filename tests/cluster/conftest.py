@@ -7,6 +7,14 @@ import pytest
 from processes import FAST, ROOT, SMOOTH, metrics, run
 
 
+@pytest.fixture(scope="module")
+def submitted_from(tmp_path_factory):
+    """A folder with launch/, in which the jobs of one cluster keep their files: two may be up at a time."""
+    folder = tmp_path_factory.mktemp("submitted_from")
+    (folder / "launch").symlink_to(ROOT / "launch")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def calm(random_dataset, tmp_path_factory):
     """Metrics of a run of this many steps in one process on this machine, to compare a cluster's with."""
@@ -44,7 +52,7 @@ def activate(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def sweep(random_dataset, tmp_path):
+def sweep(random_dataset, submitted_from, tmp_path):
     """What goes after `trainit sweep` for two seeds of three steps; and what has become of them."""
     fields = {"dataset.path": str(random_dataset), "steps": 3, "cpu_devices": 1}
     fields |= {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
@@ -61,6 +69,6 @@ def sweep(random_dataset, tmp_path):
             )
         assert "not finished" not in output
         assert "page in" in output
-        assert not list(ROOT.glob(".trainit-*"))
+        assert not list(submitted_from.glob(".trainit-*"))
 
     return [f"{tmp_path}/pair.py", f"--output={tmp_path}/out"], check

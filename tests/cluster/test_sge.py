@@ -29,7 +29,7 @@ TWO_NODES = "-pe", "mpi_2_tasks_per_node", "4"
 
 
 @pytest.fixture(scope="module")
-def on_head(tmp_path_factory):
+def on_head(submitted_from, tmp_path_factory):
     """Runs a command on the cluster's head node."""
     folder = tmp_path_factory.mktemp("sge")
     up = subprocess.run([HERE / "sge-up.sh", folder, "3"], capture_output=True, text=True, check=False)
@@ -38,7 +38,11 @@ def on_head(tmp_path_factory):
 
     def run(*command, check=True) -> str:
         result = subprocess.run(
-            [folder / "on", "head", *map(str, command)], capture_output=True, text=True, cwd=ROOT, check=check
+            [folder / "on", "head", *map(str, command)],
+            capture_output=True,
+            text=True,
+            cwd=submitted_from,
+            check=check,
         )
         return result.stdout.strip()
 
@@ -98,7 +102,7 @@ def submit(on_head, random_dataset, activate, tmp_path):
     subprocess.run(["pkill", "-9", "-f", f"workdir={tmp_path}"], check=False)
 
 
-def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
+def test_a_stopped_job_goes_on_until_it_is_done(submit, calm, submitted_from):
     """Stopped once by a signal, then as often as its time limit asks; one metrics file."""
     job = submit(*TWO_NODES, "-l", "h_rt=140", steps=STEPS)
     job.wait(lambda: job.step() >= 3)
@@ -110,7 +114,7 @@ def test_a_stopped_job_goes_on_until_it_is_done(submit, calm):
     assert "process 3  n" in job.text()
     assert job.text().count("stopped    on SIGUSR1") == job.starts() - 1 >= 2
     assert_same_but_for_rounding(metrics(job.run), calm(STEPS))
-    assert not list(ROOT.glob(".trainit-*"))
+    assert not list(submitted_from.glob(".trainit-*"))
 
 
 def test_a_job_on_one_host_runs_again_until_it_is_done(submit, calm):
@@ -125,10 +129,10 @@ def test_a_job_on_one_host_runs_again_until_it_is_done(submit, calm):
     assert_same_but_for_rounding(metrics(job.run), calm(15))
 
 
-def test_a_deleted_job_saves_and_stays_deleted(on_head, submit):
+def test_a_deleted_job_saves_and_stays_deleted(on_head, submit, submitted_from):
     job = submit(*TWO_NODES, steps=100_000)
     job.wait(lambda: job.step() >= 2)
-    (folder,) = ROOT.glob(".trainit-*")
+    (folder,) = submitted_from.glob(".trainit-*")
     token = (folder / "token").read_text()
     assert [path.stat().st_mode & 0o777 for path in (folder, folder / "token")] == [0o700, 0o600]
     on_head("qdel", job.id)
@@ -173,7 +177,7 @@ CRASH = '. "$1/fakehosts.sh"; fh_kill "$2" "$3"'
 AGAIN = "--config.restart.limit=3", "--config.checkpoint.save_steps=2", "--silence_seconds=5"
 
 
-def test_a_spare_host_takes_the_place_of_a_lost_one(submit, crash, calm):
+def test_a_spare_host_takes_the_place_of_a_lost_one(submit, crash, calm, submitted_from):
     """First a process on the second host hangs, and all start there again; then the host crashes."""
     job = submit("-pe", "mpi_2_tasks_per_node", "6", steps=9, config=AGAIN)
     job.wait(lambda: job.step() >= 1)
@@ -189,7 +193,7 @@ def test_a_spare_host_takes_the_place_of_a_lost_one(submit, crash, calm):
     moved = {f"{a}, {b} instead of {first}, {second}" for a, b in ((first, third), (third, first))}
     assert any(f"start 3 of at most 4, from the newest checkpoint, on {m}" in job.text() for m in moved)
     assert_same_but_for_rounding(metrics(job.run), calm(9))
-    assert not list(ROOT.glob(".trainit-*"))
+    assert not list(submitted_from.glob(".trainit-*"))
 
 
 def test_without_a_spare_the_run_continues_on_fewer_hosts(submit, crash, calm):
@@ -202,7 +206,7 @@ def test_without_a_spare_the_run_continues_on_fewer_hosts(submit, crash, calm):
     assert_same_but_for_rounding(metrics(job.run), calm(5))
 
 
-def test_without_enough_hosts_the_job_goes_back_to_the_queue(submit, crash, calm):
+def test_without_enough_hosts_the_job_goes_back_to_the_queue(submit, crash, calm, submitted_from):
     job = submit(*TWO_NODES, "-l", "h_rt=600", steps=5, config=AGAIN)
     job.wait(lambda: job.step() >= 1)
     _, second = crash(job)
@@ -211,7 +215,7 @@ def test_without_enough_hosts_the_job_goes_back_to_the_queue(submit, crash, calm
     job.wait(job.over)
     assert "done       all 5 steps" in job.text(), job.text()
     assert_same_but_for_rounding(metrics(job.run), calm(5))
-    assert not list(ROOT.glob(".trainit-*"))
+    assert not list(submitted_from.glob(".trainit-*"))
 
 
 def test_a_sweep_is_an_array_job(on_head, sweep, activate, tmp_path):

@@ -28,7 +28,7 @@ STEPS = 80  # more than its time limit lets a job do at once
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm(submitted_from, tmp_path_factory):
     """Runs a command on the cluster's head node."""
     folder = tmp_path_factory.mktemp("slurm")
     up = subprocess.run([HERE / "slurm-up.sh", folder, "3"], capture_output=True, text=True, check=False)
@@ -37,7 +37,7 @@ def slurm(tmp_path_factory):
 
     def on_head(*command) -> str:
         return subprocess.check_output(
-            [folder / "on", "head", *map(str, command)], text=True, cwd=ROOT
+            [folder / "on", "head", *map(str, command)], text=True, cwd=submitted_from
         ).strip()
 
     on_head.folder = folder
@@ -116,7 +116,7 @@ def submit(slurm, random_dataset, activate, tmp_path):
         time.sleep(0.5)
 
 
-def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm):
+def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm, submitted_from):
     """Stopped once by `scancel --signal`, then as often as its time limit asks; one metrics file."""
     job = submit("--time=2", "--signal=USR1@30", steps=STEPS)
     job.wait(lambda: job.step() >= 3)
@@ -129,7 +129,7 @@ def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm):
     assert "process 3  n2" in job.text()
     assert job.text().count("stopped    on") == int(job.field("Restarts")) >= 2
     assert_same_but_for_rounding(metrics(job.run), calm(STEPS))
-    assert not list(ROOT.glob(".trainit-*"))
+    assert not list(submitted_from.glob(".trainit-*"))
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
@@ -172,7 +172,7 @@ CRASH = '. "$1/fakehosts.sh"; fh_kill "$2" "$3"'
 AGAIN = "--config.restart.limit=3", "--config.checkpoint.save_steps=2", "--silence_seconds=5"
 
 
-def test_a_spare_node_takes_the_place_of_a_lost_one(submit, crash, calm, monkeypatch):
+def test_a_spare_node_takes_the_place_of_a_lost_one(submit, crash, calm, monkeypatch, submitted_from):
     """First a process on the second node hangs, and all start there again; then the node crashes."""
     monkeypatch.setenv("TRAINIT_NODES", "2")
     job = submit("--nodes=3", steps=9, config=AGAIN)
@@ -187,7 +187,7 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(submit, crash, calm, monkeyp
     assert "n2 failed twice and is not used again in this job" in job.text(), job.text()
     assert ": start 3 of at most 4, from the newest checkpoint, on n1, n3 instead of n1, n2" in job.text()
     assert_same_but_for_rounding(metrics(job.run), calm(9))
-    assert not list(ROOT.glob(".trainit-*"))
+    assert not list(submitted_from.glob(".trainit-*"))
 
 
 def test_without_a_spare_the_run_continues_on_fewer_nodes(submit, crash, calm):
@@ -230,7 +230,7 @@ exit 1
 """
 
 
-def test_a_job_that_may_not_go_back_says_what_to_do(slurm, random_dataset, tmp_path):
+def test_a_job_that_may_not_go_back_says_what_to_do(slurm, random_dataset, tmp_path, submitted_from):
     (tmp_path / "python3").write_text(
         FAILS.replace("PYTHON ", f"{sys.executable} ")
         .replace("ROOT", str(ROOT))
@@ -242,7 +242,7 @@ def test_a_job_that_may_not_go_back_says_what_to_do(slurm, random_dataset, tmp_p
     assert job.field("JobState") == "FAILED", job.text()
     assert "n2 failed twice and is not used again in this job" in job.text()
     assert "not done: Slurm does not put the job back; submit it again with --exclude=n2" in job.text()
-    assert not list(ROOT.glob(f".trainit-{job.id}.*"))
+    assert not list(submitted_from.glob(f".trainit-{job.id}.*"))
 
 
 def test_a_sweep_is_an_array_job(slurm, sweep, activate, tmp_path):

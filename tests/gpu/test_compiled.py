@@ -51,6 +51,16 @@ def test_memory_and_kernels_do_not_rise():
     assert found.program.attention == "cudnn"
 
 
+def test_documents_keep_the_fast_kernel():
+    """At most two percent more time than without documents, and hardly more kernels."""
+    config = gpt2({}, 16)
+    model = {**config.model.to_dict(), "document_mask": True, "end_of_text": 50256}
+    found = plan(Config({**config.to_dict(), "model": model}), 1, "H100", 0.6, "GPU", ENVIRONMENT)
+    assert found.program.attention == "cudnn" and "fmhaScaleBiasSoftmaxBackward" in found.program.scheduled
+    assert found.schedule.seconds < 1.02 * one_h100().schedule.seconds
+    assert found.schedule.total.runs <= one_h100().schedule.total.runs + 10
+
+
 def test_operations_are_those_of_the_model():
     """Six for each weight and token, 7 causal products of attention; none twice, but chunks are padded."""
     tokens, layers, dim, vocabulary, length = 16 * 1024, 12, 768, 50304, 1024

@@ -118,6 +118,20 @@ def test_forms_equal_float64(form, masked):
             np.testing.assert_allclose(mine, right, rtol=0, atol=1e-5 * np.abs(right).max(), err_msg=name)
 
 
+def test_cudnn_is_asked_for_attention_within_documents(monkeypatch):
+    """JAX's function, which computes here by XLA what it asks cuDNN for on a GPU, against float64."""
+    *qkv, g = draw(2, 12, 4, 2, 8)
+    document = documents_of(2, 12)
+    by_xla = partial(jax.nn.dot_product_attention)
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, **k: by_xla(*a, **k | {"implementation": "xla"})
+    )
+    y, pull = jax.vjp(partial(attention.cudnn, document_BL=document, form=attention.Form(scale=0.3)), *qkv)
+    want = exact(*qkv, g, document, attention.Form(scale=0.3))
+    for mine, right in zip((y, *pull(g)), want, strict=True):
+        np.testing.assert_allclose(mine, right, rtol=0, atol=1e-5 * np.abs(right).max())
+
+
 SPLITS = {
     "ring of 4": ("ring", {"context": 4}, 24, "none", False),
     "ring of 8, window": ("ring", {"context": 8}, 48, "window", True),

@@ -7,7 +7,7 @@ import optax
 import pytest
 from test_gpt import MODERN, SMALL, by_path, model_config, random_parameters, random_tokens
 
-from trainit.config import ConfigError
+from trainit.config import Config, ConfigError
 from trainit.model.gpt import GPT
 from trainit.model.layers import find_documents
 from trainit.parallel.mesh import choose_attention
@@ -80,10 +80,27 @@ def test_masked_rows_equal_separate_passes(changes):
     np.testing.assert_allclose(unmasked[2], logits[2], rtol=1e-4, atol=2e-5)  # one document, one row
 
 
-def test_the_mask_needs_an_id_and_a_kernel_that_has_it():
+def test_the_mask_needs_an_id():
     with pytest.raises(ConfigError, match=r"0 to 99, not model\.end_of_text=-1"):
         model_config(document_mask=True)
-    with pytest.raises(ConfigError, match=r"cudnn cannot do model\.document_mask=True"):
-        model_config(document_mask=True, end_of_text=END, attention="cudnn")
-    c = model_config(document_mask=True, end_of_text=END, dim=64, num_heads=1)
-    assert choose_attention(c, "cuda", "bfloat16") == "blockwise"
+
+
+@pytest.mark.parametrize(
+    "rows, length, changes, expected",
+    [
+        (16, 1024, {}, "cudnn"),  # 32 MiB
+        (8, 4096, {}, "cudnn"),  # 256 MiB
+        (9, 4096, {}, "blockwise"),
+        (0, 1024, {}, "blockwise"),  # an older GPU, which has no gradient with a mask
+        (16, 1024, {"window": 8}, "blockwise"),
+    ],
+)
+def test_cudnn_takes_masks_up_to_a_size(rows, length, changes, expected):
+    c = model_config(
+        document_mask=True, end_of_text=END, dim=64, num_heads=1, context_length=length, **changes
+    )
+    assert choose_attention(c, "cuda", "bfloat16", masked_rows=rows) == expected
+    if expected == "blockwise":
+        asked = Config({**c.to_dict(), "attention": "cudnn"})
+        with pytest.raises(ConfigError, match=f"{rows * length**2 / 2**19:g} MiB"):
+            choose_attention(asked, "cuda", "bfloat16", masked_rows=rows)

@@ -133,7 +133,7 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -
         f"model.window={m.window} needs a layer: model.window_layers={m.window_layers!r} has none of "
         f"num_blocks={m.num_blocks}",
     )
-    for name in ("attn_dropout", "document_mask", "attention_softcap"):
+    for name in ("attn_dropout", "attention_softcap"):
         message = f"model.attention=cudnn cannot do model.{name}={m[name]}; take attention=auto"
         require(m.attention != "cudnn" or not m[name], message)
     if m.tied_embeddings and m.head_bias:

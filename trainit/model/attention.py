@@ -79,8 +79,13 @@ def plain(q_BLHK, k_BSJK, v_BSJK, document_BL=None, key_BH=None, rate: float = 0
 
 
 def cudnn(q_BLHK, k_BLJK, v_BLJK, document_BL=None, key_BH=None, rate: float = 0.0, form=Form()) -> jax.Array:
-    """What `plain` gives, without documents, dropout and soft cap, by cuDNN's kernel for NVIDIA GPUs."""
+    """What `plain` gives, without dropout and soft cap, by cuDNN's kernel for NVIDIA GPUs.
+
+    It reads documents as a mask (B, 1, L, L), which JAX turns into what is added to scores, in their type.
+    """
     options: dict[str, Any] = {"is_causal": True, "implementation": "cudnn"}
+    if document_BL is not None:
+        options["mask"] = (document_BL[:, :, None] == document_BL[:, None])[:, None]
     options |= {"scale": form.scale} if form.scale else {}
     options |= {"local_window_size": (form.window - 1, 0)} if form.window else {}
     return jax.nn.dot_product_attention(q_BLHK, k_BLJK, v_BLJK, **options)

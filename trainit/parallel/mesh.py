@@ -17,6 +17,7 @@ from trainit.config import MESH_AXES, BatchSizes, Config, batch_sizes, check_mes
 
 MULTIPLE = 128  # positions of a chunk of logits
 GATHERED = 16384  # most tokens of a sequence whose keys and values all devices along context have at once
+MASK_MIB = 256  # most of a mask of documents for a device, with which cuDNN attention reads 2 bytes a pair
 
 
 class BatchShape(NamedTuple):
@@ -83,17 +84,18 @@ def shape_on(config: Config, mesh: Mesh | AbstractMesh) -> RunShape:
     """
     assert "auto" not in (config.logits_mib, config.model.remat, config.model.scan_layers)  # train/automatic
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
-    # cuDNN's attention kernel needs bfloat16 units, which came with compute capability 8 (Ampere).
-    ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
+    # cuDNN's attention kernel needs bfloat16 units, which came with compute capability 8 (Ampere); for the
+    # gradient with a mask, 9 (Hopper).
+    capability = float(device.compute_capability) if "NVIDIA" in device.device_kind else 0
     precision = compute_type(config.precision_of["attention"], config.precision)
-    context = mesh.shape["context"]
-    attention = choose_attention(config.model, "cuda" if ampere else device.platform, precision, context)
+    context, platform = mesh.shape["context"], "cuda" if capability >= 8 else device.platform
+    share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = share // _micro_steps(share, config.device_batch_size)
+    masked = rows if capability >= 9 else 0
+    attention = choose_attention(config.model, platform, precision, context, masked)
 
     # Chunks of logits for the first batch size; others have their own if they have other micro-steps.
-    share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    positions = (
-        share // _micro_steps(share, config.device_batch_size) * config.model.context_length // context
-    )
+    positions = rows * config.model.context_length // context
     chunk = chunk_size(positions, config.model.vocab_size // mesh.shape["tensor"], config.logits_mib)
     float8 = "float8" in config.precision_of.values()
     sums_once = mesh.shape["data"] > 1 and not wants_squares(config) and not float8
@@ -115,25 +117,29 @@ def compute_type(own: str, precision: str) -> str:
     return precision if own in ("", "float8") else own
 
 
-def choose_attention(config: Config, platform: str, precision: str, context: int = 1) -> str:
+def choose_attention(
+    config: Config, platform: str, precision: str, context: int = 1, masked_rows: int = 0
+) -> str:
     """The kernel that `model.attention` stands for, with activations of this precision.
 
     Where sequences are split over `context` devices, it is a way to exchange keys and values. To gather them
     takes one exchange and memory for those of the whole sequence; a ring takes no such memory.
 
-    The platform is "cuda" only for NVIDIA's GPUs with bfloat16 units. Raises ConfigError where cudnn is asked
-    for and cannot run.
+    The platform is "cuda" only for NVIDIA's GPUs with bfloat16 units. A micro-step has `masked_rows` on a
+    device; 0: its cuDNN takes no masks. Raises ConfigError where cudnn is asked for and cannot run.
     """
-    size = config.head_dim
+    size, mask_mib = config.head_dim, masked_rows * config.context_length**2 / 2**19
     fits = precision == "bfloat16" and size % 8 == 0 and size <= 128  # larger ones not on every card
-    plain = not config.attn_dropout and not config.document_mask and not config.attention_softcap
+    plain = not config.attn_dropout and not config.attention_softcap
+    plain = plain and (not config.document_mask or (0 < mask_mib <= MASK_MIB and not config.window))
     possible = platform == "cuda" and fits and plain
     require(
         config.attention != "cudnn" or possible,
         f"model.attention=cudnn needs an NVIDIA GPU, precision=bfloat16, a head size that 8 divides up to "
-        f"128, no document mask, no attention_softcap; here are platform={platform}, precision={precision}, "
-        f"head size {size}, document_mask={config.document_mask}, attention_softcap="
-        f"{config.attention_softcap:g}; take model.attention=auto",
+        f"128, no attention_softcap, with documents Hopper or newer, no window and {MASK_MIB} MiB of mask at "
+        f"most; here are platform={platform}, precision={precision}, head size {size}, attention_softcap="
+        f"{config.attention_softcap:g}, document_mask={config.document_mask}, {mask_mib:g} MiB, window="
+        f"{config.window}; take model.attention=auto",
     )
     if context > 1:
         automatic = "gather" if config.context_length <= GATHERED else "ring"

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
-from trainit.train import diagnostics, loss_scale
+from trainit.train import diagnostics
 from trainit.train.reports import metrics
 from trainit.train.reports.metrics import Meter
 from trainit.train.reports.trackers import RunLogger
+from trainit.train.skipped import loss_scale
 from trainit.train.skipped.lines import SkippedSteps
 
 

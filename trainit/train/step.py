@@ -21,10 +21,10 @@ from trainit.parallel.cpu_workarounds import computed_again
 from trainit.parallel.layout import replicated_sharding, state_shardings
 from trainit.parallel.mesh import RunShape
 from trainit.tokenizers.chat.on_device import inputs_and_targets
-from trainit.train import diagnostics, loss_scale
+from trainit.train import diagnostics
 from trainit.train.compiled import CompiledFunction
 from trainit.train.gradients import LossAndGradient
-from trainit.train.skipped import spikes
+from trainit.train.skipped import loss_scale, spikes
 from trainit.train.state import TrainState, named_key
 
 

@@ -1,1 +1,1 @@
-"""Steps and data that a run leaves out, and the lines about them."""
+"""Steps and data that a run leaves out, why, and the lines about them."""

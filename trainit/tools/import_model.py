@@ -67,7 +67,7 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
     layout = jax.tree.map(in_parts, shapes)
-    state = SimpleNamespace(params=pretrained.parameters(layout), diagnostics={}, loss_scale={})
+    state = SimpleNamespace(params=pretrained.parameters(layout))
     largest = max(device_bytes(leaf) for leaf in jax.tree.leaves(layout))
     store = CheckpointStore(folder, copied_gb=max(0.5, largest / 1e9))
     store.save(0, state, {"config": content, **START.to_meta(), "version": __version__})

@@ -214,7 +214,7 @@ class CheckpointStore:
 def _split(state) -> tuple[dict, dict]:
     """A state's fields without those in `SEPARATE`, and these."""
     fields = dict(vars(state))
-    return fields, {name: fields.pop(name) for name in SEPARATE}
+    return fields, {name: fields.pop(name, {}) for name in SEPARATE}
 
 
 def _shapes(tree) -> dict[str, str]:

@@ -40,6 +40,12 @@ class BatchSizes:
         counts = [min(end, steps) - max(start, step) for start, end in zip(self.starts, ends, strict=True)]
         return [(size, count) for size, count in zip(self.sizes, counts, strict=True) if count > 0]
 
+    def stretches(self, step: int, steps: int) -> list[tuple[int, int, int]]:
+        """[(batches left out before, size, number of steps), ...], as `stages`: what one reader can read."""
+        skipped = dict(self.skipped)
+        ends = sorted({step, steps, *(end for end in (*self.starts, *skipped) if step < end < steps)})
+        return [(skipped.get(begin, 0), self.at(begin), end - begin) for begin, end in pairwise(ends)]
+
     def duration(self, value: float | str, name: str = "duration", begin: int = 0, last: bool = False) -> int:
         """A duration in steps: 500, "10%" of the run, or "2e9 tokens", until as many have been trained on.
 

@@ -47,8 +47,8 @@ def _product_of_parts(x: jax.Array, kernel: jax.Array, axes: tuple, dtype: DType
     """A product of at most n parts of a kernel, which XLA:CPU computes at once, as those of a batch.
 
     It would multiply a decoder's few rows on one core, where reading the kernel is what takes time: a quarter
-    of a step. With the kernel as the first factor it takes a fifth less time. In 16 bits it
-    is slow for less than 16 rows, to which zeros are added: two thirds. May go when none of it is so.
+    of a step. With the kernel as the first factor it takes a fifth less time. In 16 bits it is slow for less
+    than 16 rows, to which zeros are added: two thirds. May go when none of it is so.
     """
     summed = len(axes[1])
     last, shape = range(-summed, 0), [size for axis, size in enumerate(kernel.shape) if axis not in axes[1]]

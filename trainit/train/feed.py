@@ -44,9 +44,8 @@ class BatchFeed:
         """Reads on from this position, with the batch size of the current step, after what it leaves out."""
         # The reader gets just as many batches as have this size. None are left after the last step.
         sizes, self._begin = self.shape.batch_sizes, (self.step, position)
-        size, count = (sizes.stages(self.step, sizes.run_steps) or [(sizes.sizes[-1], 0)])[0]
-        count = min([count, *(step - self.step for step, _ in sizes.skipped if step > self.step)])
-        left_out = dict(sizes.skipped).get(self.step, 0)
+        ahead = sizes.stretches(self.step, sizes.run_steps)
+        left_out, size, count = ahead[0] if ahead else (0, sizes.sizes[-1], 0)
         self._rows += left_out * size
         layout = batch_sharding(self.shape.device_mesh)
         self._reader = self.data.reader(self.shape.batch_of(size), layout, position)

@@ -103,11 +103,9 @@ class Replay:
             state = replace(state, params=self._disturbed(state.params, draw))
 
         # Batches as the loop reads them: where their size changes, or some are left out, is another reader.
-        rows, layout, skipped = position.rows, batch_sharding(self.shape.device_mesh), dict(sizes.skipped)
+        rows, layout = position.rows, batch_sharding(self.shape.device_mesh)
         found: dict[int, dict[str, float]] = {}
-        ends = [self.begin, *(step for step in skipped if self.begin < step < self.end), self.end]
-        for size, count in itertools.chain(*itertools.starmap(sizes.stages, itertools.pairwise(ends))):
-            left_out = skipped.get(self.begin + len(found), 0)
+        for left_out, size, count in sizes.stretches(self.begin, self.end):
             rows += left_out * size
             reader = self.data.reader(self.shape.batch_of(size), layout, position)
             for batch in itertools.islice(reader.batches(left_out + count), left_out, None):

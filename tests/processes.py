@@ -190,7 +190,10 @@ def pid_of(launcher: subprocess.Popen, rank: int) -> int:
 def environments(*of_pgrep: str) -> dict[int, bytes]:
     """Those of the processes that pgrep finds, with which they were started."""
     found = {}
-    for pid in subprocess.check_output(["pgrep", *of_pgrep], text=True).split():
+    # With exit code 1 it says that there are none.
+    for pid in subprocess.run(
+        ["pgrep", *of_pgrep], capture_output=True, text=True, check=False
+    ).stdout.split():
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
             found[int(pid)] = Path(f"/proc/{pid}/environ").read_bytes()
     return found
@@ -205,7 +208,8 @@ def with_variable(variable: str, *of_pgrep: str) -> list[int]:
 def last_step(workdir: Path) -> int:
     """The step of the last line of metrics.jsonl; -1 if there is none."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    # Without the line that is just being written.
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else -1
 
 

@@ -8,7 +8,7 @@ The learning rate is chosen with a seed that counts for nothing else, from a gri
 is not its last. Everything else of an optimizer is as its authors propose.
 """
 
-from trainit import cli
+from trainit.config import command_line
 
 # Each grid begins around what its authors propose, a factor of two between its values.
 RATES = {
@@ -92,4 +92,4 @@ def get_sweep(size: str):
 
 
 if __name__ == "__main__":
-    cli.refuse(__file__, "sweep ")
+    command_line.refuse(__file__, "sweep ")

@@ -1,7 +1,7 @@
 """A small GPT on presidents' messages: three minutes on a laptop, over eight virtual devices."""
 
-from trainit import cli, optimizers
-from trainit.config import SCHEDULES, choose, dataset, defaults, model
+from trainit import optimizers
+from trainit.config import SCHEDULES, choose, command_line, dataset, defaults, model
 
 
 def get_config(arg: str = ""):
@@ -36,4 +36,4 @@ def get_config(arg: str = ""):
 
 
 if __name__ == "__main__":
-    cli.refuse(__file__, "train --config=")
+    command_line.refuse(__file__, "train --config=")

@@ -4,8 +4,8 @@ Longer or shorter ones: --config.model.context_length and --config.mesh.context;
 --config=configs/long_context.py --config.model.dim=2048 --config.model.num_heads=16
 """
 
-from trainit import cli, optimizers
-from trainit.config import MODELS, SCHEDULES, choose, defaults
+from trainit import optimizers
+from trainit.config import MODELS, SCHEDULES, choose, command_line, defaults
 
 
 def get_config(arg: str = ""):
@@ -27,4 +27,4 @@ def get_config(arg: str = ""):
 
 
 if __name__ == "__main__":
-    cli.refuse(__file__, "train --config=")
+    command_line.refuse(__file__, "train --config=")

@@ -4,8 +4,8 @@ What is not set here is as `trainit.config.defaults` and `trainit.config.model` 
 are replaced as in --config=configs/pile_gpt.py:model=gpt2_medium,optimizer=sgdm,schedule=cosine
 """
 
-from trainit import cli, optimizers
-from trainit.config import MODELS, SCHEDULES, choose, defaults
+from trainit import optimizers
+from trainit.config import MODELS, SCHEDULES, choose, command_line, defaults
 
 
 def get_config(arg: str = ""):
@@ -21,4 +21,4 @@ def get_config(arg: str = ""):
 
 
 if __name__ == "__main__":
-    cli.refuse(__file__, "train --config=")
+    command_line.refuse(__file__, "train --config=")

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import tiny
 
+from trainit.checkpoints.store import CheckpointStore
 from trainit.config import resolve
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
-from trainit.train.checkpoint import CheckpointStore
 
 
 def make_run(folder: Path, data: Path, vocab_size: int, end_of_text: int, **model) -> tuple[dict, dict]:

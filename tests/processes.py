@@ -66,7 +66,8 @@ def run(*args: str, expect: int = 0, timeout: float = 180, **environment: str) -
 
 IMPORTED = """
 import json, os, signal, sys
-from trainit import cli, main
+from trainit import main
+from trainit.config import command_line
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
     arguments, environment, output, end = json.loads(line)
@@ -82,7 +83,7 @@ for line in sys.stdin:
     os.dup2(file, 2)
     os.environ.update(environment)
     sys.argv = ["trainit.main", *arguments]
-    main.run(cli.parse_or_exit(cli.train_parser("python -m trainit.main")))
+    main.run(command_line.parse_or_exit(command_line.train_parser("python -m trainit.main")))
 """
 
 

@@ -16,12 +16,12 @@ import tiny
 from processes import ROOT, exact, metrics, run, run_imported
 from test_config import make
 
+from trainit.checkpoints.store import CheckpointStore, due
 from trainit.config import FREE, ConfigError, resolve
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.parallel.trees import path_name
 from trainit.train import step
-from trainit.train.checkpoint import CheckpointStore, due
 from trainit.train.resume import Resume, differences
 
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
@@ -183,7 +183,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, 
     (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 3_000_000))
     more = "--config.checkpoint.overwrite_config=True"
     (tmp_path / "sitecustomize.py").write_text(
-        "from trainit.train.saved import retry\nretry.RETRY_SECONDS = (1, 1)\n"
+        "from trainit.checkpoints import retry\nretry.RETRY_SECONDS = (1, 1)\n"
     )
     output = run(*command, more, expect=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert "No space left on device" in output

@@ -10,9 +10,8 @@ import sys
 import pytest
 from processes import ROOT, Fork, end, start
 
-from trainit import cli
 from trainit.__main__ import COMMANDS, main
-from trainit.config import ConfigError, defaults, walk
+from trainit.config import ConfigError, command_line, defaults, walk
 
 SLOW = ("jax", "grain", "orbax", "flax")  # what no help and no completion may wait for
 
@@ -107,8 +106,8 @@ def loaded(tmp_path, *flags: str, body: str = ""):
     file.write_text(
         "\n".join([*lines, "    return choose(config, arg, optimizer=optimizers.choices())"]) + "\n"
     )
-    parser = cli.train_parser("trainit train")
-    return cli.load_config(parser.parse([f"--config={file}", *flags]))
+    parser = command_line.train_parser("trainit train")
+    return command_line.load_config(parser.parse([f"--config={file}", *flags]))
 
 
 def test_overrides_set_fields_of_every_type(tmp_path):

@@ -11,13 +11,13 @@ import tiny
 from optimizer_cases import by_path, flat
 
 from trainit import config as config_lib
+from trainit.checkpoints.store import CheckpointStore
 from trainit.config import ConfigError
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.parallel.trees import path_name
 from trainit.train import step
-from trainit.train.checkpoint import CheckpointStore
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 LENGTH, ROWS = 32, 16

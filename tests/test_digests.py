@@ -13,12 +13,12 @@ import pytest
 from finished import make_run
 
 from trainit.__main__ import main as trainit_command
-from trainit.cluster import digests
+from trainit.checkpoints import digests
+from trainit.checkpoints.fallback import set_aside, whole
+from trainit.checkpoints.finished_run import open_run
+from trainit.checkpoints.parameters import parameter_shapes, read_parameters
+from trainit.checkpoints.store import CheckpointStore
 from trainit.config import ConfigError
-from trainit.train.checkpoint import CheckpointStore
-from trainit.train.finished.parameters import parameter_shapes, read_parameters
-from trainit.train.finished.run import open_run
-from trainit.train.saved.fallback import set_aside, whole
 
 # Orbax writes the one after the digests, and reads it nowhere but on object stores.
 HARMLESS = "commit_success.txt"

@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 from trainit import config as config_lib
+from trainit.checkpoints.store import CheckpointStore
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
-from trainit.train.checkpoint import CheckpointStore
 from trainit.train.skipped import loss_scale
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}

@@ -30,12 +30,12 @@ from optimizer_cases import (
 
 from trainit import config as config_lib
 from trainit import optimizers
+from trainit.checkpoints.state import named_key
 from trainit.config import ConfigError, choose, defaults, resolve
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
-from trainit.train.state import named_key
 
 pytestmark = pytest.mark.evidence("optimizers and wrappers against the formulas of their papers, in float64")
 

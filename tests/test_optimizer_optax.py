@@ -20,11 +20,11 @@ from optimizer_cases import (
 )
 
 from trainit import config as config_lib
+from trainit.checkpoints.store import CheckpointStore
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.parallel.trees import path_name
 from trainit.train import step
-from trainit.train.checkpoint import CheckpointStore
 
 # Each with a part of the model.
 GROUPS = {

@@ -13,13 +13,13 @@ import tiny
 
 from trainit import config as config_lib
 from trainit import optimizers
+from trainit.checkpoints.store import CheckpointStore
 from trainit.config import ConfigError
 from trainit.optimizers.common import low_bit_state
 from trainit.parallel.layout import batch_sharding, parameter_kind
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.parallel.trees import path_name
 from trainit.train import step
-from trainit.train.checkpoint import CheckpointStore
 from trainit.train.reports import metrics
 
 pytestmark = pytest.mark.evidence(

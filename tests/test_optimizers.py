@@ -28,13 +28,13 @@ from optimizer_cases import (
 from processes import ROOT
 
 from trainit import optimizers
+from trainit.checkpoints.state import TrainState
+from trainit.checkpoints.store import CheckpointStore
 from trainit.config import ConfigError, choose, defaults, flatten, resolve, walk
 from trainit.optimizers.common import registry
 from trainit.parallel.layout import state_shardings
 from trainit.parallel.mesh import make_mesh
 from trainit.parallel.trees import path_name
-from trainit.train.checkpoint import CheckpointStore
-from trainit.train.state import TrainState
 
 OWN = """
 from ml_collections import ConfigDict

@@ -62,16 +62,16 @@ def test_readme_is_a_page_and_its_links_lead_somewhere():
 
 
 def test_exit_codes_are_those_of_the_code():
-    from trainit.cluster import process
+    from trainit.config import exit_codes
 
     page = (ROOT / "docs/reference/exit-codes.md").read_text()
     rows = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|$", page, re.M))
     assert rows.keys() == {"0", "1", "2", "70", "75"}
-    assert "all steps are done" in rows[str(process.DONE)]
-    assert "everything is saved" in rows[str(process.STOPPED)]
-    assert "usage" in rows[str(process.USAGE)]
-    assert "anything else" in rows[str(process.FAILED)]
-    assert "wrong numbers" in rows[str(process.DAMAGED)]
+    assert "all steps are done" in rows[str(exit_codes.DONE)]
+    assert "everything is saved" in rows[str(exit_codes.STOPPED)]
+    assert "usage" in rows[str(exit_codes.USAGE)]
+    assert "anything else" in rows[str(exit_codes.FAILED)]
+    assert "wrong numbers" in rows[str(exit_codes.DAMAGED)]
 
 
 def test_pages_name_files_that_exist():
@@ -95,8 +95,8 @@ def test_code_on_pages_imports_what_exists():
 
 def test_commands_on_pages_are_understood(tmp_path, monkeypatch):
     """Also those that need a GPU or a cluster: their flags are known, and so are the fields that they set."""
-    from trainit import cli
     from trainit.__main__ import COMMANDS, command_parser
+    from trainit.config import command_line
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -117,5 +117,5 @@ def test_commands_on_pages_are_understood(tmp_path, monkeypatch):
             seen.add(words[1])
             arguments = command_parser(words[1]).parse(words[2:])
             if getattr(arguments, "config", ""):
-                cli.load_config(arguments)
+                command_line.load_config(arguments)
     assert seen >= {"train", "prepare", "compare", "sweep", "plan", "benchmark", "doctor", "fields"}

@@ -7,7 +7,8 @@ import pytest
 from processes import ROOT
 
 import trainit.config
-from trainit import cli, optimizers
+from trainit import optimizers
+from trainit.config import command_line
 from trainit.optimizers.common import schedules
 from trainit.train.resume import warm_up_again
 
@@ -338,9 +339,11 @@ def test_warm_ups_that_cannot_be(fields, message):
 def test_flags_that_are_offered_are_taken(steps):
     """Those that warm up again, also after a run of which 1 % is no step."""
     file = f"--config={ROOT}/tests/tiny.py"
-    before = trainit.config.resolve(cli.load_config(cli.train_parser("").parse([file])), 257).to_dict()
+    before = trainit.config.resolve(
+        command_line.load_config(command_line.train_parser("").parse([file])), 257
+    ).to_dict()
     flags = warm_up_again({**before, "steps": steps}, steps).split()
-    given = cli.train_parser("").parse([file, f"--config.steps={2 * steps}", *flags])
-    after = trainit.config.resolve(cli.load_config(given), 257)
+    given = command_line.train_parser("").parse([file, f"--config.steps={2 * steps}", *flags])
+    after = trainit.config.resolve(command_line.load_config(given), 257)
     schedule = schedules.build(after.schedule, PEAK, trainit.config.batch_sizes(after))
     assert schedule(steps) == 0 < schedule(steps + 1)

@@ -9,11 +9,11 @@ import pytest
 import tiny
 
 from trainit import config as config_lib
+from trainit.checkpoints.store import CheckpointStore
 from trainit.parallel import cpu_workarounds
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.train import step
-from trainit.train.checkpoint import CheckpointStore
 from trainit.train.skipped import spikes
 from trainit.train.skipped.lines import SkippedSteps
 

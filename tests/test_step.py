@@ -11,6 +11,7 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from trainit import config as config_lib
+from trainit.checkpoints.state import TrainState
 from trainit.config import MESH_AXES
 from trainit.data import loader
 from trainit.data.dataset import open_dataset
@@ -22,7 +23,6 @@ from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import abstract_mesh, make_mesh, shape_on
 from trainit.parallel.trees import path_name
 from trainit.train import step
-from trainit.train.state import TrainState
 
 SPLITS = [
     {"data": d, "fsdp": f, "tensor": t, "context": 1}

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 from processes import FAST, ROOT, on_a_terminal
 
-from trainit import cli
 from trainit.__main__ import main as trainit_command
 from trainit.cluster import logs
-from trainit.config import ConfigError
+from trainit.config import ConfigError, command_line
 from trainit.data.dataset import open_dataset
 
 BAR = """
@@ -137,11 +136,11 @@ def test_a_tilde_is_the_users_folder_and_brackets_are_themselves(home):
     text = (ROOT / "tests/tiny.py").read_text().replace('dataset("set by the test")', 'dataset("~/data")')
     file.write_text(text.replace("return", 'config.checkpoint.load_path = "~/other"\n    return'))
     given = ["--config=~/config.py", "--workdir=~/runs/a", "--config.dataset.mixture=all: 1; ~/data: 2"]
-    arguments = cli.train_parser("trainit train").parse(
+    arguments = command_line.train_parser("trainit train").parse(
         [*given, "--config.dataset.tokenizer=tokenizers:~/t.json"]
     )
-    config = cli.load_config(arguments)
-    assert cli.workdir(arguments) == home / "runs/a"
+    config = command_line.load_config(arguments)
+    assert command_line.workdir(arguments) == home / "runs/a"
     assert config.dataset.path == f"{home}/data"
     assert config.dataset.mixture == f"all: 1; {home}/data: 2"
     assert config.dataset.tokenizer == f"tokenizers:{home}/t.json"
@@ -159,10 +158,10 @@ def test_without_a_home_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setenv("TRAINIT_CACHE", str(tmp_path))
-    assert cli.cache() == tmp_path
+    assert command_line.cache() == tmp_path
     monkeypatch.delenv("TRAINIT_CACHE")
     with pytest.raises(ConfigError, match=r"~/.cache/trainit: HOME is not set and user \d+ has no folder"):
-        cli.cache()
+        command_line.cache()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EAGAIN])

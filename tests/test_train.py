@@ -29,13 +29,13 @@ from processes import (
 )
 
 from trainit import config as config_lib
-from trainit.cluster import digests
+from trainit.checkpoints import digests
+from trainit.checkpoints.store import CheckpointStore
 from trainit.cluster.process import STOP_SIGNALS
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.prepare.demo import write_dataset
 from trainit.tokenizers import ByteTokenizer
 from trainit.train import step
-from trainit.train.checkpoint import CheckpointStore
 
 KILLS = 10
 # One program, compiled as users' are, for most runs here; others, with which one run is made, are given FAST.

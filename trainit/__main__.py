@@ -9,10 +9,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from trainit import __version__, cli
+from trainit import __version__
 from trainit.cluster import files
-from trainit.cluster.process import DONE, FAILED, USAGE, block_stop_signals, outlive_readers, tune_process
-from trainit.config import ConfigError
+from trainit.cluster.process import block_stop_signals, outlive_readers, tune_process
+from trainit.config import ConfigError, command_line
+from trainit.config.exit_codes import DONE, FAILED, USAGE
 
 COMMANDS = {
     "train": "train a model, or resume a run that has stopped",
@@ -60,19 +61,19 @@ def main(given: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # what cannot be written is an error below
         return code
     except ConfigError as error:
-        cli.print_error(error)
+        command_line.print_error(error)
         return USAGE
     except OSError as error:
-        cli.print_error(files.describe_os_error(error))
+        command_line.print_error(files.describe_os_error(error))
         return FAILED
 
 
-def command_parser(name: str) -> cli.Parser:
+def command_parser(name: str) -> command_line.Parser:
     """The parser of a sub-command."""
     if name == "train":
-        return cli.train_parser("trainit train")
+        return command_line.train_parser("trainit train")
     module = _module(name)
-    parser = cli.Parser(f"trainit {name}", module.DESCRIPTION)
+    parser = command_line.Parser(f"trainit {name}", module.DESCRIPTION)
     module.add_arguments(parser)
     if name == "completion":  # which completes the flags of all commands
         parser.set_defaults(commands=COMMANDS, command_parser=command_parser)

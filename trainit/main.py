@@ -9,19 +9,21 @@ import hashlib
 import json
 from typing import NoReturn
 
-from trainit import cli
-from trainit.cluster.process import FAILED, STOPPED, USAGE, block_stop_signals, outlive_readers, tune_process
+from trainit.cluster.process import block_stop_signals, outlive_readers, tune_process
+from trainit.config import command_line
+from trainit.config.exit_codes import FAILED, STOPPED, USAGE
 
 if __name__ == "__main__":
     tune_process()
     outlive_readers()
     block_stop_signals()  # the imports that follow take seconds; signals wait until JobMonitor listens
-    arguments = cli.parse_or_exit(cli.train_parser("python -m trainit.main"))
+    arguments = command_line.parse_or_exit(command_line.train_parser("python -m trainit.main"))
 
 import jax
 from absl import logging
 
 from trainit import __version__, optimizers
+from trainit.checkpoints.retry import SaveError
 from trainit.cluster import devices, logs, rendezvous, restart, run_lock
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.place import Place, find_own_place
@@ -31,10 +33,10 @@ from trainit.data.documents.inputs import fingerprint
 from trainit.data.documents.reader import BrokenInputError
 from trainit.generate.at_validation import Samples
 from trainit.train import loop as train
+from trainit.train import setup
 from trainit.train.automatic import choice
 from trainit.train.recorder import NonFiniteError
 from trainit.train.reports.startup_timer import StartupTimer
-from trainit.train.saved.retry import SaveError
 
 
 def run(arguments: argparse.Namespace) -> NoReturn:
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
     try:
         place = find_own_place(arguments)
     except ConfigError as error:
-        cli.print_error(error)
+        command_line.print_error(error)
         Exit(lead=True)(USAGE)
     logs.log_to_terminal(lead=place.process_id == 0)
     leave = Exit(place.process_id == 0)
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         leave(STOPPED)
     except (rendezvous.MeetingError, ConfigError) as error:
         code = USAGE if isinstance(error, ConfigError) else FAILED
-        cli.print_error(error)
+        command_line.print_error(error)
         monitor.report_failure(error, code)
         leave(code)
     except Exception as error:
@@ -74,18 +76,18 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
     """The run, from reading its config to its exit code."""
     # What is wrong with config or data is known before anything is waited for.
     with start.part("data"):
-        config, dataset = cli.read(cli.load_config(arguments), arguments)
+        config, dataset = setup.read(command_line.load_config(arguments), arguments)
         write_texts = Samples(config, dataset.tokenizer)
     own_files = optimizers.own_files_hash(config.optimizer, config.parameter_groups)
     config = Config({**config.to_dict(), "optimizer_files": own_files})
-    folder = run_lock.make_folder(cli.workdir(arguments), place.process_id)
+    folder = run_lock.make_folder(command_line.workdir(arguments), place.process_id)
     log = folder / "logs" / f"process_{place.process_id}.log"
     logs.log_to_file(log)
     restart.report_run(place, folder, config.restart.limit)
 
     # The processes meet, process 0 locks the run's folder, and each takes its devices.
     with start.part("processes"):
-        settings = devices.configure(config.platform, config.cpu_devices, cli.cache(), place)
+        settings = devices.configure(config.platform, config.cpu_devices, command_line.cache(), place)
         where = f": process {place.process_id} of {place.num_processes}, coordinator {place.coordinator}"
         logging.info("%-10s %s", "place", place.source + where * (place.num_processes > 1))
         logging.info("%-10s %s", "settings", settings)

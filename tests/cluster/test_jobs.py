@@ -28,8 +28,8 @@ from processes import (
     wait_for,
 )
 
-from trainit.cluster import digests
-from trainit.train.checkpoint import CheckpointStore
+from trainit.checkpoints import digests
+from trainit.checkpoints.store import CheckpointStore
 
 pytestmark = pytest.mark.evidence(
     "jobs of several processes: each kind of stop, loss, stall and failed save of the page Faults"
@@ -380,11 +380,11 @@ def test_a_mixture_in_blocks_goes_on_in_other_numbers_of_processes(job, subset_d
 
 
 FULL_DISK = """
-from trainit.train.saved import retry
+from trainit.checkpoints import retry
 retry.RETRY_SECONDS = (1, 1, 1)
 if RANK == 1:
     import resource
-    from trainit.train.checkpoint import CheckpointStore
+    from trainit.checkpoints.store import CheckpointStore
     save, left = CheckpointStore.save, [FAILURES]
     def fail(self, *args):
         left[0] -= 1
@@ -408,7 +408,7 @@ def test_a_save_that_fails_on_one_process_is_done_again_by_all(job, patched, tmp
 def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
     """After the first save, which is good, no more: the job ends, and that one is whole."""
     never = FULL_DISK.replace("[FAILURES]", "[5]").replace("left[0] >= 0", "left[0] < 4")
-    code = "from trainit.train.saved import retry\nretry.RETRY_SECONDS = (1, 1, 1)\n" + never
+    code = "from trainit.checkpoints import retry\nretry.RETRY_SECONDS = (1, 1, 1)\n" + never
     output = end(job(2, **patched(code)), 1, 120)
     assert "a checkpoint could not be saved in 4 attempts" in output
     assert CheckpointStore(tmp_path / "run", read_only=True).steps()[-1] == 3
@@ -446,9 +446,9 @@ def test_the_doctor_sees_a_folder_that_is_not_shared(random_dataset, tmp_path):
         "from trainit.tools.doctor import environment\n"
         "environment.SHARED_SECONDS = 1.0\n"
         "if os.environ.get('TRAINIT_PROCESS_ID') == '1':\n"
-        "    from trainit import cli\n"
-        "    workdir = cli.workdir\n"
-        "    cli.workdir = lambda arguments: workdir(arguments) / 'elsewhere'\n"
+        "    from trainit.config import command_line\n"
+        "    workdir = command_line.workdir\n"
+        "    command_line.workdir = lambda arguments: workdir(arguments) / 'elsewhere'\n"
     )
     environment = {"TRAINIT_COMMAND": "doctor", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     arguments = (

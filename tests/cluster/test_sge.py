@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, SMOOTH, assert_same_but_for_rounding, last_step, metrics, with_variable
 
-from trainit.train.checkpoint import CheckpointStore
+from trainit.checkpoints.store import CheckpointStore
 
 pytestmark = pytest.mark.evidence(
     "on a real Grid Engine: the same as on Slurm, with `qdel` and `-notify`, and on one host; with "

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, SMOOTH, assert_same_but_for_rounding, metrics, with_variable
 
-from trainit.train.checkpoint import CheckpointStore
+from trainit.checkpoints.store import CheckpointStore
 
 pytestmark = pytest.mark.evidence(
     "on a real Slurm, 2 nodes of 2 processes each: `scancel --signal` and the time limit save, and put "

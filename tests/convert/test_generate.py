@@ -8,10 +8,10 @@ from finished import make_run
 from transformers import AutoModelForCausalLM
 
 from trainit.__main__ import main as trainit_command
+from trainit.checkpoints.finished_run import open_run
 from trainit.generate.decoder import Decoder
 from trainit.generate.parameters import mesh_for
 from trainit.generate.sampling import Sampling
-from trainit.train.finished.run import open_run
 
 MODELS = {
     "GPT-2": {},

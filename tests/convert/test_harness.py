@@ -12,9 +12,8 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from trainit import cli  # noqa: E402
 from trainit.cluster import devices  # noqa: E402
-from trainit.config import ConfigError  # noqa: E402
+from trainit.config import ConfigError, command_line  # noqa: E402
 from trainit.generate.evaluate import command, harness, loaded  # noqa: E402
 
 TEXT = "some words and more words, even more words than that. " * 9
@@ -35,7 +34,7 @@ def both(request, tmp_path_factory):
     make_folder(request.param, folder)
     rows = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     make_folder(request.param, folder, rows)  # every row is a token's, so that texts are of tokens
-    parser = cli.Parser("trainit evaluate", "")
+    parser = command_line.Parser("trainit evaluate", "")
     command.add_arguments(parser)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "configure", lambda *_: None)  # the tests have done so

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from finished import make_run
 
+from trainit.checkpoints.finished_run import open_run
 from trainit.generate.decoder import Decoder, cache_bytes
 from trainit.generate.parameters import mesh_for
 from trainit.generate.sampling import Sampling
 from trainit.model.gpt import GPT
-from trainit.train.finished.run import open_run
 
 MODERN = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "use_bias": False}
 MODELS = {

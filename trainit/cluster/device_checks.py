@@ -18,8 +18,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainit.cluster.process import DAMAGED
 from trainit.cluster.watchdog import Watchdog
+from trainit.config.exit_codes import DAMAGED
 
 CHUNK = 1 << 18  # numbers that are hashed at once
 

@@ -13,10 +13,11 @@ from absl import logging
 
 from trainit.cluster.heartbeats import Heartbeats
 from trainit.cluster.messages import Peer, Peers, describe_process
-from trainit.cluster.process import FAILED, STOPPED, SignalInbox
+from trainit.cluster.process import SignalInbox
 from trainit.cluster.restart import report_fault
 from trainit.cluster.stopping import StopAgreement
 from trainit.cluster.watchdog import Watchdog, stacks_of_all_threads
+from trainit.config.exit_codes import FAILED, STOPPED
 
 DRAIN_SECONDS = 10.0  # in which the last messages must arrive
 

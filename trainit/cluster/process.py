@@ -21,16 +21,11 @@ from typing import Any, NoReturn, TextIO
 from absl import logging
 from tqdm import tqdm
 
+from trainit.config.exit_codes import DONE, STOPPED, USAGE
+
 # These ask the run to stop: it saves, and exits with a code that means "start me again". SIGHUP comes when
 # the terminal is closed; under nohup it is ignored.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-
-# Exit codes. Launch scripts and sweeps start a run again that ended with STOPPED.
-DONE = 0  # all is done
-FAILED = 1  # anything that is not the user's to correct
-USAGE = 2  # a wrong config or wrong flags
-DAMAGED = 70  # a device has computed or kept wrong numbers: see device_checks.py
-STOPPED = 75  # stopped on request, with everything saved
 
 # Settings of glibc's malloc, which it reads only when a process starts. Large arrays of the host are put in
 # huge pages and are given back to the system when they are freed. Without them, a step of GPT-2 at width

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trainit.cluster.place import Place
-from trainit.cluster.process import DONE, STOPPED, USAGE
+from trainit.config.exit_codes import DONE, STOPPED, USAGE
 
 AGAIN, END, QUEUE = 0, 1, 3
 SILENT = (DONE, USAGE, STOPPED, 130)  # 130: a second Ctrl-C. After these, no start helps

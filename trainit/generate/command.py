@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainit import cli
 from trainit.cluster import logs
-from trainit.cluster.process import DONE
-from trainit.config import ConfigError, require
+from trainit.config import ConfigError, command_line, require
+from trainit.config.exit_codes import DONE
 from trainit.config.fields import PRECISIONS
 
 if TYPE_CHECKING:
@@ -26,12 +25,12 @@ DESCRIPTION = "Continues texts with a run's model."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    cli.add_finished_run_arguments(parser)
+    command_line.add_finished_run_arguments(parser)
     add = parser.add_argument_group("prompts", "without one, those of the input, one a line").add_argument
     add("--prompt", default=None, help="text to continue; empty: a new text")
     add("--prompts", default="", help='file of prompts, one a line; NAME.jsonl: the "prompt" of each line')
     add = parser.add_argument_group("text").add_argument
-    count, share = cli.number(int, 1), cli.number(float, 0, 1)
+    count, share = command_line.number(int, 1), command_line.number(float, 0, 1)
     add("--length", type=count, default=256, help="most tokens that are added; the context is a limit, too")
     add("--number", type=count, default=1, help="texts for each prompt")
     add("--stop", action="append", default=[], help="text before which to end; may be given several times")
@@ -43,16 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="by default the run's; on a CPU float32, which is fastest there",
     )
     add = parser.add_argument_group("choice of tokens", "in this order").add_argument
-    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=0, help="of what is drawn")
+    add("--seed", type=command_line.number(int, 0, 2**32 - 1), default=0, help="of what is drawn")
     penalty = "divides the logits of tokens that stand in prompt or text, if above 0, else multiplies them"
-    add("--repetition_penalty", type=cli.number(float, 0.01), default=1.0, help=penalty)
+    add("--repetition_penalty", type=command_line.number(float, 0.01), default=1.0, help=penalty)
     add(
         "--temperature",
-        type=cli.number(float, 0),
+        type=command_line.number(float, 0),
         default=0.0,
         help="divides logits; 0: the most likely token",
     )
-    add("--top_k", type=cli.number(int, 0), default=0, help="draw from the K most likely tokens; 0: from all")
+    add(
+        "--top_k",
+        type=command_line.number(int, 0),
+        default=0,
+        help="draw from the K most likely tokens; 0: from all",
+    )
     add(
         "--top_p", type=share, default=1.0, help="draw from the most likely ones of this probability together"
     )
@@ -83,9 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
     if prompts is None and not asks:
         prompts = texts.read_prompts(sys.stdin, "the input")
         require(bool(prompts), "no prompt: give --prompt=TEXT, --prompts=FILE, or lines in the input")
-    devices.configure("", 1, cli.cache())
+    devices.configure("", 1, command_line.cache())
     devices.initialize("", Place("alone"))
-    writer = Writer(arguments, arguments.run, cli.cache())
+    writer = Writer(arguments, arguments.run, command_line.cache())
     if asks:
         _ask(writer)
     else:
@@ -129,7 +133,7 @@ def _ask(writer: "Writer") -> None:
         try:
             _show(writer, input("> "))
         except ConfigError as error:
-            cli.print_error(error)
+            command_line.print_error(error)
         except KeyboardInterrupt:
             print()
         except EOFError:

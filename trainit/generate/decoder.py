@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from trainit.checkpoints.finished_run import FinishedRun, PretrainedModel
+from trainit.checkpoints.state import named_key
 from trainit.config import Config
 from trainit.generate import parameters
 from trainit.generate.sampling import Sampling
@@ -33,8 +35,6 @@ from trainit.parallel.cpu_workarounds import computed_after
 from trainit.parallel.layout import replicated_sharding
 from trainit.parallel.mesh import choose_attention, compute_type
 from trainit.train.compiled import CompiledFunction
-from trainit.train.finished.run import FinishedRun, PretrainedModel
-from trainit.train.state import named_key
 
 SLOTS = 128  # the cache has a multiple of it, and prompts a power of two times it, so that programs are few
 CACHE = ("batch", None, "kv_heads", None, None)  # logical axes of a layer's keys and values (s, b, J, S, K)

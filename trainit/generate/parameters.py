@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from trainit.checkpoints.finished_run import FinishedRun, PretrainedModel
 from trainit.config import Config
 from trainit.model.gpt import GPT
 from trainit.model.precision import PARTS
@@ -14,7 +15,6 @@ from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import is_stacked, logical_axes, parameter_kind, partition_spec, state_shardings
 from trainit.parallel.mesh import make_mesh
 from trainit.parallel.trees import path_name
-from trainit.train.finished.run import FinishedRun, PretrainedModel
 
 
 def mesh_for(model: Config, devices: Sequence[jax.Device]) -> Mesh:

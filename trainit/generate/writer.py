@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from absl import logging
 
+from trainit.checkpoints.finished_run import open_model
 from trainit.config import require
 from trainit.generate import texts
 from trainit.generate.decoder import Decoder
 from trainit.generate.parameters import mesh_for
 from trainit.generate.sampling import Sampling
-from trainit.train.finished.run import open_model
 
 STEPS_SHOWN = 8  # tokens between two looks at them where somebody reads along
 

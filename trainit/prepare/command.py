@@ -15,8 +15,8 @@ from absl import logging
 
 from trainit import tokenizers
 from trainit.cluster import files, logs
-from trainit.cluster.process import FAILED, STOPPED
 from trainit.config import DATASETS, ConfigError
+from trainit.config.exit_codes import FAILED, STOPPED
 from trainit.data.dataset import DatasetError
 from trainit.data.documents.reader import SUFFIXES
 from trainit.prepare import prepare, workers

@@ -18,8 +18,8 @@ from tabulate import tabulate
 
 from trainit import tokenizers
 from trainit.cluster.files import write_atomically
-from trainit.cluster.process import DONE, FAILED
 from trainit.config import ConfigError, require
+from trainit.config.exit_codes import DONE, FAILED
 from trainit.data.dataset import FORMAT
 from trainit.data.documents import conversations, reader
 from trainit.data.documents.inputs import difference

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from trainit import config as config_lib
-from trainit.cluster.process import DONE
+from trainit.config.exit_codes import DONE
 
 DESCRIPTION = "Prints a script with which a shell completes this command."
 OPTIMIZERS = Path(__file__).parents[1] / "optimizers"

@@ -6,17 +6,17 @@ trainit export runs/pile_gpt --output=my-model [--step=2000] [--dtype=bfloat16]
 import argparse
 from pathlib import Path
 
-from trainit import cli
 from trainit.cluster import logs
 from trainit.cluster.files import new_folder, write_atomically, write_json
-from trainit.cluster.process import DONE
+from trainit.config import command_line
+from trainit.config.exit_codes import DONE
 
 DESCRIPTION = "Writes a run's model and tokenizer as a folder that transformers loads."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    cli.add_finished_run_arguments(parser, foreign=False)
+    command_line.add_finished_run_arguments(parser, foreign=False)
     add = parser.add_argument_group("export").add_argument
     add("--output", default="", help="folder that is made; there must be none")
     types = ("float32", "bfloat16", "float16")
@@ -37,15 +37,15 @@ def _write(arguments: argparse.Namespace, workdir: Path, folder: Path) -> str:
     """Writes all files; returns what was written, in a line."""
     import jax
 
+    from trainit.checkpoints.finished_run import open_run
+    from trainit.checkpoints.parameters import parameter_shapes, read_parameters
     from trainit.convert import card, families, weights
     from trainit.tokenizers import to_json
-    from trainit.train.finished.parameters import parameter_shapes, read_parameters
-    from trainit.train.finished.run import open_run
 
     jax.config.update("jax_platforms", "cpu")
     run = open_run(workdir, arguments.step)
     config, store, step = run.config, run.store, run.step
-    family, tokenizer = families.find(config.model), run.tokenizer(arguments.tokenizer, cli.cache())
+    family, tokenizer = families.find(config.model), run.tokenizer(arguments.tokenizer, command_line.cache())
 
     # The vocabulary was padded for the devices; ids that no text has are cut off.
     vocab_size = tokenizer.vocab_size if tokenizer else config.model.vocab_size

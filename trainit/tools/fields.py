@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Iterator
 
 from trainit import config as config_lib
-from trainit.cluster.process import DONE
 from trainit.config import Field, require
+from trainit.config.exit_codes import DONE
 
 DESCRIPTION = "Lists the fields of configs: default, bounds, meaning."
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from trainit import __version__
 from trainit.cluster import files, logs
-from trainit.cluster.process import DONE
+from trainit.config.exit_codes import DONE
 
 PARTS = 8  # of each array, one of which is copied at a time
 DESCRIPTION = "Makes a run of a model in a folder of transformers."
@@ -38,12 +38,12 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
     """Writes the run; returns how many parameters it has."""
     import jax
 
+    from trainit.checkpoints.finished_run import config_of
+    from trainit.checkpoints.store import CheckpointStore
     from trainit.convert.pretrained import PREFIX, Pretrained
     from trainit.data.loader import START
     from trainit.model.gpt import GPT
     from trainit.parallel.trees import device_bytes
-    from trainit.train.checkpoint import CheckpointStore
-    from trainit.train.finished.run import config_of
 
     # A save copies arrays by their parts on devices. So there are several, which share this machine's memory.
     jax.config.update("jax_platforms", "cpu")

@@ -10,8 +10,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainit.cluster.process import DONE, FAILED
 from trainit.config import require
+from trainit.config.exit_codes import DONE, FAILED
 
 DESCRIPTION = "Compares the files of a run's checkpoints, or of a prepared dataset, with their digests."
 
@@ -43,7 +43,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _checkpoint(folder: Path) -> Iterator[str]:
     """Prints how a checkpoint is; yields what is wrong with it."""
-    from trainit.cluster import digests
+    from trainit.checkpoints import digests
 
     found = digests.problems(folder)
     if found is None:

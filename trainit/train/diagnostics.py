@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from trainit import optimizers
+from trainit.checkpoints.state import TrainState
 from trainit.config import Config, require
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import device_bytes, inner_product, path_name
 from trainit.train.gradients import LossAndGradient
-from trainit.train.state import TrainState
 
 NOISE = "noise/trace", "noise/gradient_square"  # means of both are kept; their ratio is the noise scale
 NOISE_DECAY = 0.99  # of these means

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainit.checkpoints.state import named_key
 from trainit.config import DROPOUTS, Config
 from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import GPT
@@ -16,7 +17,6 @@ from trainit.parallel.collectives import Parallel
 from trainit.parallel.mesh import RunShape, wants_squares
 from trainit.parallel.trees import inner_product
 from trainit.tokenizers.chat.on_device import counting, inputs_and_targets
-from trainit.train.state import named_key
 
 
 @dataclass

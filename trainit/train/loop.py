@@ -9,14 +9,16 @@ import jax
 from absl import logging
 
 from trainit import __version__
+from trainit.checkpoints.retry import SaveRetry
+from trainit.checkpoints.state import TrainState
+from trainit.checkpoints.store import CheckpointStore, due
 from trainit.cluster import device_checks, devices, files, sync
 from trainit.cluster.monitor import JobMonitor
-from trainit.cluster.process import DONE, FAILED, STOPPED, USAGE
 from trainit.config import Config
+from trainit.config.exit_codes import DONE, FAILED, STOPPED, USAGE
 from trainit.data.checks import background
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape
-from trainit.train.checkpoint import CheckpointStore, due
 from trainit.train.evaluate import Validation
 from trainit.train.feed import BatchFeed
 from trainit.train.recorder import NonFiniteError, StepRecorder
@@ -24,9 +26,7 @@ from trainit.train.reports import metrics, startup_report
 from trainit.train.reports.startup_timer import StartupTimer
 from trainit.train.reports.trackers import RunLogger
 from trainit.train.resume import Resume, warm_up_again
-from trainit.train.saved.retry import SaveRetry
 from trainit.train.skipped.lines import SkippedSteps
-from trainit.train.state import TrainState
 from trainit.train.step import build
 
 WriteTexts = Callable[[int, dict, RunShape], list[dict]]  # of step and parameters, for samples.jsonl

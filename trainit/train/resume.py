@@ -9,6 +9,9 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from trainit.checkpoints.fallback import before_skipped, set_aside, whole
+from trainit.checkpoints.state import TrainState
+from trainit.checkpoints.store import CheckpointStore
 from trainit.cluster import sync
 from trainit.config import FREE, SCHEDULES, Config, batch_sizes, defaults, flatten, require
 from trainit.config.schema import as_tuple
@@ -19,9 +22,6 @@ from trainit.data.training_data import TrainingData, abstract_batch
 from trainit.optimizers.common import schedules
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
-from trainit.train.checkpoint import CheckpointStore
-from trainit.train.saved.fallback import before_skipped, set_aside, whole
-from trainit.train.state import TrainState
 from trainit.train.step import CompiledSteps
 
 

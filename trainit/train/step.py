@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from trainit import optimizers
+from trainit.checkpoints.state import TrainState, named_key
 from trainit.cluster import device_checks
 from trainit.config import Config
 from trainit.model.cross_entropy import CrossEntropy
@@ -25,7 +26,6 @@ from trainit.train import diagnostics
 from trainit.train.compiled import CompiledFunction
 from trainit.train.gradients import LossAndGradient
 from trainit.train.skipped import loss_scale, spikes
-from trainit.train.state import TrainState, named_key
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from trainit import cli
 from trainit.cluster import files
-from trainit.cluster.process import DONE
-from trainit.config import ConfigError
+from trainit.config import ConfigError, command_line
+from trainit.config.exit_codes import DONE
 
 DESCRIPTION = "Compares runs: what they reach, how soon, at which learning rates."
 
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--baseline", default="", help="method by which the others are measured; empty: the first one")
     add(
         "--target",
-        type=cli.number(float, 0),
+        type=command_line.number(float, 0),
         help="loss to reach; by default what all runs of the baseline reach",
     )
     add("--tuning_seeds", default="", help="seeds of runs that only choose the learning rate, e.g. 0,1")

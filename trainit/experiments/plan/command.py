@@ -12,10 +12,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from trainit import cli
 from trainit import config as config_lib
-from trainit.cluster.process import DONE
-from trainit.config import Config, ConfigDict, ConfigError, require
+from trainit.config import Config, ConfigDict, ConfigError, command_line, require
+from trainit.config.exit_codes import DONE
 from trainit.experiments.plan.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -26,9 +25,9 @@ DESCRIPTION = "Predicts memory, what devices exchange, time and MFU of a config'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    cli.add_config_arguments(parser)
+    command_line.add_config_arguments(parser)
     add = parser.add_argument_group("plan").add_argument
-    number, fraction = cli.number(int, 0), cli.number(float, 0.01, 1)
+    number, fraction = command_line.number(int, 0), command_line.number(float, 0.01, 1)
     many = "GPUs of the job, or several numbers of them; by default 8, or with tokens or hours as few as fit"
     add("--devices", metavar="N[,N...]", default="", help=many)
     rows = "sequences of a step on each part of data × fsdp, instead of batch_size; 0: batch_size"
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile_up_to", type=number, default=512, help=bound)
     choices = "compile each choice of model.remat, for a table of memory and time"
     add("--sweep", action="store_true", help=choices)
-    positive = cli.number(float, 0)
+    positive = command_line.number(float, 0)
     tokens = "tokens of a run whose hours and GPU-hours are printed; 0: the config's"
     add("--tokens", type=positive, default=0, help=tokens)
     hours = "GPU-hours that may be spent; also prints how many tokens they are enough for"
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         all(number.isdecimal() and int(number) for number in numbers),
         f"--devices={arguments.devices}: write numbers above 0, as 8,64",
     )
-    config = cli.load_config(arguments)
+    config = command_line.load_config(arguments)
     from trainit.cluster import devices
     from trainit.experiments.plan import budget, gpu, report, sweep
 
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     asks = bool(arguments.tokens or arguments.budget_hours)
     counts = [int(number) for number in numbers] or list(budget.COUNTS if asks else (8,))
     compiled = max((count for count in counts if count <= arguments.compile_up_to), default=1)
-    devices.configure("cpu", compiled if missing else 1, cli.cache())
+    devices.configure("cpu", compiled if missing else 1, command_line.cache())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     plans = []
     for count in counts:
@@ -105,4 +104,6 @@ def _resolve(config: ConfigDict, count: int, arguments: argparse.Namespace) -> C
         config.batch_size = arguments.rows * sizes["data"] * sizes["fsdp"]
     if config.model.vocab_size:
         return config_lib.resolve(config, config.model.vocab_size)
-    return cli.read(config, arguments)[0]
+    from trainit.train import setup
+
+    return setup.read(config, arguments)[0]

@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainit import cli
 from trainit.cluster import files, logs
-from trainit.cluster.process import DONE, FAILED, STOPPED
-from trainit.config import ConfigError, check_fields
+from trainit.config import ConfigError, check_fields, command_line
+from trainit.config.exit_codes import DONE, FAILED, STOPPED
 
 if TYPE_CHECKING:
     from trainit.experiments.sweep.spec import Sweep
@@ -50,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         sweep = spec.read(arguments.sweep, arguments.output)
         # What a config file or the sweep's fields must not have is an error before anything runs.
         for job in {(job.variant, job.changes): job for job in sweep.wanted(lambda job: None)}.values():
-            config = cli.load_config(cli.train_parser("trainit train").parse(job.arguments))
+            config = command_line.load_config(command_line.train_parser("trainit train").parse(job.arguments))
             check_fields(config, config)
         if arguments.dry_run:
             print_plan(sweep)

@@ -15,8 +15,8 @@ from pathlib import Path
 from absl import logging
 
 from trainit.cluster.files import write_atomically
-from trainit.cluster.process import STOPPED
 from trainit.config import ConfigError, require
+from trainit.config.exit_codes import STOPPED
 from trainit.experiments.compare.runs import read
 from trainit.experiments.sweep.spec import Job, Sweep
 

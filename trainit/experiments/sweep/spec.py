@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainit import cli
-from trainit.config import ConfigError, require
+from trainit.config import ConfigError, command_line, require
 from trainit.experiments.compare.runs import RATE, exact
 
 EXTENSIONS = 4  # learning rates that are tried beyond an end of the grid, at most
@@ -161,7 +160,7 @@ def read(given: str, output: Path | None) -> Sweep:
 
     Without an output folder, that is runs/ and the file's name. Raises ConfigError for what cannot be meant.
     """
-    asked = cli.run_file(given, "get_sweep")
+    asked = command_line.run_file(given, "get_sweep")
     file, _, argument = given.partition(":")
     output = output or Path("runs") / "-".join(filter(None, (Path(file).stem, argument.replace("/", "_"))))
     try:

@@ -10,10 +10,9 @@ import json
 import math
 from typing import TYPE_CHECKING
 
-from trainit import cli
 from trainit.cluster import logs
-from trainit.cluster.process import DONE
-from trainit.config import DATASETS, ConfigError
+from trainit.config import DATASETS, ConfigError, command_line
+from trainit.config.exit_codes import DONE
 
 if TYPE_CHECKING:
     from trainit.generate.evaluate.loaded import LoadedModel
@@ -23,7 +22,7 @@ DESCRIPTION = "The validation loss of a trained model, by subset, on any data th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    cli.add_finished_run_arguments(parser)
+    command_line.add_finished_run_arguments(parser)
     add = parser.add_argument_group("data").add_argument
     kinds = "another kind of data than the run's; its fields are set by --config.dataset.FIELD"
     add("--dataset", choices=DATASETS, default=None, help=kinds)
@@ -32,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tasks of lm-evaluation-harness (package lm-eval)").add_argument
     add("--tasks", metavar="NAME[,NAME...]", default="", help="run these, in place of a validation")
     add("--include_path", metavar="FOLDER", default="", help="more tasks, in YAML, as of lm_eval")
-    add("--limit", type=cli.number(int, 1), default=None, help="documents of each task; by default all")
+    add(
+        "--limit",
+        type=command_line.number(int, 1),
+        default=None,
+        help="documents of each task; by default all",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="one object of JSON, for programs")
 

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 import jax
 from absl import logging
 
-from trainit import cli, config, optimizers, tokenizers
+from trainit import config, optimizers, tokenizers
+from trainit.checkpoints.finished_run import FinishedRun, PretrainedModel, open_model
 from trainit.cluster import devices
-from trainit.config import Config, ConfigDict, ConfigError, require
+from trainit.config import Config, ConfigDict, ConfigError, command_line, require
 from trainit.data.jsonl.dataset import is_chat
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape
 from trainit.tokenizers import Tokenizer
+from trainit.train import setup
 from trainit.train import step as train_step
 from trainit.train.automatic import choice
 from trainit.train.evaluate import Validation
-from trainit.train.finished.run import FinishedRun, PretrainedModel, open_model
 from trainit.train.step import CompiledSteps
 
 ROWS = 8  # sequences of a device at once
@@ -47,19 +48,21 @@ def load(arguments: argparse.Namespace, needs_data: bool = True) -> LoadedModel:
 
     Without data, fields of the dataset mean nothing.
     """
-    overrides, cache = arguments.overrides, cli.cache()
+    overrides, cache = arguments.overrides, command_line.cache()
     platform = config.defaults()  # before anything uses devices
-    cli.set_fields(platform, [given for given in overrides if given[0] in ("platform", "cpu_devices")])
+    command_line.set_fields(
+        platform, [given for given in overrides if given[0] in ("platform", "cpu_devices")]
+    )
     devices.configure(platform.platform, platform.cpu_devices, cache)
     model = open_model(arguments.run, arguments.step)
     wanted = _config(model.config, arguments.dataset)
-    cli.set_fields(wanted, overrides)
+    command_line.set_fields(wanted, overrides)
     wanted.batch_size = ROWS * jax.device_count()
     if "streams" in wanted.dataset:
         wanted.dataset.streams = 1
     data = None
     if needs_data:
-        resolved, data = cli.read(wanted, argparse.Namespace(debug=False, overrides=()))
+        resolved, data = setup.read(wanted, argparse.Namespace(debug=False, overrides=()))
         tokenizer = data.tokenizer
         _check_tokenizer(model, tokenizer, arguments.tokenizer)
     else:
@@ -93,7 +96,7 @@ def _config(own: Config, dataset: str | None) -> ConfigDict:
 def _check_tokenizer(model: FinishedRun | PretrainedModel, tokenizer: Tokenizer, choice: str) -> None:
     """Raises ConfigError if the data's tokenizer is another than the model's, where that is still there."""
     try:
-        own = model.tokenizer(choice, cli.cache())
+        own = model.tokenizer(choice, command_line.cache())
     except ConfigError as error:
         logging.warning("tokenizer  that of the model cannot be compared with that of the data: %s", error)
         return

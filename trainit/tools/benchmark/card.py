@@ -25,8 +25,8 @@ from tabulate import tabulate
 import trainit
 from trainit.cluster import hardware
 from trainit.cluster.files import describe_os_error, write_atomically
-from trainit.cluster.process import DONE, FAILED
 from trainit.config import ConfigError, require
+from trainit.config.exit_codes import DONE, FAILED
 from trainit.experiments.compare.runs import read
 from trainit.tools.benchmark import card_parts, children, contender, suite
 from trainit.tools.benchmark.card_parts import judged

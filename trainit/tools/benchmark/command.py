@@ -17,9 +17,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainit import cli
-from trainit.cluster.process import DONE, tune_process
-from trainit.config import Config, require
+from trainit.cluster.process import tune_process
+from trainit.config import Config, command_line, require
+from trainit.config.exit_codes import DONE
 
 DESCRIPTION = "Measures the loader, the train step and its products, saves, and what parts of a run cost."
 PARTS = ("loader", "step", "save", "processes", "optimizer", "loss", "products")
@@ -27,15 +27,15 @@ PARTS = ("loader", "step", "save", "processes", "optimizer", "loss", "products")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    cli.add_config_arguments(parser)
+    command_line.add_config_arguments(parser)
     add = parser.add_argument_group("what is measured").add_argument
-    count, steps = cli.number(int, 1), cli.number(int, 3)
+    count, steps = command_line.number(int, 1), command_line.number(int, 3)
     add(
         "--only", default="loader,step,save", help=f"some of {', '.join(PARTS)}; or prepare or generate alone"
     )
     add("--sweep", action="store_true", help="try other settings of the step that change no result")
     add("--suite", choices=("cpu", "gpu"), help="compare other programs on the same work, or measure a GPU")
-    add("--minutes", type=cli.number(float, 0.1), default=8.0, help="longest time of --suite=gpu")
+    add("--minutes", type=command_line.number(float, 0.1), default=8.0, help="longest time of --suite=gpu")
     add("--output", default="benchmark-gpu.md", help="file for the table of --suite=gpu")
     add("--corpus", default="", help="files of documents to prepare, for --only=prepare")
     add("--tokens", type=count, default=1 << 27, help="tokens of the loader's synthetic dataset")
@@ -77,9 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
     tune_process()
     from trainit.cluster import logs
     from trainit.tools.benchmark import loader, overheads, products, step
+    from trainit.train import setup
 
     logs.log_to_terminal(lead=True)
-    config, dataset = cli.read(cli.load_config(arguments), arguments)
+    config, dataset = setup.read(command_line.load_config(arguments), arguments)
     config = _take_devices(config, arguments.debug)
     if arguments.sweep:
         return _print("sweep", step.sweep(config, dataset, steps))
@@ -118,7 +119,7 @@ def _take_devices(config: Config, debug: bool) -> Config:
     from trainit.cluster.place import Place
     from trainit.parallel.mesh import mesh_sizes
 
-    devices.configure(config.platform, config.cpu_devices, cli.cache())
+    devices.configure(config.platform, config.cpu_devices, command_line.cache())
     devices.initialize(config.platform, Place("alone"))
     kind, cores = jax.devices()[0].device_kind, os.cpu_count()
     print(f"{jax.device_count()} × {kind}, {cores} cores, JAX {jax.__version__}", flush=True)

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from trainit import optimizers
+from trainit.checkpoints.store import CheckpointStore
 from trainit.cluster import rendezvous
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import MESH_AXES, Config, ConfigError
@@ -33,7 +34,6 @@ from trainit.tools.benchmark.step import Bench
 from trainit.tools.timing import WARMUP, in_turn, seconds
 from trainit.train import step
 from trainit.train.automatic import choice
-from trainit.train.checkpoint import CheckpointStore
 
 SAVES = 6  # of which the first is reported separately: it allocates and compiles
 

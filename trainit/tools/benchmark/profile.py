@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
+from trainit.checkpoints.state import TrainState
 from trainit.experiments.plan import hlo
 from trainit.parallel.trees import device_bytes
-from trainit.train.state import TrainState
 
 LABELS = {"mlp": "MLP", "head": "head and loss"}
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', re.MULTILINE)

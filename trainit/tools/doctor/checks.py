@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 
-from trainit import cli
 from trainit.cluster import devices, rendezvous, run_lock, sync
 from trainit.cluster.logs import quantity
 from trainit.cluster.place import Place, SetupError
-from trainit.config import Config, ConfigDict, ConfigError
+from trainit.config import Config, ConfigDict, ConfigError, command_line
 from trainit.data.dataset import DatasetError
 from trainit.data.documents.inputs import fingerprint
 from trainit.data.training_data import TrainingData
@@ -26,6 +25,7 @@ from trainit.tools import timing
 from trainit.tools.doctor import environment
 from trainit.tools.doctor.network import check_all_reduces
 from trainit.tools.doctor.report import FAIL, OK, Result, group_processes, name_failures
+from trainit.train import setup
 from trainit.train.automatic import choice
 
 DATA_SECONDS = 1.0  # for which the loader is timed
@@ -39,7 +39,7 @@ def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tupl
     # The config and the dataset: what is wrong with them does not keep the machine from being checked.
     dataset, resolved = None, None
     try:
-        resolved, dataset = cli.read(config, arguments)
+        resolved, dataset = setup.read(config, arguments)
         results = [Result("config", OK, "valid")]
     except (ConfigError, DatasetError) as error:
         name = "dataset" if isinstance(error, DatasetError) else "config"
@@ -49,7 +49,7 @@ def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tupl
     results.append(Result("place", OK, f"{place.source}, processes: {place.num_processes}"))
     try:
         count = min(max(config.cpu_devices, 1), 4096)  # others are reported above, and cannot be made
-        told = devices.configure(config.platform, count, cli.cache(), place)
+        told = devices.configure(config.platform, count, command_line.cache(), place)
         results.append(Result("settings", OK, told))
         seconds = arguments.wait_seconds
         _, coordinator = rendezvous.meet_others(place, config.platform, {}, seconds, lambda: "")
@@ -60,7 +60,7 @@ def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tupl
 
     hosts = sync.gather_text(socket.gethostname())
     processes = [f"process {index} ({host})" for index, host in enumerate(hosts)]
-    results += _check_machines(hosts, processes, cli.workdir(arguments))
+    results += _check_machines(hosts, processes, command_line.workdir(arguments))
     results += _check_data(resolved, dataset, processes, arguments.debug)
     if sync.is_lead():
         results.append(environment.check_wandb(config.wandb.project, os.environ))

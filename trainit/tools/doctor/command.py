@@ -8,24 +8,24 @@ Prints a table, with what to do about each check that fails. Exit code 0 if none
 
 import argparse
 
-from trainit import cli
 from trainit.cluster import logs
 from trainit.cluster.place import find_own_place
+from trainit.config import command_line
 
 DESCRIPTION = "Checks what a run needs, before it is run: the same flags as of `trainit train`."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    cli.add_config_arguments(parser)
-    cli.add_job_arguments(parser)
+    command_line.add_config_arguments(parser)
+    command_line.add_job_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table on process 0, and ends this process together with the others."""
     logs.log_to_terminal(lead=False)
     place = find_own_place(arguments)
-    config = cli.load_config(arguments)
+    config = command_line.load_config(arguments)
     from trainit.cluster import sync
     from trainit.cluster.process import exit_process
     from trainit.tools.doctor import checks

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from trainit import cli, optimizers
+from trainit import optimizers
+from trainit.checkpoints.store import CheckpointStore
 from trainit.cluster import sync
 from trainit.cluster.devices import computed_on
-from trainit.config import DATASETS, FREE, Config, ConfigDict, defaults, flatten, require
+from trainit.config import DATASETS, FREE, Config, ConfigDict, command_line, defaults, flatten, require
 from trainit.data import training_data
 from trainit.data.jsonl.dataset import is_chat
 from trainit.data.training_data import TrainingData
@@ -26,7 +27,6 @@ from trainit.parallel.mesh import RunShape
 from trainit.prepare.demo import prepare_demo
 from trainit.train import step as train_step
 from trainit.train.automatic import choice
-from trainit.train.checkpoint import CheckpointStore
 from trainit.train.reports import metrics
 from trainit.train.resume import Resume, differences
 from trainit.train.step import CompiledSteps
@@ -63,7 +63,7 @@ def with_fields(saved: dict, overrides: Sequence[tuple[str, str | None]]) -> Con
     declared = defaults()
     if "streams" in saved["dataset"]:
         declared.dataset = DATASETS["chat" if is_chat(saved["dataset"]) else "jsonl"]()
-    cli.set_fields(declared, overrides)
+    command_line.set_fields(declared, overrides)
     given, config = flatten(declared), ConfigDict(saved, type_safe=False)
     for name, _ in overrides:
         require(bool(FREE.match(name)), f"--config.{name} would make another run of it")
@@ -193,7 +193,7 @@ def prepare(
     if begin > 0:
         new = {"load_path": str(folder), "load_step": begin, "overwrite_optimizer": False}
         config = Config({**config.to_dict(), "checkpoint": {**config.checkpoint.to_dict(), **new}})
-    d, cache = config.dataset, cli.cache()
+    d, cache = config.dataset, command_line.cache()
     path = str(prepare_demo(cache)) if d.path == "demo" and "streams" not in d else d.path
     config, data = training_data.read(
         ConfigDict(config.to_dict()), path, lambda *_, known=config: known, cache

@@ -11,11 +11,10 @@ logged, 1 something differs, 2 wrong usage.
 import argparse
 from pathlib import Path
 
-from trainit import cli
 from trainit.cluster import logs
 from trainit.cluster.place import Place, find_own_place
-from trainit.cluster.process import DONE, FAILED, USAGE
-from trainit.config import ConfigError
+from trainit.config import ConfigError, command_line
+from trainit.config.exit_codes import DONE, FAILED, USAGE
 
 DESCRIPTION = "Does steps of a run again, from a checkpoint, and compares losses and norms with its log."
 
@@ -25,11 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     add = parser.add_argument_group("replay").add_argument
     begin = "checkpoint to begin from, 0: as the run began; by default the newest with logged steps after it"
-    add("--step", type=cli.number(int, 0), default=None, help=begin)
-    add("--steps", type=cli.number(int, 1), default=10, help="steps to do again, as far as one job did them")
+    add("--step", type=command_line.number(int, 0), default=None, help=begin)
+    add(
+        "--steps",
+        type=command_line.number(int, 1),
+        default=10,
+        help="steps to do again, as far as one job did them",
+    )
     example = "sets a field on which only rounding depends, or where the data lie: --config.mesh.data=2"
     add("--config.FIELD", metavar="VALUE", default=argparse.SUPPRESS, help=example)
-    cli.add_job_arguments(parser, has_folder=False)
+    command_line.add_job_arguments(parser, has_folder=False)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         code = _replay(arguments, place)
     except (ConfigError, MeetingError) as error:
-        cli.print_error(error)
+        command_line.print_error(error)
         exit_process(USAGE if isinstance(error, ConfigError) else FAILED)
     exit_process(code, together=True)
 
@@ -57,7 +61,7 @@ def _replay(arguments: argparse.Namespace, place: Place) -> int:
     # The devices are those that the run's last job asked for, unless the flags name others.
     folder = Path(arguments.run)
     last = again.with_fields(again.jobs(folder)[-1].config, arguments.overrides)
-    devices.configure(last.platform, last.cpu_devices, cli.cache(), place)
+    devices.configure(last.platform, last.cpu_devices, command_line.cache(), place)
     _, address = rendezvous.meet_others(place, last.platform, {}, arguments.wait_seconds, lambda: "")
     devices.initialize(last.platform, place, address)
 

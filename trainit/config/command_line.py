@@ -1,7 +1,4 @@
-"""What commands share: --config with its overrides, where a process stands, errors of one line.
-
-Modules that take seconds to import, such as JAX, are imported in functions: --help is answered at once.
-"""
+"""What commands share: flags, --config with its overrides, folders, errors of one line."""
 
 import argparse
 import difflib
@@ -12,16 +9,13 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
-from trainit.cluster.process import USAGE
-from trainit.config import Config, ConfigDict, ConfigError, check_fields, field, require, resolve, shrink
+from trainit.config import ConfigDict, ConfigError, check_fields, field, require
+from trainit.config.exit_codes import USAGE
 from trainit.config.schema import describe_error, expand_home, unknown_field, walk
-
-if TYPE_CHECKING:
-    from trainit.data.training_data import TrainingData
 
 _OVERRIDE = re.compile(r"--(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
 
@@ -223,44 +217,3 @@ def _no_field(name: str, config: ConfigDict) -> str:
         group = group[part]
     example = f"--config.{name}.{next(iter(group), 'FIELD')}=VALUE"
     return f"config.{name} is a group: choose it by --config=FILE:{name}=CHOICE, or set its fields: {example}"
-
-
-def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, "TrainingData"]:
-    """Resolves a config and opens its data, before any device. With --debug, shrinks it first, in place."""
-    from trainit import optimizers
-    from trainit.convert.pretrained import Pretrained, is_pretrained
-    from trainit.data import training_data
-    from trainit.data.formats import detect
-    from trainit.prepare.demo import prepare_demo
-    from trainit.train import tasks
-
-    # A model that another program wrote fills the fields of it that are left open.
-    load_path = "" if arguments.debug else config.checkpoint.load_path
-    pretrained = Pretrained(load_path) if is_pretrained(load_path) else None
-    if pretrained:
-        pretrained.fill(config)
-
-    folder, is_prepared = config.dataset.path, "streams" not in config.dataset
-    if arguments.debug:
-        shrink(config, [name for name, _ in arguments.overrides])
-        if is_prepared and not Path(folder).is_dir() and not detect.find(Path(folder)):
-            folder = "demo"
-            config.dataset.update(path=folder, mixture="", tokenizer="", validation_path="", end_of_text="")
-    if folder == "demo" and is_prepared:
-        try:
-            folder = str(prepare_demo(cache()))
-        except OSError as error:
-            where = f"dataset.path='demo': the cache {cache()}"
-            raise ConfigError(f"{where} cannot be used: {error}; TRAINIT_CACHE= names another") from None
-
-    def resolved(config: ConfigDict, vocab_size: int, end_of_text: int) -> Config:
-        frozen = resolve(config, vocab_size, end_of_text)
-        optimizers.check(frozen)
-        return frozen
-
-    for given in config.eval.tasks:
-        tasks.read(given)  # what is wrong with them is reported before anything waits
-    config, data = training_data.read(config, folder, resolved, cache())
-    if pretrained:
-        pretrained.check_tokenizer(data.tokenizer)
-    return config, data

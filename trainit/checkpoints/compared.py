@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from trainit.cluster import digests, sync
+from trainit.checkpoints import digests
+from trainit.cluster import sync
 
 
 class Compared:

@@ -11,12 +11,13 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from trainit.cluster import digests, sync
+from trainit.checkpoints import digests
+from trainit.checkpoints.compared import Compared
+from trainit.checkpoints.watched import watch
+from trainit.cluster import sync
 from trainit.cluster.run_lock import try_to_write
 from trainit.config import ConfigError, of_this_version, require
 from trainit.parallel.trees import path_name
-from trainit.train.saved.compared import Compared
-from trainit.train.saved.watched import watch
 
 # Fields of a state that are saved as items of their own: a resume may have others of them, or none.
 SEPARATE = ("diagnostics", "loss_scale", "spikes")

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from trainit.checkpoints.store import CheckpointStore
 from trainit.parallel.trees import path_name
-from trainit.train.checkpoint import CheckpointStore
 
 
 def parameter_shapes(store: CheckpointStore, step: int) -> dict[str, tuple[int, ...]]:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from absl import logging
 
+from trainit.checkpoints.store import CheckpointStore
 from trainit.cluster import sync
 from trainit.config import Config, ConfigError, batch_sizes
-from trainit.train.checkpoint import CheckpointStore
 
 
 def whole(store: CheckpointStore, step: int, option: str, fallback: bool = False) -> int:

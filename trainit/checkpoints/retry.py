@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from absl import logging
 
+from trainit.checkpoints.state import TrainState
+from trainit.checkpoints.store import CheckpointStore
 from trainit.cluster import sync
 from trainit.cluster.monitor import JobMonitor
-from trainit.train.checkpoint import CheckpointStore
-from trainit.train.state import TrainState
 
 RETRY_SECONDS = (1, 5, 20)  # pauses before a failed save is tried again; then the run ends
 DURABLE, BUSY, FAILED = range(3)  # what has become of a save

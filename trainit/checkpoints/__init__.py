@@ -1,0 +1,1 @@
+"""What a run keeps: saving, digests, restoring, and reading finished runs."""

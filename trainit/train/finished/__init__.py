@@ -1,1 +1,0 @@
-"""Runs that something is made of: exports, texts."""

@@ -22,6 +22,8 @@ unset TRAINIT_TOKEN_FILE
 # Process 0 writes there that a fault may start the run again.
 export TRAINIT_RUN_FILE=$folder/run
 export TRAINIT_NUM_PROCESSES=$count TRAINIT_LOCAL_PROCESSES=$count TRAINIT_COORDINATOR TRAINIT_TOKEN
+# The processes look whether this script lives: when it is killed by SIGKILL, they save and exit, too.
+export TRAINIT_LAUNCHER=$$
 
 # Starts all processes, waits until they have ended, and leaves in `result` how.
 attempt() {

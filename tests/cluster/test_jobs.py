@@ -298,6 +298,18 @@ def test_a_terminal_that_is_closed_stops_the_job(job, tmp_path):
     assert CheckpointStore(run, read_only=True).steps()[-1] == last_step(run)
 
 
+@pytest.mark.evidence("when launch/local.sh is killed, its processes save and end by themselves")
+def test_a_launcher_that_is_killed_leaves_nothing_behind(job, tmp_path):
+    run = tmp_path / "run"
+    process = job(2, "--config.steps=100000")
+    assert wait_for(process, lambda: last_step(run) >= 2)
+    process.kill()
+    output = process.communicate(timeout=60)[0]  # until no process has its end of the pipe any more
+    assert "stopped    on the end of its launcher at step" in output
+    assert not (run / "lock.json").exists()
+    assert CheckpointStore(run, read_only=True).steps()[-1] == last_step(run)
+
+
 def test_two_processes_train_as_one(random_dataset, job, tmp_path):
     """Two processes of four devices: the run of one process with eight, up to the order of sums."""
     mesh = "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import runpy
 import signal
@@ -11,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from processes import ROOT, start
+from processes import ROOT, start, wait_for
 from test_compare import write
 
 from trainit.__main__ import main
@@ -290,9 +291,11 @@ def real(tmp_path, random_dataset):
     return tmp_path
 
 
-@pytest.mark.evidence("a sweep that was stopped continues where it was")
+@pytest.mark.evidence(
+    "a sweep that was stopped continues where it was; one that was killed waits for the run that it has left"
+)
 def test_a_sweep_is_run_stopped_and_gone_on_with(real):
-    """Stopped at its first run, then resumed; what broke is named, and it exits with 1."""
+    """Stopped at its first run, killed, then resumed; what broke is named, and it exits with 1."""
     arguments = (f"{real}/sweep.py", f"--output={real}/out")
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which a child inherits
     process = start(*arguments, command="sweep")
@@ -309,7 +312,18 @@ def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     assert process.returncode == 75, output
     assert "the same command resumes it" in output
     assert not (real / "out/b").exists()
+
+    # Killed when its run has taken the folder, and started again while that run still has it.
+    process, lock = start(*arguments, command="sweep"), first / "lock.json"
+    assert wait_for(process, lock.exists)
+    orphan = json.loads(lock.read_text())["pid"]
+    os.kill(orphan, signal.SIGSTOP)
+    process.kill()
+    process.wait()
     process = start(*arguments, command="sweep")
+    said = next(line for line in process.stdout if "waiting until" in line)
+    os.kill(orphan, signal.SIGCONT)
+    assert f"a batch_size=4 seed 1: waiting until alone, pid {orphan} on " in said
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     for name in ("a/batch_size=4/seed_1", "b/batch_size=8/seed_1"):

@@ -32,7 +32,6 @@ class JobMonitor:
         self._heartbeats = Heartbeats(process, self._peers, silence_seconds)
         send, wake = self._peers.send, self._inbox.wake
         self.agreement = StopAgreement(process, count, send, wake, self._leave_untrained)
-        self._deadline = float("inf")
         self._stacks: Path | None = None
         self._over = False  # from here on, a process that leaves is not lost
         self._ending = False  # another thread ends this process, with the right code
@@ -53,7 +52,7 @@ class JobMonitor:
         appended to the file `stacks`. `started` is a `time.monotonic()`.
         """
         self.watchdog.stall_seconds, self._stacks = stall_seconds, stacks
-        self._deadline = started + 60 * max_minutes if max_minutes else float("inf")
+        self.agreement.deadline = started + 60 * max_minutes if max_minutes else float("inf")
 
     def stop_reason(self) -> str:
         """Why to stop here, or "". All processes call it at the same points, and all get the same."""
@@ -140,8 +139,7 @@ class JobMonitor:
                 else:
                     self._read(key.data, selector)
             # What is due, and what is missing.
-            if now > self._deadline and self._process == 0:
-                self.agreement.request("stop", "max_minutes")
+            self.agreement.request_if_due(now)
             if self._heartbeats.is_due(now):
                 self._beat()
             if not self._over:

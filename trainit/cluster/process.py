@@ -133,6 +133,22 @@ def age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
+class Launcher:
+    """The process that has started this one and waits for its end: launch/local.sh or a sweep.
+
+    It gives its number in TRAINIT_LAUNCHER. If it is killed by a signal that no process can handle, nobody
+    passes signals on or sees the exit code any more, and who starts the same again finds the folder held.
+    """
+
+    def __init__(self):
+        """Takes the variable out of the environment: what this process starts has another launcher."""
+        self._pid = int(os.environ.pop("TRAINIT_LAUNCHER", "0"))
+
+    def is_gone(self) -> bool:
+        """Whether there was one, and it has ended. The parent may also be a script between the two."""
+        return bool(self._pid) and os.getppid() != self._pid and not start_of(self._pid)
+
+
 class SignalInbox:
     """Stop signals as something that a thread can wait for and read, even while the main thread compiles.
 

@@ -109,6 +109,12 @@ class RunLock:
                     self._path.unlink()
 
 
+def holder(folder: Path) -> str:
+    """Which job holds a run's folder and is alive, or ""; waits as `take` does if it is on another host."""
+    held = _read(folder / "lock.json")
+    return _describe(held) if held and _is_alive(folder / "lock.json", held) else ""
+
+
 def _create(path: Path, text: str) -> bool:
     """Creates the file with all of its text; False if there is one already. ConfigError if it cannot."""
     # Of two that come to a free folder at once, one makes the link. Nobody ever sees a part of the text.
@@ -164,7 +170,8 @@ def _is_alive(path: Path, holder: dict) -> bool:
     if holder.get("host") == socket.gethostname() and holder["namespace"] == _namespace() != "":
         return holder["started"] == start_of(holder["pid"])
     before, until = _touched(path), time.monotonic() + DEAD_SECONDS
-    logging.info("waiting    up to %.0f s, to see if %s is alive", DEAD_SECONDS, _describe(holder))
+    text = "waiting    up to %.0f s, to see if %s is alive"
+    logging.log_every_n_seconds(logging.INFO, text, 60, DEAD_SECONDS, _describe(holder))
     while time.monotonic() < until:
         time.sleep(0.5)
         if (now := _touched(path)) != before:

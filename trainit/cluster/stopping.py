@@ -10,6 +10,8 @@ poll costs one comparison.
 import threading
 from collections.abc import Callable
 
+from trainit.cluster.process import Launcher
+
 
 class StopAgreement:
     """One process's part. The main thread polls, the monitor's thread exchanges the messages."""
@@ -30,6 +32,7 @@ class StopAgreement:
         self._process, self._count = process, count
         self._send, self._wake, self._leave_untrained = send, wake, leave_untrained
         self.connected = count == 1  # until then, requests wait
+        self.deadline, self._launcher = float("inf"), Launcher()  # a `time.monotonic()`
         self._requested = {"stop": "", "save": ""}  # why somebody wants all to stop, or to save again
         # What all processes are deciding on, or have decided. The condition guards it and the count of polls.
         self._changed = threading.Condition()
@@ -96,6 +99,15 @@ class StopAgreement:
     def stop_requested(self) -> str:
         """Why somebody wants to stop, or "", before all have agreed where. Any thread may call it."""
         return self._requested["stop"]
+
+    def request_if_due(self, now: float):
+        """Asks to stop when the time is over, or whoever has started this process is gone."""
+        if self._requested["stop"]:
+            return
+        if now > self.deadline and self._process == 0:
+            self.request("stop", "max_minutes")
+        elif self._launcher.is_gone():
+            self.request("stop", "the end of its launcher")
 
     def request(self, kind: str, reason: str):
         """Asks all processes to stop, or to save again."""

@@ -14,9 +14,11 @@ from pathlib import Path
 
 from absl import logging
 
+from trainit.cluster import run_lock
 from trainit.cluster.files import write_atomically
+from trainit.cluster.process import STOP_SIGNALS
 from trainit.config import ConfigError, require
-from trainit.config.exit_codes import STOPPED
+from trainit.config.exit_codes import DONE, STOPPED, USAGE
 from trainit.experiments.compare.runs import read
 from trainit.experiments.sweep.spec import Job, Sweep
 
@@ -71,14 +73,13 @@ class LocalRunner:
     def __init__(self):
         self._child: subprocess.Popen | None = None
         self._stopping = False
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        for number in signals:
-            signal.signal(number, self._on_signal)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self._on_signal)
         # The process that has started this one may have blocked them.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def _on_signal(self, number, frame):
-        del frame
+    def _on_signal(self, number, _):
         self._stopping = True
         if self._child and number != signal.SIGINT:  # a terminal sends SIGINT to the child itself
             self._child.send_signal(number)
@@ -86,22 +87,45 @@ class LocalRunner:
     def run(self, jobs: Sequence[Job]):
         """Runs jobs and logs what each has reached. Raises StoppedError if the sweep was asked to stop."""
         for count, job in enumerate(jobs, start=1):
+            start, code = time.monotonic(), self._run(job)
+            if code == DONE:
+                final, seconds = read(job.folder).final, time.monotonic() - start
+                logging.info("%3d/%d %s: validation loss %.4f, %.0f s", count, len(jobs), job, final, seconds)
+            elif self._stopping or code == STOPPED:
+                raise StoppedError
+            else:
+                logging.info("%3d/%d %s: failed with %d: %s", count, len(jobs), job, code, failure(job))
+
+    def _run(self, job: Job) -> int:
+        """Runs a job, unless another process does so meanwhile; returns the exit code."""
+        while not self._stopping and wait_for_holder(job, lambda: self._stopping) and not finished(job):
             prepare(job)
-            start = time.monotonic()
+            command = [sys.executable, "-m", "trainit", "train", *job.arguments]
+            environment = {**os.environ, "TRAINIT_LAUNCHER": str(os.getpid())}
             with (job.folder / "output.txt").open("w") as output:
-                command = [sys.executable, "-m", "trainit", "train", *job.arguments]
-                self._child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+                self._child = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
                 if self._stopping:  # the signal came before there was a child
                     self._child.terminate()
                 code = self._child.wait()
             self._child = None
-            if code == 0:
-                final, seconds = read(job.folder).final, time.monotonic() - start
-                logging.info("%3d/%d %s: validation loss %.4f, %.0f s", count, len(jobs), job, final, seconds)
-            elif not self._stopping and code != STOPPED:
-                logging.info("%3d/%d %s: failed with %d: %s", count, len(jobs), job, code, failure(job))
-            if self._stopping or code == STOPPED:
-                raise StoppedError
+            # Another process may have taken the folder while this one's was starting.
+            if code != USAGE or not run_lock.holder(job.folder):
+                return code
+        return STOPPED if self._stopping else DONE
+
+
+def wait_for_holder(job: Job, is_stopping: Callable[[], bool] = lambda: False) -> bool:
+    """Waits while another process holds a run's folder, or until a stop is asked for; whether it is free.
+
+    A sweep that was killed may have started it. Not to wait would count the run as failed, and choose the
+    best rate without it.
+    """
+    if holder := run_lock.holder(job.folder):
+        logging.info("%s: waiting until %s ends, which has its folder", job, holder)
+    while holder and not is_stopping():
+        time.sleep(0.5)
+        holder = run_lock.holder(job.folder)
+    return not holder
 
 
 def run_array(given: tuple[str, str], output: Path, jobs: Sequence[Job]):
@@ -113,13 +137,13 @@ def run_array(given: tuple[str, str], output: Path, jobs: Sequence[Job]):
     folder = output.absolute() / "array"
     folder.mkdir(parents=True, exist_ok=True)
     for task, job in enumerate(jobs, start=1):
+        wait_for_holder(job)
         prepare(job)
         write_atomically(folder / str(task), shlex.join(job.arguments) + "\n")
 
-    tasks = f"1-{len(jobs)}"
     command = {
-        "sbatch": ["sbatch", "--wait", f"--array={tasks}"],
-        "qsub": ["qsub", "-sync", "y", "-t", tasks, "-v", f"TRAINIT_ARRAY={folder}"],
+        "sbatch": ["sbatch", "--wait", f"--array=1-{len(jobs)}"],
+        "qsub": ["qsub", "-sync", "y", "-t", f"1-{len(jobs)}", "-v", f"TRAINIT_ARRAY={folder}"],
     }[scheduler] + [*shlex.split(options), str(script)]
     logging.info("%d runs as an array job: %s", len(jobs), shlex.join(command))
     logging.info("This waits for the job and may be stopped; run it again when the job has ended.")
@@ -127,9 +151,8 @@ def run_array(given: tuple[str, str], output: Path, jobs: Sequence[Job]):
         subprocess.run(command, env={**os.environ, "TRAINIT_ARRAY": str(folder)}, check=False)
     except FileNotFoundError:
         raise ConfigError(f"{scheduler} is not on this machine") from None
-    for job in jobs:
-        if not finished(job):
-            logging.info("%s: not finished: %s", job, failure(job))
+    for job in itertools.filterfalse(finished, jobs):
+        logging.info("%s: not finished: %s", job, failure(job))
 
 
 def search(sweep: Sweep, start: Callable[[Sequence[Job]], None]) -> list[Job]:
@@ -143,8 +166,7 @@ def search(sweep: Sweep, start: Callable[[Sequence[Job]], None]) -> list[Job]:
     # Results may show that more runs are wanted: at other learning rates, or with more seeds.
     while True:
         jobs = sweep.wanted(known)
-        todo = [job for job in jobs if known(job) is None]
-        if not todo:
+        if not (todo := [job for job in jobs if known(job) is None]):
             return jobs
         logging.info("%d runs, %d of them still to do, in %s", len(jobs), len(todo), sweep.output)
         start(todo)

@@ -285,6 +285,26 @@ def test_each_part_of_a_parameter_is_read_once(stacked, monkeypatch):
     assert sizes == [whole.size // 4] * 4
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_pages_of_files_are_given_back(stacked, tmp_path):
+    """What has been read of a file counts as memory of the process, and would add up to the whole model."""
+    whole = np.random.default_rng(0).standard_normal((4, 512, 1024)).astype(np.float32)
+    save_file({"x": whole}, tmp_path / "model.safetensors")
+    view = reading.tensor_files.views(tmp_path)["x"]
+
+    def resident_kb() -> int:
+        parts = re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        (own,) = (part for part in parts if str(tmp_path) in part)
+        return int(re.search(r"^Rss:\s+(\d+)", own, re.MULTILINE)[1])
+
+    assert view.sum() == whole.sum()
+    assert resident_kb() >= whole.nbytes // 1024
+    index = (slice(1, 3), slice(None), slice(None))
+    found = reading._read(list(view) if stacked else [view], stacked, index)
+    np.testing.assert_array_equal(found, whole[index])
+    assert resident_kb() == 0
+
+
 def test_a_run_from_a_folder(random_dataset, tmp_path, capsys):
     """The command, with data of another tokenizer and with its own; the run resumes by itself."""
     make_folder("Llama", tmp_path / "there")

@@ -136,6 +136,9 @@ def _array(leaf: jax.ShapeDtypeStruct, layers: list[np.ndarray], stacked: bool) 
 
 def _read(layers: list[np.ndarray], stacked: bool, index: tuple[slice, ...]) -> np.ndarray:
     """The part of a parameter that `index` names, in float32; only that part is read."""
-    if not stacked:
-        return np.ascontiguousarray(layers[0][index], np.float32)
-    return np.stack([np.ascontiguousarray(layer[index[1:]], np.float32) for layer in layers[index[0]]])
+    chosen, within = (layers[index[0]], index[1:]) if stacked else (layers, index)
+    numbers = np.empty((len(chosen), *chosen[0][within].shape), np.float32)
+    for number, layer in enumerate(chosen):
+        numbers[number] = layer[within]
+        tensor_files.release(layer)
+    return numbers if stacked else numbers[0]

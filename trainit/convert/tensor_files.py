@@ -2,8 +2,10 @@
 
 import json
 import math
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,15 @@ def _of(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is no safetensors file: {error}") from None
+
+
+def release(view: np.ndarray) -> None:
+    """Gives back what has been read of the file of a view, which counts as memory of this process."""
+    content: Any = view
+    while isinstance(content, np.ndarray):
+        content = content.base
+    if isinstance(content, mmap.mmap):
+        content.madvise(mmap.MADV_DONTNEED)
 
 
 def read_json(path: Path) -> dict:

@@ -69,7 +69,8 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
     layout = jax.tree.map(in_parts, shapes)
     state = SimpleNamespace(params=pretrained.parameters(layout))
     largest = max(device_bytes(leaf) for leaf in jax.tree.leaves(layout))
-    store = CheckpointStore(folder, copied_gb=max(0.5, largest / 1e9))
+    # What is written is in memory twice: as it is copied, and as it is compressed.
+    store = CheckpointStore(folder, copied_gb=max(0.05, 1.01 * largest / 1e9))
     store.save(0, state, {"config": content, **START.to_meta(), "version": __version__})
     store.wait()
     store.close()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from processes import ROOT, TWO, Fork, end, last_step, run_imported, wait_for
 
-from trainit.data.checks import background
 from trainit.data.dataset import DatasetError, open_dataset
 from trainit.data.documents import inputs
 from trainit.data.formats import detect
+from trainit.prepare import background
 
 LENGTH = 32
 

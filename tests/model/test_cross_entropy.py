@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from trainit.config import MESH_AXES
 from trainit.model import cross_entropy as module
 from trainit.model.cross_entropy import CrossEntropy
-from trainit.model.layers import Head
+from trainit.model.layers import Head, SoftCap
 from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import partition_spec
 from trainit.parallel.mesh import chunk_size, make_mesh
@@ -61,7 +61,7 @@ def draw(seed: int, scale: float = 1.0, offset: float = 0.0):
 @jax.jit
 def minimized(logits_BLV, targets_BL, mask_BL):
     """Of logits, which a head that is the identity leaves as they are."""
-    head = Head(jnp.eye(logits_BLV.shape[-1]), None, 0.0)
+    head = Head(jnp.eye(logits_BLV.shape[-1]), None)
     return CrossEntropy(Parallel(one_mesh())).sums(head, logits_BLV, targets_BL, mask_BL)
 
 
@@ -149,6 +149,7 @@ HEADS = {
     "plain": {},
     "bias": {"bias": True},
     "softcap": {"softcap": 2.0},
+    "rsqrt softcap": {"softcap": 2.0, "form": "rsqrt"},
     "z_loss": {"z_loss": 0.1},
     "everything": {"bias": True, "softcap": 2.0, "z_loss": 0.1},
     "bfloat16": {"bias": True, "softcap": 2.0, "z_loss": 0.1, "dtype": jnp.bfloat16},
@@ -156,7 +157,7 @@ HEADS = {
 
 
 @functools.cache
-def case(bias=False, softcap=0.0, z_loss=0.0, dtype=jnp.float32):
+def case(bias=False, softcap=0.0, z_loss=0.0, dtype=jnp.float32, form="tanh"):
     """Arrays of a loss whose positions are no whole number of chunks, and all that it should give."""
     rows, length, dim, vocab = 8, 72, 16, 384
     rng = np.random.default_rng(7)
@@ -165,17 +166,23 @@ def case(bias=False, softcap=0.0, z_loss=0.0, dtype=jnp.float32):
     bias_V = rng.standard_normal(vocab).astype(np.float32) if bias else None
     used_DV = np.asarray(jnp.asarray(kernel_DV, dtype), np.float64)
     logits = x @ used_DV + (bias_V if bias else 0.0)
-    logits = softcap * np.tanh(logits / softcap) if softcap else logits
+    wide = 1 + (logits / softcap) ** 2 if form == "rsqrt" else None
+    slope = wide**-1.5 if form == "rsqrt" else 1.0
+    if form == "rsqrt":
+        logits = logits / np.sqrt(wide)
+    elif softcap:
+        logits = softcap * np.tanh(logits / softcap)
+        slope = 1 - (logits / softcap) ** 2
     targets = np.where(
         rng.random((rows, length)) < 0.3, logits.argmax(-1), rng.integers(0, vocab, (rows, length))
     )
     mask = rng.random((rows, length)) < 0.7
     mask[1] = False
     sums, d = numpy_sums(logits, targets, mask, z_loss)
-    d = d * (1 - (logits / softcap) ** 2) if softcap else d
+    d = d * slope
     gradients = {"kernel": np.einsum("bld,blv->dv", x, d), "x": d @ used_DV.T}
     gradients |= {"bias": d.sum((0, 1))} if bias else {}
-    head = Head(jnp.asarray(kernel_DV), jnp.asarray(bias_V) if bias else None, softcap)
+    head = Head(jnp.asarray(kernel_DV), jnp.asarray(bias_V) if bias else None, SoftCap(softcap, form))
     return (head, jnp.asarray(x, dtype), targets, mask), sums, gradients
 
 
@@ -219,7 +226,7 @@ def test_maximum_and_sum_in_one_pass(sizes, monkeypatch):
     (head, x_BLD, targets_BL, mask_BL), _, _ = case()
     logits = 20 * (np.asarray(x_BLD, np.float64) @ np.asarray(head.kernel_DV, np.float64))
     expected, d = numpy_sums(logits, targets_BL, mask_BL)
-    head = Head(20 * head.kernel_DV, None, 0.0)
+    head = Head(20 * head.kernel_DV, None)
     loss = CrossEntropy(Parallel(one_mesh(**sizes)), logits_mib=0.01)
     by_x = jax.grad(lambda x: loss.sums(head, x, targets_BL, mask_BL), has_aux=True)
     program = str(jax.make_jaxpr(by_x)(x_BLD))
@@ -303,7 +310,7 @@ def abstract(mesh, vocab, positions=(8, 256), dim=64):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes)))
 
     return (
-        Head(array((dim, vocab), jnp.float32, "embed", "vocab"), None, 0.0),
+        Head(array((dim, vocab), jnp.float32, "embed", "vocab"), None),
         array((*positions, dim), jnp.float32, "batch", "length", None),
         array(positions, jnp.int32, "batch", "length"),
         array(positions, jnp.bool_, "batch", "length"),

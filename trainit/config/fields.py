@@ -71,6 +71,7 @@ def _measured_and_kept(c: ConfigDict) -> None:
     c.eval = field(ConfigDict(), "validation")
     c.eval.every_steps = field(1000, "steps between validations; 0: only at the end", at_least=0)
     c.eval.sequences = field(1024, "validation sequences, evenly spaced, always the same; 0: all", at_least=0)
+    c.eval.first = field(False, "validate on the first of them, not on evenly spaced ones")
     c.eval.tasks = field((), "files of questions with choices, FILE or NAME=FILE, that the model answers")
     c.eval.prompts = field((), "texts that are continued at each validation, into samples.jsonl; empty: none")
     c.eval.length = field(64, "most tokens that are added to each of them", above=0)
@@ -130,6 +131,9 @@ def _architecture(m: ConfigDict) -> None:
     m.norm = field("layernorm", "normalization", one_of=("layernorm", "rmsnorm"))
     placements = ("before", "after", "both")
     m.norm_placement = field("before", "norms of what blocks read, of results, or both", one_of=placements)
+    scales = "norms that learn a scale: all; or blocks: not those of qk_norm; or none"
+    m.norm_scale = field("all", scales, one_of=("all", "blocks", "none"))
+    m.embedding_norm = field(False, "a norm of what the first block reads, too")
     m.norm_unit_offset = field(False, "norms multiply by 1 + scale, which starts from 0")
     m.norm_epsilon = field(1e-5, "added to the mean square by whose root norms divide", above=0)
     m.parallel_residual = field(False, "attention and MLP of a layer read the same residual stream")
@@ -158,7 +162,11 @@ def _architecture(m: ConfigDict) -> None:
     m.attention_scale = field(0.0, "scores: queries times keys times this; 0: 1/sqrt(head_dim)", at_least=0)
     m.attention_softcap = field(0.0, "scores pass through cap * tanh(scores / cap); 0: not", at_least=0)
     m.logit_softcap = field(0.0, "logits pass through cap * tanh(logits / cap); 0: they do not", at_least=0)
-    m.init_std = field(0.02, "standard deviation of initial weights", above=0)
+    forms = "of logit_softcap; rsqrt: logits / sqrt(1 + (logits / cap)^2)"
+    m.softcap_form = field("tanh", forms, one_of=("tanh", "rsqrt"))
+    begin = "zero_outputs: kernels N(0, 0.33 / inputs), those of results and the head 0, embeddings N(0, 1)"
+    m.init = field("gpt2", begin, one_of=("gpt2", "zero_outputs"))
+    m.init_std = field(0.02, "standard deviation of initial weights, for init=gpt2", above=0)
     m.gpt_dropout = field(0.0, "dropout of the sum of embeddings", at_least=0, below=1)
     m.attn_dropout = field(0.0, "dropout of attention weights", at_least=0, below=1)
     m.attn_linear_dropout = field(0.0, "dropout of attention's output", at_least=0, below=1)
@@ -176,6 +184,7 @@ def dataset(path: str) -> ConfigDict:
     order = "shuffled: another in each epoch; blocks: neighbours stay near; sequential: as on the disk"
     d.order = field("shuffled", order, one_of=("shuffled", "blocks", "sequential"))
     d.block_tokens = field(1 << 24, "tokens of a block, for order=blocks", above=0)
+    d.whole_batches = field(False, "read only whole batches (of batch_size) of each shard, not its rest")
     d.workers = field(0, "worker processes of the loader; 0: a thread of the process itself", at_least=0)
     d.prefetch = field(2, "batches that are read ahead", above=0)
     return d

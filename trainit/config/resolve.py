@@ -78,9 +78,10 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
 def _check_dataset(config: ConfigDict) -> None:
     if "streams" in (d := config.dataset):
         _check_batches(config, "dataset.streams", d.streams)
-        for key, plain in (("mixture", ""), ("order", "shuffled")):
+        for key, plain in (("mixture", ""), ("order", "shuffled"), ("whole_batches", False)):
             message = f"dataset.{key}={d[key]!r} needs a prepared dataset; leave it at {plain!r}"
             require(d[key] == plain, message)
+    require(not (d.whole_batches and d.mixture), "dataset.whole_batches=True is not for a dataset.mixture")
 
 
 def _check_checkpoint(c: ConfigDict) -> None:

@@ -20,7 +20,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,6 +80,7 @@ class Split(PickledFields):
     dtype: str  # of the rows that are read
     bytes: int | None  # UTF-8 bytes of its text; None: not known
     stored: int = 0  # tokens of each stored sequence; 0: they differ, or there are none
+    cut: bool = False  # only whole batches are read of each shard, and the target of their last id
     below: int = 0  # ids that are read must be below it; 0: any may come
     subsets: tuple[str, ...] = ()  # names by number; empty: the subsets of documents are not known
     marked: bool = False  # conversations, with their marks
@@ -93,11 +94,19 @@ class Split(PickledFields):
         """Whether stored sequences are read whole, having `length` targets each."""
         return self.stored == length + 1
 
+    def whole_batches(self, tokens: int) -> "Split":
+        """The split with as many whole batches of this size as each shard has, with the last one's targets.
+
+        As in modded-nanoGPT, the last batch of a shard ends at least two ids before the shard.
+        """
+        sizes = tuple(max(size - 2, 0) // tokens * tokens for size in self.sizes)
+        return replace(self, sizes=sizes, stored=0, cut=True)
+
     def sequences(self, length: int) -> int:
         """Returns how many sequences of `length` targets cover the split."""
         if self.is_stored(length):
             return self.tokens // self.stored
-        return -(-(self.tokens - 1) // length)
+        return -(-(self.tokens - (not self.cut)) // length)
 
     @functools.cached_property
     def shards(self) -> list:
@@ -135,10 +144,10 @@ class Split(PickledFields):
         """
         ids = np.zeros((len(sequences), length + 1), self.dtype)
         first = np.asarray(sequences, np.int64) * (length + self.is_stored(length))
-        last = np.where(first < 0, first, np.minimum(first + length + 1, self.tokens))
+        last = np.where(first < 0, first, np.minimum(first + length + 1, self.tokens + self.cut))
         ends = np.array(self.ends)
         shards = np.searchsorted(ends, np.maximum(first, 0), side="right")
-        inside = (first >= 0) & (first + length < ends[shards])
+        inside = (first >= 0) & (first + length < ends[shards] + self.cut)
         for shard, rows in by_value(np.where(inside, shards, -1)):
             if shard >= 0 and isinstance(self.shards[shard], MappedIds):
                 # Rows that lie in one mapped shard are read together.

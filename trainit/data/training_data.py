@@ -16,12 +16,13 @@ import jax
 import numpy as np
 
 from trainit.cluster.logs import quantity
-from trainit.config import BatchSizes, Config, ConfigError, batch_sizes
+from trainit.config import BatchSizes, Config, ConfigError, batch_sizes, require
 from trainit.data import loader
 from trainit.data.dataset import CHAT, Dataset, Split, find_tokenizer
 from trainit.data.documents.subsets import Subset
 from trainit.data.documents.targets import Targets
 from trainit.data.formats import detect
+from trainit.data.formats.mapped import MappedIds
 from trainit.data.jsonl import dataset as jsonl
 from trainit.data.loader import START, DataPosition, Shape
 from trainit.data.rows import mixture, order
@@ -190,15 +191,20 @@ def abstract_batch(
 
 
 def validation_batches(
-    split: Split, sequences: int, shape: Shape, layout: jax.sharding.NamedSharding, targets: Targets | None
+    split: Split,
+    sequences: int,
+    first: bool,
+    shape: Shape,
+    layout: jax.sharding.NamedSharding,
+    targets: Targets | None,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields batches of always the same sequences, evenly spaced over the split; 0 sequences are all.
+    """Yields batches of always the same sequences, evenly spaced over the split or its first; 0 are all.
 
     The shape is (1, rows, L); the last batch is filled up with rows of length 0. See `loader.batches`.
     """
     available = split.sequences(shape[2])
     chosen = min(sequences or available, available)
-    rows = Ordered(split, Spaced(available, chosen))
+    rows = Ordered(split, Spaced(chosen if first else available, chosen))
     return loader.batches(rows, shape, layout, count=-(-chosen // shape[1]), targets=targets)
 
 
@@ -237,9 +243,21 @@ def read(
         except OSError as error:
             where = f"dataset.mixture={d.mixture!r}: the cache {cache}"
             raise ConfigError(f"{where}: {error}; TRAINIT_CACHE= names another") from None
+    if d.whole_batches:
+        dataset = _of_whole_batches(dataset, resolved)
     data = PreparedData(resolved, dataset)
     _ = data.rows  # reports errors in the mixture before any device is used
     return resolved, data
+
+
+def _of_whole_batches(dataset: Dataset, config: Config) -> Dataset:
+    """The dataset without what each shard to train on has more than whole batches."""
+    tokens, name = config.batch_size * config.model.context_length, "dataset.whole_batches=True"
+    train = dataset.splits["train"].whole_batches(tokens)
+    require(isinstance(train.shards[0], MappedIds), f"{name} needs files of ids alone, such as .bin")
+    least = f"a batch of batch_size={config.batch_size} takes {tokens + 2} ids of one shard"
+    require(train.tokens > 0, f"{name}: {least}, the largest has {max(dataset.splits['train'].sizes)}")
+    return dataclasses.replace(dataset, splits={**dataset.splits, "train": train})
 
 
 def _check_size(name: str, split: Split | None) -> None:

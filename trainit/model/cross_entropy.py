@@ -163,8 +163,7 @@ class CrossEntropy:
         if self.z_loss:
             d_RV = d_RV * (1 + 2 * self.z_loss * tokens["log_total"])[:, None]
         d_RV = d_RV - (jnp.arange(d_RV.shape[1]) == column_R[:, None])
-        if head.softcap:
-            d_RV = d_RV * (1 - (logits_RV / head.softcap) ** 2)  # the slope of cap * tanh(x / cap)
+        d_RV = head.softcap.times_slope(d_RV, logits_RV)
         d_RV = jnp.where(mask_R[:, None], d_RV, 0.0)
         d_RV = d_RV if scale is None else d_RV * scale
 

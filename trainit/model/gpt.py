@@ -25,7 +25,17 @@ from flax import nnx
 from trainit.config import GATED, Config, layers_with_window
 from trainit.model.attention import CUDNN_FORWARD, Form, plain
 from trainit.model.dropout import dropout
-from trainit.model.layers import Documents, Embedding, Head, Linear, Norm, find_documents, rope
+from trainit.model.layers import (
+    Documents,
+    Embedding,
+    Head,
+    Linear,
+    Norm,
+    SoftCap,
+    find_documents,
+    init_std,
+    rope,
+)
 from trainit.model.precision import PARTS, PartPrecision
 from trainit.parallel import sequence
 from trainit.parallel.collectives import ONE_DEVICE, MaybeArray, Parallel
@@ -42,16 +52,17 @@ class Attention(nnx.Module):
     """Causal self-attention, with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) where J < H."""
 
     def __init__(self, c: Config, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, float8: bool):
-        size, std, bias = c.head_dim, c.init_std, c.use_bias or c.qkv_bias
+        size, std, bias = c.head_dim, init_std(c, c.dim), c.use_bias or c.qkv_bias
         self.c, self.attend, self.parallel, self.float8 = c, attend, parallel, float8
         self.query = Linear((c.dim,), (c.num_heads, size), bias, std, rngs)
         self.key = Linear((c.dim,), (c.num_kv_heads, size), bias, std, rngs)
         self.value = Linear((c.dim,), (c.num_kv_heads, size), bias, std, rngs)
-        self.out = Linear((c.num_heads, size), (c.dim,), c.use_bias, std / math.sqrt(2 * c.num_blocks), rngs)
+        out_std = init_std(c, c.num_heads * size, output=True)
+        self.out = Linear((c.num_heads, size), (c.dim,), c.use_bias, out_std, rngs)
 
         def norm(heads: int) -> Norm | None:
             shape = (heads, size) if c.qk_norm_over_heads else (size,)
-            return Norm(c, shape, center=False) if c.qk_norm else None
+            return Norm(c, shape, center=False, scales=("all",)) if c.qk_norm else None
 
         self.query_norm, self.key_norm = norm(c.num_heads), norm(c.num_kv_heads)
 
@@ -108,12 +119,12 @@ class MLP(nnx.Module):
     """GELU, squared ReLU (So et al., arXiv 2109.08668), SwiGLU or GEGLU (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, c: Config, parallel: Parallel, rngs: nnx.Rngs, float8: bool):
-        residual_std = c.init_std / math.sqrt(2 * c.num_blocks)
         self.c, self.parallel, self.float8 = c, parallel, float8
-        into = (c.dim,), (c.mlp_dim,), c.use_bias, c.init_std, rngs
+        into = (c.dim,), (c.mlp_dim,), c.use_bias, init_std(c, c.dim), rngs
         self.up = Linear(*into)
         self.gate = Linear(*into) if c.activation in GATED else None
-        self.down = Linear((c.mlp_dim,), (c.dim,), c.use_bias, residual_std, rngs)
+        down_std = init_std(c, c.mlp_dim, output=True)
+        self.down = Linear((c.mlp_dim,), (c.dim,), c.use_bias, down_std, rngs)
 
     def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
         weights = (linear.weights for linear in (self.up, self.gate) if linear is not None)
@@ -198,15 +209,18 @@ class Network(nnx.Module):
 
     def __init__(self, c: Config, dtype, attend: Attend, parallel: Parallel, rngs: nnx.Rngs, parts: Parts):
         self.c, self.dtype, self.parallel, self.head_dtype = c, dtype, parallel, parts["head"].dtype
-        self.token_embedding = Embedding(c.vocab_size, c.dim, c.init_std, rngs)
+        std, head_std = (c.init_std, c.init_std) if c.init == "gpt2" else (1.0, 0.0)
+        self.token_embedding = Embedding(c.vocab_size, c.dim, std, rngs)
         learned = c.positions == "learned"
-        table = c.context_length, c.dim, c.init_std, rngs
+        table = c.context_length, c.dim, std, rngs
         self.position_embedding = Embedding(*table) if learned else None
         # All layers are created at once, each with a key of its own, and their parameters are stacked.
         keys = jax.random.split(rngs.params(), c.num_blocks)
         self.blocks = nnx.vmap(lambda key: Block(c, attend, parallel, nnx.Rngs(params=key), parts))(keys)
-        self.final_norm = Norm(c, (c.dim,), c.norm == "layernorm")
-        head = (c.dim,), (c.vocab_size,), c.head_bias, c.init_std, rngs
+        norm = c, (c.dim,), c.norm == "layernorm"
+        self.embedding_norm = Norm(*norm) if c.embedding_norm else None
+        self.final_norm = Norm(*norm)
+        head = (c.dim,), (c.vocab_size,), c.head_bias, head_std, rngs
         self.head = None if c.tied_embeddings else Linear(*head)
 
     def __call__(self, tokens_BL: jax.Array, key: MaybeArray, first_row, ends_BL) -> tuple[jax.Array, Head]:
@@ -247,14 +261,16 @@ class Network(nnx.Module):
         learned = None if self.position_embedding is None else self.position_embedding.embedding[...]
         positions = learned, documents.position_BL if documents else None
         x_BLD = vocab_parallel_embedding(self.parallel, self.dtype, tokens_BL, table_VD, *positions)
-        return x_BLD if self.c.embedding_scale == 1 else x_BLD * self.c.embedding_scale
+        x_BLD = x_BLD if self.c.embedding_scale == 1 else x_BLD * self.c.embedding_scale
+        return x_BLD if self.embedding_norm is None else self.embedding_norm(x_BLD)
 
     @jax.named_scope("head")
     def read_out(self, x_BLD: jax.Array) -> tuple[jax.Array, Head]:
         """The last hidden states, from what the last block gives, and the head that makes logits of them."""
         x_BLD = self.final_norm(x_BLD, self.head_dtype)
         weights = self.head.weights if self.head else (self.token_embedding.embedding[...].T, None)
-        return x_BLD, Head(*weights, self.c.logit_softcap, self.parallel.kernel_parts)
+        softcap = SoftCap(self.c.logit_softcap, self.c.softcap_form)
+        return x_BLD, Head(*weights, softcap, self.parallel.kernel_parts)
 
 
 class GPT:
@@ -275,7 +291,7 @@ class GPT:
         self._graph, _ = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
     def init(self, key: jax.Array) -> dict:
-        """Float32 parameters: N(0, init_std), residual outputs that / sqrt(2 N), biases 0, scales 1."""
+        """Float32 parameters: kernels as `init_std` says, biases 0, scales 1."""
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
     def hidden(

@@ -30,24 +30,40 @@ class Linear(nnx.Module):
         return self.kernel[...], None if self.bias is None else self.bias[...]
 
 
+def init_std(c: Config, inputs: int, output: bool = False) -> float:
+    """Standard deviation of an initial kernel; `output`: its results are added to the residual stream.
+
+    For init=gpt2, outputs have 1 / sqrt(2 N) of the others' (Radford et al. 2019). With zero_outputs, a block
+    changes nothing at first, as in the modded-nanoGPT optimization benchmark.
+    """
+    if c.init == "gpt2":
+        return c.init_std / math.sqrt(2 * c.num_blocks) if output else c.init_std
+    return 0.0 if output else math.sqrt(0.33 / inputs)
+
+
 class Norm(nnx.Module):
     """LayerNorm (Ba et al., arXiv 1607.06450), with `center`, or RMSNorm (Zhang & Sennrich, 1910.07467)."""
 
-    def __init__(self, c: Config, shape: tuple[int, ...], center: bool):
-        """`c` is the config of the model, `shape` that of the last axes, which are normalized together."""
+    def __init__(self, c: Config, shape: tuple[int, ...], center: bool, scales: tuple = ("all", "blocks")):
+        """`c` is the config of the model, `shape` that of the last axes, which are normalized together.
+
+        With the values `scales` of model.norm_scale, it learns a scale.
+        """
         self.c, self.shape, self.center = c, shape, center
         size = math.prod(shape)
-        self.scale = nnx.Param(jnp.zeros(size) if c.norm_unit_offset else jnp.ones(size))
+        scale = jnp.zeros(size) if c.norm_unit_offset else jnp.ones(size)
+        self.scale = nnx.Param(scale) if c.norm_scale in scales else None
         self.bias = nnx.Param(jnp.zeros(size)) if center and c.use_bias else None
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         """Normalizes the last axes; the result is `dtype`, by default that of x."""
         y = x.astype(jnp.float32)  # squares and their mean lose too much in 16 bits
         axes = tuple(range(-len(self.shape), 0))
-        scale = self.scale[...].reshape(self.shape) + (1 if self.c.norm_unit_offset else 0)
         if self.center:
             y = y - jnp.mean(y, axes, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axes, keepdims=True) + self.c.norm_epsilon) * scale
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axes, keepdims=True) + self.c.norm_epsilon)
+        if self.scale is not None:
+            y = y * (self.scale[...].reshape(self.shape) + (1 if self.c.norm_unit_offset else 0))
         return (y if self.bias is None else y + self.bias[...]).astype(dtype or x.dtype)
 
 
@@ -58,6 +74,28 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(jax.nn.initializers.normal(std)(rngs.params(), (rows, dim)))
 
 
+@dataclass(frozen=True)
+class SoftCap:
+    """Keeps logits within (-limit, limit), smoothly; limit 0: not (Gemma Team 2024, arXiv 2408.00118)."""
+
+    limit: float = 0.0
+    form: str = "tanh"  # or "rsqrt"
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        """The capped logits, of the same shape."""
+        if not self.limit:
+            return logits
+        x = logits / self.limit
+        return self.limit * (jnp.tanh(x) if self.form == "tanh" else x * jax.lax.rsqrt(1 + x * x))
+
+    def times_slope(self, gradient: jax.Array, capped: jax.Array) -> jax.Array:
+        """The gradient of logits, from that of the capped ones and these themselves."""
+        if not self.limit:
+            return gradient
+        slope = 1 - (capped / self.limit) ** 2
+        return gradient * (slope if self.form == "tanh" else jnp.maximum(slope, 0) ** 1.5)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Head:
@@ -65,15 +103,14 @@ class Head:
 
     kernel_DV: jax.Array
     bias_V: jax.Array | None
-    softcap: float = field(metadata={"static": True})  # logits pass through cap * tanh(logits / cap); 0: none
+    softcap: SoftCap = field(default=SoftCap(), metadata={"static": True})
     kernel_parts: int = field(default=1, metadata={"static": True})  # of `Parallel`
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) -> float32 logits (..., V)."""
         factors = Factor(x, None), factor(self.kernel_DV, x.dtype)
         logits = product(*factors, ((x.ndim - 1,), (0,)), jnp.float32, None, self.kernel_parts)
-        logits = logits if self.bias_V is None else logits + self.bias_V
-        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+        return self.softcap(logits if self.bias_V is None else logits + self.bias_V)
 
 
 @jax.tree_util.register_dataclass

@@ -9,13 +9,14 @@ import optax
 from trainit.config import ConfigDict, field
 from trainit.optimizers.common.fields import common_fields
 from trainit.optimizers.common.moments import scale_by_laprop, scale_by_moments
-from trainit.optimizers.common.newton_schulz import scale_by_newton_schulz
+from trainit.optimizers.common.newton_schulz import COEFFICIENTS, scale_by_newton_schulz
 
 
 def get_config() -> ConfigDict:
     config = common_fields(momentum=0.95, nesterov=True, ns_steps=5, ns_precision="bfloat16")
     config.learning_rate = field(0.02, "peak of the schedule, for matrices", at_least=0)
     config.weight_decay = field(0.0, "decoupled weight decay, times the parameter's own rate", at_least=0)
+    config.ns_coefficients = field("jordan", "of Newton-Schulz's quintic", one_of=COEFFICIENTS)
     config.ns_eps = field(1e-7, "added to the Frobenius norm that its input is divided by", above=0)
     config.rest = field("adamw", "optimizer of embeddings, head and vectors", one_of=("adamw", "laprop"))
     config.rest_rate = field(0.015, "learning rate of `rest`, in units of the scheduled one", at_least=0)
@@ -47,6 +48,7 @@ def _by_kind(config, context, kinds: set[str]) -> optax.GradientTransformation:
     """Muon for parameters of these kinds of `layout.parameter_kind`, the config's `rest` for the others."""
     rests = {"adamw": scale_by_moments, "laprop": scale_by_laprop}
     options = {"steps": config.ns_steps, "dtype": config.ns_precision, "eps": config.ns_eps}
+    options |= {"coefficients": config.ns_coefficients}
     momentum = optax.trace(config.momentum, config.nesterov)
     muon = optax.chain(momentum, scale_by_newton_schulz(context.mesh, **options), context.decay())
     direction = rests[config.rest](config.rest_beta1, config.rest_beta2, config.rest_eps)

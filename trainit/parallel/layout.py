@@ -40,7 +40,7 @@ PARAMETERS = (
     ("position_embedding/embedding", ("position", "embed"), "embedding"),
     ("head/kernel", ("embed", "vocab"), "head"),
     ("head/bias", ("vocab",), "vector"),
-    ("final_norm/(scale|bias)", ("norm",), "vector"),
+    ("(embedding|final)_norm/(scale|bias)", ("norm",), "vector"),
     ("blocks/(attention|mlp)(_out)?_norm/(scale|bias)", ("layers", "norm"), "vector"),
     ("blocks/attention/query/kernel", ("layers", "embed", "heads", "head_size"), "matrix"),
     ("blocks/attention/(key|value)/kernel", ("layers", "embed", "kv_heads", "head_size"), "matrix"),

@@ -26,7 +26,7 @@ SUMS = ("loss", "correct", "count", "bytes")  # that the eval step gives
 
 @dataclass
 class Validation:
-    """Validates the parameters of a run: always on the same sequences, evenly spaced over the split."""
+    """Validates the parameters of a run: always on the same sequences of the split."""
 
     config: Config
     data: TrainingData
@@ -69,9 +69,9 @@ class Validation:
         """What a call returns, outside of a training run."""
         split, shape = self.data.validation, (1, *self.shape.batch_at(0)[1:])
         names = list(split.subsets) if 1 < len(split.subsets) <= MAX_SUBSETS else []
-        layout, sequences = batch_sharding(self.shape.device_mesh), self.config.eval.sequences
+        layout, e = batch_sharding(self.shape.device_mesh), self.config.eval
         sums: list[dict] = []
-        for batch in validation_batches(split, sequences, shape, layout, self._targets):
+        for batch in validation_batches(split, e.sequences, e.first, shape, layout, self._targets):
             if self.monitor is not None and self.monitor.stop_reason():
                 return None
             sums.append(self.steps.evaluate(params, batch, self._token_bytes, len(names) or 1))

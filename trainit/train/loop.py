@@ -16,9 +16,9 @@ from trainit.cluster import device_checks, devices, files, sync
 from trainit.cluster.monitor import JobMonitor
 from trainit.config import Config
 from trainit.config.exit_codes import DONE, FAILED, STOPPED, USAGE
-from trainit.data.checks import background
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape
+from trainit.prepare import background
 from trainit.train.evaluate import Validation
 from trainit.train.feed import BatchFeed
 from trainit.train.recorder import NonFiniteError, StepRecorder

@@ -16,7 +16,7 @@ from trainit.optimizers.common import groups as group_lines
 from trainit.optimizers.common import low_bit_state, registry, schedules
 from trainit.optimizers.common.context import Context, by_signature
 from trainit.optimizers.common.schedules import Schedule
-from trainit.parallel.layout import check_blocks
+from trainit.parallel.layout import check_blocks, parameter_kind
 from trainit.parallel.trees import path_name
 
 ROUNDING = zlib.crc32(b"rounding")  # folded into the key, it gives the key with which the state is rounded
@@ -104,11 +104,13 @@ def _join(config: Config, context: Context, groups: Sequence[str]) -> Optimizer:
     if not groups:
         return _make(config, context)
     labels, members = assigned(config, groups, context.parameters)
-    parts = {
-        label: _make(own, _part(context, labels, label, own, config.learning_rate))
-        for label, (own, _) in members.items()
-    }
+    parts = {}
     for label, (own, paths) in members.items():
+        # What is asked for is done: a group of vectors alone decays if its line says so.
+        asks = label != group_lines.REST and "weight_decay=" in groups[int(label)]
+        part = _part(context, labels, label, own, config.learning_rate)
+        vectors = asks and all(parameter_kind(path) == "vector" for path in paths)
+        parts[label] = _make(own, replace(part, decays_vectors=vectors))
         has_all = len(paths) == len(jax.tree.leaves(context.parameters))
         elsewhere = f"an optimizer that takes gradients elsewhere, as {own.name}, must have all parameters"
         require(not parts[label].needs or has_all, f"parameter_groups: {elsewhere}")

@@ -29,6 +29,7 @@ class Context:
     clip_norm: float  # largest global norm of the gradient; 0: no clipping
     key: jax.Array  # for the optimizer's own randomness: uint32 (2,), which checkpoints can hold
     mesh: Mesh | None = None  # None: one device
+    decays_vectors: bool = False  # biases and norms' scales, too
 
     def by_path(self, function: Callable[[str, str], Any]) -> dict:
         """function(path, kind) for every parameter; the kinds are those of `parameter_kind`."""
@@ -37,8 +38,14 @@ class Context:
 
     @property
     def decay_mask(self) -> dict:
-        """True where weights decay: matrices, embeddings and the head; not biases and norms' scales."""
-        return _decays(self.parameters)
+        """True where weights decay: matrices, embeddings and the head; by default not biases and scales."""
+        return self._decays(self.parameters)
+
+    def _decays(self, tree: dict) -> dict:
+        def decays(path, _) -> bool:
+            return self.decays_vectors or parameter_kind(path_name(path)) != "vector"
+
+        return jax.tree.map_with_path(decays, tree)
 
     def clip(self) -> optax.GradientTransformation:
         """Clips the gradient by its global norm. This comes first, before anything else sees the gradient."""
@@ -52,7 +59,7 @@ class Context:
 
     def decay(self) -> optax.GradientTransformation:
         """Adds weight_decay * parameters where `decay_mask` is True. It also works on a part of the tree."""
-        return optax.add_decayed_weights(self.weight_decay, _decays)
+        return optax.add_decayed_weights(self.weight_decay, self._decays)
 
     def decay_updates(self, updates: dict, params: dict, step: jax.Array) -> dict:
         """Finished updates less rate * weight_decay * parameters, where `decay_mask` is True."""
@@ -93,10 +100,6 @@ def by_signature(part: optax.GradientTransformation) -> optax.GradientTransforma
         return part.update(updates, state, params, **given)
 
     return optax.GradientTransformationExtraArgs(part.init, update)
-
-
-def _decays(tree: dict) -> dict:
-    return jax.tree.map_with_path(lambda path, _: parameter_kind(path_name(path)) != "vector", tree)
 
 
 def _times(factor: jax.Array, tree: dict) -> dict:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from trainit.optimizers.common import per_layer
 from trainit.optimizers.common.moments import unzip
+from trainit.parallel import per_layer
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import path_name
 

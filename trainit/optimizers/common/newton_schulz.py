@@ -7,20 +7,23 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from trainit.optimizers.common import per_layer
+from trainit.parallel import per_layer
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import path_name
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at 0, singular values end in about [0.7, 1.2]
+COEFFICIENTS = {  # of the quintic; under Jordan's, singular values end in about [0.7, 1.2]
+    "jordan": (3.4445, -4.7750, 2.0315),
+    "convergent": (2.0, -1.5, 0.5),  # they end at 1
+}
 POWER_STEPS = 12
 
 
-def newton_schulz(x: jax.Array, steps: int, dtype: str, eps: float) -> jax.Array:
+def newton_schulz(x: jax.Array, steps: int, dtype: str, eps: float, coefficients="jordan") -> jax.Array:
     """Nearly the orthogonal factor U V^T of the float32 matrix x = U S V^T.
 
     `steps` times the quintic, with products in `dtype` (Jordan 2024, kellerjordan.github.io/posts/muon).
     """
-    a, b, c = COEFFICIENTS
+    a, b, c = COEFFICIENTS[coefficients]
     wide = x.T if x.shape[0] > x.shape[1] else x
     y = (wide / (jnp.linalg.norm(wide) + eps)).astype(dtype)
     for _ in range(steps):

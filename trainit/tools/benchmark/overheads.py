@@ -144,7 +144,7 @@ def measure_loss(config: Config, rounds: int) -> Iterator[str]:
     draw = np.random.default_rng(0)
     x_BLD, kernel_DV = (draw.standard_normal(shape, np.float32) for shape in ((4, 1024, 768), (768, 50304)))
     targets_BL = draw.integers(0, 50304, (4, 1024), np.int32)
-    head = Head(jnp.asarray(0.02 * kernel_DV), None, 0.0)
+    head = Head(jnp.asarray(0.02 * kernel_DV), None)
     arguments = jax.device_put((head, x_BLD, targets_BL, targets_BL >= 0), mesh.devices.flat[0])
     compiled: list[Any] = [
         jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*arguments).compile()

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trainit.parallel.layout import logical_axes, matrix_spec, partition_spec
 
 
-def map_layers(path: str, mesh: Mesh | None, function: Callable, *stacks):
+def map_layers(path: str, mesh: Mesh | None, function: Callable, *stacks: Any) -> Any:
     """function(matrix, ...) -> matrices, for each layer of a parameter's `stacks`; its results are stacked.
 
     These are trees of (layers, rows, columns), of the parameter or of squares that belong to it. Each device
@@ -24,18 +25,18 @@ def map_layers(path: str, mesh: Mesh | None, function: Callable, *stacks):
     owners, devices = _owners(path, mesh, layers)
     rounds = -(-layers // devices)
 
-    def local(stacks):
+    def local(stacks: Any) -> Any:
         return jax.tree.map(lambda y: y[None], function(*jax.tree.map(lambda x: x[0], stacks)))
 
     spec = PartitionSpec(owners)
     each = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)  # for replicas
 
-    def one_each(batch):
+    def one_each(batch: Any) -> Any:
         way = functools.partial(_layouts, path, mesh, owners)
         done = each(jax.tree.map(lambda x: constrain(x, mesh, *way(x.shape)), batch))
         return jax.tree.map(lambda y: constrain(y, mesh, *way(y.shape)[::-1]), done)
 
-    def deal(x):
+    def deal(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, ((0, rounds * devices - layers), (0, 0), (0, 0)))
         return padded.reshape(rounds, devices, *x.shape[1:])
 

@@ -1,1 +1,0 @@
-"""Whether prepared data on the disk are as they were written."""

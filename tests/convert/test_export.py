@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainit.__main__ import main as trainit_command
 from trainit.cluster.files import write_json
-from trainit.config import resolve
+from trainit.config import defaults, resolve
 from trainit.convert import families, weights
 from trainit.model.gpt import GPT
 from trainit.parallel.trees import path_name
@@ -234,6 +234,14 @@ def test_a_model_that_no_family_has(random_dataset, tmp_path, capsys):
     make_run(tmp_path / "run", random_dataset, 257, 256, activation="relu2", logit_softcap=15.0)
     assert trainit_command(["export", str(tmp_path / "run"), f"--output={tmp_path}/out"]) == 2
     assert "has model.activation='relu2', model.logit_softcap=15.0 together" in capsys.readouterr().err
+
+
+def test_no_family_has_the_parts_of_the_optimization_track():
+    for name, value in {"norm_scale": "blocks", "embedding_norm": True, "softcap_form": "rsqrt"}.items():
+        config = defaults()
+        config.model.update({name: value, "logit_softcap": 15.0, "head_dim": 64, "num_kv_heads": 12})
+        for family in families.FAMILIES:
+            assert f"{name}={value!r}" in family.unmet(config.model)
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):

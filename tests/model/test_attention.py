@@ -260,6 +260,7 @@ FAMILIES = {
     **{"window": 50, "window_layers": "::2", "attention_softcap": 3.0, "attention_scale": 0.4},
     **{"head_dim": 12, "rotary_fraction": 0.5, "rope_scaling.factor": 4.0, "embedding_scale": 0.0},
     **{"attn_dropout": 0.0, "remat": "dots", "parallel_residual": True},
+    **{"embedding_norm": True, "logit_softcap": 5.0, "softcap_form": "rsqrt", "init": "zero_outputs"},
 }
 
 

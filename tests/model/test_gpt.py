@@ -126,7 +126,7 @@ def numpy_norm(x, p, kind, c):
         y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_epsilon)
     else:
         y = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon)
-    return y * (p["scale"] + c.norm_unit_offset) + p.get("bias", 0.0)
+    return y * (p["scale"] + c.norm_unit_offset if "scale" in p else 1.0) + p.get("bias", 0.0)
 
 
 def numpy_frequencies(count, c):
@@ -184,8 +184,8 @@ def numpy_attention(x_LD, p, c, layer):
             q = over_heads("query", head, c.num_heads)
             k = over_heads("key", kv_head, c.num_kv_heads)
         elif c.qk_norm:
-            q = numpy_norm(q, p["query_norm"], "rmsnorm", c)
-            k = numpy_norm(k, p["key_norm"], "rmsnorm", c)
+            q = numpy_norm(q, p.get("query_norm", {}), "rmsnorm", c)
+            k = numpy_norm(k, p.get("key_norm", {}), "rmsnorm", c)
         if c.positions == "rope":
             q, k = numpy_rotate(q, c), numpy_rotate(k, c)
         for i in range(L):
@@ -222,26 +222,38 @@ def numpy_logits(parameters, tokens_BL, c):
         if c.positions == "learned":
             x = x + p["position_embedding"]["embedding"][np.arange(len(tokens_L))]
         x = x * (c.embedding_scale or np.sqrt(c.dim))
+        x = numpy_norm(x, p["embedding_norm"], c.norm, c) if c.embedding_norm else x
         for n in range(c.num_blocks):
             layer = jax.tree.map(lambda leaf, n=n: leaf[n], p["blocks"])
 
             def norm(y, name, layer=layer):
-                return numpy_norm(y, layer[name], c.norm, c) if name in layer else y
+                has = name in layer or (c.norm_scale == "none" and "out" not in name)
+                return numpy_norm(y, layer.get(name, {}), c.norm, c) if has else y
 
             y = numpy_attention(norm(x, "attention_norm"), layer["attention"], c, n)
             before, x = x, x + norm(y, "attention_out_norm")
             y = numpy_mlp(norm(before if c.parallel_residual else x, "mlp_norm"), layer["mlp"], c)
             x = x + norm(y, "mlp_out_norm")
-        x = numpy_norm(x, p["final_norm"], c.norm, c)
+        x = numpy_norm(x, p.get("final_norm", {}), c.norm, c)
         if c.tied_embeddings:
             y = x @ p["token_embedding"]["embedding"].T
         else:
             y = x @ p["head"]["kernel"] + (p["head"]["bias"] if c.head_bias else 0.0)
-        logits.append(c.logit_softcap * np.tanh(y / c.logit_softcap) if c.logit_softcap else y)
+        if c.softcap_form == "rsqrt":
+            y = y / np.sqrt(1 + (y / c.logit_softcap) ** 2)
+        elif c.logit_softcap:
+            y = c.logit_softcap * np.tanh(y / c.logit_softcap)
+        logits.append(y)
     return np.stack(logits)
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+OF_TRACK = {  # of modded-nanoGPT's optimization track
+    "rsqrt_softcap": {"logit_softcap": 3.0, "softcap_form": "rsqrt", "norm_scale": "none", "qk_norm": True},
+    "embedding_norm": MODERN | {"embedding_norm": True, "norm_scale": "blocks"},
+}
+
+
+@pytest.mark.parametrize("changes", (VARIANTS | OF_TRACK).values(), ids=VARIANTS | OF_TRACK)
 def test_logits_equal_numpy(changes):
     c = model_config(**changes)
     model = GPT(c, "float32")

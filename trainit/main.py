@@ -7,6 +7,7 @@ Exit codes: 0 all steps are done, 75 stopped on request (saved, or no step was d
 import argparse
 import hashlib
 import json
+import os
 from typing import NoReturn
 
 from trainit.cluster.process import block_stop_signals, outlive_readers, tune_process
@@ -24,10 +25,11 @@ from absl import logging
 
 from trainit import __version__, optimizers
 from trainit.checkpoints.retry import SaveError
-from trainit.cluster import devices, logs, rendezvous, restart, run_lock
+from trainit.cluster import authentication, devices, logs, rendezvous, restart, run_lock
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.place import Place, find_own_place
 from trainit.cluster.process import Exit
+from trainit.cluster.transfers import Wire
 from trainit.config import Config, ConfigError
 from trainit.data.documents.inputs import fingerprint
 from trainit.data.documents.reader import BrokenInputError
@@ -101,7 +103,8 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
             "workdir": str(folder.absolute()),
         }
         seconds, stop = arguments.wait_seconds, monitor.agreement.stop_requested
-        connections, coordinator = rendezvous.meet_others(place, config.platform, same, seconds, stop)
+        token = authentication.take_token(os.environ)
+        connections, coordinator = rendezvous.meet_others(place, config.platform, same, seconds, stop, token)
         if place.num_processes > 1:
             monitor.connect(connections)
         if place.process_id == 0:
@@ -114,7 +117,8 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
     config, shape, chosen = choice.on_devices(config, shrink_to_fit=arguments.debug)
     restart.report_run(place, folder, config.restart.limit, choice.fewer_processes(config))
     logging.info("%-10s %s", "computing", chosen)
-    code = train.run(train.Job(config, dataset, shape, folder, monitor, start, write_texts))
+    wire = Wire(place.coordinator, token)
+    code = train.run(train.Job(config, dataset, shape, folder, monitor, wire, start, write_texts))
     monitor.close()
     return code
 

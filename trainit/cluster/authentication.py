@@ -7,6 +7,8 @@ derive from token and nonces, by HMAC-SHA-256, what proves that they know it, an
 import hmac
 import os
 import secrets
+import socket
+import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +55,9 @@ def take_token(environment: MutableMapping[str, str]) -> bytes:
 class Handshake:
     """What two processes that have the same token derive for one connection.
 
-    Process 0 sends a nonce; the caller sends its own and `caller_proof`; process 0 sends `lead_proof`. Each
-    proof and each key is made for its sender: what one end has sent is of no use when it comes back.
+    Process 0, or whichever process is called, sends a nonce; the caller sends its own and `caller_proof`;
+    the other one sends `lead_proof`. Each proof and each key is made for its sender: what one end has sent is
+    of no use when it comes back.
     """
 
     token: bytes
@@ -75,6 +78,50 @@ class Handshake:
         """The keys of what this process sends, and of what it receives."""
         own, other = self._derive(b"sent by process 0"), self._derive(b"sent by the caller")
         return (own, other) if is_lead else (other, own)
+
+
+class StrangerError(Exception):
+    """The other end of a connection has another token."""
+
+
+def call(host: str, port: int, token: bytes, seconds: float) -> tuple[socket.socket, Handshake]:
+    """Calls a process of the job; both prove who they are, in this time. OSError if it cannot be reached."""
+    until = time.monotonic() + seconds
+    connection = socket.create_connection((host, port), timeout=seconds)
+    try:
+        own = nonce()
+        handshake = Handshake(token, receive(connection, NONCE_BYTES, until) + own)
+        connection.sendall(own + handshake.caller_proof())
+        if is_equal(receive(connection, PROOF_BYTES, until), handshake.lead_proof()):
+            return connection, handshake
+    except OSError:
+        connection.close()
+        raise
+    connection.close()
+    raise StrangerError
+
+
+def answer(connection: socket.socket, token: bytes, seconds: float) -> Handshake:
+    """The part of the process that is called; errors as of `call`."""
+    until, own = time.monotonic() + seconds, nonce()
+    connection.sendall(own)
+    handshake = Handshake(token, own + receive(connection, NONCE_BYTES, until))
+    if not is_equal(receive(connection, PROOF_BYTES, until), handshake.caller_proof()):
+        connection.sendall(bytes(PROOF_BYTES))  # so that the caller learns it at once
+        raise StrangerError
+    connection.sendall(handshake.lead_proof())
+    return handshake
+
+
+def receive(connection: socket.socket, count: int, until: float) -> bytes:
+    """This number of bytes; OSError if the connection is closed before, or they have not come in time."""
+    data = b""
+    while len(data) < count:
+        connection.settimeout(max(until - time.monotonic(), 0.001))
+        if not (part := connection.recv(count - len(data))):
+            raise ConnectionResetError("it closed the connection")
+        data += part
+    return data
 
 
 def nonce() -> bytes:

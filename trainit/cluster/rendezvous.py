@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from absl import logging
 
 from trainit.cluster import authentication
-from trainit.cluster.authentication import NONCE_BYTES, PROOF_BYTES, Handshake
+from trainit.cluster.authentication import StrangerError
 from trainit.cluster.hardware import visible_gpus
 from trainit.cluster.messages import Channel, Peer, describe_process
 from trainit.cluster.place import Place, check_coordinator
@@ -33,13 +33,18 @@ class Stopped(Exception):  # noqa: N818, it is no error
 
 
 def meet_others(
-    place: Place, platform: str, about: dict[str, str], seconds: float, stop_requested: Callable[[], str]
+    place: Place,
+    platform: str,
+    about: dict[str, str],
+    seconds: float,
+    stop_requested: Callable[[], str],
+    token: bytes | None = None,
 ) -> tuple[list[Peer], str]:
-    """`meet` for the process at `place`, with the token that its environment has.
+    """`meet` for the process at `place`, with this token, or that of its environment.
 
     Returns nobody and "" if it is alone. SetupError for a bad coordinator or token.
     """
-    token = authentication.take_token(os.environ)
+    token = authentication.take_token(os.environ) if token is None else token
     if place.num_processes == 1:
         return [], ""
     check_coordinator(place)
@@ -225,33 +230,14 @@ def _connect(host: str, port: int, token: bytes) -> Channel:
 
     OSError if it cannot be reached; MeetingError if the other end, or this one, is not of the job.
     """
-    until = time.monotonic() + CALL_SECONDS
-    connection = socket.create_connection((host, port), timeout=CALL_SECONDS)
     try:
-        nonce = authentication.nonce()
-        handshake = Handshake(token, _receive(connection, NONCE_BYTES, until) + nonce)
-        connection.sendall(nonce + handshake.caller_proof())
-        if authentication.is_equal(_receive(connection, PROOF_BYTES, until), handshake.lead_proof()):
-            return Channel(connection, handshake.keys(is_lead=False))
-    except OSError:
-        connection.close()
-        raise
-    connection.close()
-    raise MeetingError(
-        f"what listens at {host}:{port} does not have this process's token: it is of another job, or the "
-        f"processes were not given the same TRAINIT_TOKEN or TRAINIT_TOKEN_FILE"
-    )
-
-
-def _receive(connection: socket.socket, count: int, until: float) -> bytes:
-    """This number of bytes; OSError if the connection is closed before, or they have not come in time."""
-    data = b""
-    while len(data) < count:
-        connection.settimeout(max(until - time.monotonic(), 0.001))
-        if not (part := connection.recv(count - len(data))):
-            raise ConnectionResetError("it closed the connection")
-        data += part
-    return data
+        connection, handshake = authentication.call(host, port, token, CALL_SECONDS)
+    except StrangerError:
+        raise MeetingError(
+            f"what listens at {host}:{port} does not have this process's token: it is of another job, or the "
+            f"processes were not given the same TRAINIT_TOKEN or TRAINIT_TOKEN_FILE"
+        ) from None
+    return Channel(connection, handshake.keys(is_lead=False))
 
 
 def _wait_for_answer(channel: Channel, own: dict, until: float, stop_requested: Callable[[], str]) -> dict:

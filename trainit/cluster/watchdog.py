@@ -55,9 +55,13 @@ class Watchdog:
         """The seconds since the main thread last made progress."""
         return time.monotonic() - self._since
 
+    def usual_seconds(self) -> float:
+        """The time of a step; 0: not yet known."""
+        return statistics.median(list(self._intervals) or [0.0])
+
     def stall_message(self) -> str:
         """What is wrong if there was no progress for too long, or ""."""
-        usual = statistics.median(list(self._intervals) or [0.0])
+        usual = self.usual_seconds()
         limit = max(self.stall_seconds, USUAL_STEPS * usual) * (PATIENCE if self._long else 1)
         seconds = self.seconds()
         if not self.stall_seconds or seconds <= limit:

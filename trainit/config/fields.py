@@ -80,6 +80,8 @@ def _measured_and_kept(c: ConfigDict) -> None:
     c.checkpoint = field(ConfigDict(), "saving and loading")
     c.checkpoint.save_steps = field(1000, "every N steps; N, M: at these; 0: at the end", types=(int, tuple))
     c.checkpoint.keep = field(3, "newest checkpoints that stay; 0: all", at_least=0)
+    c.checkpoint.local_steps = field(0, "keep a snapshot on the hosts every N steps; 0: never", at_least=0)
+    c.checkpoint.local_folder = field("", "folder of each host for snapshots; empty: in TMPDIR, or /tmp")
     c.checkpoint.fallback = field(False, "if the newest is damaged: continue from the newest whole one")
     c.checkpoint.rewind = field(False, "go back to before a range that is new in spikes.skip_data")
     c.checkpoint.load_path = field("", "another run's folder, or hf:FOLDER, to start from at first")

@@ -10,12 +10,15 @@ from absl import logging
 
 from trainit import __version__
 from trainit.checkpoints.retry import SaveRetry
+from trainit.checkpoints.snapshots.keeper import Snapshots
 from trainit.checkpoints.state import TrainState
 from trainit.checkpoints.store import CheckpointStore, due
 from trainit.cluster import device_checks, devices, files, sync
 from trainit.cluster.monitor import JobMonitor
+from trainit.cluster.transfers import Wire
 from trainit.config import Config
 from trainit.config.exit_codes import DONE, FAILED, STOPPED, USAGE
+from trainit.data.documents.inputs import fingerprint
 from trainit.data.training_data import TrainingData
 from trainit.parallel.mesh import RunShape
 from trainit.prepare import background
@@ -40,6 +43,7 @@ def run(job: "Job") -> int:
     a data worker died or another process is lost.
     """
     if job.is_complete():
+        job.snapshots.close()
         return DONE
     job.open()
     state, step, monitor, exit_code = job.start.state, job.start.step, job.monitor, FAILED
@@ -58,7 +62,10 @@ def run(job: "Job") -> int:
                 job.recorder.flush()
                 job.saves.save_again(step, state)
 
-            # 4. Wait for the next batch. A request to stop ends the wait; then save, and stop.
+            # 4. Keep a snapshot on the hosts, if that is due.
+            job.keep_snapshot(step, state)
+
+            # 5. Wait for the next batch. A request to stop ends the wait; then save, and stop.
             with job.timer.part("data"):
                 batch = job.feed.next()
             if reason := monitor.stop_reason():
@@ -66,15 +73,16 @@ def run(job: "Job") -> int:
                 job.saves.save(step, state)
                 break
 
-            # 5. Start the train step. It runs on the devices while this process continues.
+            # 6. Start the train step. It runs on the devices while this process continues.
             state, on_device = job.train(step, state, batch)
             step += 1
 
-            # 6. Meanwhile: fetch the next batch, log the step before, report a save that has failed.
+            # 7. Meanwhile: fetch the next batch, log the step before, report a save that has failed.
             job.feed.advance()
             job.recorder.add(step, on_device)
             job.saves.check()
         job.saves.settle(step, state)
+        job.snapshots.close()
         exit_code = STOPPED if reason else DONE
     except NonFiniteError:
         job.saves.save(step, state)
@@ -95,6 +103,7 @@ class Job:
     shape: RunShape  # how the run lies on the devices
     workdir: Path  # the run's folder; a checkpoint in it is resumed
     monitor: JobMonitor  # connects this process with the others of the job
+    wire: Wire  # on which the others reach this one directly, for snapshots
     timer: StartupTimer  # measures what this process does until its first step is done
     write_texts: WriteTexts = lambda *_: []
 
@@ -105,7 +114,10 @@ class Job:
             self._steps = build(c, shape)
         startup_report.report(c, self._steps, shape, data, self.workdir)
         self._checkpoints = CheckpointStore(self.workdir, c.checkpoint.keep)
-        resume = Resume(c, data, shape, self._steps, self._checkpoints)
+        about = {"data": fingerprint(data.identity), "mesh": shape.sizes}
+        own = about, self._steps.abstract_state, self.monitor.watchdog
+        self.snapshots = Snapshots(self.workdir, c, *own, self.wire)
+        resume = Resume(c, data, shape, self._steps, self._checkpoints, self.snapshots)
         with self.timer.part("restore" if resume.reads_checkpoint else "init"):
             self.start = resume.start_point()
 
@@ -137,8 +149,7 @@ class Job:
         self._validate = Validation(c, data, shape, self._steps, monitor, self.timer)
 
         # Lines of metrics.jsonl that this job is going to write again are dropped.
-        is_resumed, is_postponed = start.saved_step is not None, start.postponed is not None
-        last_kept = start.step - is_postponed if is_resumed else -1
+        last_kept = start.step - (start.postponed is not None) if start.is_resumed else -1
         with self.timer.part("trackers"):
             kept = last_kept, start.wandb_id, start.metrics
             self.logger = RunLogger(is_lead, self.workdir, c.to_dict(), start.step, *kept)
@@ -156,7 +167,8 @@ class Job:
         c, recorder = self.config, self.recorder
         is_last, is_new = step == c.steps, step != self.saves.saved_step
         is_postponed = recorder.postponed is not None
-        validate = (is_last or due(c.eval.every_steps, step)) and (is_new or is_postponed)
+        is_done = self.start.is_resumed and step == self.start.step
+        validate = (is_last or due(c.eval.every_steps, step)) and (is_postponed or not is_done)
         save = is_last or (step > 0 and due(c.checkpoint.save_steps, step))
         if not (validate or is_postponed or (is_new and (save or reason))):
             return reason
@@ -172,6 +184,13 @@ class Job:
         if save or reason:
             self.saves.save(step, state)
         return reason
+
+    def keep_snapshot(self, step: int, state: TrainState):
+        """Copies the state to the hosts, if that is due after `step` steps."""
+        if self.snapshots.is_due(step):
+            self.recorder.flush()
+            self._check.replicas(step, state)
+            self.snapshots.take(step, state, self._checkpoint_meta(is_durable=False))
 
     def train(self, step: int, state: TrainState, batch: dict | None) -> tuple[TrainState, dict]:
         """Starts the train step after `step` others: the state after it, and its metrics on the device."""
@@ -197,11 +216,11 @@ class Job:
         with self.monitor.watchdog.long_task("compiling for another batch size"):
             return self._steps.train(state, batch)
 
-    def _checkpoint_meta(self) -> dict:
+    def _checkpoint_meta(self, is_durable: bool = True) -> dict:
         """What a checkpoint holds in addition to the state. All processes call it when a save starts."""
-        # Metrics that a resume will not write again must be on disk before it.
+        # Metrics that a resume will not write again must be on disk before a durable one.
         return {
-            "metrics": self.logger.sync(),
+            "metrics": self.logger.sync() if is_durable else self.logger.newest_lines(),
             "config": self.config.to_dict(),
             **self.feed.position()._replace(tokens=self.recorder.tokens).to_meta(),
             **self.data.identity,

@@ -10,6 +10,7 @@ import jax
 from absl import logging
 
 from trainit.checkpoints.fallback import before_skipped, set_aside, whole
+from trainit.checkpoints.snapshots.keeper import Snapshot, Snapshots
 from trainit.checkpoints.state import TrainState
 from trainit.checkpoints.store import CheckpointStore
 from trainit.cluster import sync
@@ -32,11 +33,12 @@ class StartPoint:
     state: TrainState
     step: int  # steps done
     position: DataPosition  # in the training data
-    saved_step: int | None  # step of the run's own checkpoint, if it is resumed
+    saved_step: int | None  # step of the run's own newest checkpoint, if it is resumed
     wandb_id: str  # of the W&B run
     postponed: dict | None  # record of `step` whose validation the job before has left to this one
     changes: list  # [step, what]: where the run continued with another config
     metrics: dict | None = None  # what the checkpoint has of metrics.jsonl; None: nothing
+    is_resumed: bool = False  # the run's own checkpoint or snapshot is continued
 
     def is_validated(self, workdir: Path) -> bool:
         """Whether no validation after `step` is left to do. All processes call it together."""
@@ -56,6 +58,7 @@ class Resume:
     shape: RunShape
     steps: CompiledSteps  # the train step of these is compiled while the state is made or read
     checkpoints: CheckpointStore  # the run's own
+    snapshots: Snapshots | None = None  # the run's own
 
     def __post_init__(self):
         # All processes take the checkpoint that process 0 sees: a shared file system may show others less.
@@ -76,6 +79,8 @@ class Resume:
     def start_point(self) -> StartPoint:
         """Makes or reads the first state. Raises ConfigError if a checkpoint does not fit config or data."""
         c, wandb_id = self.config.checkpoint, secrets.token_hex(4)
+        if self.snapshots and (snapshot := self.snapshots.newest(after=self._latest)):
+            return self._continue(snapshot)
         if not self.reads_checkpoint:
             self._compile_ahead(0)
             return StartPoint(jax.block_until_ready(self.steps.init()), 0, START, None, wandb_id, None, [])
@@ -118,8 +123,20 @@ class Resume:
         if not is_resumed:
             return StartPoint(state, step, position, None, wandb_id, None, changes if step else [])
         wandb_id, postponed = meta.get("wandb_id") or wandb_id, meta.get("postponed")
-        about = postponed, changes, meta.get("metrics")
+        about = postponed, changes, meta.get("metrics"), True
         return StartPoint(state, step, position, step, wandb_id, *about)
+
+    def _continue(self, snapshot: Snapshot) -> StartPoint:
+        """The start from a snapshot that is newer than all checkpoints, and has the same config and data."""
+        step, meta, latest = snapshot.step, snapshot.meta, self._latest
+        text = "resume     at step %d of %d, from the hosts' snapshot; the newest checkpoint is of step %s"
+        logging.info(text, step, self.config.steps, latest if latest >= 0 else "none")
+        self._compile_ahead(step)
+        state = snapshot.state(self.steps.abstract_state)
+        position = DataPosition.from_meta(meta, self.config.model.context_length)
+        self.data.check_resume(meta["config"], position, step)
+        about = meta["wandb_id"], None, meta["changes"], meta["metrics"], True
+        return StartPoint(state, step, position, latest if latest >= 0 else None, *about)
 
     def _begin(self, params: dict) -> TrainState:
         self._compile_ahead(0)

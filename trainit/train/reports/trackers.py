@@ -79,10 +79,14 @@ class JsonLines:
             self._open(math.inf, {"lines": self._lines, "newest": list(self._last)})
 
     def sync(self) -> dict:
-        """Returns, when all lines are on disk, what a checkpoint keeps of them: how many, and the newest."""
+        """Forces all lines to the disk; returns what `newest_lines` does."""
         self._check()
         with errors_name(self._path):
             os.fsync(self._file.fileno())
+        return self.newest_lines()
+
+    def newest_lines(self) -> dict:
+        """What checkpoints and snapshots keep of the lines: how many they are, and the newest."""
         return {"lines": self._lines, "newest": list(self._last)}
 
     def close(self):
@@ -176,6 +180,10 @@ class RunLogger:
         if self._lead and self._samples:
             self._samples.sync()
         return self._jsonl.sync() if self._lead else {}
+
+    def newest_lines(self) -> dict:
+        """As `sync`, but what was logged may still be on its way to the disk."""
+        return self._jsonl.newest_lines() if self._lead else {}
 
     def close(self, code: int):
         """Closes everything; W&B learns the exit code."""

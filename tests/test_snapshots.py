@@ -1,5 +1,6 @@
 """Snapshots on the hosts: their files, who keeps them, which one a restart takes, who may fetch them."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -348,10 +349,12 @@ def test_files_of_all_sizes_go_to_and_fro(server, tmp_path):
 def test_a_stranger_gets_nothing(server, tmp_path, caplog):
     with pytest.raises(ConnectionError, match="does not have this job's token"):
         transfers.call(*server.address, b"y" * 32)
-    assert "does not have this job's token: closed" in caplog.text
     with socket.create_connection(server.address) as connection:
-        connection.sendall(bytes(200))
-        assert connection.recv(1000)[32:] in (b"", bytes(32))  # a nonce, and no proof
+        connection.sendall(bytes(64))
+        answer = b"".join(iter(lambda: connection.recv(100), b""))
+        assert len(answer) == 64
+        assert answer[32:] == bytes(32)  # after a nonce no proof
+    assert "stranger   127.0.0.1 does not have this job's token: closed" in caplog.text
     assert not (tmp_path / "kept").exists()
 
 
@@ -366,8 +369,9 @@ def test_what_is_changed_on_the_way_is_not_kept(position, server, tmp_path):
     connection.send({"keep": True}, tmp_path / "sent")
     data = bytearray(b"".join(taken))
     data[position] ^= 1
-    real.sendall(data)
-    real.shutdown(socket.SHUT_WR)
-    assert real.recv(100) == b""
+    with contextlib.suppress(OSError):  # it may close before it has read all
+        real.sendall(data)
+        real.shutdown(socket.SHUT_WR)
+        assert real.recv(100) == b""
     assert not (tmp_path / "kept").exists()
     assert not (tmp_path / "kept.tmp").exists()

@@ -152,14 +152,14 @@ class Server:
 
     def _serve(self, connection: socket.socket, address: str):
         try:
-            with connection:
-                handshake = authentication.answer(connection, self._wire.token, HELLO_SECONDS)
-                self._handle(Connection(connection, handshake.keys(is_lead=True)))
+            handshake = authentication.answer(connection, self._wire.token, HELLO_SECONDS)
+            self._handle(Connection(connection, handshake.keys(is_lead=True)))
         except StrangerError:
             logging.warning("stranger   %s does not have this job's token: closed", address)
         except (OSError, ValueError, KeyError, TypeError) as error:
             logging.info("transfers  from %s: %s", address, error)
         finally:
+            connection.close()
             self._free.release()
 
     def close(self):

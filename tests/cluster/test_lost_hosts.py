@@ -33,7 +33,7 @@ def test_each_process_is_lost_with_its_snapshots(random_dataset, tmp_path):
             f"--config={ROOT}/tests/tiny.py",
             *(f"--config.dataset.path={random_dataset}", f"--workdir={workdir}", "--config.cpu_devices=1"),
             *("--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.mesh.tensor=1"),
-            *("--config.steps=90", "--config.checkpoint.save_steps=0", *more),
+            *("--config.steps=90", "--config.eval.every_steps=30", "--config.checkpoint.save_steps=0", *more),
             PYTHONPATH=f"{tmp_path}:{ROOT}",
         )
 
@@ -49,7 +49,7 @@ def test_each_process_is_lost_with_its_snapshots(random_dataset, tmp_path):
     process = job(run, "--config.checkpoint.local_steps=4", "--config.restart.limit=2")
     for rank in (1, 0):
         assert wait_for(process, lambda before=before: whole(before))
-        time.sleep(draw.uniform(0, 0.2))
+        time.sleep(draw.uniform(0, 0.1))
         pid = pid_of(process, rank)
         os.kill(pid, signal.SIGKILL)
         shutil.rmtree(hosts[rank])

@@ -29,24 +29,24 @@ FLOAT32 = {"ns_precision": "float32"}
 INPUTS = {"query/kernel": 1, "up/kernel": 1, "head/kernel": 1}  # axes; all but the last for the others
 
 
-def numpy_newton_schulz(x, steps=5, eps=1e-7):
+def numpy_newton_schulz(x, steps=5, eps=1e-7, quintic=(3.4445, -4.7750, 2.0315)):
     """Jordan's reference: Frobenius norm, then the quintic."""
-    x = x / (np.sqrt((x**2).sum()) + eps)
+    x, (a, b, c) = x / (np.sqrt((x**2).sum()) + eps), quintic
     for _ in range(steps):
         gram = x @ x.T
-        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        x = a * x + b * gram @ x + c * gram @ gram @ x
     return x
 
 
-def numpy_muon(path, u, steps=5):
+def numpy_muon(path, u, *options):
     """A parameter's update: each layer as its (inputs, outputs) matrix."""
     if path.startswith("blocks/"):
-        return np.stack([numpy_muon(path.removeprefix("blocks/"), layer, steps) for layer in u])
+        return np.stack([numpy_muon(path.removeprefix("blocks/"), layer, *options) for layer in u])
     inputs = next((n for end, n in INPUTS.items() if path.endswith(end)), u.ndim - 1)
     x = u.reshape(int(np.prod(u.shape[:inputs])), -1)
     rows, columns = x.shape
     ratio = rows / columns if path.endswith("embedding") else columns / rows
-    return (numpy_newton_schulz(x, steps) * np.sqrt(max(1, ratio))).reshape(u.shape)
+    return (numpy_newton_schulz(x, *options) * np.sqrt(max(1, ratio))).reshape(u.shape)
 
 
 def numpy_laprop(beta1, beta2, eps):
@@ -73,6 +73,7 @@ def kind(path: str) -> str:
     ("name", "changes", "kinds"),
     [
         ("muon", {"nesterov": False}, {"matrix"}),
+        ("muon", {"ns_coefficients": "convergent", "ns_steps": 9}, {"matrix"}),
         ("muon", {"rest": "laprop"}, {"matrix"}),
         ("muon_og", {}, {"matrix"}),
         ("muon_og", {"ns_embedding": True, "ns_head": True, "ns_steps": 3}, {"matrix", "embedding", "head"}),
@@ -88,7 +89,8 @@ def test_muon(name, changes, kinds):
 
     def direction(path, g, t):
         if kind(path) in kinds:
-            return numpy_muon(path, momentum(path, g, t), changes.get("ns_steps", 5))
+            quintic = (2, -1.5, 0.5) if "ns_coefficients" in changes else (3.4445, -4.7750, 2.0315)
+            return numpy_muon(path, momentum(path, g, t), changes.get("ns_steps", 5), 1e-7, quintic)
         return rest(path, g, t)
 
     def rates(path):
@@ -96,6 +98,34 @@ def test_muon(name, changes, kinds):
 
     expected = numpy_updates(direction, parameters, gradients, 0.3, 40.0, rates=rates)
     compare(updates, expected, rtol=2e-3)  # the quintic is steep
+
+
+def test_normuon():
+    """Li et al. 2025, algorithm 1: each output's mean square of Muon's direction, and 0.2 as its rms."""
+    parameters, gradients = draw(some_shapes(), 23), draw_gradients(some_shapes())
+    fields = {"momentum": 0.7, "beta2": 0.6, "rest_rate": 0.5, "rest_eps": 1e-3, **FLOAT32}
+    updates = run(build("normuon", fields, 0.3, 40.0), parameters, gradients)
+    momentum, rest, squares = numpy_momentum(0.7, False), numpy_adam(0.95, 0.95, 1e-3, False), {}
+
+    def even(path, name, u):
+        if path.startswith("blocks/"):
+            layers = range(len(u))
+            return np.stack([even(path.removeprefix("blocks/"), f"{name}{n}", u[n]) for n in layers])
+        inputs = next((n for end, n in INPUTS.items() if path.endswith(end)), u.ndim - 1)
+        matrix = u.reshape(int(np.prod(u.shape[:inputs])), -1)
+        squares[name] = 0.6 * squares.get(name, 0.0) + 0.4 * (matrix**2).mean(0)
+        matrix = matrix / (np.sqrt(squares[name]) + 1e-8)
+        return (0.2 * matrix / np.sqrt((matrix**2).mean())).reshape(u.shape)
+
+    def direction(path, g, t):
+        if kind(path) != "matrix":
+            return rest(path, g, t)
+        return even(path, path, numpy_muon(path, momentum(path, g, t)))
+
+    expected = numpy_updates(
+        direction, parameters, gradients, 0.3, 40.0, rates=lambda path: 1.0 if kind(path) == "matrix" else 0.5
+    )
+    compare(updates, expected, rtol=2e-3)
 
 
 def test_newton_schulz_nearly_orthogonalizes():

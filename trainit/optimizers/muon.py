@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
 
 def make(config, context) -> optax.GradientTransformation:
     """Muon for the blocks' matrices, `rest` for embeddings, head and vectors."""
-    return _by_kind(config, context, {"matrix"})
+    return by_kind(config, context, {"matrix"})
 
 
 def get_muon_og_config() -> ConfigDict:
@@ -41,16 +41,16 @@ def get_muon_og_config() -> ConfigDict:
 def make_muon_og(config, context) -> optax.GradientTransformation:
     """Muon with Newton-Schulz on the embeddings or the head too, by switches."""
     more = {"embedding": config.ns_embedding, "head": config.ns_head}
-    return _by_kind(config, context, {"matrix"} | {kind for kind, on in more.items() if on})
+    return by_kind(config, context, {"matrix"} | {kind for kind, on in more.items() if on})
 
 
-def _by_kind(config, context, kinds: set[str]) -> optax.GradientTransformation:
-    """Muon for parameters of these kinds of `layout.parameter_kind`, the config's `rest` for the others."""
+def by_kind(config, context, kinds: set[str], *then: optax.GradientTransformation):
+    """Muon, and what comes after it, for kinds of `layout.parameter_kind`; the config's `rest` for others."""
     rests = {"adamw": scale_by_moments, "laprop": scale_by_laprop}
     options = {"steps": config.ns_steps, "dtype": config.ns_precision, "eps": config.ns_eps}
     options |= {"coefficients": config.ns_coefficients}
     momentum = optax.trace(config.momentum, config.nesterov)
-    muon = optax.chain(momentum, scale_by_newton_schulz(context.mesh, **options), context.decay())
+    muon = optax.chain(momentum, scale_by_newton_schulz(context.mesh, **options), *then, context.decay())
     direction = rests[config.rest](config.rest_beta1, config.rest_beta2, config.rest_eps)
     rest = optax.chain(direction, context.decay(), optax.scale(config.rest_rate))
     labels = context.by_path(lambda path, kind: "muon" if kind in kinds else "rest")

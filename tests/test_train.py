@@ -242,7 +242,12 @@ def test_time_limit_resume_and_complete(command, undisturbed, tmp_path):
     assert "stopped    on max_minutes" in output
     run(*command, f"--workdir={tmp_path}")
     assert exact(metrics(tmp_path)) == exact(undisturbed)
-    assert "all 40 steps are done; nothing to do" in run(*command, f"--workdir={tmp_path}")
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 7,', '"step": 3,'))
+    output = run(*command, f"--workdir={tmp_path}")
+    assert "all 40 steps are done; nothing to do" in output
+    assert f"{path} lacked 1 of 41 lines or had others: 1 are written again, 0 are lost" in output
+    assert exact(metrics(tmp_path)) == exact(undisturbed)
 
 
 @pytest.mark.evidence("steps that are not finite end a run with its last good state saved")

@@ -27,7 +27,7 @@ from trainit.train.feed import BatchFeed
 from trainit.train.recorder import NonFiniteError, StepRecorder
 from trainit.train.reports import metrics, startup_report
 from trainit.train.reports.startup_timer import StartupTimer
-from trainit.train.reports.trackers import RunLogger
+from trainit.train.reports.trackers import JsonLines, RunLogger
 from trainit.train.resume import Resume, warm_up_again
 from trainit.train.skipped.lines import SkippedSteps
 from trainit.train.step import build
@@ -125,6 +125,8 @@ class Job:
         """Whether the run needs nothing more: all steps are done, and the last one is validated."""
         steps = self.config.steps
         if is_complete := self.start.step >= steps and self.start.is_validated(self.workdir):
+            if sync.is_lead() and self.start.metrics:  # lines that were damaged since the end are found again
+                JsonLines(self.workdir / "metrics.jsonl", steps, self.start.metrics).close()
             logging.info("complete   all %d steps are done; nothing to do", steps)
         return is_complete
 

@@ -130,6 +130,23 @@ def test_contenders_train_the_same_kind_of_model(name, monkeypatch, tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_what_is_set_by_hand_has_a_row_where_it_differs(monkeypatch, capsys):
+    """A default that is the same is no program of its own: the child prints {}, and no row is shown."""
+    monkeypatch.setattr(contender, "_take_devices", lambda: None)
+    step_made = lambda config, _: config.model.remat  # noqa: E731
+    monkeypatch.setattr(contender, "step_of", step_made)
+    assert contender.trainit_by_hand(contender.SHAPES["S"], "float32") is None
+    monkeypatch.setattr(contender, "BY_HAND", {"model.remat": "block"})
+    assert contender.trainit_by_hand(contender.SHAPES["S"], "float32") == "block"
+
+    result = {"first": 1.0, "seconds": [1.0], "peak": 1}
+    monkeypatch.setattr(suite, "WORK", [("S", "float32", 1)])
+    for by_hand, rows in (({}, 0), (result, 1)):
+        monkeypatch.setattr(suite, "_run", lambda name, *_, r=by_hand: r if "hand" in name else result)
+        assert suite.measure(rounds=1) == 0
+        assert capsys.readouterr().out.count("trainit_by_hand") == rows
+
+
 def test_texts_are_compared_with_transformers(monkeypatch):
     """Medians over rounds; the first round compiles, so that its first token does not count."""
     results = {

@@ -17,7 +17,7 @@ from trainit.tools.benchmark import children, contender
 from trainit.tools.benchmark.contender import MATMUL, SHAPES
 from trainit.train.reports import metrics
 
-PROGRAMS = ("matmul", "trainit", "flax", "torch", "torch_compile")
+PROGRAMS = ("matmul", "trainit", "trainit_by_hand", "flax", "torch", "torch_compile")
 # (shape, precision, steps after the first)
 WORK = [(shape, precision, n) for precision in ("float32", "bfloat16") for shape, n in (("S", 4), ("M", 1))]
 HEADER = ["program", "seconds a step", "of the product's rate", "first step after", "peak memory"]
@@ -69,7 +69,7 @@ def measure(rounds: int) -> int:
         if failed := [run["error"] for run in products if "error" in run]:
             raise ConfigError(f"--suite=cpu: the product fails: {failed[0]}")
         rate = 2 * MATMUL**3 / median(_seconds(products))
-        rows = [_row(program, shape, own, rate) for program, own in runs.items()]
+        rows = [_row(program, shape, own, rate) for program, own in runs.items() if any(own)]
         print(f"\n{shape}, {precision}: {MATMUL}³ product at {rate / 1e9:.0f} GFLOP/s")
         alignment = ("left", *["right"] * (len(HEADER) - 1))
         print(tabulate(rows, HEADER, "github", colalign=alignment, disable_numparse=True), flush=True)

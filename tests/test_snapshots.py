@@ -140,6 +140,23 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         folder.PartFolder(str(tmp_path / "file"), "0", 0, {})
 
 
+def test_a_folder_that_others_can_use(tmp_path):
+    """A link that somebody else has made, for example, to a folder of this user's."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "trainit-0").symlink_to(tmp_path / "own")
+    (tmp_path / "trainit-1").mkdir()
+    (tmp_path / "trainit-1").chmod(0o755)
+    for run in "01":
+        with pytest.raises(ConfigError, match=rf"trainit-{run} is no folder of this user's alone"):
+            folder.PartFolder(str(tmp_path), run, 0, {})
+    assert not list((tmp_path / "own").iterdir())
+
+
+def test_several_processes_without_a_token(job):
+    with pytest.raises(ConfigError, match="this job has no token to know them by"):
+        job(2, takes(2), token=b"")
+
+
 @pytest.fixture
 def job(monkeypatch, tmp_path):
     """Calls a function for each of several processes, which are threads with a host's folder each.
@@ -152,7 +169,7 @@ def job(monkeypatch, tmp_path):
     run = tmp_path / "run"
     run.mkdir(exist_ok=True)
 
-    def start(count, action, hosts=None, steps=2, **changes):
+    def start(count, action, hosts=None, steps=2, token=TOKEN, **changes):
         barrier, told = threading.Barrier(count, timeout=60), [None] * count
 
         def gather(value):
@@ -179,7 +196,7 @@ def job(monkeypatch, tmp_path):
                 "local_steps": steps,
                 "local_folder": str(tmp_path / (hosts or "abcdef")[number]),
             }
-            watchdog, wire = SimpleNamespace(usual_seconds=lambda: 1.0), Wire("localhost:1", TOKEN)
+            watchdog, wire = SimpleNamespace(usual_seconds=lambda: 1.0), Wire("localhost:1", token)
             about = {"data": "d", "mesh": {"a": 4}} | changes
             return action(keeper.Snapshots(run, Config(config), about, abstract(state), watchdog, wire))
 
@@ -265,6 +282,24 @@ def test_a_damaged_part_is_replaced_or_its_snapshot_passed_over(both, job, tmp_p
         (tmp_path / path).write_bytes(content)
     assert job(2, finds) == ([2, 2] if both else [4, 4])
     assert "4.1 is damaged" in caplog.text
+
+
+def test_a_copy_that_is_whole_is_sent(job, tmp_path):
+    """Of two copies on one host, the first of which is damaged."""
+    job(3, takes(2, 4), "abb")
+    (host,) = {path.parent.parent for path in tmp_path.glob("b/*/process_*/4.*")}
+    for number in (1, 2):
+        (host / f"process_{number}").mkdir(exist_ok=True)
+    (whole,) = host.glob("*/4.0")
+    copies = [host / f"process_{number}/4.0" for number in (1, 2)]
+    content = bytearray(whole.read_bytes())
+    for copy in copies:
+        copy.write_bytes(content)
+    content[-40] ^= 4
+    own = folder.PartFolder(str(tmp_path / "b"), host.name.removeprefix("trainit-"), 1, {})
+    own.find()[4, 0][0].write_bytes(content)
+    shutil.rmtree(tmp_path / "a")
+    assert job(3, finds, "dbb") == [4, 4, 4]
 
 
 @pytest.mark.parametrize("change", ["count", "mesh", "data"])

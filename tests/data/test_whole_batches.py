@@ -1,5 +1,8 @@
 """dataset.whole_batches and eval.first: the order of modded-nanoGPT's loader."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,10 +10,12 @@ import pytest
 from trainit import config as config_lib
 from trainit.config import MESH_AXES, ConfigError, resolve
 from trainit.data import training_data
+from trainit.generate.evaluate import loaded
 from trainit.optimizers import choices
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh
 
+ROOT = Path(__file__).parents[2]
 ROWS, LENGTH = 4, 8
 BATCH = ROWS * LENGTH
 
@@ -93,3 +98,11 @@ def test_what_has_no_whole_batches(shards, tmp_path):
     message = f"a batch of batch_size={ROWS} takes {BATCH + 2} ids of one shard, the largest has {BATCH + 1}"
     with pytest.raises(ConfigError, match=message):
         opened(tmp_path)
+
+
+def test_an_evaluation_cuts_nothing():
+    """Its batches are others than those of the run, which may be larger than a shard."""
+    config = runpy.run_path(str(ROOT / "configs/track3.py"))["get_config"]()
+    assert config.dataset.whole_batches
+    wanted = loaded._config(config_lib.Config(config), None)
+    assert (wanted.dataset.whole_batches, wanted.dataset.order) == (False, "sequential")

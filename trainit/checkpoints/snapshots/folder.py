@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -55,16 +56,17 @@ class PartFolder:
         self._own, self.about = self.root / f"process_{process}", dict(about)
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._own.mkdir(exist_ok=True)
-            is_other = self.root.stat().st_uid != os.getuid()
+            found = self.root.lstat()  # no link: it could lead into a folder of this user's
+            is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+            if is_own:
+                self._own.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"checkpoint.local_folder={folder!r}: {self.root} cannot be written: {error.strerror}"
             ) from None
-        if is_other:
-            raise ConfigError(
-                f"{self.root} is another user's: set checkpoint.local_folder to one of your own"
-            )
+        if not is_own:
+            wrong = f"{self.root} is no folder of this user's alone (of mode 700)"
+            raise ConfigError(f"{wrong}: remove it, or set checkpoint.local_folder to one of your own")
 
     def path(self, step: int, part: int) -> Path:
         """Where this process keeps this part."""

@@ -21,7 +21,7 @@ from trainit.checkpoints.state import TrainState
 from trainit.cluster import sync
 from trainit.cluster.transfers import Wire
 from trainit.cluster.watchdog import Watchdog
-from trainit.config import Config
+from trainit.config import Config, require
 
 SHARE = 0.01  # of the time of all steps that snapshots may take of it, where the run proposes how often
 MEASURED = 3  # snapshots after which it does; the first one is slower
@@ -68,6 +68,11 @@ class Snapshots:
         if not self._every:
             return
         self._process, self._count = jax.process_index(), jax.process_count()
+        require(
+            self._count == 1 or bool(wire.token),
+            f"checkpoint.local_steps={self._every} gives the state to other processes, and this job has no "
+            "token to know them by: set TRAINIT_TOKEN to one secret in the environment of all processes",
+        )
         about = {**about, "config": _hash(config), "processes": self._count, "version": __version__}
         run = folder.run_id(workdir)
         self._folder = folder.PartFolder(
@@ -156,8 +161,8 @@ class Snapshots:
             self._whole = self._newest
         shards = parts.copy(state)
         self._newest = step
+        self._blocked.append(time.perf_counter() - begun)  # before the thread counts them
         self._writing = self._thread.submit(self._write, step, self._whole, meta, shards, begun)
-        self._blocked.append(time.perf_counter() - begun)
 
     def _outcome(self) -> int:
         if self._writing is None:

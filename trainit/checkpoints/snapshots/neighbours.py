@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from trainit.checkpoints.snapshots import parts
 from trainit.checkpoints.snapshots.folder import PartFolder
 from trainit.cluster import sync, transfers
 from trainit.cluster.transfers import Connection, Server, Wire
@@ -49,7 +50,8 @@ class Neighbours:
         message = connection.receive(self._path)
         path = None
         if "fetch" in message:
-            path = next(iter(self._folder.find().get((message["fetch"], message["part"]), [])), None)
+            copies = self._folder.find().get((message["fetch"], message["part"]), [])
+            path = next(filter(parts.is_whole, copies), None)
         about = {"give": message.get("fetch", -1), "part": message["part"]}
         connection.send({**about, "done": "give" in message or path is not None}, path)
 

@@ -96,6 +96,15 @@ def read(path: Path) -> Part:
     return Part(path, header, content)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a part can be read, and its content is as it was written."""
+    try:
+        read(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def restore(part: Part, abstract_state: Any) -> Any:
     """The state of which all processes have read their parts, laid out as `abstract_state`.
 

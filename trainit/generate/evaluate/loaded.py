@@ -86,6 +86,7 @@ def _config(own: Config, dataset: str | None) -> ConfigDict:
     if "streams" in saved["dataset"]:
         wanted.dataset = config.DATASETS["chat" if is_chat(saved["dataset"]) else "jsonl"]()
     wanted.dataset.update(saved["dataset"])
+    wanted.dataset.whole_batches = False  # of what is trained on, in other batches than these
     if dataset:
         wanted.dataset = config.DATASETS[dataset]()
         if "streams" in wanted.dataset and "streams" in saved["dataset"]:

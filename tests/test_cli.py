@@ -226,7 +226,7 @@ TYPED = {
     "trainit train --config=configs/pil": ["configs/pile_gpt.py"],
     "trainit train --config=configs/debug.py:schedule=co": ["constant", "cosine"],
     "trainit train --config=configs/debug.py:model=modern,optimizer=muo": ["muon", "muon_og"],
-    "trainit doctor --config.checkpoint.l": [
+    "trainit doctor --config.checkpoint.load": [
         "--config.checkpoint.load_path=",
         "--config.checkpoint.load_step=",
     ],

@@ -313,7 +313,7 @@ def test_mango(offset_beta, split):
         if c["normalize"].endswith("split"):
             u = by_layer(lambda p, u: numpy_split(p, u, c["normalize"]), path, u)
         elif c["normalize"] == "ns":
-            u = numpy_muon(path, u, steps=4)
+            u = numpy_muon(path, u, 4)
         elif c["normalize"] != "none":
             u = by_layer(lambda p, u: u / (numpy_size(p, u, c["normalize"]) + 1e-3), path, u)
         if c["scale"] != "none":

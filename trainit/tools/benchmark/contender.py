@@ -32,7 +32,7 @@ _SIZES = {
 }
 SHAPES = {name: dict(zip(_NAMES, sizes, strict=True)) for name, sizes in _SIZES.items()}
 MATMUL = 4096  # rows and columns of the square product whose rate is the yardstick
-# What is fastest on CPUs, of all that was tried, whatever memory it needs.
+# What this suite set for Trainit before a run chose these by itself.
 BY_HAND = {"model.remat": "dots", "model.scan_layers": True, "logits_mib": 64.0}
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.1, 1.0
 

@@ -44,7 +44,7 @@ def test_the_devices_do_not_wait_for_what_the_host_reads(monkeypatch):
         **{"config": config, "monitor": quiet, "logger": quiet, "train": train, "open": lambda: None},
         **{"is_complete": lambda: False, "validate_and_save": lambda step, state, reason: reason},
         **{"report_end": lambda step, reason: None, "timer": SimpleNamespace(part=contextlib.nullcontext)},
-        keep_snapshot=lambda step, state: None,
+        **{"keep_snapshot": lambda step, state: None, "snapshots": SimpleNamespace(close=lambda: None)},
         start=SimpleNamespace(state=None, step=0),
         feed=SimpleNamespace(next=dict, advance=lambda: events.append("fetch")),
         saves=SimpleNamespace(check=lambda: None, settle=lambda step, state: None),

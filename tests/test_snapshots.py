@@ -381,6 +381,19 @@ def test_files_of_all_sizes_go_to_and_fro(server, tmp_path):
         assert not size or (tmp_path / "came").read_bytes() == sent
 
 
+def test_a_full_disk_names_the_file(server, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "sent").write_bytes(b"x")
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(transfers, "new_file", lambda _: contextlib.nullcontext(full))
+        connection = transfers.call(*server.address, TOKEN)
+        connection.send({"keep": True}, tmp_path / "sent")
+        with pytest.raises(ConnectionResetError):
+            connection.receive(lambda _: None)
+    connection.close()
+    assert f"from 127.0.0.1: [Errno 28] No space left on device: '{tmp_path}/kept'" in caplog.text
+
+
 def test_a_stranger_gets_nothing(server, tmp_path, caplog):
     with pytest.raises(ConnectionError, match="does not have this job's token"):
         transfers.call(*server.address, b"y" * 32)

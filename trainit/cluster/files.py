@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainit.config import require
 
@@ -26,18 +26,25 @@ def describe_os_error(error: OSError) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes):
-    """Writes a file under another name, and renames it: what was there stays until then.
+    """Writes a file as `new_file` does, and forces it to the disk. An OSError names it."""
+    with errors_name(path), new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
 
-    One process at a time may write it. An OSError leaves nothing; what a kill leaves, the next call replaces.
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into under another name, until all is written: what was there stays until then.
+
+    One process at a time may write it. An error leaves nothing; what a kill leaves, the next call replaces.
     """
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        with errors_name(path), unfinished.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        with unfinished.open("wb") as file:
+            yield file
         unfinished.replace(path)
-    except OSError:
+    except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
 

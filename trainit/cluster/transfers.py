@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from absl import logging
 
 from trainit.cluster import authentication
 from trainit.cluster.authentication import PROOF_BYTES, StrangerError
+from trainit.cluster.files import errors_name, new_file
 
 HELLO_SECONDS = 10.0  # in which both ends of a connection prove who they are
 SILENT_SECONDS = 60.0  # without any byte, after which a transfer has failed
@@ -77,25 +78,21 @@ class Connection:
         if about["bytes"]:
             if (path := path_for(about["message"])) is None:
                 raise ValueError("a file that nobody wants")
-            unfinished = path.with_name(f"{path.name}.tmp")
-            try:
-                with unfinished.open("wb") as file:
-                    self._write(file, about["bytes"], signed)
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            self._write(path, about["bytes"], signed)
         else:
             self._check(signed)
         return about["message"]
 
-    def _write(self, file: BinaryIO, size: int, signed: hmac.HMAC):
-        """Writes this many bytes, and checks their signature."""
-        while size:
-            chunk = self._some(min(size, CHUNK_BYTES))
-            signed.update(chunk)
-            file.write(chunk)
-            size -= len(chunk)
-        self._check(signed)
+    def _write(self, path: Path, size: int, signed: hmac.HMAC):
+        """Writes this many bytes to a file, and checks their signature."""
+        with new_file(path) as file:
+            while size:
+                chunk = self._some(min(size, CHUNK_BYTES))
+                signed.update(chunk)
+                with errors_name(path):
+                    file.write(chunk)
+                size -= len(chunk)
+            self._check(signed)
 
     def _check(self, signed: hmac.HMAC):
         if not authentication.is_equal(self._exactly(PROOF_BYTES), signed.digest()):

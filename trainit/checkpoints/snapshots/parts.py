@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import xxhash
 
-from trainit.cluster.files import errors_name
+from trainit.cluster.files import errors_name, new_file
 from trainit.parallel.trees import path_name
 
 DIGEST_BYTES = 16
@@ -56,27 +56,19 @@ def copy(state: Any) -> list[np.ndarray]:
 
 
 def write(path: Path, header: Mapping[str, Any], shards: list[np.ndarray]) -> int:
-    """Writes a part under another name, and renames it; returns its bytes. OSError leaves nothing.
+    """Writes a part; returns its bytes. OSError leaves nothing.
 
     It is not forced to the disk: a host that goes down loses its part anyway.
     """
-    unfinished = path.with_name(f"{path.name}.tmp")
     text, digest = json.dumps(header).encode(), xxhash.xxh3_128()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with errors_name(path), unfinished.open("wb") as file:
-            file.write(len(text).to_bytes(DIGEST_BYTES // 2, "little") + _digest_of(text) + text)
-            for shard in shards:
-                content = np.ascontiguousarray(shard).reshape(-1).view(np.uint8).data
-                digest.update(content)
-                file.write(content)
-            file.write(digest.digest())
-            size = file.tell()
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
-    return size
+    with errors_name(path), new_file(path) as file:
+        file.write(len(text).to_bytes(DIGEST_BYTES // 2, "little") + _digest_of(text) + text)
+        for shard in shards:
+            content = np.ascontiguousarray(shard).reshape(-1).view(np.uint8).data
+            digest.update(content)
+            file.write(content)
+        file.write(digest.digest())
+        return file.tell()
 
 
 def read_header(path: Path) -> dict[str, Any]:

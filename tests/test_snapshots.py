@@ -68,21 +68,25 @@ def test_a_part_is_the_state_as_it_was_bit_for_bit(tmp_path):
             assert np.asarray(shard.data).tobytes() == np.ascontiguousarray(x[shard.index]).tobytes()
 
 
-def test_each_changed_byte_and_each_cut_is_found(tmp_path):
+def test_each_changed_byte_and_each_cut_is_found(tmp_path, monkeypatch):
     path = tmp_path / "p"
+    monkeypatch.setattr(parts, "READ_BYTES", 5)  # the content is several blocks, and a part of one
     parts.write(path, {"about": {}}, [np.arange(9, dtype=np.int16)])
     whole = path.read_bytes()
     assert parts.read(path).content.tobytes() == np.arange(9, dtype=np.int16).tobytes()
+    assert parts.is_whole(path)
     for position, bit in itertools.product(range(len(whole)), (0, 7)):
         changed = bytearray(whole)
         changed[position] ^= 1 << bit
         path.write_bytes(changed)
         with pytest.raises(ValueError, match="is damaged"):
             parts.read(path)
+        assert not parts.is_whole(path)
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="is damaged"):
             parts.read(path)
+        assert not parts.is_whole(path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """How parts of snapshots reach another host, and come back from there."""
 
+import contextlib
 import json
 import socket
 from collections.abc import Sequence
@@ -21,9 +22,9 @@ class Neighbours:
         self._process, self._count = jax.process_index(), jax.process_count()
         self._server = Server(wire, self._serve)
         own = json.dumps([socket.gethostname(), *self._server.address])
-        hosts, addresses, ports = zip(*map(json.loads, sync.gather_text(own)), strict=True)
+        self._hosts, addresses, ports = zip(*map(json.loads, sync.gather_text(own)), strict=True)
         self._addresses = list(zip(addresses, ports, strict=True))
-        self.keeper = keeper_of(self._process, hosts)  # the process that keeps this one's parts
+        self.keeper = keeper_of(self._process, self._hosts)  # the process that keeps this one's parts
 
     def give(self, step: int, path: Path):
         """Hands this process's part over to its keeper; returns when it is whole there, else OSError."""
@@ -35,16 +36,17 @@ class Neighbours:
         return self._folder.path(step, self._process)
 
     def _ask(self, process: int, message: dict, path: Path | None = None):
-        connection = transfers.call(*self._addresses[process], self._wire.token)
+        name = f"process {process} ({self._hosts[process]})"
         try:
-            connection.send(message, path)
-            answer = connection.receive(self._path)
-        except ValueError as error:
-            raise ConnectionError(f"process {process}: {error}") from None
-        finally:
-            connection.close()
+            with contextlib.closing(
+                transfers.call(*self._addresses[process], self._wire.token)
+            ) as connection:
+                connection.send(message, path)
+                answer = connection.receive(self._path)
+        except (OSError, ValueError) as error:
+            raise ConnectionError(f"{name}: {error}") from None
         if not answer["done"]:
-            raise ConnectionError(f"process {process} has no part {self._process} of that step")
+            raise ConnectionError(f"{name} has no part {self._process} of that step")
 
     def _serve(self, connection: Connection):
         message = connection.receive(self._path)

@@ -22,6 +22,8 @@ from trainit.checkpoints.snapshots import folder, keeper, neighbours, parts
 from trainit.cluster import transfers
 from trainit.cluster.transfers import Wire
 from trainit.config import Config, ConfigError
+from trainit.data.loader import START
+from trainit.train.resume import Resume
 
 MESH = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
 TOKEN = b"x" * 32
@@ -312,6 +314,42 @@ def test_another_job_takes_the_checkpoint(change, job, tmp_path, caplog):
     found = job(1, finds) if change == "count" else job(2, finds, **{change: "other"})
     assert set(found) == {None}
     assert f"with another {'processes' if change == 'count' else change}: not used" in caplog.text
+
+
+def with_fields(fields):
+    config = tiny.get_config()
+    config.update_from_flattened_dict(fields)
+    return Config(config)
+
+
+def test_what_a_resume_may_change_leaves_snapshots(tmp_path, caplog, monkeypatch):
+    """As raising a limit that has ended the run: what has changed is logged, as with a checkpoint."""
+    free = {"stall_seconds": 9.0, "model.remat": "block", "eval.every_steps": 7, "checkpoint.local_steps": 5}
+    others = {"seed": 1, "model.dim": 64, "spikes.skip_data": "3:4", "diagnostics.every_steps": 1}
+    before = Config(tiny.get_config())
+    assert keeper._hash(with_fields(free)) == keeper._hash(before)
+    for name, value in others.items():
+        assert keeper._hash(with_fields({name: value})) != keeper._hash(before), name
+
+    caplog.set_level("INFO")
+    meta = {"config": before.to_dict(), **START._replace(rows=64, tokens=2048).to_meta(), "dataset": "d"}
+    meta |= {"inputs": {}, "wandb_id": "w", "changes": [[2, "seed: 0 -> 1"]], "metrics": {"lines": 4}}
+    found = SimpleNamespace(step=4, meta=json.loads(json.dumps(meta)), state=lambda layout: f"state {layout}")
+    monkeypatch.setattr(Resume, "_compile_ahead", lambda *_: None)
+    start = Resume(
+        with_fields(free),
+        SimpleNamespace(identity={"dataset": "d", "inputs": {}}, check_resume=lambda *_: None),
+        None,
+        SimpleNamespace(abstract_state="here"),
+        SimpleNamespace(steps=lambda: [1], folder=tmp_path),
+        SimpleNamespace(newest=lambda after: found if after == 1 else None),
+    ).start_point()
+    assert (start.state, start.step, start.saved_step, start.is_resumed) == ("state here", 4, 1, True)
+    assert start.position == START._replace(rows=64, tokens=2048)
+    assert (start.changes, start.wandb_id) == ([[2, "seed: 0 -> 1"]], "w")
+    changed = [record.getMessage() for record in caplog.records if "changed" in record.getMessage()]
+    assert len(changed) == len(free)
+    assert "changed    stall_seconds: 300.0 -> 9.0" in changed
 
 
 def test_older_than_the_checkpoint_or_of_another_folder(job, tmp_path):

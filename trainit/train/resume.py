@@ -127,15 +127,15 @@ class Resume:
         return StartPoint(state, step, position, step, wandb_id, *about)
 
     def _continue(self, snapshot: Snapshot) -> StartPoint:
-        """The start from a snapshot that is newer than all checkpoints, and has the same config and data."""
+        """The start from a snapshot that is newer than all checkpoints."""
         step, meta, latest = snapshot.step, snapshot.meta, self._latest
+        position, changes = self._check(meta, f"the snapshot of step {step}", step)
         text = "resume     at step %d of %d, from the hosts' snapshot; the newest checkpoint is of step %s"
         logging.info(text, step, self.config.steps, latest if latest >= 0 else "none")
         self._compile_ahead(step)
         state = snapshot.state(self.steps.abstract_state)
-        position = DataPosition.from_meta(meta, self.config.model.context_length)
         self.data.check_resume(meta["config"], position, step)
-        about = meta["wandb_id"], None, meta["changes"], meta["metrics"], True
+        about = meta["wandb_id"], None, changes, meta["metrics"], True
         return StartPoint(state, step, position, latest if latest >= 0 else None, *about)
 
     def _begin(self, params: dict) -> TrainState:

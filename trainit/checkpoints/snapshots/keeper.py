@@ -22,7 +22,7 @@ from trainit.checkpoints.state import TrainState
 from trainit.cluster import sync
 from trainit.cluster.transfers import Wire
 from trainit.cluster.watchdog import Watchdog
-from trainit.config import Config, require
+from trainit.config import FREE, Config, flatten, require
 
 SHARE = 0.01  # of the time of all steps that snapshots may take of it, where the run proposes how often
 MEASURED = 3  # snapshots after which it does; the first one is slower
@@ -219,6 +219,14 @@ class Snapshots:
 
 
 def _hash(config: Config) -> str:
-    """What is the same in configs that differ in saving and in restarts only."""
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("checkpoint", "restart")}
+    """What is the same in configs of which one continues with the other's snapshots.
+
+    They differ in what a resume may change. Statistics are not among it, since the state has some, nor is
+    skipped data, which may send a run further back.
+    """
+    fields = {
+        name: value
+        for name, value in flatten(config.to_dict()).items()
+        if name.startswith(("diagnostics.", "spikes.")) or not FREE.match(name)
+    }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

@@ -61,12 +61,24 @@ def test_each_group_has_the_updates_of_its_optimizer():
             np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=path)
 
 
-def test_a_group_of_vectors_decays_if_its_line_says_so():
+OF_ANOTHER_FIELD = """
+import optax
+from ml_collections import ConfigDict
+def get_config():
+    return ConfigDict({"learning_rate": 0.5, "weight_decay": 0.3, "late_weight_decay": 0.0})
+def make(config, context):
+    return context.descend(optax.identity())
+"""
+
+
+def test_a_group_of_vectors_decays_if_its_line_says_so(tmp_path):
     """Without gradients, all that plain descent does is to decay."""
     parameters = draw(some_shapes(), 41)
     none = jax.tree.map(jnp.zeros_like, parameters)
-    for line, factor in ((".*/(bias|scale) weight_decay=0.1", 0.1), (".*/(bias|scale) momentum=0", 0.0)):
-        optimizer = build("sgdm", (line,), momentum=0.0, weight_decay=0.3)
+    (tmp_path / "own.py").write_text(OF_ANOTHER_FIELD)
+    other = f"optimizer={tmp_path}/own.py late_weight_decay=0.1"
+    for settings, factor in (("weight_decay=0.1", 0.1), ("momentum=0", 0.0), (other, 0.0)):
+        optimizer = build("sgdm", (f".*/(bias|scale) {settings}",), momentum=0.0, weight_decay=0.3)
         update = by_path(optimizer.update(none, optimizer.init(parameters), parameters, step=1)[0])
         for path, value in by_path(parameters).items():
             decay = factor if path.endswith(("bias", "scale")) else 0.3

@@ -107,7 +107,8 @@ def _join(config: Config, context: Context, groups: Sequence[str]) -> Optimizer:
     parts = {}
     for label, (own, paths) in members.items():
         # What is asked for is done: a group of vectors alone decays if its line says so.
-        asks = label != group_lines.REST and "weight_decay=" in groups[int(label)]
+        line = "" if label == group_lines.REST else groups[int(label)]
+        asks = any(setting.startswith("weight_decay=") for setting in line.split()[1:])
         part = _part(context, labels, label, own, config.learning_rate)
         vectors = asks and all(parameter_kind(path) == "vector" for path in paths)
         parts[label] = _make(own, replace(part, decays_vectors=vectors))

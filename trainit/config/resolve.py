@@ -137,6 +137,16 @@ def _resolve_model(m: ConfigDict, tokenizer_vocab_size: int, end_of_text: int) -
     for name in ("attn_dropout", "attention_softcap"):
         message = f"model.attention=cudnn cannot do model.{name}={m[name]}; take attention=auto"
         require(m.attention != "cudnn" or not m[name], message)
+    require(
+        m.softcap_form == "tanh" or m.logit_softcap > 0,
+        f"model.softcap_form={m.softcap_form} needs model.logit_softcap, which is 0",
+    )
+    if m.init == "zero_outputs":
+        usual = model().init_std
+        message = f"model.init_std={m.init_std} is for model.init=gpt2, not {m.init}; leave it at {usual}"
+        require(m.init_std == usual, message)
+        message = f"model.init={m.init} begins with a head of zeros; model.tied_embeddings=True has no head"
+        require(not m.tied_embeddings, message)
     if m.tied_embeddings and m.head_bias:
         raise ConfigError("model.head_bias=True and model.tied_embeddings=True exclude each other")
     if m.vocab_size < ids:

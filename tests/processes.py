@@ -188,6 +188,13 @@ def pid_of(launcher: subprocess.Popen, rank: int) -> int:
     raise AssertionError(f"no process {rank}")
 
 
+def started_again(launcher: subprocess.Popen, rank: int, before: int) -> bool:
+    """Whether the process with this number is another one than before."""
+    with contextlib.suppress(AssertionError):  # there is none
+        return pid_of(launcher, rank) != before
+    return False
+
+
 def environments(*of_pgrep: str) -> dict[int, bytes]:
     """Those of the processes that pgrep finds, with which they were started."""
     found = {}

@@ -25,6 +25,7 @@ from processes import (
     pid_of,
     saving,
     start,
+    started_again,
     wait_for,
 )
 
@@ -66,13 +67,6 @@ def patched(tmp_path):
         return {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
 
     return write
-
-
-def started_again(process, rank, before) -> bool:
-    """Whether the process of this number is another one than before."""
-    with contextlib.suppress(AssertionError):  # there is none
-        return pid_of(process, rank) != before
-    return False
 
 
 @pytest.mark.evidence(

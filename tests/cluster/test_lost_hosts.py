@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from processes import ROOT, end, exact, last_step, launch, metrics, pid_of, wait_for
+from processes import ROOT, end, exact, last_step, launch, metrics, pid_of, started_again, wait_for
 
 # Both have other folders for what is temporary, as on two hosts.
 HOSTS = """
@@ -56,7 +56,7 @@ def test_each_process_is_lost_with_its_snapshots(random_dataset, tmp_path):
         before = last_step(run)
         at_kill.append(before)
         # All that is left of the job ends before it starts again.
-        assert wait_for(process, lambda rank=rank, pid=pid: other(process, rank, pid))
+        assert wait_for(process, lambda rank=rank, pid=pid: started_again(process, rank, pid))
     output = end(process, 0)
 
     text = r"resume     at step (\d+) of 90, from the hosts' snapshot; the newest checkpoint is of step none"
@@ -71,11 +71,3 @@ def test_each_process_is_lost_with_its_snapshots(random_dataset, tmp_path):
     assert exact(metrics(run)) == exact(metrics(calm))
     assert [path for host in hosts for path in host.glob("trainit-*")] == []
     assert not (run / "snapshots.json").exists()
-
-
-def other(process, rank, pid) -> bool:
-    """Whether the process of this number is another one than before."""
-    try:
-        return pid_of(process, rank) != pid
-    except AssertionError:  # there is none
-        return False

@@ -226,6 +226,7 @@ def takes(*steps):
 def finds(snapshots):
     """An action: the step of the newest snapshot, after its state was compared."""
     found = snapshots.newest(after=1)
+    snapshots.forget_others()
     if snapshots._writing:
         snapshots._writing.result()
     if found is None:
@@ -316,6 +317,17 @@ def test_another_job_takes_the_checkpoint(change, job, tmp_path, caplog):
     assert f"with another {'processes' if change == 'count' else change}: not used" in caplog.text
 
 
+def test_a_start_that_is_refused_removes_nothing(job, tmp_path):
+    """As one with a wrong flag, after which the right one is given."""
+    job(2, takes(2, 4))
+    kept = files(tmp_path)
+    for change in ({"data": "other"}, {}):
+        found = job(2, lambda snapshots: snapshots.newest(after=1), **change)
+        assert [snapshot and snapshot.step for snapshot in found] == ([None] * 2 if change else [4, 4])
+        assert files(tmp_path) == kept
+    assert job(2, finds) == [4, 4]
+
+
 def with_fields(fields):
     config = tiny.get_config()
     config.update_from_flattened_dict(fields)
@@ -393,6 +405,7 @@ def test_close_removes_all(job, tmp_path):
 def test_nothing_is_done_without_being_asked_for(job, tmp_path):
     def idle(snapshots):
         assert snapshots.newest(after=-1) is None
+        snapshots.forget_others()
         assert not any(map(snapshots.is_due, range(10)))
         snapshots.close()
 

@@ -120,6 +120,7 @@ class Job:
         resume = Resume(c, data, shape, self._steps, self._checkpoints, self.snapshots)
         with self.timer.part("restore" if resume.reads_checkpoint else "init"):
             self.start = resume.start_point()
+        self.snapshots.forget_others()
 
     def is_complete(self) -> bool:
         """Whether the run needs nothing more: all steps are done, and the last one is validated."""

@@ -108,7 +108,6 @@ class Snapshots:
             logging.warning(
                 "snapshots  that of step %d is not whole: the run continues from %s", newest, place
             )
-        self._folder.keep({step})
         if part and self._others and [step, self._process] not in known[self._others.keeper]:
             self._writing = self._thread.submit(self._give, step, part.path)
         return Snapshot(step, part) if part else None
@@ -140,6 +139,14 @@ class Snapshots:
                     if part := self._read(step, [path]):
                         return part
         return None
+
+    def forget_others(self):
+        """Removes all except the one from which the run continues. Call it once nothing can refuse the start.
+
+        A part that stayed could be taken for one of a later snapshot of the same step.
+        """
+        if self._every:
+            self._folder.keep({self._whole})
 
     def is_due(self, step: int) -> bool:
         """Whether one is due after `step` steps."""

@@ -300,7 +300,7 @@ def test_remat_keeps_what_cudnn_computed(monkeypatch):
     def counts(remat: str) -> tuple[int, int]:
         c = model_config(remat=remat, head_dim=8)
         model = GPT(c, "bfloat16", attention.cudnn)
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        shapes = model.shapes
         tokens_BL = jnp.zeros((2, 16), jnp.int32)
         program = str(jax.make_jaxpr(jax.grad(lambda p: model(p, tokens_BL).sum()))(shapes))
         return program.count(attention.CUDNN_FORWARD + "["), program.count("logistic ")
@@ -325,7 +325,7 @@ def test_unrolled_layers_can_compute_norms_again(name, context, fields):
     parallel = Parallel(make_mesh(sizes, jax.devices()[: 2 * context]))
     c = model_config(remat="none", scan_layers=False, context_length=2 * attention.BLOCK, **fields)
     model = GPT(c, "bfloat16", kernel_on(name, "gpu", parallel), parallel)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes
     tokens_BL = jnp.zeros((2, c.context_length), jnp.int32)
 
     def total(params: dict) -> jax.Array:

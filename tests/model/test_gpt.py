@@ -1,5 +1,6 @@
 """The GPT against an independent forward pass in NumPy, and what must hold of any of its variants."""
 
+import functools
 import math
 import re
 
@@ -95,7 +96,7 @@ def random_parameters(model: GPT, seed: int) -> dict:
     where there is one.
     """
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes
     normalized = any("query_norm" in path for path in by_path(shapes))
 
     def draw(path, leaf):
@@ -365,7 +366,7 @@ def test_remat_recomputes_what_it_says():
     def counts(remat):
         model = GPT(model_config(remat=remat))
         gradient = jax.grad(lambda p: model(p, tokens_BL).sum())
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        shapes = model.shapes
         program = str(jax.make_jaxpr(gradient)(shapes))
         return tuple(program.count(f" {operation}") for operation in ("tanh ", "exp ", "dot_general["))
 
@@ -383,7 +384,7 @@ def test_only_unrolled_layers_have_barriers(remat):
 
     def has_barrier(scan_layers) -> bool:
         model = GPT(model_config(remat=remat, scan_layers=scan_layers))
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        shapes = model.shapes
         gradient = jax.grad(lambda p: model(p, random_tokens((1, 8), seed=10)).sum())
         return "optimization_barrier" in jax.jit(gradient).lower(shapes).as_text()
 
@@ -440,6 +441,7 @@ def test_init(changes):
     parameters, again, other = (by_path(init(jax.random.key(seed))) for seed in (12, 12, 13))
     assert {path: leaf.shape for path, leaf in parameters.items()} == expected_shapes(c)
     assert {leaf.dtype for leaf in parameters.values()} == {jnp.dtype("float32")}
+    assert model.shapes == jax.eval_shape(model.init, jax.random.key(0))
     drawn = []
     for path, leaf in parameters.items():
         np.testing.assert_array_equal(leaf, again[path], err_msg=path)
@@ -527,7 +529,7 @@ def test_every_dropout_site_draws_its_own_mask():
         transformer_dropout=0.5,
     )
     model = GPT(c)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes
     parameters = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
     parameters["token_embedding"]["embedding"] += 1
     parameters["blocks"]["attention"]["out"]["bias"] += 1
@@ -578,7 +580,7 @@ def test_every_parameter_of_every_model_choice_has_its_row(name):
     config.model = trainit.config.MODELS[name]()
     config.optimizer = optimizers.choices()["adamw"]()
     c = trainit.config.resolve(config, 50257).model
-    parameters = by_path(jax.eval_shape(GPT(c).init, jax.random.key(0)))
+    parameters = by_path(GPT(c).shapes)
     assert {path: leaf.shape for path, leaf in parameters.items()} == expected_shapes(c)
     for path, leaf in parameters.items():
         assert len(logical_axes(path)) == leaf.ndim, path
@@ -612,14 +614,21 @@ def test_a_choice_has_as_many_parameters_as_the_model_that_it_is_named_after(nam
     config.model.vocab_size = rows
     config.optimizer = optimizers.choices()["adamw"]()
     c = trainit.config.resolve(config, rows).model
-    shapes = by_path(jax.eval_shape(GPT(c).init, jax.random.key(0))).values()
+    shapes = by_path(GPT(c).shapes).values()
     assert sum(math.prod(leaf.shape) for leaf in shapes) == count
     assert families.find(c).name == family
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_logical_axes_name_the_right_dimensions(changes):
-    c = model_config(**(DISTINCT | changes))
+@functools.cache
+def of_distinct_sizes(name: str):
+    """A variant's config and its parameters' shapes by path."""
+    c = model_config(**(DISTINCT | VARIANTS[name]))
+    return c, by_path(GPT(c).shapes)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logical_axes_name_the_right_dimensions(name):
+    c, shapes = of_distinct_sizes(name)
     sizes = {
         "vocab": c.vocab_size,
         "embed": c.dim,
@@ -632,7 +641,7 @@ def test_logical_axes_name_the_right_dimensions(changes):
         "qk_norm": c.head_dim,
         "mlp": c.mlp_dim,
     }
-    for path, leaf in by_path(jax.eval_shape(GPT(c).init, jax.random.key(0))).items():
+    for path, leaf in shapes.items():
         if c.qk_norm_over_heads:
             sizes["qk_norm"] = c.head_dim * (c.num_heads if "query" in path else c.num_kv_heads)
         assert tuple(sizes[axis] for axis in logical_axes(path)) == leaf.shape, path
@@ -646,9 +655,7 @@ def test_logical_axes_name_the_right_dimensions(changes):
 
 
 def test_table_has_no_row_without_parameters_and_refuses_others():
-    paths = set()
-    for changes in VARIANTS.values():
-        paths |= by_path(jax.eval_shape(GPT(model_config(**changes)).init, jax.random.key(0))).keys()
+    paths = {path for name in VARIANTS for path in of_distinct_sizes(name)[1]}
     used = {
         next(row for row, (pattern, *_) in enumerate(PARAMETERS) if re.fullmatch(pattern, p)) for p in paths
     }
@@ -674,7 +681,7 @@ def test_bfloat16_logits_are_near_float32_ones(name):
 
 def test_bfloat16_gradients_and_parameters_are_float32():
     model = GPT(model_config(**VARIANTS["modern_biases"]), "bfloat16")
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes
     tokens_BL = random_tokens((2, 16), seed=22)
     gradient = jax.eval_shape(jax.grad(lambda p: model(p, tokens_BL).sum()), shapes)
     assert {leaf.dtype for leaf in jax.tree.leaves((shapes, gradient))} == {jnp.dtype("float32")}
@@ -683,7 +690,7 @@ def test_bfloat16_gradients_and_parameters_are_float32():
 def test_bfloat16_keeps_norms_and_softmax_in_float32():
     """rsqrt is only in norms, exp only in softmax."""
     model = GPT(model_config(**VARIANTS["modern_biases"]), "bfloat16")
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes
     program = str(jax.make_jaxpr(model)(shapes, random_tokens((2, 16), seed=22)))
     types = {
         operation: set(re.findall(rf":(\w+)\[[^\]]*\] = {operation}\b", program))

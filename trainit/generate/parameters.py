@@ -29,11 +29,10 @@ def mesh_for(model: Config, devices: Sequence[jax.Device]) -> Mesh:
 
 def restore(run: FinishedRun | PretrainedModel, model: GPT, mesh: Mesh) -> dict:
     """The parameters of a run or of another program, as they are in training."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
     abstract = jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-        shapes,
-        state_shardings(shapes, shapes, mesh),
+        model.shapes,
+        state_shardings(model.shapes, model.shapes, mesh),
     )
     return run.parameters(abstract)
 

@@ -288,7 +288,8 @@ class GPT:
         parts = parts or dict.fromkeys(PARTS, PartPrecision(dtype))
         self._parallel = parallel
         self._build = lambda key: Network(config, dtype, attend, parallel, nnx.Rngs(params=key), parts)
-        self._graph, _ = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
+        self._graph, state = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
+        self.shapes: dict = nnx.to_pure_dict(state)  # of `init`, as jax.eval_shape gives them
 
     def init(self, key: jax.Array) -> dict:
         """Float32 parameters: kernels as `init_std` says, biases 0, scales 1."""

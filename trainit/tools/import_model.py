@@ -57,7 +57,7 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
     content = config.to_dict()
     content["dataset"]["tokenizer"] = own
 
-    shapes = jax.eval_shape(GPT(config.model).init, jax.random.key(0))
+    shapes = GPT(config.model).shapes
     mesh = jax.make_mesh((PARTS,), ("part",))
 
     def in_parts(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -56,7 +56,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
 
     # The optimizer, which may want to know the parameters' shapes.
     model, cross_entropy = model_for(Parallel(mesh))
-    parameters = jax.eval_shape(model.init, jax.random.key(0))
+    parameters = model.shapes
     schedule = schedules.build(config.schedule, config.optimizer.learning_rate, shape.batch_sizes)
     optimizer_key = jax.random.key_data(named_key(config.seed, "optimizer"))
     optimizer = optimizers.of_run(config, schedule, parameters, optimizer_key, mesh)
@@ -76,7 +76,7 @@ def build(config: Config, shape: RunShape) -> CompiledSteps:
     def init() -> TrainState:
         return begin(model.init(named_key(config.seed, "parameters")))
 
-    shapes = jax.eval_shape(init)
+    shapes = jax.eval_shape(begin, parameters)
     layout = state_shardings(shapes, shapes.params, mesh)
     abstract_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, layout

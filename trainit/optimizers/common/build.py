@@ -69,13 +69,12 @@ def check(config: Config):
     ConfigError: as `build`; or the state has what no checkpoint can hold; or a file of the user's asks for
     gradients that it does not declare.
     """
-    model = GPT(config.model)
+    shapes = GPT(config.model).shapes
 
-    def begin():
-        key = jax.random.key(0)  # in here, where it is no array on a device
-        params = model.init(key)
+    def begin(params: dict):
+        key = jax.random.key_data(jax.random.key(0))  # in here, where it is no array on a device
         schedule = schedules.build(config.schedule, config.optimizer.learning_rate, batch_sizes(config))
-        optimizer = of_run(config, schedule, jax.eval_shape(model.init, key), jax.random.key_data(key))
+        optimizer = of_run(config, schedule, shapes, key)
         state = optimizer.init(params)
         # The package's own files are known to declare what they need; a test holds them to it.
         if registry.own_files(config.optimizer, config.parameter_groups):
@@ -83,7 +82,7 @@ def check(config: Config):
             optimizer.update(training_point(state, params), state, params, step=jnp.int32(0), **given)
         return state
 
-    for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(begin)):
+    for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(begin, shapes)):
         has = f"optimizer.name={config.optimizer.name}: its state has {path_name(path)} of type {leaf.dtype}"
         message = f"{has}, which no checkpoint can hold; keep jax.random.key_data of it"
         require(not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended), message)

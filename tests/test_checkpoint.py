@@ -1,6 +1,7 @@
 """Checkpoints: other meshes, other models, unfinished saves, full disks, what a resume may change."""
 
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from processes import ROOT, exact, metrics, run, run_imported
+from processes import ROOT, TWO, exact, metrics, run, run_imported
 from test_config import make
 
 from trainit.checkpoints.store import CheckpointStore, due
@@ -27,7 +28,13 @@ from trainit.train.resume import Resume, differences
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
 
-def build(sizes=EIGHT, arg="", **changes):
+def build(sizes=EIGHT, arg="", **changes) -> step.CompiledSteps:
+    return built(tuple(sizes.items()), arg, tuple(changes.items()))
+
+
+@functools.cache
+def built(sizes: tuple, arg: str, changes: tuple) -> step.CompiledSteps:
+    sizes, changes = dict(sizes), dict(changes)
     config = tiny.get_config(arg)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
@@ -172,6 +179,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, 
         f"--config={ROOT}/tests/tiny.py:schedule=constant",
         f"--config.dataset.path={random_dataset}",
         f"--workdir={small_disk}/run",
+        *TWO,
         "--config.model.dim=128",  # 0.7 M parameters: 8.5 MB a checkpoint
         "--config.schedule.warmup=2",  # one program, to whichever step
         "--config.steps=12",

@@ -65,12 +65,12 @@ def run(*args: str, expect: int = 0, timeout: float = 180, **environment: str) -
 
 
 IMPORTED = """
-import json, os, signal, sys
-from trainit import main
+import json, os, runpy, signal, sys
+from trainit import __main__, main
 from trainit.config import command_line
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
-    arguments, environment, output, end = json.loads(line)
+    arguments, command, module, environment, output, end = json.loads(line)
     if os.fork():
         continue
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -82,7 +82,13 @@ for line in sys.stdin:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
-    sys.argv = ["trainit.main", *arguments]
+    sys.argv = [module or command or "trainit.main", *arguments]
+    if module:
+        runpy.run_module(module, run_name="__main__")
+        sys.exit()
+    if command:
+        sys.argv.insert(0, "trainit")
+        sys.exit(__main__.main())
     main.run(command_line.parse_or_exit(command_line.train_parser("python -m trainit.main")))
 """
 
@@ -103,19 +109,19 @@ def _imported() -> subprocess.Popen:
 
 
 class Fork:
-    """A run of trainit.main as `start` begins it, in a fork of a process that has imported Trainit.
+    """What `start` begins, in a fork of a process that has imported Trainit: two seconds less.
 
     It has what tests want of a subprocess.Popen. environment: what is read as Python starts, such as
     PYTHONPATH, comes too late.
     """
 
-    def __init__(self, *args: str, **environment: str):
+    def __init__(self, *args: str, command: str = "", module: str = "", **environment: str):
         self._folder = tempfile.TemporaryDirectory()
         self._output, self._end = (Path(self._folder.name) / name for name in ("output", "end"))
         self._output.touch()
         self._end.touch()
         server = _imported()
-        request = [[*map(str, args)], environment, str(self._output), str(self._end)]
+        request = [[*map(str, args)], command, module, environment, str(self._output), str(self._end)]
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         self.pid, self.returncode = int(server.stdout.readline()), None

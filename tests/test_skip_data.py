@@ -148,7 +148,7 @@ def test_a_rewound_run_is_one_from_scratch(random_dataset, tmp_path):
     assert [step for step in first if again[step] != first[step]] == list(range(5, STEPS + 1))
     assert json.loads((there / "config.json").read_text())["spikes"]["skip_data"] == "4:6"
     # A replay leaves them out, too.
-    output = processes.run(there, "--step=3", "--steps=3", command="replay", XLA_FLAGS=FAST)
+    output = run(there, "--step=3", "--steps=3", command="replay")
     assert re.search(r"steps 4 to 6: 3 logged steps are as logged, bit for bit", output), output
     # The same command again, as a scheduler gives it, goes back no more; and nobody may take the range back.
     assert "all 12 steps are done; nothing to do" in run(*command, f"--workdir={there}", skip, rewind)

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from processes import ROOT, run
+from processes import ROOT, run_imported
 
 from trainit.train.reports import startup_timer
 
@@ -71,7 +71,7 @@ def test_a_run_tells_its_start_and_its_step_once(random_dataset, tmp_path):
     small |= {"cpu_devices": 1, "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "eval.sequences": 2}
     small |= {"logits_mib": "auto"}
     fields = [f"--config.{name}={value}" for name, value in small.items()]
-    log = run(f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path}", *fields)
+    log = run_imported(f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path}", *fields)
     ((step, total, parts),) = LINE.findall(log)
     total, parts = seconds(f"{total} s: {parts}")
     assert step == "1"

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from processes import FAST, ROOT, run, start
+from processes import FAST, ROOT, Fork, run_imported
 
 from trainit import tokenizers
 from trainit.config import ConfigError, resolve
@@ -174,7 +174,7 @@ def test_where_a_text_is_cut_into_context_and_continuation():
 
 
 def evaluate(*arguments: str, expect: int = 0) -> str:
-    process = start(*arguments, command="evaluate")
+    process = Fork(*arguments, command="evaluate")
     output, _ = process.communicate(timeout=180)
     assert process.returncode == expect, output
     return output.splitlines()[-1]
@@ -195,7 +195,7 @@ def test_accuracy_rises_while_a_run_trains(tmp_path):
             file.write(f"{json.dumps(item)}\n")
     command = f"--config={ROOT}/tests/tiny.py", f"--config.dataset.path={tmp_path}/data"
     asked = f"--config.eval.tasks=words={tmp_path}/words.jsonl", "--config.eval.every_steps=20"
-    output = run(*command, *asked, f"--workdir={tmp_path}/run", XLA_FLAGS=FAST)
+    output = run_imported(*command, *asked, f"--workdir={tmp_path}/run", XLA_FLAGS=FAST)
     assert re.search(r"task +words: accuracy 0\.\d+, standard error 0\.\d+, 100 questions in", output)
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     accuracy = [record["tasks/words/accuracy"] for record in records if "valid/loss" in record]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from permutation_reference import reference
-from processes import free_port, start
+from processes import Fork, free_port
 from read_batches import BATCHES, FIRST_ROW, LENGTH, ROWS, SEED
 
 from trainit.data import loader
@@ -48,7 +48,7 @@ def test_global_batches_do_not_depend_on_processes_or_workers(processes, random_
     """Real processes, each with 0, 1 and 2 workers: the assembled batches' hashes."""
     address = f"localhost:{free_port()}"
     started = [
-        start(random_dataset, tmp_path, address, processes, i, module="tests.data.read_batches")
+        Fork(random_dataset, tmp_path, address, processes, i, module="tests.data.read_batches")
         for i in range(processes)
     ]
     outputs = [process.communicate(timeout=240)[0] for process in started]
@@ -146,7 +146,7 @@ def test_spaced_validation_covers_everything_once_or_evenly(random_dataset):
 def test_a_dead_worker_is_an_error(random_dataset, tmp_path):
     """kill -9 of the reading process: the run ends with an error within seconds, not in a wait."""
     args = random_dataset, tmp_path, f"localhost:{free_port()}", 1, 0, "kill"
-    process = start(*args, module="tests.data.read_batches")
+    process = Fork(*args, module="tests.data.read_batches")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
     assert "worker" in output.lower()

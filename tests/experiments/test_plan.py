@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from processes import ROOT, start
+from processes import ROOT, Fork
 
 from trainit import config as config_lib
 from trainit.cluster.hardware import find_accelerator
@@ -95,7 +95,10 @@ def test_the_compiled_step_exchanges_what_is_planned(mesh, model, fields):
     assert sum(planned.values()) > 1e6
 
 
-CONFIG = """
+CONFIG = f"""
+import sys
+
+sys.path.insert(0, "{ROOT}/tests")
 import tiny
 
 def get_config(arg=""):
@@ -111,7 +114,7 @@ def test_the_command_at_64_512_and_4096_devices(tmp_path):
     """Each line of exchanges within 5 % where the step is compiled, by formula alone beyond."""
     (tmp_path / "config.py").write_text(CONFIG)
     arguments = (f"--config={tmp_path}/config.py", "--devices=64,512,4096", "--rows=2")
-    process = start(*arguments, command="plan", PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    process = Fork(*arguments, command="plan")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert [line for line in output.splitlines() if line.startswith("mesh")] != []
@@ -137,7 +140,7 @@ def test_the_command_at_64_512_and_4096_devices(tmp_path):
 
 
 def test_a_number_that_is_none_is_refused():
-    process = start("--config=configs/debug.py", "--devices=8,x", command="plan")
+    process = Fork("--config=configs/debug.py", "--devices=8,x", command="plan")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "--devices=8,x: write numbers above 0" in output
 

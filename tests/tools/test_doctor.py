@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from processes import ROOT, end, free_port, start
+from processes import ROOT, Fork, end, free_port
 
 from trainit.tools.doctor.environment import check_clocks, check_devices, check_versions, check_wandb
 from trainit.tools.doctor.network import check_all_reduces
@@ -74,7 +74,7 @@ def test_the_table_fits_a_terminal():
 
 def test_alone(random_dataset, tmp_path):
     output = end(
-        start(
+        Fork(
             TINY,
             f"--config.dataset.path={random_dataset}",
             f"--workdir={tmp_path}/run",
@@ -96,7 +96,7 @@ def test_what_fails_does_not_hide_the_rest(tmp_path):
     """No dataset, and a folder that cannot be made: two failures, all other checks."""
     (tmp_path / "file").touch()
     arguments = TINY, "--config.dataset.path=data/none", f"--workdir={tmp_path}/file/run"
-    output = end(start(*arguments, command="doctor"), 1, 60)
+    output = end(Fork(*arguments, command="doctor"), 1, 60)
     found = verdicts(output)
     assert {name for name, verdict in found.items() if verdict == FAIL} == {"dataset", "workdir"}
     assert found["all-reduce"] == OK
@@ -111,7 +111,7 @@ def test_a_mesh_that_does_not_fit(random_dataset, tmp_path):
         f"--workdir={tmp_path}",
         "--config.mesh.data=3",
     )
-    output = end(start(*arguments, "--config.batch_size=48", command="doctor"), 1, 60)
+    output = end(Fork(*arguments, "--config.batch_size=48", command="doctor"), 1, 60)
     assert verdicts(output)["mesh"] == FAIL
     assert "covers 12 devices, but there are 8" in " ".join(output.split())
 
@@ -119,6 +119,6 @@ def test_a_mesh_that_does_not_fit(random_dataset, tmp_path):
 def test_a_process_that_does_not_come(random_dataset, tmp_path):
     arguments = TINY, f"--config.dataset.path={random_dataset}", f"--workdir={tmp_path}", "--wait_seconds=1"
     where = f"--coordinator=localhost:{free_port()}", "--num_processes=3", "--process_id=0"
-    output = end(start(*arguments, *where, command="doctor"), 1, 60)
+    output = end(Fork(*arguments, *where, command="doctor"), 1, 60)
     assert verdicts(output)["processes"] == FAIL
     assert "2 of 3 processes are missing: 1, 2" in " ".join(output.split())

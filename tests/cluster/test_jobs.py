@@ -411,6 +411,17 @@ def test_a_save_that_fails_on_one_process_is_done_again_by_all(job, patched, tmp
     assert CheckpointStore(tmp_path / "run", read_only=True).steps()[-1] == 24
 
 
+def test_the_save_of_a_stop_that_fails_on_one_process(job, patched, tmp_path):
+    """Process 0 cannot write files of more than 20 kB for the time of the only save; process 1 can."""
+    full = FULL_DISK.replace("RANK == 1", "RANK == 0").replace("FAILURES", "1")
+    process = job(2, "--config.checkpoint.save_steps=0", "--config.steps=400", **patched(full))
+    assert wait_for(process, lambda: last_step(tmp_path / "run") >= 3)
+    process.send_signal(signal.SIGTERM)
+    assert "save       failed, tried again in 1 s" in end(process, 75, 60)
+    newest = CheckpointStore(tmp_path / "run", read_only=True).steps()[-1]
+    assert newest == last_step(tmp_path / "run")
+
+
 def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
     """After the first save, which is good, no more: the job ends, and that one is whole."""
     never = FULL_DISK.replace("[FAILURES]", "[5]").replace("left[0] >= 0", "left[0] < 4")

@@ -82,11 +82,10 @@ class SaveRetry:
 
     def _outcome(self) -> int:
         """What has become of the newest save: the worst that any process reports. A collective."""
+        # All ask all others again and again: where a part has failed, the save of the rest never ends.
         while True:
-            # Wait for this process's part, but not if the save is lost anyway.
-            failed = self.monitor.agreement.save_failed_somewhere
-            while self.checkpoints.busy() and not self.checkpoints.error() and not failed():
-                time.sleep(0.02)
-            own = FAILED if self.checkpoints.error() else BUSY if self.checkpoints.busy() else DURABLE
+            is_busy = self.checkpoints.busy()  # before `error`, which knows all once nothing is under way
+            own = FAILED if self.checkpoints.error() else BUSY if is_busy else DURABLE
             if (worst := max(sync.gather(own))) != BUSY:
                 return worst
+            time.sleep(0.02)

@@ -74,10 +74,6 @@ class StopAgreement:
             self._requested["save"] = reason
             self._wake()
 
-    def save_failed_somewhere(self) -> bool:
-        """Whether this process knows of a save that failed, here or elsewhere."""
-        return bool(self._requested["save"])
-
     def must_save_again(self) -> bool:
         """Whether the newest `poll` asks for another save here: the same on all processes."""
         return self._must_save_again

@@ -84,19 +84,33 @@ def test_a_permutation_is_the_references(size):
         assert order.permute(positions, size, *key).tolist() == expected
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 37, 1025, 10**6])
+def test_keys_of_each_position_are_those_of_all(size):
+    """Several permutations in one call, as by one call for each; also where points leave the range."""
+    draw, count = np.random.default_rng(size), 40
+    positions, seeds = draw.integers(0, size, count), draw.integers(0, 2**64, count, np.uint64)
+    for key in (lambda seed: (seed,), lambda seed: (3, seed, 7)):
+        one_by_one = [
+            order.permute(positions[i : i + 1], size, *key(int(seed)))[0] for i, seed in enumerate(seeds)
+        ]
+        assert order.permute(positions, size, *key(seeds)).tolist() == one_by_one
+
+
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_all_small_permutations_are_equally_likely(size):
     """Chi-square over all permutations of a few numbers, 100 seeds for each."""
     count = math.factorial(size)
-    draws = [tuple(order.permute(np.arange(size), size, 1, seed).tolist()) for seed in range(100 * count)]
-    seen = Counter(draws)
+    seeds = np.arange(100 * count, dtype=np.uint64)
+    draws = order.permute(np.tile(np.arange(size), len(seeds)), size, 1, np.repeat(seeds, size))
+    seen = Counter(map(tuple, draws.reshape(-1, size).tolist()))
     assert stats.chisquare([seen[p] for p in itertools.permutations(range(size))]).pvalue > 1e-3
 
 
 def test_any_position_goes_anywhere():
     """Chi-square over the places of one position, and of a pair's distance, for many seeds."""
     size = 1500
-    moved = np.array([order.permute(np.array([0, 1, 700]), size, seed) for seed in range(6000)])
+    seeds = np.arange(6000, dtype=np.uint64)
+    moved = order.permute(np.tile([0, 1, 700], len(seeds)), size, np.repeat(seeds, 3)).reshape(-1, 3)
     for places in (*moved.T, (moved[:, 1] - moved[:, 0]) % size, (moved[:, 2] - moved[:, 1]) % size):
         counts = np.bincount(places // 15, minlength=100)
         assert stats.chisquare(counts).pvalue > 1e-3

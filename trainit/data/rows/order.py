@@ -33,15 +33,17 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def permute(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
+def permute(positions: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarray:
     """Returns where positions (n,) go in a permutation of [0, size), as int64 (n,); size is at most 2^62.
 
-    The integers `key`, taken modulo 2^64, select the permutation.
+    The integers `key`, taken modulo 2^64, select the permutation: each one for all positions, or as uint64
+    (n,) one for each.
     """
     # All numbers of the key make one state, and from there SplitMix64 makes a key for each round.
     state = np.zeros(1, np.uint64)
     for number in key:
-        state = mix((state + GOLDEN) ^ np.uint64(number % 2**64))
+        word = number if isinstance(number, np.ndarray) else np.uint64(number % 2**64)
+        state = mix((state + GOLDEN) ^ word)
     keys = []
     for _ in range(ROUNDS if size > SMALL else ROUNDS_OF_SMALL):
         state = state + GOLDEN
@@ -53,7 +55,8 @@ def permute(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
     height = -(-size // width)
     result = _encrypt(positions.astype(np.uint64), width, height, keys)
     while (outside := np.flatnonzero(result >= size)).size:
-        result[outside] = _encrypt(result[outside], width, height, keys)
+        own = keys if len(state) == 1 else [key[outside] for key in keys]
+        result[outside] = _encrypt(result[outside], width, height, own)
     return result.astype(np.int64)
 
 

@@ -42,7 +42,7 @@ LONG = (  # by their CPU time, from minutes to half a minute
     *("test_train", "test_step", "test_main", "test_optimizers", "test_loader", "test_float16"),
     *("test_streaming", "test_plan", "test_optimizer_state", "test_checkpoint", "test_prepare_files"),
     *("test_tokenizers_long", "test_optimizer_field", "test_gpt", "test_diagnostics", "test_attention"),
-    *("test_document_mask", "test_optimizer_declarations", "test_order", "test_float8", "test_sweep"),
+    *("test_document_mask", "test_optimizer_declarations", "test_float8", "test_sweep"),
     *("test_compare", "test_sources", "test_foreign"),
 )
 

@@ -6,8 +6,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -335,18 +333,10 @@ def test_a_sweep_is_run_stopped_and_gone_on_with(real):
     assert "<svg" in (real / "out/sweep.html").read_text()
 
 
-def test_dry_run_prints_the_commands(real):
-    command = [
-        sys.executable,
-        "-m",
-        "trainit",
-        "sweep",
-        f"{real}/sweep.py",
-        f"--output={real}/out",
-        "--dry_run",
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = result.stdout.splitlines()
+def test_dry_run_prints_the_commands(real, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["sweep", f"{real}/sweep.py", f"--output={real}/out", "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("trainit train --config=configs/debug.py --config.") for line in lines)
     assert not (real / "out").exists()
@@ -399,10 +389,9 @@ def test_array_jobs_carry_each_runs_arguments(real, name, script, monkeypatch):
     (real / name).write_text(f'#!/bin/sh\necho "$TRAINIT_ARRAY" "$@" > {real}/given\n')
     (real / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{real}:/usr/bin:/bin")
-    command = [sys.executable, "-m", "trainit", "sweep", f"{real}/sweep.py", f"--output={real}/out"]
-    command += [f"--{name}=-l gpus=1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 1, result.stderr  # no run is done
+    monkeypatch.chdir(ROOT)
+    command = ["sweep", f"{real}/sweep.py", f"--output={real}/out", f"--{name}=-l gpus=1"]
+    assert main(command) == 1  # no run is done
     array = f"{real}/out/array"
     given = (real / "given").read_text().split()
     assert given[0] == array

@@ -395,7 +395,7 @@ def xla_flags() -> str:
     def holds(row) -> str:
         kinds = "any GPU" if len(row.families) > 3 else ", ".join(row.families)
         if row.families == ("CPU",):
-            return kinds
+            return kinds + ", not in `trainit generate`" * row.training
         scales = "" if len(row.scales) == 3 else ": " + ", ".join(where[scale] for scale in row.scales)
         return kinds + scales
 

@@ -130,8 +130,16 @@ def test_a_text_depends_on_its_prompt_alone(devices, run_of):
     assert texts(made, prompts(), sampling=drawn, seed=5) == alone
     assert texts(made, prompts()[::-1], sampling=drawn, seed=5) == alone[::-1]
     assert dict(made.mesh.shape)["tensor"] == min(devices, 2)  # as many as there are key heads
-    keys = begin(made, 8).cache[0][0]
+    [keys] = begin(made, 8).cache[0][0]
     assert keys.addressable_shards[0].data.size * devices == keys.size
+
+
+@pytest.mark.parametrize("rows", [11, 19])  # on more than one core: 11 parts of a row, 9 of two and one
+def test_rows_of_a_cache_in_parts_are_those_in_one(rows, run_of):
+    _, run = run_of("Llama")
+    given = (prompts() * 4)[:rows]
+    alone = [texts(decoder(run), [prompt])[0] for prompt in prompts()]
+    assert texts(decoder(run), given) == (alone * 4)[:rows]
 
 
 def test_other_seeds_and_samples_are_others(run_of):
@@ -155,17 +163,18 @@ def test_size_of_the_cache(run_of):
     """The formula of the page; rows of a share and slots are rounded up."""
     _, run = run_of("Llama")
     cache = begin(decoder(run), 3).cache
-    assert cache_bytes(run.config.model, 3, 32, 4) == sum(x.nbytes for layer in cache for x in layer)
+    assert cache_bytes(run.config.model, 3, 32, 4) == sum(x.nbytes for x in jax.tree.leaves(cache))
     assert cache_bytes(run.config.model, 3, 32, 4) == 2 * 2 * 2 * (32 // 4) * 32 * 3 * 4
 
 
-def test_a_step_copies_no_cache(run_of):
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_step_copies_no_cache(rows, run_of):
     """Its temporaries are smaller than the keys of one layer; a copy of the cache is four of these."""
     _, run = run_of("Llama")
     made = decoder(run)
-    state = begin(made, 1)
-    long = np.zeros((1, 1, 2, 2**14, 8), np.float32)
+    state = begin(made, rows)
+    long = tuple(np.zeros((*part.shape[:3], 2**14 // rows, 8), np.float32) for part in state.cache[0][0])
     state = dataclasses.replace(state, cache=[(long, long)] * 2)
     step = jax.jit(made.go_on, static_argnums=(3,), donate_argnums=(1,))
     memory = step.lower(made.parameters, state, GREEDY.arguments(), 8).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < long.nbytes
+    assert memory.temp_size_in_bytes < sum(part.nbytes for part in long)

@@ -27,15 +27,18 @@ CONTROL_GROUPS = (
 )
 
 
-def configure(platform: str, cpu_devices: int, cache: Path, place: Place | None = None) -> str:
+def configure(
+    platform: str, cpu_devices: int, cache: Path, place: Place | None = None, trains: bool = True
+) -> str:
     """Chooses the devices and their settings, which it returns for the log. Call it before any use of JAX.
 
     The platform is "cpu", "cuda", ..., or "" for the best one. In the cache, later starts find compiled
-    programs; JAX_COMPILATION_CACHE_DIR overrides it. Without a place, the process is alone.
+    programs; JAX_COMPILATION_CACHE_DIR overrides it. Without a place, the process is alone. If it does not
+    train, settings for the step are left out.
     """
     place = place or Place("alone")
     found = hardware.detect(platform, os.environ, place.num_processes, place.hosts)
-    settings = xla_flags.apply(found, os.environ)
+    settings = xla_flags.apply(found, os.environ, trains)
     if platform:
         jax.config.update("jax_platforms", platform)
     jax.config.update("jax_num_cpu_devices", cpu_devices)

@@ -30,6 +30,7 @@ class Setting:
     families: tuple[str, ...]
     scales: tuple[str, ...] = ("GPU", "host", "hosts")  # one GPU, several of one host, of several hosts
     instead: tuple[str, ...] = ()  # other variables that decide the same thing
+    training: bool = False  # good for the training step alone
 
     def holds(self, devices: JobDevices) -> bool:
         """Whether it is set for a job with these devices."""
@@ -43,8 +44,8 @@ MIB = 1 << 20
 FRACTION = "XLA_CLIENT_MEM_FRACTION"
 FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
 SETTINGS = (
-    # Another order of computations, and fewer copies.
-    Setting("--xla_cpu_enable_concurrency_optimized_scheduler", "false", MEASURED, CPU),
+    # Another order of computations, in which few run at once, and fewer copies.
+    Setting("--xla_cpu_enable_concurrency_optimized_scheduler", "false", MEASURED, CPU, training=True),
     Setting("--xla_cpu_copy_insertion_use_region_analysis", "true", MEASURED, CPU),
     # LLVM's level. The third makes programs no faster here, since a library computes the large products.
     Setting("--xla_backend_optimization_level", "2", COMPILING, CPU),
@@ -77,7 +78,7 @@ SETTINGS = (
 )
 
 
-def apply(devices: JobDevices, environment: MutableMapping[str, str]) -> str:
+def apply(devices: JobDevices, environment: MutableMapping[str, str], trains: bool = True) -> str:
     """Sets what these devices need and the user has not set, before JAX starts; returns text for the log."""
     switch = environment.get("TRAINIT_SETTINGS", "")
     if switch not in ("", "off"):
@@ -90,7 +91,7 @@ def apply(devices: JobDevices, environment: MutableMapping[str, str]) -> str:
         own = Path(own).read_text().strip()
     users = {word.partition("=")[0] for word in own.split()} | set(environment)
     # The others are ours. The user's flags stay last, since XLA takes the last of two values.
-    settings = [setting for setting in SETTINGS if setting.holds(devices)]
+    settings = [row for row in SETTINGS if row.holds(devices) and (trains or not row.training)]
     kept = [setting for setting in settings if users & {setting.name, *setting.instead}]
     ours = [setting for setting in settings if setting not in kept]
     flags = [f"{setting.name}={setting.value}" for setting in ours if setting.name.startswith("--")]

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     if prompts is None and not asks:
         prompts = texts.read_prompts(sys.stdin, "the input")
         require(bool(prompts), "no prompt: give --prompt=TEXT, --prompts=FILE, or lines in the input")
-    devices.configure("", 1, command_line.cache())
+    devices.configure("", 1, command_line.cache(), trains=False)
     devices.initialize("", Place("alone"))
     writer = Writer(arguments, arguments.run, command_line.cache())
     if asks:

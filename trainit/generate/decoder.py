@@ -9,6 +9,8 @@ tokens stand in training (s counts shares, b rows of one), so that all is split 
 """
 
 import functools
+import itertools
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -31,14 +33,15 @@ from trainit.model.kernels import kernel_on
 from trainit.model.layers import Documents
 from trainit.model.precision import PARTS, PartPrecision
 from trainit.parallel.collectives import Parallel
-from trainit.parallel.cpu_workarounds import computed_after
+from trainit.parallel.cpu_workarounds import computed_after, parts_of_rows
 from trainit.parallel.layout import replicated_sharding
 from trainit.parallel.mesh import choose_attention, compute_type
 from trainit.train.compiled import CompiledFunction
 
 SLOTS = 128  # the cache has a multiple of it, and prompts a power of two times it, so that programs are few
 CACHE = ("batch", None, "kv_heads", None, None)  # logical axes of a layer's keys and values (s, b, J, S, K)
-Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer
+Rows = tuple[jax.Array, ...]  # a layer's keys or values, in parts of b rows each (`parts_of_rows`)
+Cache = list[tuple[Rows, Rows]]  # keys and values of each layer
 
 
 @jax.tree_util.register_dataclass
@@ -164,11 +167,13 @@ class Decoder:
         state = self._choose(logits_BV, state, sampling)
         return state, state.token_B
 
-    def _stored(self, x_BPJK: jax.Array, slots: int) -> jax.Array:
+    def _stored(self, x_BPJK: jax.Array, slots: int) -> Rows:
         """The cache of a layer's keys or values: those of the prompt, and free slots."""
         x_BJPK = jnp.swapaxes(x_BPJK, 1, 2)[:, :, :slots]
         x_BJSK = jnp.pad(x_BJPK, ((0, 0), (0, 0), (0, slots - x_BJPK.shape[2]), (0, 0)))
-        return self._parallel.constrain(x_BJSK.reshape(self.shares, -1, *x_BJSK.shape[1:]), *CACHE)
+        x_sbJSK = x_BJSK.reshape(self.shares, -1, *x_BJSK.shape[1:])
+        parts = parts_of_rows(x_sbJSK.shape[1], self._parallel.kernel_parts)
+        return tuple(self._parallel.constrain(x_sbJSK[:, part], *CACHE) for part in parts)
 
     def go_on(self, params, state: State, sampling: Sampling, steps: int):
         """The state after at most `steps` more tokens, and these (steps, B); -1 where a row has ended."""
@@ -189,7 +194,7 @@ class Decoder:
 
     def logits(self, params, state: State) -> tuple[jax.Array, Cache]:
         """The float32 logits (B, V) after the newest tokens, and the cache with these."""
-        slots = state.cache[0][0].shape[3]
+        slots = state.cache[0][0][0].shape[3]
         token_sb = jnp.maximum(state.token_B, 0).reshape(self.shares, -1)
         position_sb = jnp.minimum(state.position_B, slots - 1).reshape(self.shares, -1)
         layers, cache = iter(state.cache), []
@@ -235,35 +240,48 @@ def _with_whole_sequences(mesh: Mesh) -> Mesh:
 
 
 def attend_to_cache(
-    q_sbHK, k_sbJK, v_sbJK, keys, values, position_sb, mesh: Mesh | None, form: attention.Form
-) -> tuple[jax.Array, tuple]:
+    q_sbHK, k_sbJK, v_sbJK, keys: Rows, values: Rows, position_sb, mesh: Mesh | None, form: attention.Form
+) -> tuple[jax.Array, tuple[Rows, Rows]]:
     """Attends to the cache and to the new keys and values: (s, b, H, K), and the cache with these.
 
     The new ones are put into their slots afterwards. If they were read from there, XLA:CPU would compute the
     update twice, and copy the cache of each layer in each step.
     """
     position_B = position_sb.reshape(-1)
-    keys_BJSK, values_BJSK = (cache.reshape(-1, *cache.shape[2:]) for cache in (keys, values))
-    k_BJK, v_BJK = (new.reshape(-1, *new.shape[2:]).astype(keys.dtype) for new in (k_sbJK, v_sbJK))
-    (B, J, S, K), R = keys_BJSK.shape, q_sbHK.shape[2] // k_sbJK.shape[2]
+    k_BJK, v_BJK = (new.reshape(-1, *new.shape[2:]).astype(keys[0].dtype) for new in (k_sbJK, v_sbJK))
+    (B, J, K), S, R = k_BJK.shape, keys[0].shape[3], q_sbHK.shape[2] // k_sbJK.shape[2]
     q_BJRK = q_sbHK.reshape(B, J, R, K)
+    ends = itertools.accumulate((math.prod(part.shape[:2]) for part in keys), initial=0)
+    rows = list(itertools.starmap(slice, itertools.pairwise(ends)))
 
     # Scores are float32, and -inf where a slot is free or not to be seen. The new key comes last.
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    old_BJRS, new_BJR = product("bjrk,bjsk->bjrs", q_BJRK, keys_BJSK), product("bjrk,bjk->bjr", q_BJRK, k_BJK)
+
+    def product_in_parts(form: str, x_BJRI: jax.Array, cache: Rows) -> jax.Array:
+        parts = zip(rows, cache, strict=True)
+        return jnp.concatenate([product(form, x_BJRI[b], y.reshape(-1, J, S, K)) for b, y in parts])
+
+    old_BJRS, new_BJR = (
+        product_in_parts("bjrk,bjsk->bjrs", q_BJRK, keys),
+        product("bjrk,bjk->bjr", q_BJRK, k_BJK),
+    )
     query_B1, slot_S = position_B[:, None], jnp.arange(S)
     visible_BS = form.visible(query_B1, slot_S) & (slot_S < query_B1)
     old_BJRS = jnp.where(visible_BS[:, None, None], form.scores(old_BJRS, K), -jnp.inf)
     scores = jnp.concatenate([old_BJRS, form.scores(new_BJR, K)[..., None]], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    y_BJRK = product("bjrs,bjsk->bjrk", weights[..., :-1], values_BJSK)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values[0].dtype)
+    y_BJRK = product_in_parts("bjrs,bjsk->bjrk", weights[..., :-1], values)
     y_BJRK = (y_BJRK + weights[..., -1:] * v_BJK[:, :, None]).astype(q_BJRK.dtype)
 
-    def put(cache_BJSK: jax.Array, new_BJK: jax.Array) -> jax.Array:
-        new_BJK = computed_after(new_BJK, y_BJRK, mesh)
-        return cache_BJSK.at[jnp.arange(B), :, position_B].set(new_BJK).reshape(keys.shape)
+    def put(cache: jax.Array, new_BJK: jax.Array, position_B: jax.Array) -> jax.Array:
+        of_rows = cache.reshape(-1, J, S, K)
+        return of_rows.at[jnp.arange(len(new_BJK)), :, position_B].set(new_BJK).reshape(cache.shape)
 
-    return y_BJRK.reshape(q_sbHK.shape), (put(keys_BJSK, k_BJK), put(values_BJSK, v_BJK))
+    def put_all(cache: Rows, new_BJK: jax.Array) -> Rows:
+        new_BJK = computed_after(new_BJK, y_BJRK, mesh)
+        return tuple(put(part, new_BJK[b], position_B[b]) for b, part in zip(rows, cache, strict=True))
+
+    return y_BJRK.reshape(q_sbHK.shape), (put_all(keys, k_BJK), put_all(values, v_BJK))
 
 
 def cache_bytes(model: Config, rows: int, slots: int, bytes_of_a_number: int) -> int:

@@ -64,6 +64,18 @@ def _product_of_parts(x: jax.Array, kernel: jax.Array, axes: tuple, dtype: DType
     return y_pOR.reshape(outputs, -1).T[:rows].reshape(*x.shape[:-summed], *shape)
 
 
+def parts_of_rows(rows: int, cores: int) -> list[slice]:
+    """In which parts a decoder's cache keeps its rows: in all at once, or in at most 16 of like size.
+
+    XLA:CPU computes the products of a batch one after the other, each on one core if its matrices have less
+    than 65,536 numbers. Of more than nine products that are ready, it gives half to another core. May go
+    when a batch is computed on all cores.
+    """
+    count = min(rows, 16) if cores > 1 and rows > 9 else 1
+    size = -(-rows // count)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
 def sum_outer_products(x: Factor, dy_BLD: Factor) -> jax.Array:
     """A kernel's gradient x^T dy (F, ..., D), summed over positions, from x (B, L, F, ...); float32."""
     if x.values.dtype == jnp.float32:  # as (dy^T x)^T, since XLA:CPU transposes the first: a ninth of a step

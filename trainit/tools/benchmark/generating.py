@@ -64,7 +64,7 @@ def trainit(rows: int, length: int) -> dict:
     from trainit.generate.sampling import Sampling
     from trainit.model.gpt import GPT
 
-    devices.configure("", 1, Path())  # JAX_COMPILATION_CACHE_DIR names the cache
+    devices.configure("", 1, Path(), trains=False)  # JAX_COMPILATION_CACHE_DIR names the cache
     config = config_lib.defaults()
     config.precision = "float32"
     config.optimizer = optimizers.choices()["adamw"]()  # which is not used

@@ -169,11 +169,11 @@ class Decoder:
 
     def _stored(self, x_BPJK: jax.Array, slots: int) -> Rows:
         """The cache of a layer's keys or values: those of the prompt, and free slots."""
-        x_BJPK = jnp.swapaxes(x_BPJK, 1, 2)[:, :, :slots]
-        x_BJSK = jnp.pad(x_BJPK, ((0, 0), (0, 0), (0, slots - x_BJPK.shape[2]), (0, 0)))
-        x_sbJSK = x_BJSK.reshape(self.shares, -1, *x_BJSK.shape[1:])
-        parts = parts_of_rows(x_sbJSK.shape[1], self._parallel.kernel_parts)
-        return tuple(self._parallel.constrain(x_sbJSK[:, part], *CACHE) for part in parts)
+        x_sbPJK = x_BPJK.reshape(self.shares, -1, *x_BPJK.shape[1:])[:, :, :slots]
+        free = [(0, 0)] * 3 + [(0, slots - x_sbPJK.shape[2]), (0, 0)]
+        parts = parts_of_rows(x_sbPJK.shape[1], self._parallel.kernel_parts)
+        stored = (jnp.pad(jnp.swapaxes(x_sbPJK[:, part], 2, 3), free) for part in parts)
+        return tuple(self._parallel.constrain(part, *CACHE) for part in stored)
 
     def go_on(self, params, state: State, sampling: Sampling, steps: int):
         """The state after at most `steps` more tokens, and these (steps, B); -1 where a row has ended."""

@@ -68,8 +68,8 @@ def parts_of_rows(rows: int, cores: int) -> list[slice]:
     """In which parts a decoder's cache keeps its rows: in all at once, or in at most 16 of like size.
 
     XLA:CPU computes the products of a batch one after the other, each on one core if its matrices have less
-    than 65,536 numbers. Of more than nine products that are ready, it gives half to another core. May go
-    when a batch is computed on all cores.
+    than 65,536 numbers. If more than nine products are ready, it gives half to another core: a third of a
+    step of 16 texts. May go when a batch is computed on all cores.
     """
     count = min(rows, 16) if cores > 1 and rows > 9 else 1
     size = -(-rows // count)

@@ -207,6 +207,17 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(small_disk, 
     assert [r["step"] for r in metrics(small_disk / "run")] == list(range(13))
 
 
+def test_a_lost_process_is_no_damage(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.compared.damage = lambda step: ""
+    lost = "UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:4523"
+    with pytest.raises(ValueError, match="Connection closed by peer") as error, store.reading(3):
+        raise ValueError(lost)
+    assert not isinstance(error.value, ConfigError)
+    with pytest.raises(ConfigError, match="checkpoints/3 is damaged"), store.reading(3):
+        raise ValueError("not what was expected")
+
+
 def test_due():
     assert [n for n in range(1, 10) if due(3, n)] == [3, 6, 9]
     assert [n for n in range(1, 10) if due((2, 7), n)] == [2, 7]

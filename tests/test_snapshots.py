@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import random
+import re
 import shutil
 import socket
 import threading
@@ -386,9 +387,9 @@ def test_what_fails_leaves_the_one_before(job, tmp_path, caplog, monkeypatch):
 
     assert job(2, fails) == [2, 2]
     assert "that of step 4 is not whole" in caplog.text
-    # Process 1 cannot keep what process 0 gives it.
-    said = f"process 1 ({socket.gethostname()}): it closed the connection"
-    assert f"that of step 4 is not whole: {said}" in caplog.text
+    # Process 1 cannot keep what process 0 gives it: it sees that as it sends, or as it waits for an answer.
+    said = re.escape(f"that of step 4 is not whole: process 1 ({socket.gethostname()}): ")
+    assert re.search(said + r"(it closed the connection|\[Errno 32\]|\[Errno 104\])", caplog.text)
     assert job(2, finds) == [2, 2]
 
 

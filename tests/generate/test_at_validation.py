@@ -31,7 +31,7 @@ def test_samples_are_those_of_the_checkpoint(random_dataset, tmp_path, monkeypat
         (step, prompt) for step in (0, 2, 4) for prompt in PROMPTS
     ]
     assert all(line["tokens"] == 9 or line["ended"] == "end_of_text" for line in lines)
-    monkeypatch.setattr(devices, "configure", lambda *_: None)  # JAX runs already
+    monkeypatch.setattr(devices, "configure", lambda *_, **__: None)  # JAX runs already
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
     capsys.readouterr()
     flags = [f"--prompts={tmp_path}/p.jsonl", "--length=9", "--json"]

@@ -22,7 +22,7 @@ def run(random_dataset, tmp_path_factory):
 @pytest.fixture
 def generate(run, monkeypatch, capsys):
     """A function that runs the command: its exit code and its output."""
-    monkeypatch.setattr(devices, "configure", lambda *_: None)  # JAX runs already
+    monkeypatch.setattr(devices, "configure", lambda *_, **__: None)  # JAX runs already
 
     def call(*flags: str) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -251,20 +251,18 @@ def attend_to_cache(
     k_BJK, v_BJK = (new.reshape(-1, *new.shape[2:]).astype(keys[0].dtype) for new in (k_sbJK, v_sbJK))
     (B, J, K), S, R = k_BJK.shape, keys[0].shape[3], q_sbHK.shape[2] // k_sbJK.shape[2]
     q_BJRK = q_sbHK.reshape(B, J, R, K)
-    ends = itertools.accumulate((math.prod(part.shape[:2]) for part in keys), initial=0)
-    rows = list(itertools.starmap(slice, itertools.pairwise(ends)))
+    ends = itertools.accumulate(math.prod(part.shape[:2]) for part in keys[:-1])
+    in_parts = functools.partial(jnp.split, indices_or_sections=list(ends))  # of rows, as the cache lies
 
     # Scores are float32, and -inf where a slot is free or not to be seen. The new key comes last.
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def product_in_parts(form: str, x_BJRI: jax.Array, cache: Rows) -> jax.Array:
-        parts = zip(rows, cache, strict=True)
-        return jnp.concatenate([product(form, x_BJRI[b], y.reshape(-1, J, S, K)) for b, y in parts])
+        parts = zip(in_parts(x_BJRI), cache, strict=True)
+        return jnp.concatenate([product(form, x, y.reshape(-1, J, S, K)) for x, y in parts])
 
-    old_BJRS, new_BJR = (
-        product_in_parts("bjrk,bjsk->bjrs", q_BJRK, keys),
-        product("bjrk,bjk->bjr", q_BJRK, k_BJK),
-    )
+    old_BJRS = product_in_parts("bjrk,bjsk->bjrs", q_BJRK, keys)
+    new_BJR = product("bjrk,bjk->bjr", q_BJRK, k_BJK)
     query_B1, slot_S = position_B[:, None], jnp.arange(S)
     visible_BS = form.visible(query_B1, slot_S) & (slot_S < query_B1)
     old_BJRS = jnp.where(visible_BS[:, None, None], form.scores(old_BJRS, K), -jnp.inf)
@@ -279,7 +277,7 @@ def attend_to_cache(
 
     def put_all(cache: Rows, new_BJK: jax.Array) -> Rows:
         new_BJK = computed_after(new_BJK, y_BJRK, mesh)
-        return tuple(put(part, new_BJK[b], position_B[b]) for b, part in zip(rows, cache, strict=True))
+        return tuple(map(put, cache, in_parts(new_BJK), in_parts(position_B)))
 
     return y_BJRK.reshape(q_sbHK.shape), (put_all(keys, k_BJK), put_all(values, v_BJK))
 

@@ -106,8 +106,8 @@ def _join(config: Config, context: Context, groups: Sequence[str]) -> Optimizer:
     parts = {}
     for label, (own, paths) in members.items():
         # What is asked for is done: a group of vectors alone decays if its line says so.
-        line = "" if label == group_lines.REST else groups[int(label)]
-        asks = any(setting.startswith("weight_decay=") for setting in line.split()[1:])
+        settings = [] if label == group_lines.REST else group_lines.split(groups[int(label)])[1]
+        asks = any(field == "weight_decay" for field, *_ in settings)
         part = _part(context, labels, label, own, config.learning_rate)
         vectors = asks and all(parameter_kind(path) == "vector" for path in paths)
         parts[label] = _make(own, replace(part, decays_vectors=vectors))

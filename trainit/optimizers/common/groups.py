@@ -16,6 +16,12 @@ from trainit.parallel.trees import path_name
 REST = "rest"  # the group of what no pattern matches
 
 
+def split(line: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """A line's pattern, and its settings as (field, "=", value)."""
+    pattern, *settings = line.split()
+    return pattern, [setting.partition("=") for setting in settings]
+
+
 def read(
     line: str, base: Config, choices: Mapping[str, Callable[[], ConfigDict]]
 ) -> tuple[re.Pattern, Config]:
@@ -25,8 +31,7 @@ def read(
     """
     where = f"parameter_groups: {line!r}"
     require(isinstance(line, str) and bool(line.strip()), f"{where} must be text: 'PATTERN FIELD=VALUE ...'")
-    pattern, *settings = line.split()
-    pairs = [setting.partition("=") for setting in settings]
+    pattern, pairs = split(line)
     are_settings = bool(pairs) and all(equals for _, equals, _ in pairs)
     require(are_settings, f"{where} must be a pattern and settings, as in 'blocks/.*/kernel optimizer=muon'")
     values = {field: value for field, _, value in pairs}

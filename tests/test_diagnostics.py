@@ -17,7 +17,7 @@ from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.parallel.trees import path_name
-from trainit.train import step
+from trainit.train import diagnostics, step
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 LENGTH, ROWS = 32, 16
@@ -160,6 +160,7 @@ EVERYTHING = {
     "diagnostics__noise_scale": True,
     "diagnostics__norms_by": ("kind", "layer", "parameter"),
     "diagnostics__spectra": "blocks/.*/(up|out)/kernel",
+    "diagnostics__histograms": "blocks/mlp/up/kernel|token_embedding/embedding",
     "optimizer__learning_rate": 0.3,
     "optimizer__mu": 1.0,
     "schedule__warmup": 0,
@@ -183,7 +184,8 @@ def whole_run():
 def test_every_metric_against_numpy(whole_run):
     config, first, trail, data = whole_run
     for number, record in enumerate(expected(config, first, trail, data)):
-        values = {name: float(value) for name, value in trail[number][1]["diagnostics"].items()}
+        measured = trail[number][1]["diagnostics"].items()
+        values = {name: float(value) for name, value in measured if not name.startswith("histogram/")}
         assert values.keys() == record.keys()
         for name, value in record.items():
             # Of updates and differences, NumPy sees the rounding of the parameters that it subtracts.
@@ -192,6 +194,44 @@ def test_every_metric_against_numpy(whole_run):
             atol = max(atol, 2e-5 * np.sqrt(len(flat(first)))) if name == "updates/l1" else atol
             assert values[name] == pytest.approx(value, rel=2e-3, abs=atol), (number, name)
     assert max(abs(float(m["diagnostics"]["loss/difference"])) for _, m in trail) > 0.02
+
+
+def test_histograms_against_numpy(whole_run):
+    """Each value is in one bin. Gradients come from a plain loss, and updates from rounded parameters."""
+    config, x, trail, data = whole_run
+    sizes = [0.0, *(2.0**k for k in range(-32, 8)), np.inf]
+
+    def histogram(leaf) -> np.ndarray:
+        below, above = (np.histogram(np.abs(leaf[chosen]), sizes)[0] for chosen in (leaf < 0, leaf >= 0))
+        return np.concatenate([below[::-1], above])
+
+    for (state, metrics), batch in zip(trail, data, strict=True):
+        gradient = loss_and_gradient(config)(x, batch["tokens"].reshape(ROWS, -1))[1]
+        update = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), state.params, x)
+        found = {k: v for k, v in metrics["diagnostics"].items() if k.startswith("histogram/")}
+        for name, tree, tolerance in (("params", x, 0), ("grads", gradient, 0.01), ("updates", update, 0.03)):
+            for path, leaf in by_path(tree).items():
+                if path in ("token_embedding/embedding", "blocks/mlp/up/kernel"):
+                    counts = found.pop(f"histogram/{name}/{path}")
+                    assert counts.sum() == leaf.size
+                    # As many as are in another bin are lacking in theirs.
+                    others = np.abs(np.int64(counts) - histogram(np.float64(leaf))).sum() / 2
+                    assert others <= tolerance * leaf.size, (name, path)
+        assert not found
+        x = state.params
+
+
+def test_values_beyond_the_edges_are_in_the_outermost_bins(monkeypatch):
+    """Also as they are counted on GPUs."""
+    values = [-np.inf, -300, -256, -200, -128, -0.0, 0, 2**-33, 2**-32, 100, 128, 1e30, np.nan, -np.nan]
+    edges = diagnostics.histogram_edges()
+    for one_by_one in (diagnostics._count_one_by_one, diagnostics._count_bin_by_bin):
+        monkeypatch.setattr(diagnostics, "_count_one_by_one", one_by_one)
+        count = jax.jit(functools.partial(diagnostics._histogram))  # another object is traced again
+        counts = np.asarray(count(np.float32(values)))
+        assert len(edges) == len(counts) + 1 == 83
+        found = {edges[k]: count for k, count in enumerate(counts) if count}
+        assert found == {-256: 5, 0: 3, 2**-32: 1, 64: 1, 128: 2}
 
 
 def test_between_measurements_only_what_is_kept_goes_on(whole_run):
@@ -204,10 +244,12 @@ def test_between_measurements_only_what_is_kept_goes_on(whole_run):
         often, seldom = trail[number][1]["diagnostics"], rare[number][1]["diagnostics"]
         total += float(often["moved/dot_grad"])
         for name in often:
-            if not name.endswith("_sum") and name != "noise/scale":
+            if name.startswith("histogram/"):
+                assert seldom[name].sum() == often[name].sum()
+            elif not name.endswith("_sum") and name != "noise/scale":
                 assert float(seldom[name]) == pytest.approx(float(often[name]), rel=1e-4, abs=1e-6), name
         assert float(seldom["moved/dot_grad_sum"]) == pytest.approx(total, rel=1e-4)
-    assert not any(float(value) for value in rare[2][1]["diagnostics"].values())
+    assert not any(value.any() for value in rare[2][1]["diagnostics"].values())
 
 
 def test_the_run_is_the_same_with_and_without(whole_run):
@@ -253,7 +295,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(whole_run):
     state, _ = train(steps, with_scale(state, scale.at[3].set(np.nan)), data[2:3])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.diagnostics), before)
     _, trail = train(steps, with_scale(state, jax.device_put(good, scale.sharding)), data[2:3])
-    assert all(np.isfinite(value) for value in trail[0][1]["diagnostics"].values())
+    assert all(np.isfinite(value).all() for value in trail[0][1]["diagnostics"].values())
 
 
 def test_a_resume_with_others_begins_them_anew(tmp_path, whole_run):
@@ -290,6 +332,7 @@ def test_a_resume_with_others_begins_them_anew(tmp_path, whole_run):
         ),
         ({"diagnostics__spectra": "blocks/query"}, "diagnostics.spectra='blocks/query' is no matrix's path"),
         ({"diagnostics__spectra": "("}, r"diagnostics.spectra='\(' is no regular expression"),
+        ({"diagnostics__histograms": "blocks"}, "diagnostics.histograms='blocks' is no parameter's path"),
         ({"diagnostics__norms_by": ("kinds",)}, r"diagnostics.norms_by=.*'kinds' is none of kind, layer"),
         ({"diagnostics__last_parameters": False}, "last_loss=True needs diagnostics.last_parameters=True"),
         ({"diagnostics__every_steps": -1}, "diagnostics.every_steps=-1 must not be below 0"),

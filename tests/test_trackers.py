@@ -1,7 +1,11 @@
-"""metrics.jsonl, W&B, the progress display."""
+"""metrics.jsonl, TensorBoard and W&B, the progress display."""
 
 import json
+import re
+import shutil
 import signal
+import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -9,11 +13,15 @@ from pathlib import Path
 import pytest
 import tiny
 from processes import ROOT, TWO, end, last_step, metrics, on_a_terminal, run_imported, start, wait_for
+from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS, EventAccumulator
+from tensorboard.summary.writer import record_writer
+from tensorboard.util.tensor_util import make_ndarray
 
 from trainit.cluster.logs import quantity
-from trainit.config import resolve
-from trainit.train.reports import trackers
-from trainit.train.reports.trackers import JsonLines, Progress, RunLogger
+from trainit.config import ConfigError, resolve
+from trainit.train.diagnostics import histogram_edges
+from trainit.train.reports import background, trackers
+from trainit.train.reports.trackers import JsonLines, Progress, RunLogger, usable_trackers
 
 
 def test_jsonl_drops_what_a_resume_does_again(tmp_path):
@@ -218,6 +226,8 @@ def test_wandb_gets_each_step_once(is_offline, tmp_path, monkeypatch):
 
         def log(self, record, step):
             given.append((step, record["step"], record["train/loss"]))
+            assert record["histogram/x"].histogram == [step, *[0] * 81]
+            assert record["histogram/x"].bins == histogram_edges().tolist()
 
         def finish(self, exit_code):
             Run.starting_step = 0 if is_offline else given[-1][0] + 1
@@ -225,9 +235,9 @@ def test_wandb_gets_each_step_once(is_offline, tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", lambda **_: Run())
     config = {"wandb": {"project": "tests", "name": ""}, "steps": 9}
     for begin, steps in ((0, 5), (3, 4), (6, 3)):
-        logger = RunLogger(True, tmp_path, config, begin, begin or -1, "abc")
+        logger = RunLogger(True, tmp_path, config, begin, begin or -1, "abc", names=["wandb"])
         for step in range(begin + 1, begin + steps + 1):
-            logger.log(step, {"train/loss": step / 2})
+            logger.log(step, {"train/loss": step / 2, "histogram/x": [step, *[0] * 81]})
         logger.close(0)
     assert given == [(step, step, step / 2) for step in range(1, 10)]
     assert [record["step"] for record in metrics(tmp_path)] == list(range(1, 10))
@@ -248,7 +258,7 @@ def test_texts_are_in_a_file_and_in_wandb_each_once(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", lambda **_: fake)
     config = {"wandb": {"project": "tests", "name": ""}, "steps": 9}
     for kept, steps in ((-1, (2, 4)), (2, (4, 6))):
-        logger = RunLogger(True, tmp_path, config, 0, kept, "abc")
+        logger = RunLogger(True, tmp_path, config, 0, kept, "abc", names=["wandb"])
         for step in steps:
             logger.log_texts(step, [{"step": step, "prompt": p, "text": f"{p}{kept}"} for p in "ab"])
         logger.sync()
@@ -259,6 +269,226 @@ def test_texts_are_in_a_file_and_in_wandb_each_once(tmp_path, monkeypatch):
         *((step, text) for step in (4, 6) for text in ("a2", "b2")),
     ]
     assert tables == {step: [["a", "a2"], ["b", "b2"]] for step in (4, 6)}  # step 2 was there already
+
+
+def shown(folder: Path) -> dict[str, list[tuple]]:
+    """What TensorBoard's own reader finds, by tag: steps with a number, a text or rows of a histogram."""
+    reader = EventAccumulator(str(folder / "tensorboard"), {TENSORS: 0}).Reload()
+    found: dict[str, list[tuple]] = {}
+    for tag in reader.Tags()["tensors"]:
+        for event in reader.Tensors(tag):
+            value = make_ndarray(event.tensor_proto)
+            if not value.shape:
+                value = value.item().decode() if isinstance(value.item(), bytes) else value.item()
+            found.setdefault(tag, []).append((event.step, value))
+    return found
+
+
+@pytest.mark.evidence("TensorBoard's curves continue at a resume, from whichever step, without doubled steps")
+def test_tensorboard_has_each_step_once(tmp_path):
+    """Several times from a step before the last one, within a second; a step is as it was done last."""
+    expected: dict[int, float] = {}
+    for begin, (kept, last) in enumerate([(-1, 6), (3, 5), (3, 5), (2, 3)]):
+        config = {"steps": 9, "begin": begin}
+        logger = RunLogger(True, tmp_path, config, kept, kept, names=["tensorboard"])
+        expected = {step: value for step, value in expected.items() if step <= kept}
+        for step in range(kept + 1, last + 1):
+            expected[step] = step + begin / 8
+            validation = {"valid/loss": 1.0} if step in (2, 5, 6) else {}
+            logger.log(step, {"step": step, "train/loss": expected[step]} | validation)
+        if begin == 0:
+            for step in (2, 6):
+                logger.log_texts(step, [{"prompt": "*a*\n1", "text": "<b>"}, {"prompt": "", "text": "c"}])
+        logger.close(0)
+    found = shown(tmp_path)
+    assert found["train/loss"] == sorted(expected.items())
+    assert list(expected) == [0, 1, 2, 3]
+    # What has not come again is not there either. No character of a text is markup.
+    assert found["valid/loss"] == [(2, 1.0)]
+    assert found["samples/1"] == [(2, "Prompt:\n\n    *a*\n    1\n\nText:\n\n    <b>")]
+    assert [(step, json.loads(text)["begin"]) for step, text in found["config"]] == [(0, 0), (3, 3)]
+    assert found.keys() == {"train/loss", "valid/loss", "samples/1", "samples/2", "config"}
+
+
+class Slow:
+    """A tracker that does nothing until it may."""
+
+    def __init__(self):
+        self.may, self.steps, self.code = threading.Event(), [], None
+
+    def log(self, step, metrics):
+        assert self.may.wait(60)
+        self.steps.append(step)
+
+    def flush(self):
+        pass
+
+    def close(self, code):
+        self.code = code
+
+
+@pytest.fixture
+def slow(monkeypatch) -> Slow:
+    tracker = Slow()
+    monkeypatch.setattr(trackers, "TensorBoard", lambda *_: tracker)
+    yield tracker
+    tracker.may.set()
+
+
+@pytest.mark.evidence(
+    "a tracker that waits or fails (no login, no network, full disk, package missing) is one line, and no "
+    "step waits for it"
+)
+def test_a_tracker_that_waits_holds_nothing_up(slow, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(background, "MOST_WAITING", 4)
+    logger = RunLogger(True, tmp_path, {"steps": 9}, 0, -1, names=["tensorboard"])
+    for step in range(9):
+        logger.log(step, {"step": step})
+    assert len(metrics(tmp_path)) == 9
+    assert slow.steps == []
+    assert caplog.text.count("tensorboard is 4 records behind") == 1
+    slow.may.set()
+    logger.close(75)
+    # Four at most waited, in addition to the one that it had taken, and one may have made room for the end.
+    assert slow.steps == sorted(slow.steps)
+    assert 3 <= len(slow.steps) <= 5
+    assert slow.code == 75
+
+
+def test_a_run_does_not_wait_for_ever_at_its_end(slow, tmp_path, caplog, monkeypatch):
+    """What the other tracker needs of that time, it has meanwhile."""
+    other = Slow()
+    other.may.set()
+    monkeypatch.setattr(trackers, "WandB", lambda *_: other)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 1)
+    logger = RunLogger(True, tmp_path, {"steps": 9}, 0, -1, names=["tensorboard", "wandb"])
+    logger.log(1, {"step": 1})
+    logger.close(0)
+    assert (slow.steps, other.steps, other.code) == ([], [1], 0)
+    assert [line for line in caplog.messages if "in time" in line] == [
+        "tensorboard did not finish in time; the run does not wait longer"
+    ]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_fails_is_one_line(name, tmp_path, caplog, monkeypatch):
+    """A disk that is full from the first record on, and a server that cannot be reached."""
+    import wandb
+
+    def unreachable(**_):
+        raise wandb.errors.CommError("Run initialization has timed out\nafter 90.0 sec.")
+
+    writer = "tensorboard.summary.writer.record_writer.RecordWriter"
+    monkeypatch.setattr(writer, lambda _, original=record_writer.RecordWriter: original(full))
+    monkeypatch.setattr(wandb, "init", unreachable)
+    config = {"steps": 9, "wandb": {"project": "x", "name": ""}}
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        logger = RunLogger(True, tmp_path, config, 0, -1, "abc", names=[name])
+        for step in range(9):
+            logger.log(step, {"step": step, "train/loss": 1.0})
+        logger.close(0)
+    reason = {
+        "tensorboard": "OSError: [Errno 28] No space left on device",
+        "wandb": "CommError: Run initialization has timed out after 90.0 sec.",
+    }[name]
+    assert caplog.messages == [f"{name:10} {reason}; the run continues without it"]
+    assert len(metrics(tmp_path)) == 9
+
+
+def test_a_package_that_is_missing_is_one_line(caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert usable_trackers(types.SimpleNamespace(trackers=("tensorboard", "wandb"))) == []
+    assert [message.split(";")[0] for message in caplog.messages] == [
+        "tensorboard the package tensorboard is not installed: pip install 'trainit[tensorboard]'",
+        "wandb      ModuleNotFoundError: import of wandb halted",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("named", "project", "used"),
+    [
+        ((), "", ()),
+        ((), "x", ("wandb",)),
+        (("tensorboard",), "x", ("tensorboard",)),
+        (("tensorboard", "wandb"), "x", ("tensorboard", "wandb")),
+        (("wandb",), "", "trackers=('wandb',) need wandb.project, which is empty"),
+        (("mlflow",), "", "trackers=('mlflow',): 'mlflow' is none of tensorboard, wandb"),
+    ],
+)
+def test_which_trackers_are_used(named, project, used):
+    config = tiny.get_config()
+    config.trackers, config.wandb.project = named, project
+    if isinstance(used, tuple):
+        assert resolve(config, 257).trackers == used
+    else:
+        with pytest.raises(ConfigError, match=re.escape(used)):
+            resolve(config, 257)
+
+
+@pytest.mark.evidence(
+    "W&B online without a login is reported before anything is compiled, and the run continues"
+)
+def test_tensorboard_has_all_of_a_run_and_wandb_lacks_a_login(random_dataset, tmp_path):
+    """Begun, and resumed from a checkpoint before the last step that was logged."""
+    run = tmp_path / "run"
+    args = [
+        f"--config={ROOT}/tests/tiny.py:diagnostics=norms",
+        f"--config.dataset.path={random_dataset}",
+        f"--workdir={run}",
+        *TWO,
+        "--config.steps=5",
+        "--config.trackers=tensorboard,wandb",
+        "--config.wandb.project=tests",
+        "--config.eval.prompts=('a', 'once')",
+        "--config.eval.length=3",
+        "--config.diagnostics.norms=False",
+        "--config.diagnostics.every_steps=2",
+        "--config.diagnostics.histograms=token_embedding/embedding",
+    ]
+    nobody = {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "none"),
+        "WANDB_API_KEY": "",
+        "WANDB_MODE": "online",
+    }
+    for resumes in (False, True):
+        if resumes:
+            shutil.rmtree(run / "checkpoints/5")
+        output = run_imported(*args, **nobody)
+        line = re.search(
+            r"wandb +there is no login: run `wandb login`.*; the run continues without it", output
+        )
+        assert line.start() < output.index("program ")
+        assert output.count("there is no login") == 1
+    assert not (run / "wandb").exists()
+
+    found, lines = shown(run), metrics(run)
+    configs = [json.loads(text) for _, text in found.pop("config")]
+    assert configs[-1] == json.loads((run / "config.json").read_text())
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for number, prompt in enumerate(("a", "once"), 1):
+        logged = [(each["step"], each["text"]) for each in samples if each["prompt"] == prompt]
+        assert [step for step, _ in logged] == [0, 5]
+        begin = f"Prompt:\n\n    {prompt}\n\nText:\n\n    "
+        events = found.pop(f"samples/{number}")
+        assert [(step, text.removeprefix(begin).replace("\n    ", "\n")) for step, text in events] == logged
+
+    assert found.keys() == {name for line in lines for name in line} - {"step"}
+    assert [step for step, _ in found["histogram/grads/token_embedding/embedding"]] == [2, 4]
+    for tag, events in found.items():
+        logged = [(line["step"], line[tag]) for line in lines if tag in line]
+        assert [step for step, _ in events] == [step for step, _ in logged]
+        for (_, value), (_, expected) in zip(events, logged, strict=True):
+            if tag.startswith("histogram/"):
+                edges = histogram_edges()
+                bins = zip(edges[:-1], edges[1:], expected, strict=True)
+                filled = [bin for bin in bins if bin[2]]
+                assert [tuple(row) for row in value if row[2]] == filled
+            else:
+                assert value == pytest.approx(expected, rel=1e-6), tag
 
 
 def test_wandb_offline_and_resumed(random_dataset, tmp_path):

@@ -1,11 +1,19 @@
 """The doctor: what it finds, alone and among processes, well and broken."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 from processes import ROOT, Fork, end, free_port
 
-from trainit.tools.doctor.environment import check_clocks, check_devices, check_versions, check_wandb
+from trainit.tools.doctor.environment import (
+    check_clocks,
+    check_devices,
+    check_tensorboard,
+    check_versions,
+    check_wandb,
+)
 from trainit.tools.doctor.network import check_all_reduces
 from trainit.tools.doctor.report import FAIL, NOTE, OK, Result, table
 
@@ -44,11 +52,18 @@ def test_clocks():
     assert (row.verdict, row.finding) == (FAIL, "process 0 (n1) is 60.0 s ahead of process 1 (n2)")
 
 
-def test_wandb():
-    assert check_wandb("", {}).verdict == NOTE
-    assert check_wandb("p", {"WANDB_MODE": "offline"}).verdict == OK
-    nobody = f"http://localhost:{free_port()}"
-    row = check_wandb("p", {"WANDB_BASE_URL": nobody, "WANDB_API_KEY": "secret"})
+def test_trackers(monkeypatch):
+    assert check_wandb(("tensorboard",)).verdict == NOTE
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert check_wandb(("wandb",)).verdict == OK
+    assert check_tensorboard(("wandb",)) == []
+    assert [row.verdict for row in check_tensorboard(("tensorboard",))] == [OK]
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert [row.verdict for row in check_tensorboard(("tensorboard",))] == [FAIL]
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://localhost:{free_port()}")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    row = check_wandb(("wandb",))
     assert row.verdict == FAIL
     assert "cannot be reached" in row.finding
     assert "secret" not in row.finding + row.remedy

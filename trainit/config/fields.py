@@ -16,6 +16,7 @@ STATE_TYPES = ("bfloat16", "float32", "int8")
 GATED = ("swiglu", "geglu")  # activations of MLPs with two maps from the model's width
 KERNELS = ("auto", "plain", "blockwise", "cudnn", "gather", "ring")
 PLATFORMS = ("", "cpu", "cuda", "rocm", "tpu")
+TRACKERS = ("tensorboard", "wandb")
 TOKENIZERS = "bytes, gpt2, gpt2:FOLDER, sentencepiece:FILE, tokenizers:FILE"
 
 Config = FrozenConfigDict  # a resolved config, or a part of one
@@ -94,6 +95,8 @@ def _measured_and_kept(c: ConfigDict) -> None:
     c.restart.limit = field(0, "times to start all again, from the newest checkpoint; 0: never", at_least=0)
     c.restart.shrink = field(False, "continue on fewer hosts if there are no more, and the mesh fits there")
     c.diagnostics = field(diagnostics(every_steps=0), "statistics of the trajectory")
+    trackers = "where metrics go, too: tensorboard, wandb; empty: wandb, if wandb.project is set"
+    c.trackers = field((), trackers)
     c.wandb = field(ConfigDict(), "Weights & Biases")
     c.wandb.project = field("", "project to log to; empty: no W&B")
     c.wandb.name = field("", "name of the run; empty: the run folder's")
@@ -227,6 +230,7 @@ def diagnostics(every_steps: int = 1, **changes: Any) -> ConfigDict:
     d.last_parameters = field(True, "keeps the last parameters: product and cosine with how they have moved")
     d.last_loss = field(True, "by how much the last update changed the loss of this batch; a forward pass")
     d.spectra = field("", "pattern of whole paths of matrices: spectral norm, effective rank; empty: none")
+    d.histograms = field("", "pattern of whole paths: histograms of these and their gradients, updates")
     d.noise_scale = field(False, "gradient noise scale; needs two micro-steps")
     d.update(changes)
     return d

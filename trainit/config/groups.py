@@ -52,7 +52,7 @@ GROUPS = {"model": MODELS, "schedule": SCHEDULES, "dataset": DATASETS, "diagnost
 
 # Fields that say where and how a run runs, and not what it is (data have fingerprints): they may change.
 FREE = re.compile(
-    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|logits_mib|platform|cpu_devices)$"
+    r"(max_minutes|stall_seconds|max_skipped|device_batch_size|logits_mib|platform|cpu_devices|trackers)$"
     r"|model\.(attention|remat|scan_layers)$"
     r"|dataset\.(path|validation_path|subset_field|tokenizer|template|end_of_text|workers|prefetch)$"
     r"|spikes\.skip_data$|(mesh|eval|log|check|checkpoint|restart|diagnostics|wandb)\."

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from trainit.config.durations import batch_sizes
-from trainit.config.fields import GATED, VOCABULARY_MULTIPLE, Config, defaults, model
+from trainit.config.fields import GATED, TRACKERS, VOCABULARY_MULTIPLE, Config, defaults, model
 from trainit.config.groups import SCHEDULES
 from trainit.config.schema import ConfigDict, ConfigError, as_tuple, check_fields, flatten, names, require
 
@@ -37,7 +37,8 @@ def shrink(config: ConfigDict, keep: Collection[str]) -> ConfigDict:
         "checkpoint": {"save_steps": 5, "load_path": ""},
         "log": {"every_steps": 1},
         "diagnostics": {"every_steps": min(config.diagnostics.every_steps, 5)},
-        "wandb": {"project": ""},
+        "trackers": (),
+        **({} if "trackers" in keep else {"wandb": {"project": ""}}),
         "mesh": {axis: 2 for axis, size in config.mesh.items() if size > 2},  # what is split stays split
     }
     # Durations in steps become parts of the run.
@@ -72,6 +73,7 @@ def resolve(config: ConfigDict, tokenizer_vocab_size: int, end_of_text: int = -1
     _check_dataset(config)
     _check_checkpoint(config.checkpoint)
     _check_diagnostics(config.diagnostics)
+    _resolve_trackers(config)
     return Config(config)
 
 
@@ -171,12 +173,13 @@ def layers_with_window(m: Mapping[str, Any]) -> list[bool]:
 
 
 def of_this_version(config: dict) -> dict:
-    """A saved config with those fields that are newer than it, of its model or of spikes; they do nothing."""
+    """A saved config with fields newer than it, of its model, spikes and statistics; they do nothing."""
     if "model" not in config:
         return config
     saved = config["model"]
     usual = model(head_dim=saved["dim"] // saved["num_heads"]).to_dict()
-    return {"spikes": defaults().spikes.to_dict(), **config, "model": {**usual, **saved}}
+    config = {"spikes": defaults().spikes.to_dict(), "diagnostics": {}, **config, "model": {**usual, **saved}}
+    return {**config, "diagnostics": {**defaults().diagnostics.to_dict(), **config["diagnostics"]}}
 
 
 def _check_diagnostics(d: ConfigDict) -> None:
@@ -185,10 +188,22 @@ def _check_diagnostics(d: ConfigDict) -> None:
         require(name in kinds, f"diagnostics.norms_by={d.norms_by!r}: {name!r} is none of {names(kinds)}")
     if d.last_loss and not d.last_parameters:
         raise ConfigError("diagnostics.last_loss=True needs diagnostics.last_parameters=True")
-    try:
-        re.compile(d.spectra)
-    except re.error as error:
-        raise ConfigError(f"diagnostics.spectra={d.spectra!r} is no regular expression: {error}") from None
+    for name in ("spectra", "histograms"):
+        try:
+            re.compile(d[name])
+        except re.error as error:
+            message = f"diagnostics.{name}={d[name]!r} is no regular expression: {error}"
+            raise ConfigError(message) from None
+
+
+def _resolve_trackers(config: ConfigDict) -> None:
+    """Fills and checks the names of trackers."""
+    given = [name.strip() for text in as_tuple(config.trackers) for name in str(text).split(",")]
+    config.trackers = tuple(filter(None, given)) or ("wandb",) * bool(config.wandb.project)
+    for name in config.trackers:
+        require(name in TRACKERS, f"trackers={config.trackers}: {name!r} is none of {names(TRACKERS)}")
+    message = f"trackers={config.trackers} need wandb.project, which is empty"
+    require("wandb" not in config.trackers or bool(config.wandb.project), message)
 
 
 def _check_schedule(config: ConfigDict) -> None:

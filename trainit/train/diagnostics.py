@@ -8,10 +8,12 @@ as the parameters are.
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trainit import optimizers
 from trainit.checkpoints.state import TrainState
@@ -22,6 +24,7 @@ from trainit.train.gradients import LossAndGradient
 
 NOISE = "noise/trace", "noise/gradient_square"  # means of both are kept; their ratio is the noise scale
 NOISE_DECAY = 0.99  # of these means
+POWERS = -32, 8  # of two: histograms' finest and coarsest edges
 # Metrics whose sum over the measured steps is reported too.
 SUMMED = "moved/dot_grad", "moved/dot_grad_unscaled", "moved/dot_last_grad", "loss/difference"
 
@@ -45,10 +48,14 @@ def check(config: Config, parameters: dict, micro_steps: int):
         return
     alone = "diagnostics.noise_scale=True compares the gradients of several micro-steps, but a step has"
     require(not config.noise_scale or micro_steps > 1, f"{alone} {micro_steps}; lower device_batch_size")
+    paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(parameters)]
     if config.spectra:
-        paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(parameters)]
         wrong = f"diagnostics.spectra={config.spectra!r} is no matrix's path"
         require(any(_is_chosen(config, path) for path in paths), f"{wrong}; paths are {', '.join(paths)}")
+    if config.histograms:
+        wrong = f"diagnostics.histograms={config.histograms!r} is no parameter's path"
+        is_right = any(re.fullmatch(config.histograms, path) for path in paths)
+        require(is_right, f"{wrong}; paths are {', '.join(paths)}")
 
 
 def is_due(config: Config, step: int | jax.Array) -> bool | jax.Array:
@@ -158,6 +165,11 @@ def _measure(config: Config, state: dict, now: Now) -> dict[str, jax.Array]:
             values["loss/difference"] = now.loss - now.loss_at(state["last_parameters"])
     if config.spectra:
         values |= _spectra(config, now.params)
+    if config.histograms:
+        for name, tree in (("params", now.params), ("grads", now.gradients), ("updates", now.updates)):
+            for path, leaf in jax.tree.leaves_with_path(tree):
+                if re.fullmatch(config.histograms, path_name(path)):
+                    values[f"histogram/{name}/{path_name(path)}"] = _histogram(leaf)
     if config.noise_scale:
         values |= _noise(now)
     return values
@@ -254,6 +266,36 @@ def _spectra(config: Config, params: dict) -> dict[str, jax.Array]:
             end = _end(name, layer)
             values[f"spectral/norm{end}"], values[f"spectral/rank{end}"] = norms[layer], ranks[layer]
     return values
+
+
+def histogram_edges() -> np.ndarray:
+    """The edges (83,) of the bins (82) of all histograms: -2^8, ..., -2^-32, 0, 2^-32, ..., 2^8.
+
+    An edge belongs to the bin that is farther from 0. The first and the last bin have what lies beyond, too.
+    """
+    powers = 2.0 ** np.arange(POWERS[0], POWERS[1] + 1)
+    return np.concatenate([-powers[::-1], [0.0], powers])
+
+
+def _histogram(values: jax.Array) -> jax.Array:
+    """How many of the values, of float32, lie in each bin; NaN lies in none."""
+    # Bins are powers of two, so that a value's exponent is its bin.
+    low, high = POWERS
+    exponents = (jax.lax.bitcast_convert_type(values, jnp.uint32) >> 23 & 255).astype(jnp.int32) - 127
+    size, half = jnp.clip(exponents - low + 1, 0, high - low), high - low + 1
+    bins = jnp.where(values < 0, half - 1 - size, half + size)
+    bins = jnp.where(jnp.isnan(values), 2 * half, bins).astype(jnp.uint8)
+    count = {"cpu": _count_one_by_one, "default": _count_bin_by_bin}
+    return jax.lax.platform_dependent(bins, **{name: partial(each, 2 * half) for name, each in count.items()})
+
+
+def _count_one_by_one(number: int, bins: jax.Array) -> jax.Array:
+    return jnp.zeros(number, jnp.uint32).at[bins].add(1, mode="drop")
+
+
+def _count_bin_by_bin(number: int, bins: jax.Array) -> jax.Array:
+    """The same. A GPU that counted one by one would have all its threads wait for the same few counters."""
+    return jax.lax.map(lambda k: jnp.sum(bins == k, dtype=jnp.uint32), jnp.arange(number))
 
 
 def _noise(now: Now) -> dict[str, jax.Array]:

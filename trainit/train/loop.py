@@ -27,7 +27,7 @@ from trainit.train.feed import BatchFeed
 from trainit.train.recorder import NonFiniteError, StepRecorder
 from trainit.train.reports import metrics, startup_report
 from trainit.train.reports.startup_timer import StartupTimer
-from trainit.train.reports.trackers import JsonLines, RunLogger
+from trainit.train.reports.trackers import JsonLines, RunLogger, usable_trackers
 from trainit.train.resume import Resume, warm_up_again
 from trainit.train.skipped.lines import SkippedSteps
 from trainit.train.step import build
@@ -112,6 +112,8 @@ class Job:
         c, data, shape = self.config, self.data, self.shape
         with self.timer.part("shapes"):
             self._steps = build(c, shape)
+        # A tracker that lacks something, such as a login, is reported before anything is compiled.
+        self._trackers = usable_trackers(c) if sync.is_lead() else ()
         startup_report.report(c, self._steps, shape, data, self.workdir)
         self._checkpoints = CheckpointStore(self.workdir, c.checkpoint.keep)
         about = {"data": fingerprint(data.identity), "mesh": shape.sizes}
@@ -154,7 +156,7 @@ class Job:
         # Lines of metrics.jsonl that this job is going to write again are dropped.
         last_kept = start.step - (start.postponed is not None) if start.is_resumed else -1
         with self.timer.part("trackers"):
-            kept = last_kept, start.wandb_id, start.metrics
+            kept = last_kept, start.wandb_id, start.metrics, self._trackers
             self.logger = RunLogger(is_lead, self.workdir, c.to_dict(), start.step, *kept)
         about = self.logger, meter, monitor, start.postponed, SkippedSteps(c, int(start.state.skipped))
         self.recorder = StepRecorder(c, start.position.tokens, *about)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import secrets
 import socket
 import time
@@ -63,7 +62,8 @@ def run(config: ConfigDict, place: Place, arguments: argparse.Namespace) -> tupl
     results += _check_machines(hosts, processes, command_line.workdir(arguments))
     results += _check_data(resolved, dataset, processes, arguments.debug)
     if sync.is_lead():
-        results.append(environment.check_wandb(config.wandb.project, os.environ))
+        names = resolved.trackers if resolved else ()
+        results += [*environment.check_tensorboard(names), environment.check_wandb(names)]
     return results, True
 
 

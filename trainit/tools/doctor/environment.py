@@ -1,21 +1,22 @@
-"""Checks that all processes have the same environment: versions, devices, clocks, the run's folder, W&B.
+"""Checks that all processes have the same environment: versions, devices, clocks, the run's folder, trackers.
 
 Each check judges values that were gathered from all processes; `processes` are their names, such as
 "process 0 (host1)", in the same order.
 """
 
-import netrc
+import os
 import platform
 import shutil
 import socket
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from trainit import __version__
 from trainit.tools.doctor.report import FAIL, NOTE, OK, Result, group_processes, judge, name_failures
+from trainit.train.reports import tensorboard, wandb
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 SKEW_SECONDS = 5.0  # that clocks may differ by: logs and file times are compared across hosts
@@ -86,13 +87,19 @@ def check_shared(visible: Sequence[int], processes: list[str], folder: Path) -> 
     return judge("shared", finding, failure, "give a --workdir= on a file system that all hosts share")
 
 
-def check_wandb(project: str, environment: Mapping[str, str]) -> Result:
-    """Checks that W&B can be reached, if it is used. Reports whether there is a key, never the key."""
-    if not project:
-        return Result("wandb", NOTE, "not used: wandb.project is empty")
-    if environment.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return Result("wandb", OK, f"{environment['WANDB_MODE']}: nothing leaves this machine")
-    url = urllib.parse.urlparse(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+def check_tensorboard(names: Sequence[str]) -> list[Result]:
+    """Checks that event files for TensorBoard can be written, if it is one of these trackers."""
+    found = judge("tensorboard", "its files can be written", tensorboard.lacks(), "install it on all hosts")
+    return [found] if "tensorboard" in names else []
+
+
+def check_wandb(names: Sequence[str]) -> Result:
+    """Checks that W&B can be reached, if it is one of these trackers. Reports whether there is a login."""
+    if "wandb" not in names:
+        return Result("wandb", NOTE, "not used: wandb.project is empty, or trackers does not name it")
+    if (mode := os.environ.get("WANDB_MODE")) in wandb.OFFLINE:
+        return Result("wandb", OK, f"{mode}: nothing leaves this machine")
+    url = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     try:
         socket.create_connection((host, port), timeout=5).close()
@@ -100,10 +107,5 @@ def check_wandb(project: str, environment: Mapping[str, str]) -> Result:
         finding = f"{host}:{port} cannot be reached: {error.strerror or error}"
         remedy = "set WANDB_MODE=offline and run `wandb sync` later, or check the proxy"
         return Result("wandb", FAIL, finding, remedy)
-    try:
-        login = netrc.netrc().authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        login = None
-    has_login = bool(environment.get("WANDB_API_KEY") or login)
-    failure = f"{host} can be reached, but there is no login" * (not has_login)
+    failure = f"{host} can be reached, but there is no login" * bool(wandb.lacks())
     return judge("wandb", f"{host} can be reached, with a login", failure, "run: wandb login")

@@ -49,12 +49,12 @@ def flops_per_token(model: Config) -> float:
 
 
 def numbers(config: Config, step: int, on_device: dict) -> dict[str, Any]:
-    """The metrics that a step has left on the devices, for which it waits."""
+    """The metrics that a step has left on the devices, for which it waits; histograms are lists of counts."""
     # Diagnostics are zeros in the steps between those in which they are measured.
     values = {name: value for name, value in on_device.items() if name != "diagnostics"}
     if diagnostics.is_due(config.diagnostics, step):
         values |= on_device["diagnostics"]
-    return {name: value.item() for name, value in jax.device_get(values).items()}
+    return {name: value.tolist() for name, value in jax.device_get(values).items()}
 
 
 class Meter:

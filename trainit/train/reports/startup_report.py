@@ -34,6 +34,7 @@ def report(config: Config, steps: CompiledSteps, shape: RunShape, data: Training
         "batch": _batch(shape),
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, "
         f"schedule {c.schedule.name}, state {c.optimizer_state}",
+        "trackers": ", ".join(c.trackers),
         "statistics": diagnostics.describe(c.diagnostics, steps.abstract_state.diagnostics),
     }.items():
         if text:

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, W&B, a progress bar."""
+"""Where metrics go: metrics.jsonl, trackers such as W&B, a progress bar."""
 
 import collections
 import contextlib
@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -15,8 +15,14 @@ from tqdm import tqdm
 
 from trainit.cluster.files import errors_name, write_atomically
 from trainit.cluster.logs import quantity
+from trainit.config import Config
+from trainit.train.reports import tensorboard, wandb
+from trainit.train.reports.background import BackgroundTracker, Tracker
+from trainit.train.reports.tensorboard import TensorBoard
+from trainit.train.reports.wandb import WandB
 
 SAVED_LINES = 1000  # of metrics.jsonl, in each checkpoint
+CLOSE_SECONDS = 30.0  # that a run which has ended waits for its trackers
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 SHOWN = {  # as progress
     "train/loss": "loss {:.3f}".format,
@@ -125,15 +131,38 @@ class Progress:
             self._bar.close()
 
 
+def usable_trackers(config: Config) -> list[str]:
+    """The trackers that the config names, without those that lack something here, which is one line each."""
+    usable = []
+    for name in config.trackers:
+        try:
+            lacking = {"tensorboard": tensorboard, "wandb": wandb}[name].lacks()
+        except Exception as error:  # its package cannot be imported
+            lacking = f"{type(error).__name__}: {error}"
+        if lacking:
+            logging.warning("%-10s %s; the run continues without it", name, lacking)
+        else:
+            usable.append(name)
+    return usable
+
+
 class RunLogger:
-    """Logs a run's metrics: to metrics.jsonl, W&B and as progress. Only on process 0 does it do anything."""
+    """Logs a run's metrics: to metrics.jsonl, to trackers and as progress. Only process 0 does anything."""
 
     def __init__(
-        self, lead: bool, workdir: Path, config: dict, start: int, keep: int, wandb_id: str, saved=None
+        self,
+        lead: bool,
+        workdir: Path,
+        config: dict,
+        start: int,
+        keep: int,
+        wandb_id: str = "",
+        saved: Mapping | None = None,
+        names: Sequence[str] = (),
     ):
         """Begins at step `start`, in metrics.jsonl after step `keep`, in a new or continued W&B run.
 
-        `saved` is what the checkpoint has from `sync`.
+        `saved` is what the checkpoint has from `sync`, and `names` are those of the trackers to use.
         """
         self._lead = lead
         if not lead:
@@ -141,17 +170,12 @@ class RunLogger:
         self._jsonl = JsonLines(workdir / "metrics.jsonl", keep, saved)
         self._samples: JsonLines | None = None
         self._open_samples = lambda: JsonLines(workdir / "samples.jsonl", keep)
-        self._wandb = None
-        project, name = config["wandb"]["project"], config["wandb"]["name"] or workdir.name
-        if project:
-            import wandb  # here, because it is slow to import and not installed everywhere
-
-            settings = {"project": project, "name": name, "id": wandb_id, "config": config}
-            self._wandb = wandb.init(**settings, resume="allow", dir=workdir)
-            self._wandb.define_metric("step")
-            self._wandb.define_metric("*", step_metric="step")
-            # Steps that this job does again are there already. Offline, W&B does not know what it was given.
-            self._known = self._jsonl.newest if self._wandb.offline else self._wandb.starting_step - 1
+        newest = self._jsonl.newest  # when this job begins
+        makers: dict[str, Callable[[], Tracker]] = {
+            "tensorboard": lambda: TensorBoard(workdir / "tensorboard", config, keep + 1),
+            "wandb": lambda: WandB(workdir, config, wandb_id, newest),
+        }
+        self._trackers = [BackgroundTracker(name, makers[name]) for name in names]
         self._progress = Progress(start, config["steps"])
 
     def log(self, step: int, metrics: Mapping, write: bool = True):
@@ -160,20 +184,17 @@ class RunLogger:
             self._progress.show(step, metrics)
         if self._lead and write:
             self._jsonl.log({"step": step, **metrics})
-            if self._wandb and step > self._known:
-                self._wandb.log({"step": step, **metrics}, step=step)
+            for tracker in self._trackers:
+                tracker.call("log", step, {k: v for k, v in metrics.items() if k != "step"})
 
     def log_texts(self, step: int, texts: Sequence[Mapping]):
-        """Appends objects of a prompt and its text to samples.jsonl, and shows them in W&B."""
+        """Appends objects of a prompt and its text to samples.jsonl, and shows them in trackers."""
         if self._lead:
             self._samples = self._samples or self._open_samples()
             for text in texts:
                 self._samples.log(text)
-            if self._wandb and step > self._known:
-                import wandb
-
-                table = wandb.Table(["prompt", "text"], data=[[t["prompt"], t["text"]] for t in texts])
-                self._wandb.log({"samples": table}, step=step)
+            for tracker in self._trackers:
+                tracker.call("log_texts", step, texts)
 
     def sync(self) -> dict:
         """Returns, when everything that was logged is on disk, what a checkpoint keeps of metrics.jsonl."""
@@ -186,11 +207,14 @@ class RunLogger:
         return self._jsonl.newest_lines() if self._lead else {}
 
     def close(self, code: int):
-        """Closes everything; W&B learns the exit code."""
+        """Closes everything; trackers learn the exit code, and have CLOSE_SECONDS for what is waiting."""
         if self._lead:
             self._progress.close()
             self._jsonl.close()
             if self._samples:
                 self._samples.close()
-            if self._wandb:
-                self._wandb.finish(exit_code=code)
+            deadline = time.monotonic() + CLOSE_SECONDS
+            for tracker in self._trackers:
+                tracker.close(code)
+            for tracker in self._trackers:
+                tracker.wait(deadline)

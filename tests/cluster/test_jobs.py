@@ -422,6 +422,36 @@ def test_the_save_of_a_stop_that_fails_on_one_process(job, patched, tmp_path):
     assert newest == last_step(tmp_path / "run")
 
 
+COMMIT_FAILS = """
+from trainit.checkpoints import digests, retry, store
+retry.RETRY_SECONDS, store.TIMEOUT_SECONDS = (1, 1, 1), 6
+collect, calls = digests.collect, []
+def fail(folder):
+    calls.append(folder)
+    if len(calls) in (1, 3):
+        raise OSError(28, "No space left on device")
+    collect(folder)
+digests.collect = fail
+"""
+
+
+def test_a_save_that_fails_when_all_have_written_is_done_again(job, patched, tmp_path):
+    """Process 0 cannot complete a checkpoint, once in the midst of a run and once while it stops.
+
+    Process 1 still waits for the first one in the background, until that takes too long.
+    """
+    run, flags = tmp_path / "run", ("--config.checkpoint.save_steps=(3,)", "--config.steps=100000")
+    process = job(2, *flags, **patched(COMMIT_FAILS))
+    assert wait_for(process, lambda: any(path.name.isdigit() for path in run.glob("checkpoints/*")))
+    time.sleep(7)
+    process.send_signal(signal.SIGTERM)
+    end(process, 75, 60)
+    again = "save       failed, tried again in 1 s: "
+    for rank, reason in enumerate(("[Errno 28] No space left on device", "another process says why")):
+        assert _log(run, rank).count(again) == _log(run, rank).count(again + reason) == 2
+    assert CheckpointStore(run, read_only=True).steps()[-1] == last_step(run)
+
+
 def test_a_save_that_keeps_failing_ends_the_job(job, patched, tmp_path):
     """After the first save, which is good, no more: the job ends, and that one is whole."""
     never = FULL_DISK.replace("[FAILURES]", "[5]").replace("left[0] >= 0", "left[0] < 4")

@@ -11,9 +11,8 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from trainit.checkpoints import digests
+from trainit.checkpoints import digests, watched
 from trainit.checkpoints.compared import Compared
-from trainit.checkpoints.watched import watch
 from trainit.cluster import sync
 from trainit.cluster.run_lock import try_to_write
 from trainit.config import ConfigError, of_this_version, require
@@ -41,7 +40,7 @@ class CheckpointStore:
     def __init__(self, workdir: Path, keep: int = 0, read_only: bool = False, copied_gb: float = 1000):
         self.folder = (workdir / "checkpoints").absolute()
         self._keep, self._read_only, self._copied_gb = keep, read_only, copied_gb
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._times_opened, self._newest_save = 0, -1
         self.compared = Compared(self.folder)
         self._manager = self._open() if self.folder.is_dir() else None
@@ -52,9 +51,15 @@ class CheckpointStore:
         # global to the process: this is the only way to set it, and nothing else here uses Orbax.
         handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-        # After a save has failed, threads of it may still wait for other processes at a barrier. With its own
-        # prefix, a new manager's barriers cannot be mistaken for these.
+        # After a save has failed, threads of it may still wait for other processes at a barrier, until that
+        # fails, too. With its own prefix, a new manager's barriers cannot be mistaken for these.
         self._times_opened += 1
+        opened = self._times_opened
+
+        def fail(error: BaseException):
+            if opened == self._times_opened:
+                self._fail(error)
+
         barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"{self._times_opened}_")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep or None,
@@ -64,6 +69,7 @@ class CheckpointStore:
             cleanup_tmp_directories=not self._read_only,
             async_options=ocp.AsyncOptions(
                 timeout_secs=TIMEOUT_SECONDS,
+                barrier_sync_fn=watched.barrier(fail),
                 post_finalization_callback=lambda: digests.collect(self._unfinished),
             ),
             multiprocessing_options=barriers,
@@ -71,7 +77,7 @@ class CheckpointStore:
         handlers = {"meta": ocp.JsonCheckpointHandler()}
         for name in ("state", *SEPARATE):
             handler = ocp.StandardCheckpointHandler(save_concurrent_gb=self._copied_gb)
-            handlers[name] = watch(handler, self._fail, self._written)
+            handlers[name] = watched.watch(handler, fail, self._written)
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
@@ -80,7 +86,7 @@ class CheckpointStore:
         assert self._manager is not None
         return self._manager
 
-    def _fail(self, error: Exception):
+    def _fail(self, error: BaseException):
         self._error = self._error or error
 
     def _written(self, item: Path):
@@ -180,7 +186,7 @@ class CheckpointStore:
         """Whether a save is under way."""
         return self._manager is not None and self._manager.is_saving_in_progress()
 
-    def error(self) -> Exception | None:
+    def error(self) -> BaseException | None:
         """What went wrong in this process's part of a save, as soon as it is known; cheap."""
         if not self._error and not self.busy():
             self._finish()  # does not wait here, but learns of errors in the last part

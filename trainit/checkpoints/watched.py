@@ -1,9 +1,12 @@
 """What Orbax does not report by itself about a save that is under way."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from orbax.checkpoint import multihost
 
 
 def watch(handler, on_error: Callable[[Exception], None], on_written: Callable[[Path], None]):
@@ -24,6 +27,21 @@ def watch(handler, on_error: Callable[[Exception], None], on_written: Callable[[
 
     handler.async_save = async_save
     return handler
+
+
+def barrier(on_error: Callable[[BaseException], None]) -> Callable[..., None]:
+    """Returns the barrier for Orbax's threads, which reports an exception that a thread comes with.
+
+    When all have written their parts, process 0 makes the checkpoint complete, and the others wait for it. If
+    it fails in this, it waits for the others at the end of its save, in a `finally`, before it reports why.
+    """
+
+    def wait(*, key: str, timeout_ms: int):
+        if error := sys.exception():
+            on_error(error)
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    return wait
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Each process writes its own shards in the background; a checkpoint's folder has 
 """
 
 import contextlib
+import functools
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,20 +47,14 @@ class CheckpointStore:
         self._manager = self._open() if self.folder.is_dir() else None
 
     def _open(self) -> ocp.CheckpointManager:
-        # By default Orbax shares the writing among replicas. It then cuts each array into parts on the
-        # device, which takes device memory and blocks the loop while it does so. The handler of arrays is
-        # global to the process: this is the only way to set it, and nothing else here uses Orbax.
+        # Orbax would share the writing among replicas, and cut arrays on the device, which takes memory and
+        # blocks the loop. Its handler of arrays is global to the process; nothing else here uses Orbax.
         handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         # After a save has failed, threads of it may still wait for other processes at a barrier, until that
         # fails, too. With its own prefix, a new manager's barriers cannot be mistaken for these.
         self._times_opened += 1
-        opened = self._times_opened
-
-        def fail(error: BaseException):
-            if opened == self._times_opened:
-                self._fail(error)
-
+        fail = functools.partial(self._fail, self._times_opened)
         barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"{self._times_opened}_")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep or None,
@@ -86,8 +81,8 @@ class CheckpointStore:
         assert self._manager is not None
         return self._manager
 
-    def _fail(self, error: BaseException):
-        self._error = self._error or error
+    def _fail(self, times_opened: int, error: BaseException):
+        self._error = self._error or (error if times_opened == self._times_opened else None)
 
     def _written(self, item: Path):
         """Called when this process has written its part of an item of a checkpoint."""
@@ -110,7 +105,7 @@ class CheckpointStore:
             try:
                 try_to_write(self.folder, jax.process_index())
             except OSError as error:
-                self._fail(error)
+                self._fail(self._times_opened, error)
             if any(sync.gather(self._error is not None)):
                 return
         fields, separate = _split(state)
@@ -123,7 +118,7 @@ class CheckpointStore:
         except Exception as error:
             if jax.process_count() > 1:  # the others are in the middle of it and cannot be called back
                 raise
-            self._fail(error)
+            self._fail(self._times_opened, error)
 
     def meta(self, step: int) -> dict:
         """What was saved with the state of `step`. Raises ConfigError if it is damaged or not Trainit's."""
@@ -203,7 +198,7 @@ class CheckpointStore:
             if self._manager:
                 self._manager.wait_until_finished()
         except Exception as error:
-            self._fail(error)
+            self._fail(self._times_opened, error)
 
     def reopen(self) -> bool:
         """Discards a save that failed, here or on another process. All processes call it together.

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
 import pytest
 from finished import make_run
+from ml_collections import ConfigDict
 
 from trainit.checkpoints.finished_run import open_run
+from trainit.generate import parameters
 from trainit.generate.decoder import Decoder, cache_bytes
 from trainit.generate.parameters import mesh_for
 from trainit.generate.sampling import Sampling
@@ -178,3 +181,21 @@ def test_a_step_copies_no_cache(rows, run_of):
     step = jax.jit(made.go_on, static_argnums=(3,), donate_argnums=(1,))
     memory = step.lower(made.parameters, state, GREEDY.arguments(), 8).compile().memory_analysis()
     assert memory.temp_size_in_bytes < sum(part.nbytes for part in long)
+
+
+def test_a_step_copies_no_kernels(run_of, monkeypatch):
+    """Its temporaries are smaller than the keys' kernel, though kernels with the same input are one array."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})  # on one core nothing is in parts
+    config = ConfigDict(run_of("Llama")[1].config.to_dict())
+    config.model.update(dim=512, head_dim=128)
+    made = Decoder(config, mesh_for(config.model, jax.devices()[:1]), "float32", END, IDS)
+    shapes, keep = made._model.shapes, True
+    params = jax.eval_shape(
+        lambda params: parameters.apart(params, made._parallel, made._types, keep), shapes
+    )
+    arrays = np.zeros((1, 8), np.int32), *np.ones((2, 1), np.int32), np.zeros((1, 2), np.uint32)
+    more = np.uint32(0), GREEDY.arguments()
+    state, _ = jax.eval_shape(functools.partial(made.begin, slots=64), params, *arrays, *more)
+    step = jax.jit(made.go_on, static_argnums=(3,), donate_argnums=(1,))
+    memory = step.lower(params, state, GREEDY.arguments(), 8).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < math.prod(shapes["blocks"]["attention"]["key"]["kernel"].shape[1:]) * 4

@@ -148,7 +148,7 @@ class Decoder:
             return self._whole(q_BPHK, k_BPJK, v_BPJK, *rest, **settings)
 
         self._attend = attend
-        params = parameters.in_model(params, self._parallel)
+        params = parameters.in_model(params, self._parallel, self._model.shapes)
         x_BPD, head = self._model.hidden_of_layers(params, tokens_BP)
         x_BD = jnp.take_along_axis(x_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
         logits_BV = self._parallel.constrain(head(x_BD), None, None)
@@ -212,7 +212,7 @@ class Decoder:
             return y_sbHK
 
         self._attend = attend
-        params = parameters.in_model(params, self._parallel)
+        params = parameters.in_model(params, self._parallel, self._model.shapes)
         documents = Documents(jnp.zeros_like(position_sb), position_sb)
         x_sbD, head = self._model.hidden_of_layers(params, token_sb, documents)
         logits = self._parallel.constrain(head(x_sbD), None, None, None)

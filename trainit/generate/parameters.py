@@ -1,6 +1,7 @@
 """A checkpoint's parameters as they are used for texts: on a mesh for this, one tree for each layer."""
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -15,6 +16,9 @@ from trainit.parallel.collectives import Parallel
 from trainit.parallel.layout import is_stacked, logical_axes, parameter_kind, partition_spec, state_shardings
 from trainit.parallel.mesh import make_mesh
 from trainit.parallel.trees import path_name
+
+# A part of a block, and its kernels that have the same input.
+TOGETHER = ("attention", "query", "key", "value"), ("mlp", "up", "gate")
 
 
 def mesh_for(model: Config, devices: Sequence[jax.Device]) -> Mesh:
@@ -41,8 +45,8 @@ def apart(params: dict, parallel: Parallel, types: Mapping, keep: bool) -> dict:
     """The parameters with "blocks" as a list; kernels in the type of their part, in which they are used.
 
     A program that took one layer of a stacked array would copy it first, in each step. Kernels that are read
-    in parts have their inputs last; see `in_model`. Unless they are to be kept, arrays are given up one after
-    the other.
+    in parts have their inputs last, and those of a line of `TOGETHER` are one array, in place of the first;
+    see `in_model`. Unless they are to be kept, arrays are given up one after the other.
     """
     mesh = parallel.mesh
     assert mesh is not None
@@ -66,11 +70,13 @@ def apart(params: dict, parallel: Parallel, types: Mapping, keep: bool) -> dict:
 
     layers = len(jax.tree.leaves(tree["blocks"], is_leaf=lambda x: isinstance(x, list))[0])
     blocks = [layer(tree["blocks"], index) for index in range(layers)]
+    if parallel.kernel_parts > 1:
+        blocks = [_joined(block) for block in blocks]
     return {name: layer(part, 0) for name, part in tree.items() if name != "blocks"} | {"blocks": blocks}
 
 
-def in_model(params: dict, parallel: Parallel) -> dict:
-    """Inside a program: the parameters of `apart` with the axes that the model knows."""
+def in_model(params: dict, parallel: Parallel, shapes: dict) -> dict:
+    """Inside a program: the parameters of `apart` as the model knows them, whose `shapes` are given."""
 
     def turn(path: tuple, array: jax.Array) -> jax.Array:
         last = range(array.ndim - _inputs(path_name(path)), array.ndim)
@@ -78,9 +84,38 @@ def in_model(params: dict, parallel: Parallel) -> dict:
 
     if parallel.kernel_parts == 1:
         return params
-    layers = [jax.tree.map_with_path(turn, {"blocks": layer})["blocks"] for layer in params["blocks"]]
+    blocks = [_separate(block, shapes["blocks"]) for block in params["blocks"]]
+    turned = [jax.tree.map_with_path(turn, {"blocks": block})["blocks"] for block in blocks]
     rest = jax.tree.map_with_path(turn, {name: part for name, part in params.items() if name != "blocks"})
-    return {**rest, "blocks": layers}
+    return {**rest, "blocks": turned}
+
+
+def _joined(block: dict) -> dict:
+    """A block whose kernels with the same input are one array, their outputs one after the other."""
+    block = {name: dict(part) for name, part in block.items()}
+    for part, first, *others in _together(block):
+        kernels = [block[part][name]["kernel"] for name in (first, *others)]
+        block[part][first] = {**block[part][first], "kernel": jnp.concatenate(kernels)}
+        for name in others:
+            block[part][name] = {key: value for key, value in block[part][name].items() if key != "kernel"}
+    return block
+
+
+def _separate(block: dict, shapes: dict) -> dict:
+    """The block of `_joined` with a kernel of each name again; `shapes` are of stacked layers."""
+    block = {name: dict(part) for name, part in block.items()}
+    for part, *names in _together(block):
+        sizes = [shapes[part][name]["kernel"].shape[2] for name in names]
+        ends = list(itertools.accumulate(sizes[:-1]))
+        kernels = jnp.split(block[part][names[0]]["kernel"], ends)
+        for name, kernel in zip(names, kernels, strict=True):
+            block[part][name] = {**block[part][name], "kernel": kernel}
+    return block
+
+
+def _together(block: dict) -> list[tuple[str, ...]]:
+    """The lines of `TOGETHER` that a block has."""
+    return [(part, *names) for part, *names in TOGETHER if set(names) <= block.get(part, {}).keys()]
 
 
 def _inputs(path: str) -> int:

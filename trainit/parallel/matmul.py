@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from trainit.parallel.collectives import MaybeArray, Parallel, gather, scatter_sum, sum_over
-from trainit.parallel.cpu_workarounds import computed_after, keep, product, sum_outer_products
+from trainit.parallel.cpu_workarounds import computed_after, keep, product, products, sum_outer_products
 from trainit.parallel.float8 import BACKWARD, FORWARD, Factor, dot, factor
 
 PRODUCT = "product"  # the checkpoint name of what remat may keep: results of matrix products, attention's too
@@ -84,13 +84,10 @@ def _column_parallel(p: Parallel, float8: bool, x_BLD: jax.Array, weights: tuple
         dtype = FORWARD if float8 else x_blD.dtype
         x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype)
 
-        def times(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-            y = product(
-                x_bLD, _gather_kernel(p, kernel, dtype, 0), ((2,), (0,)), x_blD.dtype, p.mesh, p.kernel_parts
-            )
-            return y if bias is None else y + bias.astype(y.dtype)
-
-        return tuple(times(*pair) for pair in weights)
+        kernels = [_gather_kernel(p, kernel, dtype, 0) for kernel, _ in weights]
+        ys = products(x_bLD, kernels, x_blD.dtype, p.mesh, p.kernel_parts)
+        pairs = zip(ys, (bias for _, bias in weights), strict=True)
+        return tuple(y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs)
 
     return p.shard_map_if_needed(on_device, _column_specs(p, weights), p.spec(*WIDE))(x_BLD, weights)
 

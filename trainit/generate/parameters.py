@@ -65,14 +65,14 @@ def apart(params: dict, parallel: Parallel, types: Mapping, keep: bool) -> dict:
 
     tree = jax.tree.map_with_path(lists, params)
 
-    def layer(part: dict, index: int) -> dict:
-        return jax.tree.map(lambda arrays: arrays[index], part, is_leaf=lambda x: isinstance(x, list))
+    def next_layer(part: dict) -> dict:
+        """Takes a layer from the lists, so that nothing holds the arrays that `_joined` puts together."""
+        return jax.tree.map(lambda arrays: arrays.pop(0), part, is_leaf=lambda x: isinstance(x, list))
 
+    join = _joined if parallel.kernel_parts > 1 else dict
     layers = len(jax.tree.leaves(tree["blocks"], is_leaf=lambda x: isinstance(x, list))[0])
-    blocks = [layer(tree["blocks"], index) for index in range(layers)]
-    if parallel.kernel_parts > 1:
-        blocks = [_joined(block) for block in blocks]
-    return {name: layer(part, 0) for name, part in tree.items() if name != "blocks"} | {"blocks": blocks}
+    blocks = [join(next_layer(tree["blocks"])) for _ in range(layers)]
+    return {name: next_layer(part) for name, part in tree.items() if name != "blocks"} | {"blocks": blocks}
 
 
 def in_model(params: dict, parallel: Parallel, shapes: dict) -> dict:

@@ -15,13 +15,13 @@ from processes import ROOT, start
 from trainit import optimizers
 from trainit.cluster import devices
 from trainit.config import MESH_AXES, defaults, model, resolve
-from trainit.experiments.plan import hlo
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.tools.benchmark import contender, generating, suite
 from trainit.tools.benchmark import profile as where
 from trainit.train import step
 from trainit.train.automatic import choice
+from trainit.train.profiling import parts
 
 
 def test_unknown_part(random_dataset):
@@ -78,17 +78,16 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 def test_time_is_shared_out_by_scopes():
     """A loop's own time is that of what it runs; what is no instruction is the host's."""
-    events = [
-        ("fusion.1", 30.0),
-        ("fusion.1", 20.0),
-        ("while.2", 55.0),
-        ("dot.3", 25.0),
-        ("all-reduce.4", 15.0),
-    ]
-    events += [("add.5", 10.0), ("ThunkExecutor::Execute", 100.0), ("$profiler.py", 7.0)]
-    found = where.shares(events, where.instructions(PROGRAM))
-    assert found == {"mlp": 0.5, "head": 0.25, "communication": 0.15, "other": 0.1}
-    assert where.shares([("nothing", 1.0)], where.instructions(PROGRAM)) == {}
+    spans = {"fusion.1": (0, 30), "while.2": (5, 160), "dot.3": (60, 85), "all-reduce.4": (85, 100)}
+    spans |= {"add.5": (90, 100), "ThunkExecutor::Execute": (0, 300), "$profiler.py": (200, 207)}
+    events = [(device, name, *span) for device in ("0", "1") for name, span in spans.items()]
+    events += [("0", "fusion.1", 40, 60), ("1", "fusion.1", 30, 50)]
+    found = parts.shares(events, parts.instructions(PROGRAM))
+    # Both devices do nothing for a tenth of the 100 ns from the first instruction to the last.
+    expected = {"mlp": 0.45, "head": 0.225, "exchanges": 0.135, "other": 0.09, "idle": 0.1}
+    assert found == pytest.approx(expected)
+    assert list(found) == list(expected)
+    assert parts.shares([("0", "nothing", 0, 1)], parts.instructions(PROGRAM)) == {}
 
 
 def test_a_real_profile_finds_every_part():
@@ -105,10 +104,9 @@ def test_a_real_profile_finds_every_part():
     compiled = steps.train.lower(state, batch).compile()
     jax.block_until_ready(compiled(state, batch))
     state = steps.init()
-    found = where.shares(
-        where.profile(lambda: compiled(state, batch)), where.instructions(compiled.as_text())
-    )
-    assert set(hlo.PARTS) <= set(found)
+    events = where.profile(lambda: compiled(state, batch))
+    found = parts.shares(events, parts.instructions(compiled.as_text()))
+    assert {*parts.PARTS, "idle"} <= set(found)
     assert abs(sum(found.values()) - 1) < 1e-6
 
 

@@ -192,7 +192,7 @@ class SignalInbox:
             if self._interrupted is not None and now - self._interrupted > 1:
                 os._exit(130)
             self._interrupted = now
-        return 0 in numbers, [signal.Signals(number).name for number in numbers if number]
+        return 0 in numbers, [signal.Signals(number).name for number in numbers if number in STOP_SIGNALS]
 
 
 def delay_abort():

@@ -94,6 +94,10 @@ def _measured_and_kept(c: ConfigDict) -> None:
     c.restart = field(ConfigDict(), "what launch scripts do when a process fails or is lost")
     c.restart.limit = field(0, "times to start all again, from the newest checkpoint; 0: never", at_least=0)
     c.restart.shrink = field(False, "continue on fewer hosts if there are no more, and the mesh fits there")
+    c.profile = field(ConfigDict(), "traces of steps on the devices")
+    c.profile.steps = field("", "steps FROM:TO, ... to trace, as in '100:105'; empty: none")
+    c.profile.count = field(5, "steps of a trace that SIGURG or a file trace_PROCESS asks for", above=0)
+    c.profile.processes = field((0,), "processes that trace, unless a file asks them; empty: all")
     c.diagnostics = field(diagnostics(every_steps=0), "statistics of the trajectory")
     trackers = "where metrics go, too: tensorboard, wandb; empty: wandb, if wandb.project is set"
     c.trackers = field((), trackers)

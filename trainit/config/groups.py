@@ -55,7 +55,7 @@ FREE = re.compile(
     r"(max_minutes|stall_seconds|max_skipped|device_batch_size|logits_mib|platform|cpu_devices|trackers)$"
     r"|model\.(attention|remat|scan_layers)$"
     r"|dataset\.(path|validation_path|subset_field|tokenizer|template|end_of_text|workers|prefetch)$"
-    r"|spikes\.skip_data$|(mesh|eval|log|check|checkpoint|restart|diagnostics|wandb)\."
+    r"|spikes\.skip_data$|(mesh|eval|log|check|checkpoint|restart|profile|diagnostics|wandb)\."
 )
 
 

@@ -38,6 +38,7 @@ def shrink(config: ConfigDict, keep: Collection[str]) -> ConfigDict:
         "log": {"every_steps": 1},
         "diagnostics": {"every_steps": min(config.diagnostics.every_steps, 5)},
         "trackers": (),
+        "profile": {"steps": ""},
         **({} if "trackers" in keep else {"wandb": {"project": ""}}),
         "mesh": {axis: 2 for axis, size in config.mesh.items() if size > 2},  # what is split stays split
     }

@@ -24,6 +24,7 @@ from trainit.parallel.mesh import RunShape
 from trainit.prepare import background
 from trainit.train.evaluate import Validation
 from trainit.train.feed import BatchFeed
+from trainit.train.profiling.tracer import Tracer
 from trainit.train.recorder import NonFiniteError, StepRecorder
 from trainit.train.reports import metrics, startup_report
 from trainit.train.reports.startup_timer import StartupTimer
@@ -164,6 +165,7 @@ class Job:
         self._check = device_checks.DeviceCheck(every, self._steps, monitor.watchdog, store)
         self.saves = SaveRetry(self._checkpoints, monitor, self._checkpoint_meta, start.saved_step)
         self.saves.check_state = self._check.replicas
+        self._tracer = Tracer(c, self.workdir, monitor.watchdog)
 
     def validate_and_save(self, step: int, state: TrainState, reason: str) -> str:
         """Validates and saves if that is due after `step` steps; returns why to stop here, or ""."""
@@ -215,7 +217,9 @@ class Job:
     def _start_step(self, step: int, state: TrainState, batch: dict | None) -> tuple[TrainState, dict]:
         sizes = self.shape.batch_sizes
         if step == 0 or step not in sizes.starts:
-            return self._steps.train(state, batch)
+            start = functools.partial(self._steps.train, state, batch)
+            compiled = functools.partial(self._steps.train.compiled, state, batch)
+            return self._tracer.run(step, state, start, compiled)
         # Batches of another size need another program, which is compiled here.
         logging.info("batch      %d sequences from step %d on", sizes.at(step), step)
         with self.monitor.watchdog.long_task("compiling for another batch size"):

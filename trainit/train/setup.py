@@ -11,6 +11,7 @@ from trainit.data.formats import detect
 from trainit.data.training_data import TrainingData
 from trainit.prepare.demo import prepare_demo
 from trainit.train import tasks
+from trainit.train.profiling import tracer
 
 
 def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, TrainingData]:
@@ -37,6 +38,7 @@ def read(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Config, Tra
     def resolved(config: ConfigDict, vocab_size: int, end_of_text: int) -> Config:
         frozen = resolve(config, vocab_size, end_of_text)
         optimizers.check(frozen)
+        tracer.ranges(frozen)
         return frozen
 
     for given in config.eval.tasks:

@@ -26,10 +26,8 @@ from trainit.data.training_data import abstract_batch
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape, run_shape
 from trainit.train import step
+from trainit.train.profiling.parts import KINDS
 
-PARTS = ("attention", "mlp", "head", "embedding", "optimizer")  # named scopes of model and step
-_PART = re.compile(rf"\b({'|'.join(PARTS)})\b")
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _NAME = re.compile(r"%[\w.-]+")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
@@ -129,11 +127,6 @@ class Instruction(NamedTuple):
     def calls(self, attribute: str) -> str:
         """The name of the computation that it runs, by the attribute: body, calls, to_apply."""
         return match_or_raise(rf"\b{attribute}=(%[\w.-]+)", self.rest)[1]
-
-
-def part_of(scope: str) -> str:
-    """Returns the part of model and step that a scope is in, or ""."""
-    return (_PART.findall(scope) or [""])[0]
 
 
 def arrays(result: str) -> list[tuple[str, list[int]]]:

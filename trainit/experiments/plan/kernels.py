@@ -9,6 +9,7 @@ from typing import NamedTuple
 from trainit.experiments.plan import hlo
 from trainit.experiments.plan.hlo import Instruction
 from trainit.experiments.plan.targets import Target
+from trainit.train.profiling.parts import part_of
 
 PRODUCTS, MEMORY = 0.7, 0.85  # of the peak of products, and of the memory's bandwidth, that kernels reach
 LAUNCH = 2e-6  # seconds between kernels
@@ -52,7 +53,7 @@ class Kernels:
         texts = tuple((text, lowered) for text, _ in products)
         if one.operation == "custom-call" and not products:
             texts = ((name, "a library: only its bytes count"),)
-        return Kernel(hlo.part_of(one.scope), texts, flops, moved, seconds)
+        return Kernel(part_of(one.scope), texts, flops, moved, seconds)
 
     def _products(self, computation: str) -> list[tuple[str, float]]:
         """The matrix products in a fusion: text, operations."""

@@ -1,0 +1,1 @@
+"""What a run's devices do, and what fills their memory."""

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import random
+import re
 import signal
 import socket
 import struct
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,15 +67,19 @@ def run(*args: str, expect: int = 0, timeout: float = 180, **environment: str) -
 
 
 IMPORTED = """
-import json, os, runpy, signal, sys
+import importlib, json, os, runpy, signal, sys
 from trainit import __main__, main
+from trainit.cluster.process import block_stop_signals
 from trainit.config import command_line
+begin = importlib.import_module(sys.argv[1]).begin if sys.argv[1:] else lambda: None
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
     arguments, command, module, environment, output, end = json.loads(line)
     if os.fork():
         continue
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if not (command or module):
+        block_stop_signals()  # before the fork, whose own hooks would swallow a KeyboardInterrupt
     if child := os.fork():
         print(child, flush=True)
         os.write(os.open(end, os.O_WRONLY), b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -82,6 +88,7 @@ for line in sys.stdin:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
+    begin()
     sys.argv = [module or command or "trainit.main", *arguments]
     if module:
         runpy.run_module(module, run_name="__main__")
@@ -94,37 +101,45 @@ for line in sys.stdin:
 
 
 @functools.cache
-def _imported() -> subprocess.Popen:
+def imported(hooks: str = "", path: str = "", preload: str = "") -> tuple[subprocess.Popen, threading.Lock]:
+    """A process that has imported Trainit and forks for each `Fork`, and what one of these at a time holds.
+
+    `hooks` is a module of the folder `path`, whose `begin` each fork calls first; `preload` is a library.
+    """
+    more = {"PYTHONPATH": f"{path}:{ROOT}", "LD_PRELOAD": preload} if hooks else {}
     process = subprocess.Popen(
-        [sys.executable, "-c", IMPORTED],
+        [sys.executable, "-c", IMPORTED, *[hooks] * bool(hooks)],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "100"},
+        env={**os.environ, "COLUMNS": "100", **more},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     atexit.register(process.kill)
-    return process
+    return process, threading.Lock()
 
 
 class Fork:
     """What `start` begins, in a fork of a process that has imported Trainit: two seconds less.
 
-    It has what tests want of a subprocess.Popen. environment: what is read as Python starts, such as
-    PYTHONPATH, comes too late.
+    It has what tests want of a subprocess.Popen. server: what `imported` takes. environment: what is read as
+    Python starts, such as PYTHONPATH, comes too late.
     """
 
-    def __init__(self, *args: str, command: str = "", module: str = "", **environment: str):
+    def __init__(
+        self, *args: str, command: str = "", module: str = "", server: tuple = (), **environment: str
+    ):
         self._folder = tempfile.TemporaryDirectory()
         self._output, self._end = (Path(self._folder.name) / name for name in ("output", "end"))
         self._output.touch()
         self._end.touch()
-        server = _imported()
+        process, lock = imported(*server)
         request = [[*map(str, args)], command, module, environment, str(self._output), str(self._end)]
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        self.pid, self.returncode = int(server.stdout.readline()), None
+        with lock:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            self.pid, self.returncode = int(process.stdout.readline()), None
 
     def poll(self) -> int | None:
         if self.returncode is None and (code := self._end.read_text()):
@@ -220,11 +235,12 @@ def with_variable(variable: str, *of_pgrep: str) -> list[int]:
 
 
 def last_step(workdir: Path) -> int:
-    """The step of the last line of metrics.jsonl; -1 if there is none."""
+    """The step of the last line of metrics.jsonl; -1 if there is none, or it is damaged."""
     path = workdir / "metrics.jsonl"
     # Without the line that is just being written.
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else -1
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    found = re.search(r'"step": (\d+)', lines[-1]) if lines else None
+    return int(found[1]) if found else -1
 
 
 def saving(workdir: Path) -> bool:

@@ -34,6 +34,7 @@ from trainit.config import Config, ConfigError
 from trainit.data.documents.inputs import fingerprint
 from trainit.data.documents.reader import BrokenInputError
 from trainit.generate.at_validation import Samples
+from trainit.tools import out_of_memory
 from trainit.train import loop as train
 from trainit.train import setup
 from trainit.train.automatic import choice
@@ -68,7 +69,8 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         code = getattr(error, "exit_code", FAILED)
         monitor.report_failure(error, code, patience=3)
         known = code != FAILED or isinstance(error, BrokenInputError | SaveError | NonFiniteError)
-        known = known or (isinstance(error, OSError) and error.filename is not None)  # a line says it all
+        known = known or "RESOURCE_EXHAUSTED" in str(error)  # a line says it all
+        known = known or (isinstance(error, OSError) and error.filename is not None)
         logging.error("trainit: error: %s", error, exc_info=not known)
         leave(code)
     leave(code, together=True)
@@ -118,7 +120,11 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
     restart.report_run(place, folder, config.restart.limit, choice.fewer_processes(config))
     logging.info("%-10s %s", "computing", chosen)
     wire = Wire(place.coordinator, token)
-    code = train.run(train.Job(config, dataset, shape, folder, monitor, wire, start, write_texts))
+    try:
+        code = train.run(train.Job(config, dataset, shape, folder, monitor, wire, start, write_texts))
+    except jax.errors.JaxRuntimeError as error:
+        out_of_memory.explain(error, config)
+        raise
     monitor.close()
     return code
 

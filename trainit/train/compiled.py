@@ -12,6 +12,7 @@ from absl import logging
 from trainit.cluster import sync
 from trainit.cluster.process import release_free_memory
 
+PROGRAMS: dict[str, jax.stages.Compiled] = {}  # the newest of each name, to say what fills the memory
 COMPILE_SECONDS = 3600.0  # how much longer the slowest process may take to compile than the fastest
 
 
@@ -53,7 +54,7 @@ class CompiledFunction:
 
     def _compile(self, args: tuple) -> jax.stages.Compiled:
         begun, _events.seen = time.monotonic(), set()
-        compiled = self.lower(*args).compile()
+        PROGRAMS[self._name] = compiled = self.lower(*args).compile()
 
         # A start that takes minutes should say why: was the function in the cache?
         seconds, folder = time.monotonic() - begun, jax.config.values["jax_compilation_cache_dir"]

@@ -232,6 +232,7 @@ def test_of_many_that_take_over_at_once_one_has_it(tmp_path):
         mine = RunLock("race", lambda text: None)
         try:
             mine.take(tmp_path)
+            mine.confirm()
             outcomes.append(mine)
         except ConfigError as error:
             outcomes.append(str(error))

@@ -109,11 +109,12 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
         connections, coordinator = rendezvous.meet_others(place, config.platform, same, seconds, stop, token)
         if place.num_processes > 1:
             monitor.connect(connections)
+        lock = run_lock.RunLock(place.source, monitor.end_job)
         if place.process_id == 0:
-            lock = run_lock.RunLock(place.source, monitor.end_job)
             leave.release_lock = lock.release
             lock.take(folder)
         devices.initialize(config.platform, place, coordinator)
+        lock.confirm()
 
     monitor.set_limits(config.stall_seconds, log, config.max_minutes, start.launched)
     config, shape, chosen = choice.on_devices(config, shrink_to_fit=arguments.debug)

@@ -71,7 +71,8 @@ def patched(tmp_path):
 
 @pytest.mark.evidence(
     "with `restart.limit`, launch/local.sh starts a job again when process 1, and then process 0, is killed: "
-    "the run ends complete without anyone touching it, with losses bit-identical to an undisturbed one's"
+    "the run ends complete without anyone touching it, with losses bit-identical to an undisturbed one's; "
+    "each process finds its program in the cache"
 )
 def test_stopped_then_each_process_killed(job, tmp_path):
     """Each step once, bit-identical to a run that nobody disturbed; who is killed is named."""

@@ -58,12 +58,16 @@ class RunLock:
         """`job` is the scheduler's name of this one; `lost` is called when another has taken the folder."""
         self._lost, self._released = lost, threading.Event()
         self._path: Path | None = None
+        self._settled = 0.0  # when nobody can take over any more from the holder before; a `time.monotonic()`
         self._own: dict = {"job": job, "since": time.strftime("%F %T %z"), "id": secrets.token_hex(8)}
         self._own |= {"host": socket.gethostname(), "namespace": _namespace()}
         self._own |= {"pid": os.getpid(), "started": start_of(os.getpid())}
 
     def take(self, folder: Path):
-        """Takes the folder, at once if no job holds it; ConfigError if one does and is alive."""
+        """Takes the folder, at once if no job holds it; ConfigError if one does and is alive.
+
+        Nothing may be written there before `confirm`.
+        """
         path, text = folder / "lock.json", json.dumps(self._own)
         while True:
             if _create(path, text):
@@ -78,16 +82,23 @@ class RunLock:
                 logging.info("workdir    taken over from %s: it is dead", _describe(holder))
             else:
                 logging.warning("workdir    %s is damaged and names no job: replaced", path)
-            replacement = _write_new(path, text)
-            replacement.replace(path)
-            time.sleep(SETTLE_SECONDS)
-            holder = _read(path)
-            if holder.get("id") == self._own["id"]:
-                break
-            if holder:
-                raise ConfigError(_held(folder, holder))
+            _write_new(path, text).replace(path)
+            self._settled = time.monotonic() + SETTLE_SECONDS
+            break
         self._path = path
         threading.Thread(target=self._hold, args=(path,), name="workdir", daemon=True).start()
+
+    def confirm(self):
+        """Waits until nobody else can take a dead holder's folder over; ConfigError if somebody has.
+
+        Does nothing in a process that has not taken it.
+        """
+        time.sleep(max(0.0, self._settled - time.monotonic()))
+        if self._path and (other := _read(self._path)).get("id") != self._own["id"]:
+            folder = self._path.parent
+            raise ConfigError(
+                _held(folder, other) if other else f"--workdir={folder} {_loss(self._path, other)}"
+            )
 
     def _hold(self, path: Path):
         """Touches the lock now and then, and notices if another job has taken it over."""

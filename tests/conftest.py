@@ -8,6 +8,9 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TRAINIT_CACHE"] = tempfile.mkdtemp(prefix="trainit-tests-")
 
+# PyTorch's threads wait for each other in a loop, while other tests have the cores: a test of 20 s took 150.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from processes import FAST
 
 os.environ["XLA_FLAGS"] = FAST

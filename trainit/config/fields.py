@@ -99,8 +99,7 @@ def _measured_and_kept(c: ConfigDict) -> None:
     c.profile.count = field(5, "steps of a trace that SIGURG or a file trace_PROCESS asks for", above=0)
     c.profile.processes = field((0,), "processes that trace, unless a file asks them; empty: all")
     c.diagnostics = field(diagnostics(every_steps=0), "statistics of the trajectory")
-    trackers = "where metrics go, too: tensorboard, wandb; empty: wandb, if wandb.project is set"
-    c.trackers = field((), trackers)
+    c.trackers = field((), "where metrics go, too: tensorboard, wandb; empty: wandb, if wandb.project is set")
     c.wandb = field(ConfigDict(), "Weights & Biases")
     c.wandb.project = field("", "project to log to; empty: no W&B")
     c.wandb.name = field("", "name of the run; empty: the run folder's")

@@ -193,8 +193,7 @@ def _check_diagnostics(d: ConfigDict) -> None:
         try:
             re.compile(d[name])
         except re.error as error:
-            message = f"diagnostics.{name}={d[name]!r} is no regular expression: {error}"
-            raise ConfigError(message) from None
+            raise ConfigError(f"diagnostics.{name}={d[name]!r} is no regular expression: {error}") from None
 
 
 def _resolve_trackers(config: ConfigDict) -> None:

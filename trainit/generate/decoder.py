@@ -33,7 +33,7 @@ from trainit.model.kernels import kernel_on
 from trainit.model.layers import Documents
 from trainit.model.precision import PARTS, PartPrecision
 from trainit.parallel.collectives import Parallel
-from trainit.parallel.cpu_workarounds import computed_after, parts_of_rows
+from trainit.parallel.cpu_workarounds import computed_after
 from trainit.parallel.layout import replicated_sharding
 from trainit.parallel.mesh import choose_attention, compute_type
 from trainit.train.compiled import CompiledFunction
@@ -237,6 +237,18 @@ def _with_whole_sequences(mesh: Mesh) -> Mesh:
         return mesh
     # The devices keep their order, so that parameters need not move.
     return Mesh(mesh.devices[..., None], (*mesh.axis_names[:-1], "copies", "context"))
+
+
+def parts_of_rows(rows: int, cores: int) -> list[slice]:
+    """In which parts a decoder's cache keeps its rows: in all at once, or in at most 16 of like size.
+
+    XLA:CPU computes the products of a batch one after the other, each on one core if its matrices have less
+    than 65,536 numbers. If more than nine products are ready, it gives half to another core: a third of a
+    step of 16 texts. May go when a batch is computed on all cores.
+    """
+    count = min(rows, 16) if cores > 1 and rows > 9 else 1
+    size = -(-rows // count)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def attend_to_cache(

@@ -46,23 +46,20 @@ def product(
 def products(
     x_BLD: Factor, kernels: Sequence[Factor], dtype: DTypeLike, mesh: Mesh | None, parts: int
 ) -> list[jax.Array]:
-    """The products (B, L, F, ...) of x with kernels (D, F, ...).
+    """The products (B, L, F, ...) of x with kernels (D, F, ...); those of few rows are made at once.
 
-    A decoder's few rows are multiplied with all of them at once, as the kernels lie in memory: each product
-    of XLA:CPU costs 20 us, of a step's 30 ms for one text. May go when it does not.
+    Each costs 20 us, of a decoder's step of 30 ms. May go when it does not.
     """
-    axes = (2,), (0,)
-    if len(kernels) == 1 or not _is_in_parts(x_BLD.values, axes[0], parts):
-        return [product(x_BLD, kernel, axes, dtype, mesh, parts) for kernel in kernels]
-    ends = list(itertools.accumulate(kernel.values.shape[1] for kernel in kernels[:-1]))
-    # XLA sees that these slices are the whole array, if they are put together along its first axis.
+    if len(kernels) == 1 or not _is_in_parts(x_BLD.values, (2,), parts):
+        return [product(x_BLD, kernel, ((2,), (0,)), dtype, mesh, parts) for kernel in kernels]
+    # XLA sees that these slices are one array, if they are put together along its first axis.
     joined = jnp.concatenate([jnp.moveaxis(kernel.values, 0, -1) for kernel in kernels])
-    y = product(x_BLD, Factor(jnp.moveaxis(joined, -1, 0), None), axes, dtype, mesh, parts)
-    return jnp.split(y, ends, axis=2)
+    y = product(x_BLD, Factor(jnp.moveaxis(joined, -1, 0), None), ((2,), (0,)), dtype, mesh, parts)
+    ends = itertools.accumulate(kernel.values.shape[1] for kernel in kernels[:-1])
+    return jnp.split(y, list(ends), axis=2)
 
 
 def _is_in_parts(x: jax.Array, axes: Sequence[int], parts: int) -> bool:
-    """Whether a product of x, summed over these axes, is computed in parts of the kernel."""
     return parts > 1 and math.prod(size for axis, size in enumerate(x.shape) if axis not in axes) <= 64
 
 
@@ -85,18 +82,6 @@ def _product_of_parts(x: jax.Array, kernel: jax.Array, axes: tuple, dtype: DType
     kernel_pOI = kernel.reshape(parts, outputs // parts, inputs)
     y_pOR = jax.lax.dot_general(kernel_pOI, x_pRI, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype)
     return y_pOR.reshape(outputs, -1).T[:rows].reshape(*x.shape[:-summed], *shape)
-
-
-def parts_of_rows(rows: int, cores: int) -> list[slice]:
-    """In which parts a decoder's cache keeps its rows: in all at once, or in at most 16 of like size.
-
-    XLA:CPU computes the products of a batch one after the other, each on one core if its matrices have less
-    than 65,536 numbers. If more than nine products are ready, it gives half to another core: a third of a
-    step of 16 texts. May go when a batch is computed on all cores.
-    """
-    count = min(rows, 16) if cores > 1 and rows > 9 else 1
-    size = -(-rows // count)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def sum_outer_products(x: Factor, dy_BLD: Factor) -> jax.Array:

@@ -83,7 +83,6 @@ def _column_parallel(p: Parallel, float8: bool, x_BLD: jax.Array, weights: tuple
         # The length is gathered once for all kernels.
         dtype = FORWARD if float8 else x_blD.dtype
         x_bLD = factor(gather(x_blD, p.sequence_axes, 1), dtype)
-
         kernels = [_gather_kernel(p, kernel, dtype, 0) for kernel, _ in weights]
         ys = products(x_bLD, kernels, x_blD.dtype, p.mesh, p.kernel_parts)
         pairs = zip(ys, (bias for _, bias in weights), strict=True)

@@ -243,6 +243,18 @@ def last_step(workdir: Path) -> int:
     return int(found[1]) if found else -1
 
 
+def last_saved_is_last_logged(workdir: Path) -> bool:
+    """Whether the newest checkpoint is of the last step in metrics.jsonl.
+
+    It is of one step more if it has that step's record, whose validation is left to the job that continues.
+    """
+    from trainit.checkpoints.store import CheckpointStore
+
+    checkpoints = CheckpointStore(workdir, read_only=True)
+    newest = checkpoints.steps()[-1]
+    return newest == last_step(workdir) + bool(checkpoints.meta(newest)["postponed"])
+
+
 def saving(workdir: Path) -> bool:
     """Whether a save is under way: until it is complete, Orbax gives its folder another name."""
     return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))

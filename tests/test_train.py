@@ -22,6 +22,7 @@ from processes import (
     assert_same_but_for_rounding,
     end,
     exact,
+    last_saved_is_last_logged,
     last_step,
     metrics,
     saving,
@@ -205,7 +206,7 @@ def test_stop_signals(number, command, tmp_path):
     process.send_signal(number)
     output = end(process, 75, 60)
     assert f"stopped    on {number.name}" in output
-    assert CheckpointStore(tmp_path, read_only=True).steps()[-1] == last_step(tmp_path)
+    assert last_saved_is_last_logged(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, SMOOTH, assert_same_but_for_rounding, last_step, metrics, with_variable
-
-from trainit.checkpoints.store import CheckpointStore
+from processes import (
+    ROOT,
+    SMOOTH,
+    assert_same_but_for_rounding,
+    last_saved_is_last_logged,
+    last_step,
+    metrics,
+    with_variable,
+)
 
 pytestmark = pytest.mark.evidence(
     "on a real Grid Engine: the same as on Slurm, with `qdel` and `-notify`, and on one host; with "
@@ -144,7 +150,7 @@ def test_a_deleted_job_saves_and_stays_deleted(on_head, submit, submitted_from):
     assert len(token) == 64
     assert token not in job.text()
     assert "token      none" not in job.text()
-    assert CheckpointStore(job.run, read_only=True).steps()[-1] == job.step()
+    assert last_saved_is_last_logged(job.run)
 
 
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):

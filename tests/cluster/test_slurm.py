@@ -12,9 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, SMOOTH, assert_same_but_for_rounding, metrics, with_variable
-
-from trainit.checkpoints.store import CheckpointStore
+from processes import (
+    ROOT,
+    SMOOTH,
+    assert_same_but_for_rounding,
+    last_saved_is_last_logged,
+    metrics,
+    with_variable,
+)
 
 pytestmark = pytest.mark.evidence(
     "on a real Slurm, 2 nodes of 2 processes each: `scancel --signal` and the time limit save, and put "
@@ -140,7 +145,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit):
     time.sleep(2)  # a revived job would show now
     assert job.field("JobState") == "CANCELLED"
     assert job.field("Restarts") == "0"
-    assert CheckpointStore(job.run, read_only=True).steps()[-1] == job.step()
+    assert last_saved_is_last_logged(job.run)
 
 
 def test_a_killed_process_fails_the_job_and_it_is_not_put_back(submit):

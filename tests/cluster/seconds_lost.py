@@ -7,7 +7,6 @@ parts.
 """
 
 import argparse
-import contextlib
 import functools
 import os
 import re
@@ -26,6 +25,8 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from processes import last_step, launch, pid_of
 
+from trainit.cluster.process import start_of
+
 LINE = re.compile(r"^(\S+ \S+) \S+ \S+ start      to the end of step \d+: ([\d.]+) s: (.*)$", re.MULTILINE)
 
 
@@ -37,13 +38,6 @@ def starts(workdir: Path) -> list[tuple[float, float, dict[str, float]]]:
         pairs = (part.rsplit(" ", 1) for part in parts.split(", "))
         found.append((over - float(total), over, {name: float(seconds) for name, seconds in pairs}))
     return found
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process exists, and is no zombie."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
 
 
 def checkpoints(workdir: Path) -> list[int]:
@@ -76,7 +70,7 @@ def measure_loss(process: subprocess.Popen, workdir: Path, count: int, rank: int
     wait(process, lambda: last_step(workdir) > last and max(checkpoints(workdir), default=0) > last)
     os.kill(pids[rank], signal.SIGKILL)
     killed = time.time()
-    wait(process, lambda: not any(map(is_alive, pids)))
+    wait(process, lambda: not any(map(start_of, pids)))
     ended = time.time()
     wait(process, lambda: len(starts(workdir)) > before)
     launched, over, parts = starts(workdir)[-1]
@@ -121,16 +115,10 @@ def main():
                 end(process)
     names = dict.fromkeys(name for of_kind in columns.values() for seconds in of_kind for name in seconds)
     columns = {kind: of_kind for kind, of_kind in columns.items() if of_kind}
-    medians = (
-        [
-            name,
-            *(
-                statistics.median(seconds.get(name, 0.0) for seconds in of_kind)
-                for of_kind in columns.values()
-            ),
-        ]
-        for name in names
-    )
+    medians = []
+    for name in names:
+        values = ([seconds.get(name, 0.0) for seconds in of_kind] for of_kind in columns.values())
+        medians.append([name, *map(statistics.median, values)])
     print(tabulate(medians, ["median seconds", *columns], floatfmt=".1f"))
 
 

@@ -43,11 +43,12 @@ class WandB:
     def log(self, step: int, metrics: Mapping):
         import wandb
 
-        edges = histogram_edges()
-        values = {
-            name: wandb.Histogram(np_histogram=(np.array(value), edges)) if isinstance(value, list) else value
-            for name, value in metrics.items()
-        }
+        def shown(value):
+            if not isinstance(value, list):
+                return value
+            return wandb.Histogram(np_histogram=(np.array(value), histogram_edges()))
+
+        values = {name: shown(value) for name, value in metrics.items()}
         self._log(step, {"step": step, **values})
 
     def log_texts(self, step: int, texts: Sequence[Mapping]):

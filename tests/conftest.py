@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from trainit.cluster.process import STOP_SIGNALS, collect_garbage_rarely
+from trainit.cluster.process import STOP_SIGNALS
+from trainit.cluster.tuning import collect_garbage_rarely
 
 # A suite in the background ignores SIGINT, one under nohup SIGHUP, and so would all that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -251,8 +251,8 @@ def test_readme_has_the_table():
 def test_the_command_begins_anew_with_glibc_s_settings_and_stays_the_same_process():
     """The program sees its own arguments, the setting and the process's number from before."""
     program = (
-        "import os, sys; from trainit.cluster import process; print(os.getpid()); sys.stdout.flush();"
-        "process.tune_process(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
+        "import os, sys; from trainit.cluster import tuning; print(os.getpid()); sys.stdout.flush();"
+        "tuning.tune_process(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
 

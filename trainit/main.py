@@ -10,12 +10,16 @@ import json
 import os
 from typing import NoReturn
 
-from trainit.cluster.process import block_stop_signals, outlive_readers, tune_process
+from trainit.cluster.tuning import collect_garbage_rarely, tune_process
+
+if __name__ == "__main__":
+    tune_process()
+
+from trainit.cluster.process import block_stop_signals, outlive_readers
 from trainit.config import command_line
 from trainit.config.exit_codes import FAILED, STOPPED, USAGE
 
 if __name__ == "__main__":
-    tune_process()
     outlive_readers()
     block_stop_signals()  # the imports that follow take seconds; signals wait until JobMonitor listens
     arguments = command_line.parse_or_exit(command_line.train_parser("python -m trainit.main"))
@@ -45,6 +49,7 @@ from trainit.train.reports.startup_timer import StartupTimer
 def run(arguments: argparse.Namespace) -> NoReturn:
     """Trains as the flags say, and ends this process."""
     start = StartupTimer()
+    collect_garbage_rarely()
     logs.log_to_terminal(lead=True)
     try:
         place = find_own_place(arguments)

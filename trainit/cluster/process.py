@@ -1,11 +1,10 @@
-"""What this process does to itself: memory, garbage collection, signals, its end. All tricks are here.
+"""What this process does to itself: its streams, memory, signals, its end. All tricks are here and in tuning.
 
 Each says what breaks without it and when it may go. JAX, which takes seconds, is imported in functions only.
 """
 
 import ctypes
 import errno
-import gc
 import io
 import multiprocessing
 import os
@@ -26,40 +25,6 @@ from trainit.config.exit_codes import DONE, STOPPED, USAGE
 # These ask the run to stop: it saves, and exits with a code that means "start me again". SIGHUP comes when
 # the terminal is closed; under nohup it is ignored.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-
-# Settings of glibc's malloc, which it reads only when a process starts. Large arrays of the host are put in
-# huge pages and are given back to the system when they are freed. Without them, a step of GPT-2 at width
-# 384 takes 3 to 8 % longer on a CPU, and a process keeps 60 to 80 MB more (both measured). Without the last,
-# threads that compile leave some 25 MB more in pieces of the eight arenas that each core has by default.
-ARENAS = max(2, os.cpu_count() or 1)
-TUNABLES = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8388608:glibc.malloc.trim_threshold=33554432:"
-    f"glibc.malloc.arena_max={ARENAS}"
-)
-
-
-def tune_process():
-    """Collects garbage rarely, and restarts the program in this same process, so that glibc reads TUNABLES.
-
-    Call it first of all: what ran before runs twice. Nothing is restarted if the user has set GLIBC_TUNABLES
-    or TRAINIT_SETTINGS. May go when a running process can switch huge pages on, e.g. by `mallopt`.
-    """
-    collect_garbage_rarely()
-    chosen = {"GLIBC_TUNABLES", "TRAINIT_SETTINGS"} & set(os.environ)
-    if sys.platform == "linux" and not chosen:
-        os.environ["GLIBC_TUNABLES"] = TUNABLES
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    # What data workers leave in shared memory is removed at the end: nobody needs the warning about it.
-    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-
-
-def collect_garbage_rarely():
-    """Makes Python's collector run after 100,000 new objects instead of 700, and hardly ever over old ones.
-
-    Imports and tracing make some million objects that stay alive. By default the collector walks over all
-    of them again and again meanwhile: a tenth of the time that a small run needs to start (measured).
-    """
-    gc.set_threshold(100_000, 50, 100)
 
 
 class _Output:

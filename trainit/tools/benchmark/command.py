@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainit.cluster.process import tune_process
+from trainit.cluster.tuning import collect_garbage_rarely, tune_process
 from trainit.config import Config, command_line, require
 from trainit.config.exit_codes import DONE
 
@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from trainit.tools.benchmark import loader, overheads, products, step
     from trainit.train import setup
 
+    collect_garbage_rarely()
     logs.log_to_terminal(lead=True)
     config, dataset = setup.read(command_line.load_config(arguments), arguments)
     config = _take_devices(config, arguments.debug)

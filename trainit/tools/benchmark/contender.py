@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from trainit.cluster.process import tune_process
+from trainit.cluster.tuning import collect_garbage_rarely, tune_process
 
 _NAMES = ("num_blocks", "dim", "num_heads", "context_length", "vocab_size", "batch")
 _SIZES = {
@@ -253,4 +253,5 @@ def _peak() -> int:
 if __name__ == "__main__":
     if sys.argv[1].startswith("trainit"):  # as its own command does
         tune_process()
+        collect_garbage_rarely()
     main(*sys.argv[1:])

@@ -15,7 +15,9 @@ from optimizer_cases import draw, some_shapes
 from trainit import optimizers
 from trainit.config import ConfigError, resolve
 
-WRAPPERS = ("cautious", "mechanic", "offset", "sam", "schedule_free")
+WRAPPERS = (
+    *("cautious", "cautious_decay", "ema_nesterov", "mechanic", "offset", "sam", "schedule_free", "sphere"),
+)
 NAMES = [*sorted(optimizers.choices()), *(f"{wrapper}+adamw" for wrapper in WRAPPERS)]
 # Fields on which a declaration depends, and combinations.
 CHANGED = {

@@ -21,9 +21,9 @@ from optimizer_cases import (
 )
 from test_optimizer_formulas import numpy_adam, numpy_momentum
 
-from trainit.optimizers.common import newton_schulz
 from trainit.parallel.layout import logical_axes, parameter_kind, partition_spec
 from trainit.parallel.mesh import make_mesh
+from trainit.transforms import newton_schulz
 
 FLOAT32 = {"ns_precision": "float32"}
 INPUTS = {"query/kernel": 1, "up/kernel": 1, "head/kernel": 1}  # axes; all but the last for the others

@@ -22,7 +22,7 @@ from optimizer_cases import (
 
 from trainit.config import choose, defaults, resolve
 from trainit.optimizers import choices
-from trainit.optimizers.common import online
+from trainit.transforms import online
 
 pytestmark = pytest.mark.evidence(
     "online learners against their formulas, among them minima that are found numerically"

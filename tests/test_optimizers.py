@@ -54,17 +54,25 @@ def make(config, context):
     return context.descend(optax.GradientTransformation(init, update))
 """
 IN_PACKAGE = sorted(optimizers.choices())
-WRAPPERS = ("cautious", "mechanic", "offset", "sam", "schedule_free")
-NAMES = [*IN_PACKAGE, "own.py", "optax.lion", "schedule_free+adamw"]
+WRAPPERS = (
+    *("cautious", "cautious_decay", "ema_nesterov", "mechanic", "offset", "sam", "schedule_free", "sphere"),
+)
+NAMES = [
+    *IN_PACKAGE,
+    "own.py",
+    "optax.lion",
+    "schedule_free+adamw",
+    "ema_nesterov+cautious_decay+sphere+muon",
+]
 # Of which a layer's update depends on the other layers, by definition.
 WHOLE_TREE = {
     *("polar", "jump", "mirror_descent", "blackbox", "normalized_blackbox", "imperfect_hints", "mars"),
-    "sophia",  # whose random vectors are drawn for all layers at once
+    *("sophia", "psgd"),  # whose random vectors are drawn for all layers at once
 }
 LATE = {"blackbox", "soap"}  # whose first update is 0, by definition
 # Whose updates depend on eigenvectors, with what keeps parts without a gradient from being divided by
 # almost 0.
-EIGENVECTORS = {"soap": {"eps": 0.03}}
+EIGENVECTORS = {"soap": {"eps": 0.03}, "soap_muon": {"eps": 0.03}}
 # Where an optimizer computes in bfloat16, or takes roots of what is next to 0.
 EXACT = {"ns_precision": "float32", "ridge": 1e-3}
 

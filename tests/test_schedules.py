@@ -9,8 +9,8 @@ from processes import ROOT
 import trainit.config
 from trainit import optimizers
 from trainit.config import command_line
-from trainit.optimizers.common import schedules
 from trainit.train.resume import warm_up_again
+from trainit.transforms import schedules
 
 PEAK = 0.3
 BATCH_SIZE, CONTEXT_LENGTH = 4, 16  # 64 tokens per step

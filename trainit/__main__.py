@@ -9,13 +9,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from trainit.cluster.tuning import tune_process
-
-if __name__ == "__main__" and sys.argv[1:2] == ["train"]:
-    tune_process()  # which restarts the program: before what follows, and not after it
-
 from trainit import __version__
-from trainit.cluster import files
+from trainit.cluster import files, tuning
 from trainit.cluster.process import block_stop_signals, outlive_readers
 from trainit.config import ConfigError, command_line
 from trainit.config.exit_codes import DONE, FAILED, USAGE
@@ -56,7 +51,7 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"trainit {__version__}\n" if name == "--version" else HELP, end="")
         return DONE
     if name == "train":
-        tune_process()  # unless that is done, as above
+        tuning.tune_process()
         block_stop_signals()  # the imports that follow take seconds; signals wait until JobMonitor listens
     try:
         if name not in COMMANDS:

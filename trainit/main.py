@@ -10,16 +10,13 @@ import json
 import os
 from typing import NoReturn
 
+from trainit.cluster.process import Exit, block_stop_signals, outlive_readers
 from trainit.cluster.tuning import collect_garbage_rarely, tune_process
-
-if __name__ == "__main__":
-    tune_process()
-
-from trainit.cluster.process import block_stop_signals, outlive_readers
 from trainit.config import command_line
 from trainit.config.exit_codes import FAILED, STOPPED, USAGE
 
 if __name__ == "__main__":
+    tune_process()
     outlive_readers()
     block_stop_signals()  # the imports that follow take seconds; signals wait until JobMonitor listens
     arguments = command_line.parse_or_exit(command_line.train_parser("python -m trainit.main"))
@@ -32,7 +29,6 @@ from trainit.checkpoints.retry import SaveError
 from trainit.cluster import authentication, devices, logs, rendezvous, restart, run_lock
 from trainit.cluster.monitor import JobMonitor
 from trainit.cluster.place import Place, find_own_place
-from trainit.cluster.process import Exit
 from trainit.cluster.transfers import Wire
 from trainit.config import Config, ConfigError
 from trainit.data.documents.inputs import fingerprint
@@ -90,8 +86,7 @@ def _train(arguments, place: Place, monitor: JobMonitor, leave: Exit, start: Sta
     own_files = optimizers.own_files_hash(config.optimizer, config.parameter_groups)
     config = Config({**config.to_dict(), "optimizer_files": own_files})
     folder = run_lock.make_folder(command_line.workdir(arguments), place.process_id)
-    log = folder / "logs" / f"process_{place.process_id}.log"
-    logs.log_to_file(log)
+    logs.log_to_file(log := folder / "logs" / f"process_{place.process_id}.log")
     restart.report_run(place, folder, config.restart.limit)
 
     # The processes meet, process 0 locks the run's folder, and each takes its devices.

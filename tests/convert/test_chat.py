@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from chats import CALLS, LLAMA, LLAMA_BLOCKS, PLAIN, QWEN, QWEN_BLOCKS, TOOLS, drawn, write_tokenizer
 
 from trainit import tokenizers
+from trainit.checkpoints.convert.pretrained import Pretrained
 from trainit.config import resolve
-from trainit.convert.pretrained import Pretrained
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on
 from trainit.tokenizers.chat import conversation, marks, template

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainit.__main__ import main as trainit_command
+from trainit.checkpoints.convert import families, weights
 from trainit.cluster.files import write_json
 from trainit.config import defaults, resolve
-from trainit.convert import families, weights
 from trainit.model.gpt import GPT
 from trainit.parallel.trees import path_name
 from trainit.prepare.demo import write_dataset

@@ -15,9 +15,9 @@ from processes import FAST, ROOT, run
 from safetensors.numpy import load_file, save_file
 
 from trainit.__main__ import main as trainit_command
+from trainit.checkpoints.convert import pretrained as reading
+from trainit.checkpoints.convert.pretrained import Pretrained
 from trainit.config import SCHEDULES, ConfigError, resolve
-from trainit.convert import pretrained as reading
-from trainit.convert.pretrained import Pretrained
 from trainit.model.gpt import GPT
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import make_mesh, shape_on

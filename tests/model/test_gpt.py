@@ -11,7 +11,7 @@ import pytest
 
 import trainit.config
 from trainit import optimizers
-from trainit.convert import families
+from trainit.checkpoints.convert import families
 from trainit.model.attention import plain
 from trainit.model.dropout import dropout
 from trainit.model.gpt import GPT

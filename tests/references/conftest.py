@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 
-from trainit.optimizers.common import newton_schulz
+from trainit.transforms import newton_schulz
 
 
 @pytest.fixture(autouse=True)

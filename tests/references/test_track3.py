@@ -17,7 +17,7 @@ import torch
 from trainit import optimizers
 from trainit.config import batch_sizes, resolve
 from trainit.model.gpt import GPT
-from trainit.optimizers.common import schedules
+from trainit.transforms import schedules
 
 ROOT = Path(__file__).parents[2]
 DIM, HEADS, LAYERS, LENGTH, VOCABULARY, ROWS, STEPS = 64, 2, 3, 48, 128, 4, 20

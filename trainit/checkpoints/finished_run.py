@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainit import optimizers
+from trainit.checkpoints.convert.pretrained import Pretrained, is_pretrained
 from trainit.checkpoints.fallback import whole
 from trainit.checkpoints.store import CheckpointStore
 from trainit.config import Config, ConfigError, defaults, jsonl, require, resolve
-from trainit.convert.pretrained import Pretrained, is_pretrained
 from trainit.data.formats import detect
 from trainit.prepare.demo import prepare_demo
 from trainit.tokenizers import Tokenizer, find

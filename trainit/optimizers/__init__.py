@@ -18,5 +18,5 @@ A file can declare two things about its updates:
 """
 
 from trainit.optimizers.common.build import Optimizer, assigned, build, check, logged, of_run, training_point
-from trainit.optimizers.common.context import Context
 from trainit.optimizers.common.registry import choices, own_files_hash
+from trainit.transforms.context import Context

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field, require
-from trainit.optimizers.common import online
-from trainit.optimizers.common.moments import scale_by_moments
+from trainit.transforms import online
+from trainit.transforms.moments import scale_by_moments
 
 ELEMENTWISE = True
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.fields import common_fields
-from trainit.optimizers.common.moments import map_layers, unzip
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import path_name
+from trainit.transforms.fields import common_fields
+from trainit.transforms.moments import map_layers, unzip
 
 ELEMENTWISE = True
 

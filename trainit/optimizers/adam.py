@@ -7,8 +7,8 @@ first. NAdam takes beta1 m + (1 - beta1) g for m, RMSProp takes g.
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.fields import common_fields
-from trainit.optimizers.common.moments import scale_by_moments
+from trainit.transforms.fields import common_fields
+from trainit.transforms.moments import scale_by_moments
 
 ELEMENTWISE = True
 DECOUPLED = {"learning_rate": 1e-3, "weight_decay": 0.1, "decoupled": True}

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict
-from trainit.optimizers.common.fields import common_fields
 from trainit.parallel.layout import logical_axes
 from trainit.parallel.trees import path_name
+from trainit.transforms.fields import common_fields
 
 # The logical axes along which each place has a mean square of its own. Any other parameter has one a layer.
 OWN = {

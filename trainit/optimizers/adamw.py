@@ -14,9 +14,9 @@ elsewhere by its path (`optimizer=my/own.py`). `trainit/optimizers/__init__.py` 
 import optax
 
 from trainit.config import Config, ConfigDict, field
-from trainit.optimizers.common.context import Context
-from trainit.optimizers.common.fields import common_fields
-from trainit.optimizers.common.moments import scale_by_moments
+from trainit.transforms.context import Context
+from trainit.transforms.fields import common_fields
+from trainit.transforms.moments import scale_by_moments
 
 ELEMENTWISE = True  # no matrix products: the train step may compute an update twice to save memory
 

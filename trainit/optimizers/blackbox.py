@@ -11,8 +11,8 @@ import optax
 
 from trainit.config import ConfigDict, field
 from trainit.optimizers import kt_bettor, mirror_descent
-from trainit.optimizers.common import online
 from trainit.parallel.trees import inner_product
+from trainit.transforms import online
 
 MAGNITUDES = {"kt_bettor": kt_bettor.bettor, "mirror_descent": mirror_descent.learner}
 

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from trainit.config import ConfigDict
-from trainit.optimizers.common import online
+from trainit.transforms import online
 
 ELEMENTWISE = True
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common import online
 from trainit.parallel.trees import inner_product
+from trainit.transforms import online
 
 ELEMENTWISE = True
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common import online
+from trainit.transforms import online
 
 ELEMENTWISE = True
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field, require
-from trainit.optimizers.common.fields import common_fields
-from trainit.optimizers.common.moments import add_mean, map_layers, scale_by_moments
-from trainit.optimizers.common.newton_schulz import scale_by_newton_schulz, spectral_norm
 from trainit.parallel.layout import matrix_shape, parameter_kind
+from trainit.transforms.fields import common_fields
+from trainit.transforms.moments import add_mean, map_layers, scale_by_moments
+from trainit.transforms.newton_schulz import scale_by_newton_schulz, spectral_norm
 
 NORMALIZE = ("none", "l2", "l2_row", "l2_split", "inf", "inf_row", "inf_split", "ns", "ns_split")
 SCALE = ("none", "l2", "l2_row", "inf", "inf_row", "op")

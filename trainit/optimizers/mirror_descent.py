@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common import online
 from trainit.parallel.trees import inner_product
+from trainit.transforms import online
 
 ELEMENTWISE = True
 

@@ -12,9 +12,9 @@ import optax
 
 from trainit.config import ConfigDict, field
 from trainit.optimizers import kt_bettor
-from trainit.optimizers.common import online
-from trainit.optimizers.common.moments import map_layers
 from trainit.parallel.trees import inner_product
+from trainit.transforms import online
+from trainit.transforms.moments import map_layers
 
 ELEMENTWISE = True
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.fields import common_fields
-from trainit.optimizers.common.moments import map_layers
+from trainit.transforms.fields import common_fields
+from trainit.transforms.moments import map_layers
 
 NORMALIZE = ("layer", "global", "none")
 ELEMENTWISE = True

@@ -10,14 +10,14 @@ import optax
 
 from trainit.config import ConfigDict, field
 from trainit.optimizers import muon
-from trainit.optimizers.common.moments import map_layers
 from trainit.parallel.layout import matrix_shape
+from trainit.transforms.moments import map_layers
 
 RMS = 0.2  # of an update, about AdamW's
 
 
 def get_config() -> ConfigDict:
-    config = muon.get_config()
+    config = muon.fields_of_direction()
     config.update(learning_rate=1e-3, nesterov=False, rest_rate=1.0)
     config.beta2 = field(0.95, "decay of each neuron's mean square", at_least=0, below=1)
     config.eps = field(1e-8, "added to the root of the mean square", above=0)
@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
 
 def make(config, context) -> optax.GradientTransformation:
     """NorMuon for the blocks' matrices, `rest` for embeddings, head and vectors."""
-    return muon.by_kind(config, context, {"matrix"}, _even_out(config.beta2, config.eps))
+    parts = muon.momentum(config), muon.orthogonal(config, context), _even_out(config.beta2, config.eps)
+    return muon.by_kind(config, context, {"matrix"}, *parts)
 
 
 def _even_out(beta2: float, eps: float) -> optax.GradientTransformation:

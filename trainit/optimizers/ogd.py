@@ -4,7 +4,7 @@ import jax
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common import online
+from trainit.transforms import online
 
 ELEMENTWISE = True
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.fields import common_fields
-from trainit.optimizers.common.moments import scale_by_moments
 from trainit.parallel.trees import inner_product
+from trainit.transforms.fields import common_fields
+from trainit.transforms.moments import scale_by_moments
 
 ELEMENTWISE = True
 

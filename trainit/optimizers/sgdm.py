@@ -6,7 +6,7 @@ m <- momentum m + g                              x <- x - rate * m, or in Nester
 import optax
 
 from trainit.config import ConfigDict
-from trainit.optimizers.common.fields import common_fields
+from trainit.transforms.fields import common_fields
 
 ELEMENTWISE = True
 

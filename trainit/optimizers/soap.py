@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common import kronecker
-from trainit.optimizers.common.fields import common_fields
-from trainit.optimizers.common.moments import scale_by_moments
-
-KEEP, ITERATE, DECOMPOSE = range(3)  # what is done with a basis
+from trainit.transforms import kronecker
+from trainit.transforms.fields import common_fields
+from trainit.transforms.moments import scale_by_moments
 
 
 def get_config() -> ConfigDict:
@@ -72,8 +70,8 @@ def _soap(config, mesh) -> optax.GradientTransformation:
     def update(gradients, state: SoapState, params=None):
         first = state.count == 0
         t = jnp.maximum(state.count, 1).astype(jnp.float32)
-        due = jnp.where(state.count % config.precondition_every == 0, ITERATE, KEEP)
-        turn = jnp.where(first, DECOMPOSE, due)
+        due = jnp.where(state.count % config.precondition_every == 0, kronecker.ITERATE, kronecker.KEEP)
+        turn = jnp.where(first, kronecker.DECOMPOSE, due)
 
         def one(matrices, squares):
             g, mu, nu = matrices
@@ -87,7 +85,7 @@ def _soap(config, mesh) -> optax.GradientTransformation:
             factors = kronecker.add(factors, g, config.shampoo_beta)
             for axis, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
                 if basis is not None:
-                    bases[axis], order = _turn(turn, factor, basis)
+                    bases[axis], order = kronecker.turned(turn, factor, basis)
                     nu = jnp.take(nu, order, axis)
             return [direction, mu, nu], [*factors, *bases]
 
@@ -96,21 +94,3 @@ def _soap(config, mesh) -> optax.GradientTransformation:
         return direction, SoapState(state.count + 1, *moments, *squares)
 
     return optax.GradientTransformation(init, update)
-
-
-def _turn(turn: jax.Array, factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The basis after KEEP, ITERATE or DECOMPOSE, and the order in which it takes the old one's vectors.
-
-    ITERATE is a step of power iteration (algorithm 4), for which large eigenvalues have to come first.
-    """
-    as_is = jnp.arange(len(basis))
-
-    def iterate():
-        product = factor @ basis
-        order = jnp.argsort(-jnp.sum(basis * product, 0))
-        return jnp.linalg.qr(product[:, order])[0], order
-
-    def decompose():
-        return jnp.flip(jnp.linalg.eigh(factor)[1], 1), as_is
-
-    return jax.lax.switch(turn, [lambda: (basis, as_is), iterate, decompose])

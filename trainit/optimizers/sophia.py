@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.fields import common_fields
+from trainit.transforms.fields import common_fields
 
 ELEMENTWISE = True
 

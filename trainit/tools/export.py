@@ -37,9 +37,9 @@ def _write(arguments: argparse.Namespace, workdir: Path, folder: Path) -> str:
     """Writes all files; returns what was written, in a line."""
     import jax
 
+    from trainit.checkpoints.convert import card, families, weights
     from trainit.checkpoints.finished_run import open_run
     from trainit.checkpoints.parameters import parameter_shapes, read_parameters
-    from trainit.convert import card, families, weights
     from trainit.tokenizers import to_json
 
     jax.config.update("jax_platforms", "cpu")

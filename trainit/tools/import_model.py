@@ -38,9 +38,9 @@ def _write(source: str, end_of_text: str, folder: Path) -> int:
     """Writes the run; returns how many parameters it has."""
     import jax
 
+    from trainit.checkpoints.convert.pretrained import PREFIX, Pretrained
     from trainit.checkpoints.finished_run import config_of
     from trainit.checkpoints.store import CheckpointStore
-    from trainit.convert.pretrained import PREFIX, Pretrained
     from trainit.data.loader import START
     from trainit.model.gpt import GPT
     from trainit.parallel.trees import device_bytes

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from trainit.checkpoints.convert.pretrained import Pretrained, is_pretrained
 from trainit.checkpoints.fallback import before_skipped, set_aside, whole
 from trainit.checkpoints.snapshots.keeper import Snapshot, Snapshots
 from trainit.checkpoints.state import TrainState
@@ -16,14 +17,13 @@ from trainit.checkpoints.store import CheckpointStore
 from trainit.cluster import sync
 from trainit.config import FREE, SCHEDULES, Config, batch_sizes, defaults, flatten, require
 from trainit.config.schema import as_tuple
-from trainit.convert.pretrained import Pretrained, is_pretrained
 from trainit.data.documents import inputs
 from trainit.data.loader import START, DataPosition, has_same_order
 from trainit.data.training_data import TrainingData, abstract_batch
-from trainit.optimizers.common import schedules
 from trainit.parallel.layout import batch_sharding
 from trainit.parallel.mesh import RunShape
 from trainit.train.step import CompiledSteps
+from trainit.transforms import schedules
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from trainit import optimizers
+from trainit.checkpoints.convert.pretrained import Pretrained, is_pretrained
 from trainit.config import Config, ConfigDict, ConfigError, command_line, resolve, shrink
-from trainit.convert.pretrained import Pretrained, is_pretrained
 from trainit.data import training_data
 from trainit.data.formats import detect
 from trainit.data.training_data import TrainingData

@@ -15,7 +15,6 @@ from trainit.model.cross_entropy import CrossEntropy
 from trainit.model.gpt import GPT
 from trainit.model.kernels import kernel_on
 from trainit.model.precision import part_precisions
-from trainit.optimizers.common import schedules
 from trainit.parallel import sequence
 from trainit.parallel.collectives import Parallel
 from trainit.parallel.cpu_workarounds import computed_again
@@ -26,6 +25,7 @@ from trainit.train import diagnostics
 from trainit.train.compiled import CompiledFunction
 from trainit.train.gradients import LossAndGradient
 from trainit.train.skipped import loss_scale, spikes
+from trainit.transforms import schedules
 
 
 @dataclass(frozen=True)

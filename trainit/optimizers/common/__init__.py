@@ -1,1 +1,1 @@
-"""What optimizers share."""
+"""Finds optimizers by name, joins them for groups of parameters, and keeps their state in few bits."""

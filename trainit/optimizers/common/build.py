@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from trainit.config import Config, ConfigError, batch_sizes, check_fields, require
 from trainit.model.gpt import GPT
 from trainit.optimizers.common import groups as group_lines
-from trainit.optimizers.common import low_bit_state, registry, schedules
-from trainit.optimizers.common.context import Context, by_signature
-from trainit.optimizers.common.schedules import Schedule
+from trainit.optimizers.common import low_bit_state, registry
 from trainit.parallel.layout import check_blocks, parameter_kind
 from trainit.parallel.trees import path_name
+from trainit.transforms import schedules
+from trainit.transforms.context import Context, by_signature
+from trainit.transforms.schedules import Schedule
 
 ROUNDING = zlib.crc32(b"rounding")  # folded into the key, it gives the key with which the state is rounded
 
@@ -69,6 +70,9 @@ def check(config: Config):
     ConfigError: as `build`; or the state has what no checkpoint can hold; or a file of the user's asks for
     gradients that it does not declare.
     """
+    names = " ".join([config.optimizer.name, *map(str, config.parameter_groups)])
+    stuck = "optimizer=sphere+NAME: under model.init=zero_outputs, matrices begin at 0 and would stay there"
+    require("sphere+" not in names or config.model.init != "zero_outputs", f"{stuck}; set model.init=gpt2")
     shapes = GPT(config.model).shapes
 
     def begin(params: dict):

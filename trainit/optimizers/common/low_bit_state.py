@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from trainit.optimizers.common.moments import unzip
 from trainit.parallel.layout import owner_path, parameter_kind, quantization_block
 from trainit.parallel.trees import path_name
+from trainit.transforms.moments import unzip
 
 
 class NarrowState(NamedTuple):

@@ -21,13 +21,18 @@ from trainit.config import OPTIMIZER_FIELDS, USUAL_FIELDS, Config, ConfigDict, C
 from trainit.config.schema import describe_error
 from trainit.optimizers import wrappers
 from trainit.optimizers.common import optax_adapter
-from trainit.optimizers.common.context import Context, by_signature
 from trainit.parallel.trees import path_name
+from trainit.transforms.context import Context, by_signature
 
 PACKAGE = "trainit.optimizers"
 FOLDER = Path(__file__).parent.parent
 # Choices that share another one's file: NAME's functions there are get_NAME_config and make_NAME.
 VARIANTS = {"muon_og": "muon", "nadam": "adam", "rmsprop": "adam"}
+# Wrappers that choose where gradients are taken, with what they do.
+FIRST = {
+    "schedule_free": "averages what parameters do",
+    "ema_nesterov": "takes gradients ahead of the parameters",
+}
 # What an update can ask for in addition: functions, each of which costs a forward and backward pass.
 GRADIENTS = frozenset({"gradient_at", "sampled_gradient_at"})
 
@@ -110,8 +115,9 @@ def _wrapped(name: str) -> Definition:
     available = [module.name for module in pkgutil.iter_modules(wrappers.__path__)]
     unknown = f"optimizer={name}: unknown wrapper {wrapper!r}: there are {', '.join(available)}"
     require(wrapper in available, unknown)
-    late = f"optimizer={name}: schedule_free averages what parameters do, and so must come first"
-    require("schedule_free" not in base_name.split("+"), late)
+    for other, why in FIRST.items():
+        late = f"optimizer={name}: {other} {why}, and so must come first"
+        require(other not in base_name.split("+"), late)
     module, base = importlib.import_module(f"{wrappers.__name__}.{wrapper}"), load(base_name)
 
     def config_of_base(config: Config) -> Config:
@@ -120,7 +126,9 @@ def _wrapped(name: str) -> Definition:
 
     def make(config: Config, context: Context) -> optax.GradientTransformation:
         make_base = functools.partial(base.make, config_of_base(config))
-        return module.wrap(config[wrapper], context, lambda c: by_signature(make_base(c)))
+        has_fields = wrapper in config
+        own = config[wrapper] if has_fields else None
+        return module.wrap(own, context, lambda c: by_signature(make_base(c)))
 
     return Definition(
         get_config=lambda: module.get_config(get_config(base_name)),

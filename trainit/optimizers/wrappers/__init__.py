@@ -2,8 +2,8 @@
 
 A wrapper is one file with two functions:
 
-    def get_config(base: ConfigDict) -> ConfigDict              # the other's, with a sub-config WRAPPER
+    def get_config(base: ConfigDict) -> ConfigDict              # the other's, with own fields in base.WRAPPER
     def wrap(config, context, make_base) -> optax.GradientTransformation
 
-`config` is that sub-config, and make_base(context) makes the other optimizer.
+`config` is base.WRAPPER, or None without fields, and make_base(context) makes the other optimizer.
 """

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.moments import map_layers
+from trainit.transforms.moments import map_layers
 
 ELEMENTWISE = True
 

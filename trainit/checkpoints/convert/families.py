@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainit.checkpoints.convert import config_parts
 from trainit.config import Config, ConfigError, flatten, layers_with_window
-from trainit.convert import config_parts
 from trainit.parallel.layout import matrix_shape, parameter_kind
 
 QKV = ("query", "key", "value")

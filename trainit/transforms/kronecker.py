@@ -5,10 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from trainit.optimizers.common.moments import unzip
 from trainit.parallel import per_layer
 from trainit.parallel.layout import is_stacked, matrix_shape, parameter_kind
 from trainit.parallel.trees import path_name
+from trainit.transforms.moments import unzip
+
+KEEP, ITERATE, DECOMPOSE = range(3)  # what is done with a basis
 
 
 def squares(params: dict, max_size: int, fill: Callable[[int], jax.Array]) -> tuple[dict, dict]:
@@ -64,3 +66,22 @@ def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dic
 
     own, sides = unzip(arrays[0], jax.tree.map_with_path(one, *arrays, *squares), 2)
     return unzip(arrays[0], own, len(arrays)), unzip(arrays[0], sides, len(squares))
+
+
+def turned(turn: jax.Array, factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The basis after KEEP, ITERATE or DECOMPOSE, and the order in which it takes the old one's vectors.
+
+    ITERATE is a step of power iteration (Vyas et al. 2024, arXiv 2409.11321, algorithm 4), for which large
+    eigenvalues have to come first.
+    """
+    as_is = jnp.arange(len(basis))
+
+    def iterate():
+        product = factor @ basis
+        order = jnp.argsort(-jnp.sum(basis * product, 0))
+        return jnp.linalg.qr(product[:, order])[0], order
+
+    def decompose():
+        return jnp.flip(jnp.linalg.eigh(factor)[1], 1), as_is
+
+    return jax.lax.switch(turn, [lambda: (basis, as_is), iterate, decompose])

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trainit.checkpoints.convert import config_parts, families
+from trainit.checkpoints.convert.families import Family
 from trainit.config import ConfigError, check_fields, require
 from trainit.config import model as model_config
-from trainit.convert import config_parts, families
-from trainit.convert.families import Family
 
 # What may differ from what Trainit would write: it changes no logits.
 _FREE = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"}

@@ -10,8 +10,8 @@ import numpy as np
 from absl import logging
 
 from trainit import tokenizers
+from trainit.checkpoints.convert import families, read_config, tensor_files
 from trainit.config import ConfigDict, ConfigError, flatten, jsonl, model, require
-from trainit.convert import families, read_config, tensor_files
 from trainit.parallel.layout import is_stacked
 from trainit.parallel.trees import path_name
 

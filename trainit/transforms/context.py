@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from trainit.optimizers.common.schedules import Schedule
 from trainit.parallel.layout import parameter_kind
 from trainit.parallel.trees import path_name
+from trainit.transforms.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Context:
     key: jax.Array  # for the optimizer's own randomness: uint32 (2,), which checkpoints can hold
     mesh: Mesh | None = None  # None: one device
     decays_vectors: bool = False  # biases and norms' scales, too
+    undecayed: frozenset[str] = frozenset()  # kinds of parameters that do not decay
 
     def by_path(self, function: Callable[[str, str], Any]) -> dict:
         """function(path, kind) for every parameter; the kinds are those of `parameter_kind`."""
@@ -43,7 +44,8 @@ class Context:
 
     def _decays(self, tree: dict) -> dict:
         def decays(path, _) -> bool:
-            return self.decays_vectors or parameter_kind(path_name(path)) != "vector"
+            kind = parameter_kind(path_name(path))
+            return kind not in self.undecayed and (self.decays_vectors or kind != "vector")
 
         return jax.tree.map_with_path(decays, tree)
 

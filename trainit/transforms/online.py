@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from trainit.config import ConfigDict, field
-from trainit.optimizers.common.fields import common_fields
+from trainit.transforms.fields import common_fields
 
 Learner: TypeAlias = optax.GradientTransformation
 SCALINGS = "none", "exponential", "uniform"

@@ -1,0 +1,1 @@
+"""What optimizers are made of: their context, fields, schedules, and the mathematics that several share."""

@@ -22,6 +22,7 @@
 # again up to N times: see trainit/cluster/restart.py.
 #
 #   TRAINIT_ACTIVATE             what to run first on each host, as in "source ~/venv/bin/activate"
+#   TRAINIT_CONTAINER            Apptainer's image in which Python runs, see launch/apptainer.def
 #   TRAINIT_PROCESSES_PER_NODE   processes of a host, as in 1: one for all its GPUs
 #   TRAINIT_NODES                hosts that the run uses; the others of the job are spare
 #   TRAINIT_COMMAND              which command to run instead of train, e.g. doctor
@@ -79,7 +80,8 @@ trap '' USR1 USR2
 trap : TERM INT
 pids=()
 for ((i = 0; i < TRAINIT_LOCAL_PROCESSES; i++)); do
-  TRAINIT_PROCESS_ID=$((first + i)) TRAINIT_LOCAL_ID=$i python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@" &
+  TRAINIT_PROCESS_ID=$((first + i)) TRAINIT_LOCAL_ID=$i \
+    ${TRAINIT_CONTAINER:+apptainer exec --nv "$TRAINIT_CONTAINER"} python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@" &
   pids+=($!)
 done
 while sleep 1; do
@@ -186,7 +188,7 @@ answering() {
 # decide start|CODE   asks which hosts the run uses next. 0: these; 1: none; 3: the job is to be put back, without `use`.
 decide() {
   local answer result
-  answer=$(set +u; eval "${TRAINIT_ACTIVATE:-}" >&2; exec python3 -m trainit.cluster.restart "$1" "${hosts[*]}" "$(answering)")
+  answer=$(set +u; eval "${TRAINIT_ACTIVATE:-}" >&2; exec ${TRAINIT_CONTAINER:+apptainer exec --nv "$TRAINIT_CONTAINER"} python3 -m trainit.cluster.restart "$1" "${hosts[*]}" "$(answering)")
   result=$?
   read -ra use <<<"$answer"
   return $result

@@ -21,6 +21,7 @@
 # again up to N times: see trainit/cluster/restart.py.
 #
 #   TRAINIT_ACTIVATE             what to run first on each node, as in "source ~/venv/bin/activate"
+#   TRAINIT_CONTAINER            Apptainer's image in which Python runs, see launch/apptainer.def
 #   TRAINIT_PROCESSES_PER_NODE   processes of a node, as in 1: one for all its GPUs
 #   TRAINIT_NODES                nodes that the run uses; the others of the job are spare
 #   TRAINIT_COMMAND              which command to run instead of train, e.g. doctor
@@ -79,7 +80,8 @@ attempt() {
   # The others notice a lost peer by themselves; --wait is for those that do not.
   # shellcheck disable=SC2016,SC2086
   on "${use[*]}" "$processes" --job-name=trainit --wait="${TRAINIT_GRACE:-60}" $cpus bash -c '
-    trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@"' trainit "$@" &
+    trap "" USR1; eval "${TRAINIT_ACTIVATE:-}"; exec \
+      ${TRAINIT_CONTAINER:+apptainer exec --nv "$TRAINIT_CONTAINER"} python3 -m trainit "${TRAINIT_COMMAND:-train}" "$@"' trainit "$@" &
   local pid=$! seconds=0 step
   while kill -0 $pid 2>/dev/null; do
     sleep 1
@@ -106,7 +108,7 @@ answering() {
 # decide start|CODE   asks which nodes the run uses next. 0: these; 1: none; 3: the job is to be put back, without `use`.
 decide() {
   local answer result
-  answer=$(set +u; eval "${TRAINIT_ACTIVATE:-}" >&2; exec python3 -m trainit.cluster.restart "$1" "${hosts[*]}" "$(answering)")
+  answer=$(set +u; eval "${TRAINIT_ACTIVATE:-}" >&2; exec ${TRAINIT_CONTAINER:+apptainer exec --nv "$TRAINIT_CONTAINER"} python3 -m trainit.cluster.restart "$1" "${hosts[*]}" "$(answering)")
   result=$?
   read -ra use <<<"$answer"
   return $result

@@ -217,6 +217,7 @@ TYPED = {
         "plan",
         "benchmark",
         "doctor",
+        "init",
         "fields",
         "completion",
     ],

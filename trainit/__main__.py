@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": "predict memory, communication and time on many GPUs",
     "benchmark": "measure the loader, the train step and saves on this machine",
     "doctor": "check a config, the processes and the machines before a run",
+    "init": "write a folder with configs, launch scripts and an optimizer to start from",
     "fields": "list the fields of configs, with default, bounds and meaning",
     "completion": "print a script with which a shell completes all of this",
 }
@@ -81,9 +82,9 @@ def command_parser(name: str) -> command_line.Parser:
 
 
 def _module(name: str):
-    path = {"train": "main", "prepare": "prepare.command", "fields": "tools.fields"}
-    path |= {"completion": "tools.completion", "export": "tools.export", "import": "tools.import_model"}
-    path |= {"verify": "tools.verify", "generate": "generate.command"}
+    path = {"train": "main", "prepare": "prepare.command", "generate": "generate.command"}
+    path |= {"export": "checkpoints.convert.export", "import": "checkpoints.convert.import_model"}
+    path |= {name: f"tools.{name}" for name in ("completion", "fields", "init", "verify")}
     path |= {"evaluate": "generate.evaluate.command"}
     path |= {name: f"experiments.{name}.command" for name in ("compare", "sweep", "plan")}
     return importlib.import_module(f"trainit.{path.get(name, f'tools.{name}.command')}")

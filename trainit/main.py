@@ -70,8 +70,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         code = getattr(error, "exit_code", FAILED)
         monitor.report_failure(error, code, patience=3)
         known = code != FAILED or isinstance(error, BrokenInputError | SaveError | NonFiniteError)
-        known = known or "RESOURCE_EXHAUSTED" in str(error)  # a line says it all
-        known = known or (isinstance(error, OSError) and error.filename is not None)
+        known = known or "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "filename", None) is not None
         logging.error("trainit: error: %s", error, exc_info=not known)
         leave(code)
     leave(code, together=True)

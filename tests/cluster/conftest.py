@@ -44,11 +44,26 @@ def activate(tmp_path_factory) -> str:
         "    return read(split, *args)\n"
         "Split.read = slowly\n"
     )
+    # In the place of Apptainer, which Debian does not have: it notes what it is asked for, and does it.
+    (folder / "apptainer").write_text(
+        f'#!/bin/sh\n[ "$1 $2" = "exec --nv" ] || exit 1\necho "$@" >> {folder}/asked\nshift 3\nexec "$@"\n'
+    )
+    (folder / "apptainer").chmod(0o755)
     # In a file, since not all that is in quotes gets through `qsub -v`.
     (folder / "activate").write_text(
-        f"export XLA_FLAGS='{FAST}' PYTHONPATH={folder}:{ROOT} PATH={Path(sys.executable).parent}:$PATH\n"
+        f"export XLA_FLAGS='{FAST}' PYTHONPATH={folder}:{ROOT}\n"
+        f"export PATH={folder}:{Path(sys.executable).parent}:$PATH\n"
     )
     return f"source {folder}/activate"
+
+
+@pytest.fixture
+def container(activate, monkeypatch):
+    """TRAINIT_CONTAINER of jobs, and a function that counts what has been trained in it, by processes."""
+    monkeypatch.setenv("TRAINIT_CONTAINER", "trainit.sif")
+    asked = Path(activate.removeprefix("source ")).with_name("asked")
+    asked.unlink(missing_ok=True)
+    return lambda: asked.read_text().count("exec --nv trainit.sif python3 -m trainit train ")
 
 
 @pytest.fixture

@@ -64,6 +64,8 @@ class Job:
         self.on_head, self.output, self.run = on_head, folder / "out", folder / "run"
         variables = f"TRAINIT_ACTIVATE={activate}", f"TRAINIT_CACHE={os.environ['TRAINIT_CACHE']}"
         variables += "TRAINIT_PROCESSES_PER_NODE=2", "TRAINIT_MARGIN=30", f"TRAINIT_NODES={nodes}"
+        if "TRAINIT_CONTAINER" in os.environ:
+            variables += (f"TRAINIT_CONTAINER={os.environ['TRAINIT_CONTAINER']}",)
         submitted = on_head(
             *("qsub", "-o", self.output, *resources, "-v", ",".join(variables), "launch/sge.sh"),
             f"--config={ROOT}/tests/tiny.py",
@@ -108,8 +110,8 @@ def submit(on_head, random_dataset, activate, tmp_path):
     subprocess.run(["pkill", "-9", "-f", f"workdir={tmp_path}"], check=False)
 
 
-def test_a_stopped_job_goes_on_until_it_is_done(submit, calm, submitted_from):
-    """Stopped once by a signal, then as often as its time limit asks; one metrics file."""
+def test_a_stopped_job_goes_on_until_it_is_done(submit, calm, submitted_from, container):
+    """Stopped once by a signal, then as often as its time limit asks; in a container."""
     job = submit(*TWO_NODES, "-l", "h_rt=140", steps=STEPS)
     job.wait(lambda: job.step() >= 3)
     job.kill(3, signal.SIGUSR1)
@@ -119,6 +121,7 @@ def test_a_stopped_job_goes_on_until_it_is_done(submit, calm, submitted_from):
     assert f"place      Grid Engine job {job.id}: process 0 of 4, coordinator n" in job.text()
     assert "process 3  n" in job.text()
     assert job.text().count("stopped    on SIGUSR1") == job.starts() - 1 >= 2
+    assert container() == 4 * job.starts()
     assert_same_but_for_rounding(metrics(job.run), calm(STEPS))
     assert not list(submitted_from.glob(".trainit-*"))
 

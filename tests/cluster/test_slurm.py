@@ -121,8 +121,8 @@ def submit(slurm, random_dataset, activate, tmp_path):
         time.sleep(0.5)
 
 
-def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm, submitted_from):
-    """Stopped once by `scancel --signal`, then as often as its time limit asks; one metrics file."""
+def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm, submitted_from, container):
+    """Stopped once by `scancel --signal`, then as often as its time limit asks; in a container."""
     job = submit("--time=2", "--signal=USR1@30", steps=STEPS)
     job.wait(lambda: job.step() >= 3)
     slurm("scancel", "--signal=USR1", job.id)
@@ -133,6 +133,7 @@ def test_a_stopped_job_puts_itself_back_until_it_is_done(slurm, submit, calm, su
     assert "token      none" not in job.text()
     assert "process 3  n2" in job.text()
     assert job.text().count("stopped    on") == int(job.field("Restarts")) >= 2
+    assert container() == 4 * (1 + int(job.field("Restarts")))
     assert_same_but_for_rounding(metrics(job.run), calm(STEPS))
     assert not list(submitted_from.glob(".trainit-*"))
 

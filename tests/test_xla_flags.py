@@ -11,7 +11,7 @@ from processes import ROOT, end, start
 
 from trainit.cluster.hardware import JobDevices, detect, visible_gpus
 from trainit.cluster.place import Place, SetupError
-from trainit.cluster.process import TUNABLES
+from trainit.cluster.tuning import TUNABLES
 from trainit.cluster.xla_flags import SETTINGS, apply
 
 H100, B200, A100, T4 = "NVIDIA H100 80GB HBM3", "NVIDIA B200", "NVIDIA A100-SXM4-80GB", "Tesla T4"

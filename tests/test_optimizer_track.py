@@ -232,12 +232,16 @@ def test_ema_nesterov():
     compare(got, expected, 1e-4)
 
 
-def test_it_comes_first():
-    """Where two wrappers choose the point at which gradients are taken, one of them would be ignored."""
+def test_wrappers_that_do_not_go_together():
+    """Two wrappers that choose where gradients are taken; a sphere whose updates another one changes."""
     names = optimizers.choices()
     for first, then in (("schedule_free", "ema_nesterov"), ("ema_nesterov", "schedule_free")):
         with pytest.raises(ConfigError, match=rf"{then} .* must come first"):
             names[f"{first}+{then}+adamw"]
+    for outside in ("mechanic", "offset", "schedule_free"):
+        with pytest.raises(ConfigError, match=rf"{outside} changes the updates by which sphere"):
+            names[f"{outside}+sphere+muon"]
+    assert names["sphere+offset+muon"]().offset.beta == 0.99
     with pytest.raises(ConfigError, match="ema_nesterov takes gradients ahead of the parameters, and so"):
         names["sam+ema_nesterov+muon"]
 

@@ -33,6 +33,8 @@ FIRST = {
     "schedule_free": "averages what parameters do",
     "ema_nesterov": "takes gradients ahead of the parameters",
 }
+# Wrappers that apply another optimizer's update elsewhere or with another length, which a sphere cannot have.
+BELOW_A_SPHERE = {"mechanic", "offset", "schedule_free"}
 # What an update can ask for in addition: functions, each of which costs a forward and backward pass.
 GRADIENTS = frozenset({"gradient_at", "sampled_gradient_at"})
 
@@ -118,6 +120,11 @@ def _wrapped(name: str) -> Definition:
     for other, why in FIRST.items():
         late = f"optimizer={name}: {other} {why}, and so must come first"
         require(other not in base_name.split("+"), late)
+    changed = wrapper in BELOW_A_SPHERE and "sphere" in base_name.split("+")
+    message = (
+        f"optimizer={name}: {wrapper} changes the updates by which sphere keeps norms; leave one of them out"
+    )
+    require(not changed, message)
     module, base = importlib.import_module(f"{wrappers.__name__}.{wrapper}"), load(base_name)
 
     def config_of_base(config: Config) -> Config:

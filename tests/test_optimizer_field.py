@@ -298,7 +298,8 @@ def test_a_wrapper_is_a_choice(tmp_path, monkeypatch):
     assert choice("mechanic+sam+optax.lion").sam.rho == 0.05
     assert choice("mechanic+sgdm").learning_rate == 1.0
     with pytest.raises(
-        ConfigError, match=r"unknown wrapper 'careful': there are cautious, mechanic, offset, sam"
+        ConfigError,
+        match=r"unknown wrapper 'careful': there are cautious, cautious_decay, ema_nesterov, mechanic",
     ):
         choice("careful+adamw")
     with pytest.raises(ConfigError, match=r"unknown optimizer 'sam\+adamv': there are ada_ftrl"):

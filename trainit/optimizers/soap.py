@@ -1,7 +1,5 @@
 """SOAP, Adam in the eigenbasis of Shampoo's factors: Vyas et al. 2024, arXiv 2409.11321, algorithm 3."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,18 +16,6 @@ def get_config() -> ConfigDict:
     config.precondition_every = field(10, "updates between turns of the bases, each a QR", above=0)
     config.max_size = field(10000, "maximum side of a matrix whose basis is changed", above=0)
     return config
-
-
-class SoapState(NamedTuple):
-    """Of `_soap`. Squares are nested as the parameters, None where a side keeps its own basis."""
-
-    count: jax.Array  # type: ignore[assignment]  # int32: updates seen
-    mu: dict  # mean gradient
-    nu: dict  # mean squared gradient in the bases
-    left: dict  # mean of G G^T
-    right: dict  # mean of G^T G
-    left_basis: dict  # its eigenvectors, nearly: columns, those of large eigenvalues first
-    right_basis: dict
 
 
 def make(config, context) -> optax.GradientTransformation:
@@ -61,36 +47,18 @@ def _but_the_first(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def _soap(config, mesh) -> optax.GradientTransformation:
-    def init(params) -> SoapState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        factors = kronecker.squares(params, config.max_size, lambda size: jnp.zeros((size, size)))
-        bases = kronecker.squares(params, config.max_size, jnp.eye)
-        return SoapState(jnp.int32(0), zeros, zeros, *factors, *bases)
-
-    def update(gradients, state: SoapState, params=None):
+    def update(gradients, state: kronecker.BasisState, params=None):
         first = state.count == 0
         t = jnp.maximum(state.count, 1).astype(jnp.float32)
-        due = jnp.where(state.count % config.precondition_every == 0, kronecker.ITERATE, kronecker.KEEP)
-        turn = jnp.where(first, kronecker.DECOMPOSE, due)
 
-        def one(matrices, squares):
-            g, mu, nu = matrices
-            factors, bases = squares[:2], squares[2:]
+        def one(g, mu, nu, bases):
             back = [None if basis is None else basis.T for basis in bases]
             rotated = kronecker.between(bases, g)
             mu = jnp.where(first, mu, config.beta1 * mu + (1 - config.beta1) * g)
             nu = jnp.where(first, nu, config.beta2 * nu + (1 - config.beta2) * rotated * rotated)
             mean, square = kronecker.between(bases, mu) / (1 - config.beta1**t), nu / (1 - config.beta2**t)
-            direction = kronecker.between(back, mean / (jnp.sqrt(square) + config.eps))
-            factors = kronecker.add(factors, g, config.shampoo_beta)
-            for axis, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
-                if basis is not None:
-                    bases[axis], order = kronecker.turned(turn, factor, basis)
-                    nu = jnp.take(nu, order, axis)
-            return [direction, mu, nu], [*factors, *bases]
+            return kronecker.between(back, mean / (jnp.sqrt(square) + config.eps)), mu, nu
 
-        arrays = [gradients, state.mu, state.nu]
-        (direction, *moments), squares = kronecker.map_matrices(one, mesh, arrays, list(state[3:]))
-        return direction, SoapState(state.count + 1, *moments, *squares)
+        return kronecker.update_in_bases(one, config, mesh, gradients, state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: kronecker.begin_bases(params, config.max_size), update)

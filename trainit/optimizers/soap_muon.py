@@ -4,9 +4,6 @@ As in results 14 and 44 of modded-nanoGPT's track 3; no paper describes it. The 
 2024, arXiv 2409.11321), what follows is Muon's (Jordan et al. 2024).
 """
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -25,18 +22,6 @@ def get_config() -> ConfigDict:
     return config
 
 
-class SoapMuonState(NamedTuple):
-    """Of `_whiten`. Squares are nested as the parameters, None where a side keeps its own basis."""
-
-    count: jax.Array  # type: ignore[assignment]  # int32: updates seen
-    mu: dict  # mean gradient
-    nu: dict  # mean square of the momentum in the bases
-    left: dict  # mean of G G^T
-    right: dict  # mean of G^T G
-    left_basis: dict  # its eigenvectors, nearly: columns, those of large eigenvalues first
-    right_basis: dict
-
-
 def make(config, context) -> optax.GradientTransformation:
     """SOAP-Muon for the blocks' matrices, `rest` for embeddings, head and vectors.
 
@@ -49,20 +34,10 @@ def make(config, context) -> optax.GradientTransformation:
 def _whiten(config, mesh) -> optax.GradientTransformation:
     beta = config.momentum
 
-    def init(params) -> SoapMuonState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        factors = kronecker.squares(params, config.max_size, lambda size: jnp.zeros((size, size)))
-        bases = kronecker.squares(params, config.max_size, jnp.eye)
-        return SoapMuonState(jnp.int32(0), zeros, zeros, *factors, *bases)
+    def update(gradients, state: kronecker.BasisState, params=None):
+        first = state.count == 0
 
-    def update(gradients, state: SoapMuonState, params=None):
-        first, is_due = state.count == 0, state.count % config.precondition_every == 0
-        turn = jnp.where(is_due, kronecker.ITERATE, kronecker.KEEP)
-        turn = jnp.where(first, kronecker.DECOMPOSE, turn)
-
-        def one(matrices, squares):
-            g, mu, nu = matrices
-            factors, bases = squares[:2], squares[2:]
+        def one(g, mu, nu, bases):
             mu = beta * mu + (1 - beta) * g
             momentum = beta * mu + (1 - beta) * g if config.nesterov else mu
 
@@ -72,17 +47,8 @@ def _whiten(config, mesh) -> optax.GradientTransformation:
             back = [None if basis is None else basis.T for basis in bases]
             divided = kronecker.between(back, rotated / (jnp.sqrt(nu) + config.eps))
             length = jnp.linalg.norm(momentum) / jnp.maximum(jnp.linalg.norm(divided), config.eps)
-            direction = jnp.where(first, momentum, divided * length)
+            return jnp.where(first, momentum, divided * length), mu, nu
 
-            factors = kronecker.add(factors, g, config.shampoo_beta)
-            for axis, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
-                if basis is not None:
-                    bases[axis], order = kronecker.turned(turn, factor, basis)
-                    nu = jnp.take(nu, order, axis)
-            return [direction, mu, nu], [*factors, *bases]
+        return kronecker.update_in_bases(one, config, mesh, gradients, state)
 
-        arrays = [gradients, state.mu, state.nu]
-        (direction, *moments), squares = kronecker.map_matrices(one, mesh, arrays, list(state[3:]))
-        return direction, SoapMuonState(state.count + 1, *moments, *squares)
-
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: kronecker.begin_bases(params, config.max_size), update)

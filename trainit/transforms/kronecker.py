@@ -1,6 +1,7 @@
 """The factors of Shampoo and SOAP, of which a matrix G has two: running means of G G^T and of G^T G."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,52 @@ def map_matrices(function: Callable, mesh, arrays: list[dict], squares: list[dic
     return unzip(arrays[0], own, len(arrays)), unzip(arrays[0], sides, len(squares))
 
 
-def turned(turn: jax.Array, factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+class BasisState(NamedTuple):
+    """Squares are nested as the parameters, None where a side keeps its own basis."""
+
+    count: jax.Array  # type: ignore[assignment]  # int32: updates seen
+    mu: dict  # mean gradient
+    nu: dict  # mean square in the bases
+    left: dict  # mean of G G^T
+    right: dict  # mean of G^T G
+    left_basis: dict  # its eigenvectors, nearly: columns, those of large eigenvalues first
+    right_basis: dict
+
+
+def begin_bases(params: dict, max_size: int) -> BasisState:
+    """The state before the first gradient."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    factors = squares(params, max_size, lambda size: jnp.zeros((size, size)))
+    return BasisState(jnp.int32(0), zeros, zeros, *factors, *squares(params, max_size, jnp.eye))
+
+
+def update_in_bases(
+    function: Callable, config, mesh, gradients: dict, state: BasisState
+) -> tuple[dict, BasisState]:
+    """function(g, mu, nu, bases) -> direction, mu, nu for one matrix at a time; then the bases follow.
+
+    The first gradient gives them, and every config.precondition_every-th turns them. It belongs to the means
+    of factors with 1 - config.shampoo_beta, after its own direction.
+    """
+    due = jnp.where(state.count % config.precondition_every == 0, ITERATE, KEEP)
+    turn = jnp.where(state.count == 0, DECOMPOSE, due)
+
+    def one(matrices, squares):
+        factors, bases = squares[:2], squares[2:]
+        direction, mu, nu = function(*matrices, bases)
+        factors = add(factors, matrices[0], config.shampoo_beta)
+        for axis, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
+            if basis is not None:
+                bases[axis], order = _turned(turn, factor, basis)
+                nu = jnp.take(nu, order, axis)
+        return [direction, mu, nu], [*factors, *bases]
+
+    arrays = [gradients, state.mu, state.nu]
+    (direction, *moments), turned = map_matrices(one, mesh, arrays, list(state[3:]))
+    return direction, BasisState(state.count + 1, *moments, *turned)
+
+
+def _turned(turn: jax.Array, factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The basis after KEEP, ITERATE or DECOMPOSE, and the order in which it takes the old one's vectors.
 
     ITERATE is a step of power iteration (Vyas et al. 2024, arXiv 2409.11321, algorithm 4), for which large
